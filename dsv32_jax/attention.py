@@ -1,0 +1,55 @@
+"""DeepSeek sparse attention: MLA over the tokens that the lightning indexer selects."""
+
+import jax
+import jax.numpy as jnp
+
+from . import mla as forms
+from .cache import LayerCache
+from .config import Config
+from .indexer import Indexer, index_scores, select, select_all
+from .mla import MLA
+from .ops import over_tokens, rotation
+
+LARGEST_TEMPORARY = 1 << 26
+"""Elements of the largest array that attention makes on its way; longer prompts go through it in blocks of queries."""
+
+
+def attention(
+    mla: MLA, indexer: Indexer, h_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
+) -> tuple[jax.Array, LayerCache, tuple[jax.Array, jax.Array]]:
+    """Attend from T new tokens at `position_BT` over the cache, these tokens included.
+
+    Returns the output [B, T, D], the cache with the new tokens, and what the indexer saw: its scores [B, T, S]
+    (float32, -inf where not visible) and the selected positions [B, T, min(K, S)] (-1 where fewer are visible).
+    """
+    cfg = mla.cfg
+    cos_BTr, sin_BTr = rotation(position_BT, cfg)
+    cache = cache.write(position_BT, *mla.keys(h_BTD, cos_BTr, sin_BTr), indexer.keys(h_BTD, cos_BTr, sin_BTr))
+    c_q_BTQ = mla.latent_query(h_BTD)
+    queries = (
+        *mla.queries(c_q_BTQ, cos_BTr, sin_BTr),
+        indexer.queries(c_q_BTQ, cos_BTr, sin_BTr),
+        indexer.head_weights(h_BTD),
+        position_BT,
+    )
+    fits = cache.capacity <= cfg.index_topk
+    block = _queries_at_once(cfg, *cache.k_index_BSJ.shape[:2])
+
+    def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
+        visible_BTS = jnp.arange(cache.capacity) <= position_BT[..., None]
+        score_BTS = index_scores(q_index_BTIJ, w_BTI, cache.k_index_BSJ, visible_BTS)
+        if fits:
+            form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
+            return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
+        selected_BTk = select(score_BTS, cfg.index_topk)
+        return forms.sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk), score_BTS, selected_BTk
+
+    o_BTHP, score_BTS, selected_BTk = over_tokens(attend, queries, block)
+    return mla.output(o_BTHP), cache, (score_BTS, selected_BTk)
+
+
+def _queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
+    """How many queries keep index scores, attention scores and gathered latents within LARGEST_TEMPORARY."""
+    seen = min(capacity, cfg.index_topk)
+    each = max(cfg.index_n_heads * capacity, cfg.num_attention_heads * seen, seen * cfg.kv_lora_rank)
+    return max(1, LARGEST_TEMPORARY // (batch * each))

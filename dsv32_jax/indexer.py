@@ -1,0 +1,65 @@
+"""The lightning indexer of DeepSeek sparse attention (DeepSeek-V3.2, section 2.1).
+
+For a query t and a cached token s the index score is
+
+    I[t, s] = sum over heads i of  w[t, i] * relu(q[t, i] . k[s])
+
+and attention sees only the index_topk tokens with the largest score. One key a token serves all heads.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from .config import Config
+from .formats import Weight
+from .ops import dot, einsum, einsum32, hadamard, layer_norm, rotate_halves
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(eq=False)
+class Indexer(nnx.Module):
+    """The matrices that make index queries, keys and head weights."""
+
+    cfg: Config
+    w_q_IJQ: Weight = nnx.data()
+    w_k_JD: Weight = nnx.data()
+    k_norm_J: jax.Array = nnx.data()
+    k_bias_J: jax.Array = nnx.data()
+    w_w_ID: Weight = nnx.data()
+
+    def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
+        """k [B, T, J], as it is cached: LayerNorm, rotation, Hadamard."""
+        k_BTJ = layer_norm(einsum("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
+        return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr))
+
+    def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
+        """q [B, T, I, J]: rotation and Hadamard of W^IQ c^Q."""
+        q_BTIJ = einsum("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
+        return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None]))
+
+    def head_weights(self, h_BTD: jax.Array) -> jax.Array:
+        """w [B, T, I], float32 throughout, with both scales I^-1/2 and J^-1/2. May be negative."""
+        scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5
+        return einsum32("BTD,ID->BTI", h_BTD.astype(jnp.float32), self.w_w_ID) * scale
+
+
+def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """I [B, T, S] in float32; -inf where a token is not visible to the query."""
+    match_BTIS = jax.nn.relu(dot("BTIJ,BSJ->BTIS", q_BTIJ, k_BSJ))
+    score_BTS = dot("BTI,BTIS->BTS", w_BTI, match_BTIS)
+    return jnp.where(visible_BTS, score_BTS, -jnp.inf)
+
+
+def select(score_BTS: jax.Array, topk: int) -> jax.Array:
+    """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist."""
+    top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
+    return jnp.where(top_BTk > -jnp.inf, selected_BTk, -1)
+
+
+def select_all(visible_BTS: jax.Array) -> jax.Array:
+    """Every visible position, -1 for the others: what `select` finds when no row is longer than index_topk."""
+    return jnp.where(visible_BTS, jnp.arange(visible_BTS.shape[-1]), -1)

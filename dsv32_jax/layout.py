@@ -1,0 +1,153 @@
+"""Where every array of the model comes from: one table, generated for a Config.
+
+A leaf's name ends in its axes, one letter a size (`Config.dims`). A row of the table says which tensor of the
+Hugging Face checkpoint holds it, and how that tensor's two axes [out, in] are made of letters:
+
+    "H(N|R),Q"   out = for each of H heads, N rows of the first leaf, then R rows of the second;  in = Q
+    "D,HP"       out = D;  in = H x P, not cut but split in two axes
+
+The model's shapes and shardings, the converter's plan and its way back all follow from this table.
+"""
+
+import math
+from typing import NamedTuple
+
+from .config import Config
+
+MODEL = (
+    ("model.embed_tokens.weight", "V,D", "embed_VD"),
+    ("model.norm.weight", "D", "norm_D"),
+    ("lm_head.weight", "V,D", "head_VD"),
+)
+
+ATTENTION = (
+    ("input_layernorm.weight", "D", "attn_norm_D"),
+    ("self_attn.q_a_proj.weight", "Q,D", "mla.w_dq_QD"),
+    ("self_attn.q_a_layernorm.weight", "Q", "mla.q_norm_Q"),
+    ("self_attn.q_b_proj.weight", "H(N|R),Q", "mla.w_uq_HNQ mla.w_qr_HRQ"),
+    ("self_attn.kv_a_proj_with_mqa.weight", "C|R,D", "mla.w_dkv_CD mla.w_kr_RD"),
+    ("self_attn.kv_a_layernorm.weight", "C", "mla.kv_norm_C"),
+    ("self_attn.kv_b_proj.weight", "H(N|P),C", "mla.w_uk_HNC mla.w_uv_HPC"),
+    ("self_attn.o_proj.weight", "D,HP", "mla.w_o_DHP"),
+    ("self_attn.indexer.wq_b.weight", "IJ,Q", "indexer.w_q_IJQ"),
+    ("self_attn.indexer.wk.weight", "J,D", "indexer.w_k_JD"),
+    ("self_attn.indexer.k_norm.weight", "J", "indexer.k_norm_J"),
+    ("self_attn.indexer.k_norm.bias", "J", "indexer.k_bias_J"),
+    ("self_attn.indexer.weights_proj.weight", "I,D", "indexer.w_w_ID"),
+    ("post_attention_layernorm.weight", "D", "ffn_norm_D"),
+)
+
+DENSE = (
+    ("mlp.gate_proj.weight", "F,D", "ffn.w_gate_FD"),
+    ("mlp.up_proj.weight", "F,D", "ffn.w_up_FD"),
+    ("mlp.down_proj.weight", "D,F", "ffn.w_down_DF"),
+)
+
+MOE = (
+    ("mlp.gate.weight", "E,D", "ffn.router_ED"),
+    ("mlp.gate.e_score_correction_bias", "E", "ffn.bias_E"),
+    ("mlp.experts.{e}.gate_proj.weight", "M,D", "ffn.w_gate_EMD"),
+    ("mlp.experts.{e}.up_proj.weight", "M,D", "ffn.w_up_EMD"),
+    ("mlp.experts.{e}.down_proj.weight", "D,M", "ffn.w_down_EDM"),
+    ("mlp.shared_experts.gate_proj.weight", "M,D", "ffn.shared_gate_MD"),
+    ("mlp.shared_experts.up_proj.weight", "M,D", "ffn.shared_up_MD"),
+    ("mlp.shared_experts.down_proj.weight", "D,M", "ffn.shared_down_DM"),
+)
+
+MTP = (
+    ("embed_tokens.weight", "V,D", "embed_VD"),
+    ("enorm.weight", "D", "e_norm_D"),
+    ("hnorm.weight", "D", "h_norm_D"),
+    ("eh_proj.weight", "A,D|D", "w_e_AD w_h_AD"),
+    ("shared_head.norm.weight", "D", "norm_D"),
+    ("shared_head.head.weight", "V,D", "head_VD"),
+)
+
+COPIES = {"mtp.embed_VD": "embed_VD", "mtp.head_VD": "head_VD"}
+"""Leaves that DeepSeek shares (V3 report, section 2.2): a checkpoint stores a copy or leaves them out."""
+
+
+class Cut(NamedTuple):
+    """The part of a tensor's axis that one leaf takes: of every run of `size`, the positions start..stop-1."""
+
+    axis: int
+    size: int
+    start: int
+    stop: int
+
+
+class Leaf(NamedTuple):
+    """One array of the model and the tensors it is made of: one, or one an expert.
+
+    `stacked`: the sources lie along a leading expert axis. `out_axes`: how many of the axes that one source
+    fills are made of its rows; the others are made of its columns.
+    """
+
+    path: str
+    letters: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    source_shape: tuple[int, ...]
+    cut: Cut | None
+    stacked: bool
+    out_axes: int
+
+
+def leaves(cfg: Config) -> tuple[Leaf, ...]:
+    """Every leaf of the model `cfg` describes, in the order a checkpoint is streamed."""
+    first, *last = MODEL
+    found = _rows(cfg, [first], "", "")
+    for i in range(cfg.num_hidden_layers):
+        found += _rows(cfg, layer_rows(cfg, i), f"model.layers.{i}.", f"layers.{i}.")
+    found += _rows(cfg, last, "", "")
+    if cfg.num_nextn_predict_layers:
+        i = cfg.num_hidden_layers
+        found += _rows(cfg, MTP, f"model.layers.{i}.", "mtp.")
+        found += _rows(cfg, layer_rows(cfg, i), f"model.layers.{i}.", "mtp.block.")
+    return tuple(found)
+
+
+def layer_rows(cfg: Config, i: int) -> tuple[tuple[str, str, str], ...]:
+    """The rows of decoder layer `i`: the first `first_k_dense_replace` have a dense feed-forward."""
+    return ATTENTION + (DENSE if i < cfg.first_k_dense_replace else MOE)
+
+
+def _rows(cfg: Config, rows, source_prefix: str, path_prefix: str) -> list[Leaf]:
+    return [leaf for row in rows for leaf in _leaves_of_row(cfg, row, source_prefix, path_prefix)]
+
+
+def _leaves_of_row(cfg: Config, row: tuple[str, str, str], source_prefix: str, path_prefix: str) -> list[Leaf]:
+    """The leaves that one tensor (or one tensor an expert) is cut into."""
+    name, axes, paths = row
+    stacked = "{e}" in name
+    experts = range(cfg.n_routed_experts) if stacked else [None]
+    sources = tuple(source_prefix + name.replace("{e}", str(e)) for e in experts)
+    parsed = [_axis(cfg.dims, axis) for axis in axes.split(",")]
+    source_shape = tuple(axis.size for axis in parsed)
+    found = []
+    for part, path in enumerate(paths.split()):
+        cuts = [Cut(i, *axis.runs[part]) for i, axis in enumerate(parsed) if axis.runs]
+        letters = path.rpartition("_")[2]
+        shape = tuple(cfg.dims[letter] for letter in letters)
+        cut = cuts[0] if cuts else None
+        found.append(Leaf(path_prefix + path, letters, shape, sources, source_shape, cut, stacked, parsed[0].letters))
+    return found
+
+
+class _Axis(NamedTuple):
+    """One axis of a tensor: its size, how many letters of a leaf it becomes, and (run, start, stop) of each leaf."""
+
+    size: int
+    letters: int
+    runs: list[tuple[int, int, int]]
+
+
+def _axis(dims: dict[str, int], text: str) -> _Axis:
+    """The axis written as `text` in the table: "HP", "C|R" or "H(N|R)"."""
+    heads, _, parts = text.rstrip(")").rpartition("(")
+    if "|" not in parts:
+        return _Axis(math.prod(dims[letter] for letter in parts), len(parts), [])
+    sizes = [dims[letter] for letter in parts.split("|")]
+    stops = [sum(sizes[: k + 1]) for k in range(len(sizes))]
+    runs = [(stops[-1], stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    return _Axis(stops[-1] * math.prod(dims[letter] for letter in heads), len(heads) + 1, runs)

@@ -1,0 +1,115 @@
+"""DeepSeek-V3.2 (arXiv 2512.02556): embedding, decoder layers, final norm, head; and `forward`, the way in."""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from . import block, checks
+from .block import Block, Seen
+from .cache import Cache, empty
+from .config import Config
+from .formats import Weight
+from .indexer import Indexer
+from .mla import MLA
+from .moe import MLP, MoE
+from .mtp import MTP
+from .ops import einsum32, rms_norm
+
+
+@dataclasses.dataclass(eq=False)
+class Model(nnx.Module):
+    """The whole model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
+
+    cfg: Config
+    dtype: np.dtype
+    embed_VD: jax.Array = nnx.data()
+    layers: tuple[Block, ...] = nnx.data()
+    norm_D: jax.Array = nnx.data()
+    head_VD: Weight = nnx.data()
+    mtp: MTP | None = nnx.data()
+
+    def __call__(
+        self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
+    ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
+        """The normed hidden vectors [B, T, D] of T new tokens a row, of which the first `count_B` are real.
+
+        A row's tokens follow those it has in the cache. Rows are padded on the right: what a padding token writes lies
+        beyond the row's length, where no token looks before another is written there.
+        """
+        position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        x_BTD = self.embed_VD[tokens_BT].astype(jnp.float32)
+        caches, seen = [], []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            x_BTD, layer_cache, layer_seen = block.run(layer, x_BTD, layer_cache, position_BT)
+            caches.append(layer_cache)
+            seen.append(layer_seen)
+        h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
+        return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
+
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V] of normed hidden vectors."""
+        return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """logits [B, T, V] float32; the cache with the new tokens; hidden [B, T, D] after the final norm; one Seen a layer."""
+
+    logits: jax.Array
+    cache: Cache
+    hidden: jax.Array
+    seen: tuple[Seen, ...]
+
+
+def forward(model: Model, tokens_BT, *, cache: Cache | None = None, count_B=None, capacity: int | None = None) -> Output:
+    """Run T new tokens a row, whole prompts, chunks of them or single tokens, over what `cache` holds.
+
+    Row b has `count_B[b]` new tokens (default T), the others are padding. Without a cache one is made with
+    `capacity` slots (default T). Raises UsageError before anything is compiled where tokens are outside the
+    vocabulary or do not fit in the cache.
+    """
+    tokens_BT = checks.token_matrix(tokens_BT, model.cfg.vocab_size)
+    batch, new = tokens_BT.shape
+    count_B = jnp.full(batch, new, jnp.int32) if count_B is None else checks.counts(count_B, batch, new)
+    if cache is None:
+        cache = empty(model.cfg, batch, new if capacity is None else capacity, model.dtype)
+    checks.room(cache, count_B)
+    return _forward(model, tokens_BT, cache, count_B)
+
+
+@jax.jit
+def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> Output:
+    h_BTD, cache, seen = model(tokens_BT, cache, count_B)
+    return Output(model.logits(h_BTD), cache, h_BTD, seen)
+
+
+def build(cfg: Config, dtype, leaf: Callable[[str], Weight]) -> Model:
+    """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
+    dtype = np.dtype(dtype)
+
+    def weights(kind: type, prefix: str) -> dict[str, Weight]:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: leaf(prefix + name) for name in names if name.rpartition("_")[2].isupper()}
+
+    def decoder_layer(prefix: str, i: int) -> Block:
+        feed_forward = MLP if i < cfg.first_k_dense_replace else MoE
+        return Block(
+            cfg,
+            dtype,
+            **weights(Block, prefix),
+            mla=MLA(cfg, **weights(MLA, prefix + "mla.")),
+            indexer=Indexer(cfg, **weights(Indexer, prefix + "indexer.")),
+            ffn=feed_forward(cfg, **weights(feed_forward, prefix + "ffn.")),
+        )
+
+    layers = tuple(decoder_layer(f"layers.{i}.", i) for i in range(cfg.num_hidden_layers))
+    mtp = None
+    if cfg.num_nextn_predict_layers:
+        drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
+        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer)
+    return Model(cfg, dtype, **weights(Model, ""), layers=layers, mtp=mtp)
