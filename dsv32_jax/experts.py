@@ -41,13 +41,19 @@ def apply_experts(
 
 
 def in_blocks(expert_tX: jax.Array, experts: int) -> Blocks:
-    """Lay the assignments out: as many blocks as any routing can need, unused ones repeat the last expert."""
+    """Lay the assignments out: as many blocks as any routing can need, unused ones repeat the last expert.
+
+    Where there are fewer assignments than experts, as in decoding, each is its own block and nothing is sorted.
+    """
     tokens, each = expert_tX.shape
     total, most = tokens * each, min(experts, tokens * each)
     size = min(LARGEST_BLOCK, 1 << ((total // most).bit_length() - 1))
-    count = (total + most * (size - 1)) // size
-
     expert_a = expert_tX.reshape(-1)
+    if size == 1:
+        a = jnp.arange(total, dtype=jnp.int32)
+        return Blocks(expert_a, (a // each)[:, None], a.reshape(tokens, each))
+
+    count = (total + most * (size - 1)) // size
     order_a = jnp.argsort(expert_a, stable=True)
     chosen_E = jnp.bincount(expert_a, length=experts)
     blocks_E = -(-chosen_E // size)
