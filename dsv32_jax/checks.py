@@ -19,7 +19,9 @@ def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
     if array.dtype.kind not in "iu":
         raise UsageError(f"token ids must be whole numbers, not {array.dtype}; nothing was run")
     if array.ndim != 2 or 0 in array.shape:
-        raise UsageError(f"tokens must be a matrix [rows, tokens] with at least one of each, not of shape {array.shape}")
+        raise UsageError(
+            f"tokens must be a matrix [rows, tokens] with at least one of each, not of shape {array.shape}"
+        )
     _in_vocabulary([list(row) for row in array], vocab_size)
     return jnp.asarray(array, jnp.int32)
 
@@ -59,7 +61,8 @@ def _in_vocabulary(rows: list[list[int]], vocab_size: int) -> None:
     ]
     if wrong:
         raise UsageError(
-            f"{len(wrong)} token ids are outside the vocabulary of 0..{vocab_size - 1}: {listing(wrong, 5)}; nothing was run"
+            f"{len(wrong)} token ids are outside the vocabulary of 0..{vocab_size - 1}: {listing(wrong, 5)}; "
+            "nothing was run"
         )
 
 
@@ -69,7 +72,9 @@ def counts(count_B: Any, batch: int, new: int) -> jax.Array:
         return count_B
     array = np.asarray(count_B)
     if array.shape != (batch,) or array.dtype.kind not in "iu" or array.min() < 1 or array.max() > new:
-        raise UsageError(f"count_B must hold, for each of {batch} rows, how many of {new} tokens are real, not {count_B}")
+        raise UsageError(
+            f"count_B must hold, for each of {batch} rows, how many of {new} tokens are real, not {count_B}"
+        )
     return jnp.asarray(array, jnp.int32)
 
 

@@ -144,17 +144,18 @@ class Config:
         if not problems:
             config = cls(**values)
             problems = _contradictions(config)
-        if problems:
-            raise ConfigError(
-                f"{name} does not describe a model this code computes; nothing was read beyond it.\n  "
-                + "\n  ".join(problems)
-            )
-        return config
+            if not problems:
+                return config
+        raise ConfigError(
+            f"{name} does not describe a model this code computes; nothing was read beyond it.\n  "
+            + "\n  ".join(problems)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The config.json object that reads back as this Config."""
         values = {key: value for key, value in dataclasses.asdict(self).items()}
-        values["eos_token_id"] = list(self.eos_token_id) if len(self.eos_token_id) > 1 else self.eos_token_id[0]
+        ends = list(self.eos_token_id)
+        values["eos_token_id"] = ends if len(ends) > 1 else ends[0]
         if values["rope_scaling"] is not None:
             values["rope_scaling"] = {"type": "yarn", **values["rope_scaling"]}
         return {"architectures": ["DeepseekV32ForCausalLM"], **REQUIRED, **values}
@@ -215,7 +216,9 @@ def _yarn(raw: Any, problems: list[str]) -> Yarn | None:
     raw = {key: value for key, value in raw.items() if value is not None}
     kinds = {raw.pop(key) for key in ("type", "rope_type") if key in raw}
     if kinds != {"yarn"}:
-        problems.append(f"rope_scaling is of type {listing(sorted(map(str, kinds))) or 'none'}, only yarn is computed here")
+        problems.append(
+            f"rope_scaling is of type {listing(sorted(map(str, kinds))) or 'none'}, only yarn is computed here"
+        )
     if raw.pop("truncate", True) is not True:
         problems.append("rope_scaling.truncate must be true")
     fields = {field.name: field for field in dataclasses.fields(Yarn)}
@@ -241,7 +244,10 @@ def _contradictions(cfg: Config) -> list[str]:
         (cfg.n_routed_experts % cfg.n_group == 0, "n_routed_experts must be a multiple of n_group"),
         (per_group >= 2, "a group needs at least 2 experts: its score is the sum of its two best"),
         (cfg.topk_group <= cfg.n_group, "topk_group is larger than n_group"),
-        (cfg.num_experts_per_tok <= cfg.topk_group * per_group, "num_experts_per_tok exceeds the experts of the kept groups"),
+        (
+            cfg.num_experts_per_tok <= cfg.topk_group * per_group,
+            "num_experts_per_tok exceeds the experts of the kept groups",
+        ),
         (cfg.first_k_dense_replace <= cfg.num_hidden_layers, "first_k_dense_replace is larger than num_hidden_layers"),
         (cfg.num_nextn_predict_layers <= 1, "num_nextn_predict_layers must be 0 or 1"),
         (cfg.qk_rope_head_dim % 2 == 0, "qk_rope_head_dim must be even"),

@@ -12,9 +12,9 @@ the largest block at 448, the block scales keep the others within 6 % of their i
 e2m1 x e4m3 has 6 significant bits and is exact in bfloat16 and float32; only the product with the tensor scale
 rounds, once. ModelOpt writes a NaN scale where its tensor scale was too small: it stands for 448, the largest.
 
-**FP8** is float8_e4m3fn with a float32 scale for each 128x128 block, which multiplies. We keep one scale for each row and
-128 inputs, because cutting q_b into heads of 128 + 64 rows does not respect blocks of 128 rows. The value is rounded to
-bfloat16, as DeepSeek's own dequantization does (exact when the scales are powers of two, as V3.2's are).
+**FP8** is float8_e4m3fn with a float32 scale for each 128x128 block, which multiplies. We keep one scale for each
+row and 128 inputs, because cutting q_b into heads of 128 + 64 rows does not respect blocks of 128 rows. The value is
+rounded to bfloat16, as DeepSeek's own dequantization does (exact when the scales are powers of two, as V3.2's are).
 
 A plain array is its own format. Formats are storage: arithmetic is bfloat16 or float32. Every component of a weight has
 the weight's own rank, so cutting, stacking and sharding are the same for all of them.

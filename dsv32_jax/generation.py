@@ -85,7 +85,9 @@ class State:
     finite_B: jax.Array
 
 
-def prefill(model: Model, knobs: Knobs, tokens_BT: jax.Array, count_B: jax.Array, limit, slots: int, capacity: int) -> State:
+def prefill(
+    model: Model, knobs: Knobs, tokens_BT: jax.Array, count_B: jax.Array, limit, slots: int, capacity: int
+) -> State:
     """Process the prompts and choose each row's first token."""
     batch = tokens_BT.shape[0]
     h_BTD, cache, _ = model(tokens_BT, empty(model.cfg, batch, capacity, model.dtype), count_B)
@@ -171,7 +173,7 @@ def _layerwise(
     sampling: Sampling | None = None,
     capacity: int | None = None,
 ) -> Generation:
-    """`generate`, with one program for each kind of layer, called from Python: compiles in seconds, runs a bit slower."""
+    """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
     return _generate(prefill, _decode_layerwise, model, prompts, max_new_tokens, sampling, capacity)
 
 
@@ -270,7 +272,9 @@ def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capac
     longest = max(map(len, rows))
     largest = model.cfg.max_position_embeddings
     if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= largest):
-        raise UsageError(f"capacity must be a whole number from 1 to max_position_embeddings ({largest}), not {capacity!r}")
+        raise UsageError(
+            f"capacity must be a whole number from 1 to max_position_embeddings ({largest}), not {capacity!r}"
+        )
     available = (largest if capacity is None else capacity) - longest
     if max_new_tokens is None:
         max_new_tokens = max(available, 0)

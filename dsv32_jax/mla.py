@@ -55,7 +55,9 @@ class MLA(nnx.Module):
         return einsum("BTHP,DHP->BTD", o_BTHP, self.w_o_DHP)
 
 
-def expanded(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array) -> jax.Array:
+def expanded(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> jax.Array:
     """Attention with a key and a value of each head for every cached token. Returns o [B, T, H, P]."""
     k_c_BSHN = einsum("BSC,HNC->BSHN", cache.c_kv_BSC, mla.w_uk_HNC)
     v_BSHP = einsum("BSC,HPC->BSHP", cache.c_kv_BSC, mla.w_uv_HPC)
@@ -64,7 +66,9 @@ def expanded(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCac
     return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
 
 
-def absorbed(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array) -> jax.Array:
+def absorbed(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> jax.Array:
     """The same, with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, cache.c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, cache.k_r_BSR)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,8 +38,8 @@ class Model(nnx.Module):
     ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
         """The normed hidden vectors [B, T, D] of T new tokens a row, of which the first `count_B` are real.
 
-        A row's tokens follow those it has in the cache. Rows are padded on the right: what a padding token writes lies
-        beyond the row's length, where no token looks before another is written there.
+        A row's tokens follow those it has in the cache. Rows are padded on the right: what a padding token writes
+        lies beyond the row's length, where no token looks before another is written there.
         """
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         x_BTD = self.embed_VD[tokens_BT].astype(jnp.float32)
@@ -58,7 +59,7 @@ class Model(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """logits [B, T, V] float32; the cache with the new tokens; hidden [B, T, D] after the final norm; one Seen a layer."""
+    """logits [B, T, V] float32; cache with the new tokens; hidden [B, T, D] after the final norm; seen by each layer."""
 
     logits: jax.Array
     cache: Cache
@@ -66,7 +67,9 @@ class Output:
     seen: tuple[Seen, ...]
 
 
-def forward(model: Model, tokens_BT, *, cache: Cache | None = None, count_B=None, capacity: int | None = None) -> Output:
+def forward(
+    model: Model, tokens_BT, *, cache: Cache | None = None, count_B=None, capacity: int | None = None
+) -> Output:
     """Run T new tokens a row, whole prompts, chunks of them or single tokens, over what `cache` holds.
 
     Row b has `count_B[b]` new tokens (default T), the others are padding. Without a cache one is made with
@@ -88,11 +91,11 @@ def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Arra
     return Output(model.logits(h_BTD), cache, h_BTD, seen)
 
 
-def build(cfg: Config, dtype, leaf: Callable[[str], Weight]) -> Model:
+def build(cfg: Config, dtype, leaf: Callable[[str], Any]) -> Model:
     """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
     dtype = np.dtype(dtype)
 
-    def weights(kind: type, prefix: str) -> dict[str, Weight]:
+    def weights(kind: type, prefix: str) -> dict[str, Any]:
         names = [field.name for field in dataclasses.fields(kind)]
         return {name: leaf(prefix + name) for name in names if name.rpartition("_")[2].isupper()}
 

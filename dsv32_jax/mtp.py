@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, section 2.2): one more layer that drafts the token after next."""
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more layer that drafts the token after next."""
 
 import dataclasses
 
@@ -38,8 +38,8 @@ class MTP(nnx.Module):
     ) -> tuple[jax.Array, LayerCache, Seen]:
         """The hidden vectors of slots `position_BT`: `h_BTD` after the model's final norm, `next_BT` the next tokens.
 
-        The checkpoint's eh_proj multiplies [embedding; hidden] (the paper writes the reverse); w_e and w_h are its halves.
-        The result is normed: `logits` of it predict, and it can stand for h in another step.
+        The checkpoint's eh_proj multiplies [embedding; hidden] (the paper writes the reverse); w_e and w_h are its
+        halves. The result is normed: `logits` of it predict, and it can stand for h in another step.
         """
         eps = self.cfg.rms_norm_eps
         e_BTD = rms_norm(self.embed_VD[next_BT].astype(jnp.float32), self.e_norm_D, eps).astype(self.dtype)

@@ -99,7 +99,7 @@ def hadamard(x: jax.Array) -> jax.Array:
     size = x.shape[-1]
     bits = np.bitwise_count(np.arange(size)[:, None] & np.arange(size)[None, :])
     signs = np.where(bits % 2, np.float32(-1), np.float32(1))
-    return (dot("...j,ij->...i", x.astype(jnp.float32), signs) * np.float32(size**-0.5)).astype(x.dtype)
+    return (dot("...j,ij->...i", x.astype(jnp.float32), jnp.asarray(signs)) * np.float32(size**-0.5)).astype(x.dtype)
 
 
 def over_tokens(f, arrays: tuple[jax.Array, ...], block: int):

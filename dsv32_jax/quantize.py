@@ -27,14 +27,14 @@ def nvfp4_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     if w.shape[-1] % NVFP4_BLOCK:
         raise ValueError(f"NVFP4 needs an input axis that is a multiple of {NVFP4_BLOCK}, not {w.shape[-1]}")
     _require_finite(w)
-    amax = np.abs(w).max(initial=0.0)
+    amax = np.float32(np.abs(w).max(initial=0.0))
     tensor_scale = np.float32(amax / np.float32(E2M1_MAX * E4M3_MAX)) if amax else np.float32(1)
     blocks = w.reshape(*w.shape[:-1], -1, NVFP4_BLOCK)
     block_scale = _block_scale(np.abs(blocks).max(axis=-1), tensor_scale)
     step = block_scale.astype(np.float32) * tensor_scale
     elements = (blocks / step[..., None]).astype(ml_dtypes.float4_e2m1fn).view(np.uint8).reshape(w.shape) & 15
     codes = elements[..., 0::2] | elements[..., 1::2] << 4
-    return codes, block_scale, tensor_scale.reshape((1,) * w.ndim)
+    return codes, block_scale, np.full((1,) * w.ndim, tensor_scale, np.float32)
 
 
 def _block_scale(block_amax: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
@@ -74,4 +74,6 @@ def fp8_dequantize(values: np.ndarray, row_scale: np.ndarray) -> np.ndarray:
 
 def _require_finite(w: np.ndarray) -> None:
     if not np.isfinite(w).all():
-        raise ValueError(f"{np.count_nonzero(~np.isfinite(w))} of {w.size} values are not finite; nothing was quantized")
+        raise ValueError(
+            f"{np.count_nonzero(~np.isfinite(w))} of {w.size} values are not finite; nothing was quantized"
+        )

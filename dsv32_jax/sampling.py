@@ -22,8 +22,8 @@ class Sampling:
     temperature  0 is greedy; at most 5
     top_k        keep the k largest logits (all that tie with the k-th); 0 keeps all
     top_p        keep the fewest largest logits whose probability reaches p (all that tie with the last); 1 keeps all
-    seed         one for all rows or one a row. A row's tokens depend on its seed, its prompt and its positions, never on
-                 the batch around it; equal prompts with equal seeds give equal tokens.
+    seed         one for all rows or one a row. A row's tokens depend on its seed, prompt and positions, never on the
+                 batch around it; equal prompts with equal seeds give equal tokens.
     """
 
     temperature: float = 0.0

@@ -1,0 +1,89 @@
+"""From a converted checkpoint to a Model: leaf by leaf, straight to where each leaf belongs."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from . import sharding
+from .compilation import keep_on_disk
+from .config import Config
+from .errors import CheckpointError, UsageError, listing
+from .formats import NVFP4, Fp8Block, Weight, dequantize
+from .layout import Leaf, leaves
+from .manifest import LeafEntry, Manifest
+from .model import Model, build
+from .store import Reader
+
+FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
+
+ABSORBED = ("w_uk_HNC", "w_uv_HPC")
+"""W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
+
+
+def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16) -> Model:
+    """The model in a folder that `python -m convert` wrote.
+
+    `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
+    (axes among data, model, expert) each device reads its own part. At most the model and one leaf are in memory.
+    Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes.
+    """
+    keep_on_disk()
+    if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
+        raise UsageError(f"dtype must be bfloat16 or float32, not {np.dtype(dtype)}; weights keep their own formats")
+    folder = Path(folder).expanduser().resolve()
+    manifest = Manifest.read(folder)
+    cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
+    table = {leaf.path: leaf for leaf in leaves(cfg)}
+    _compare(folder, table, manifest.leaves)
+    if mesh is not None:
+        stored = [
+            (table[path], array.shape) for path, entry in manifest.leaves.items() for array in entry.arrays.values()
+        ]
+        sharding.check(mesh, stored)
+    reader = Reader(folder)
+
+    def read(path: str) -> Weight:
+        leaf, entry = table[path], manifest.leaves[path]
+        targets = {
+            (path, name): jax.ShapeDtypeStruct(
+                array.shape, np.dtype(array.dtype), sharding=mesh and sharding.of_leaf(mesh, leaf, array.shape)
+            )
+            for name, array in entry.arrays.items()
+        }
+        parts = {name: array for (_, name), array in reader.read(targets).items()}
+        weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
+        return dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
+
+    found = {path: read(path) for path, entry in manifest.leaves.items() if entry.same_as is None}
+    return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path])
+
+
+def _compare(folder: Path, table: dict[str, Leaf], entries: dict[str, LeafEntry]) -> None:
+    """The manifest holds exactly the leaves of the config, each of the right logical shape."""
+    problems = []
+    if missing := sorted(set(table) - set(entries)):
+        problems.append(f"missing ({len(missing)}): {listing(missing)}")
+    if unknown := sorted(set(entries) - set(table)):
+        problems.append(f"unknown ({len(unknown)}): {listing(unknown)}")
+    wrong = []
+    for path in sorted(set(table) & set(entries)):
+        entry = entries[path]
+        shape = entry.same_as is None and _logical_shape(entry)
+        if shape and shape != table[path].shape:
+            wrong.append(f"{path} is {shape}, not {table[path].shape}")
+    if wrong:
+        problems.append(f"of another shape ({len(wrong)}): {listing(wrong)}")
+    if problems:
+        raise CheckpointError(
+            f"{folder} does not hold the leaves its config describes; nothing was read.\n  " + "\n  ".join(problems)
+        )
+
+
+def _logical_shape(entry: LeafEntry) -> tuple[int, ...]:
+    if entry.format == "nvfp4":
+        *out, packed = entry.arrays["codes"].shape
+        return (*out, 2 * packed)
+    return tuple(entry.arrays["values"].shape)

@@ -1,0 +1,74 @@
+"""The command `dsv32`. Only what a subcommand needs is imported, so `--help` does not wait for JAX."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .errors import DsvError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns the exit code: 0 ok, 1 bug, 2 usage, 3 input damaged or unsupported, 4 verification
+    failed, 5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except DsvError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(prog="dsv32", description="DeepSeek-V3.2 in JAX, running from NVFP4 weights.")
+    commands = root.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="make, convert, load and run a small random model: two minutes, no download"
+    )
+    demo.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate a prompt (16)")
+    demo.set_defaults(run=_demo)
+
+    convert = commands.add_parser(
+        "convert", help="Hugging Face safetensors -> a checkpoint that `load` reads", add_help=False
+    )
+    convert.add_argument("rest", nargs=argparse.REMAINDER)
+    convert.set_defaults(run=_convert)
+
+    bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
+    layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
+    layer.set_defaults(run=_bench_layer)
+    load = bench.add_parser("load", help="loading a checkpoint against a plain read of its bytes")
+    load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
+    load.set_defaults(run=_bench_load)
+    return root
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from . import demo
+
+    demo.run(arguments.new_tokens)
+    return 0
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    from dsv32_jax import convert
+
+    return convert.main(arguments.rest)
+
+
+def _bench_layer(_: argparse.Namespace) -> int:
+    from . import bench
+
+    bench.print_layer()
+    return 0
+
+
+def _bench_load(arguments: argparse.Namespace) -> int:
+    from . import bench
+
+    bench.print_load(arguments.checkpoint)
+    return 0
