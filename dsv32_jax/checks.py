@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from .cache import Cache
 from .errors import UsageError, listing
@@ -13,7 +14,7 @@ from .errors import UsageError, listing
 
 def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
     """`tokens` as int32 [B, T]."""
-    if isinstance(tokens, jax.core.Tracer):
+    if isinstance(tokens, Tracer):
         return tokens
     array = np.asarray(tokens)
     if array.dtype.kind not in "iu":
@@ -68,7 +69,7 @@ def _in_vocabulary(rows: list[list[int]], vocab_size: int) -> None:
 
 def counts(count_B: Any, batch: int, new: int) -> jax.Array:
     """`count_B` as int32 [B]."""
-    if isinstance(count_B, jax.core.Tracer):
+    if isinstance(count_B, Tracer):
         return count_B
     array = np.asarray(count_B)
     if array.shape != (batch,) or array.dtype.kind not in "iu" or array.min() < 1 or array.max() > new:
@@ -80,7 +81,7 @@ def counts(count_B: Any, batch: int, new: int) -> jax.Array:
 
 def room(cache: Cache, count_B: jax.Array) -> None:
     """The new tokens fit in the cache and the cache has a row for each."""
-    if isinstance(count_B, jax.core.Tracer) or isinstance(cache.length_B, jax.core.Tracer):
+    if isinstance(count_B, Tracer) or isinstance(cache.length_B, Tracer):
         return
     if cache.length_B.shape != count_B.shape:
         raise UsageError(f"the cache has {len(cache.length_B)} rows, but there are {len(count_B)} rows of tokens")

@@ -13,7 +13,7 @@ _EVENT = "/jax/core/compile/backend_compile_duration"
 
 def keep_on_disk() -> None:
     """Store compiled programs under the user's cache folder, unless JAX was already told where, or told not to."""
-    if jax.config.jax_compilation_cache_dir is None and jax.config.read("jax_enable_compilation_cache"):
+    if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "dsv32_jax" / "compiled"))
 

@@ -59,7 +59,7 @@ class Model(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """logits [B, T, V] float32; cache with the new tokens; hidden [B, T, D] after the final norm; seen by each layer."""
+    """logits [B, T, V] float32; cache with the new tokens; hidden [B, T, D] after the final norm; what layers saw."""
 
     logits: jax.Array
     cache: Cache

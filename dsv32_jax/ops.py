@@ -14,8 +14,21 @@ from .formats import Weight, dequantize
 
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32, never in TF32."""
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+    """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32, never in TF32.
+
+    Products of bfloat16 are exact in float32, so it makes no difference that the CPU, which has no such instruction in
+    XLA, converts first.
+    """
+
+    def multiply(a, b):
+        return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+
+    def convert_first(a, b):
+        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
+
+    if a.dtype == jnp.float32:
+        return multiply(a, b)
+    return jax.lax.platform_dependent(a, b, cpu=convert_first, default=multiply)
 
 
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:

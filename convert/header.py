@@ -1,0 +1,214 @@
+"""The header of a safetensors file, read strictly: 8 bytes of length, JSON, then the tensors' bytes without gaps.
+
+Stricter than the safetensors library (which allows duplicate keys): whatever is accepted here, it accepts too.
+"""
+
+import json
+import math
+import os
+import struct
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dsv32_jax.errors import CheckpointError, listing
+
+LARGEST_HEADER = 100_000_000
+LARGEST_COUNT = 200_000
+LARGEST_NAME = 512
+LARGEST_RANK = 8
+LARGEST_SIZE = 2**62
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+MAGIC = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the weights: run `git lfs pull` or `hf download`"),
+    (b"<", "an HTML or XML page, not weights: the download failed; download the file again"),
+    (b"{", "JSON, not weights: probably an error message of the server; download the file again"),
+    (b"\x1f\x8b", "gzip-compressed: decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: decompress it first"),
+    (b"\xfd7zXZ", "xz-compressed: decompress it first"),
+    (b"GGUF", "a GGUF file under another name: this converter reads safetensors only"),
+    (b"PK\x03\x04", "a zip file (PyTorch's pickle format): pickles are never opened; get the safetensors"),
+    (b"\x80\x02", "a pickle: pickles are never opened; get the safetensors"),
+    (b"age-encryption.org", "encrypted with age: decrypt it first"),
+)
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies: `nbytes` bytes from `offset` of `file`; `dtype` as safetensors names it."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Header(NamedTuple):
+    """The tensors of one file, and the SHA-256-able text that describes them."""
+
+    tensors: tuple[Tensor, ...]
+    text: bytes
+
+
+def read_header(descriptor: int, file: Path, size: int) -> Header:
+    """The header of the open `file` of `size` bytes. Raises CheckpointError that lists everything wrong with it."""
+    start = os.pread(descriptor, 64, 0)
+    try:
+        text = _header_text(descriptor, start, size)
+        tensors, problems = _tensors(_json(text), file, 8 + len(text), size)
+    except _Malformed as malformed:
+        raise CheckpointError(f"{file} is {_what_it_is(start)}" if _what_it_is(start) else f"{file}: {malformed}") from None
+    if problems:
+        raise CheckpointError(f"{file} has a malformed header ({len(problems)} problems): {listing(problems, 20)}")
+    return Header(tensors, text)
+
+
+class _Malformed(Exception):
+    pass
+
+
+def strict_json(text: bytes) -> Any:
+    """`text` as JSON: UTF-8, no duplicate keys, no NaN. Raises CheckpointError."""
+    try:
+        return _json(text)
+    except _Malformed as malformed:
+        raise CheckpointError(str(malformed)) from None
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(
+            text.decode("utf-8"), object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_integer
+        )
+    except (ValueError, RecursionError) as error:
+        raise _Malformed(f"not valid JSON: {error}") from None
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        doubled = sorted({key for key in keys if keys.count(key) > 1}) if len(keys) <= 1000 else ["(a large object)"]
+        raise ValueError(f"keys that appear twice: {listing(map(ascii, doubled))}")
+    return found
+
+
+def _no_constant(text: str) -> None:
+    raise ValueError(f"the number {text} is not JSON")
+
+
+def _integer(text: str) -> int | float:
+    """-0 is a float to the safetensors library."""
+    return -0.0 if text == "-0" else int(text)
+
+
+def _header_text(descriptor: int, start: bytes, size: int) -> bytes:
+    if size < 10:
+        raise _Malformed(f"{size} bytes long, too short for a safetensors file" if size else "empty (0 bytes)")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > min(LARGEST_HEADER, size - 8):
+        limit = "the file's" if length > size - 8 else "the limit of"
+        raise _Malformed(f"its header claims {length} bytes, {limit} {min(LARGEST_HEADER, size)} bytes are exceeded")
+    text = os.pread(descriptor, length, 8)
+    if len(text) != length:
+        raise _Malformed(f"only {len(text)} of the header's {length} bytes could be read")
+    if not text.startswith(b"{"):
+        raise _Malformed("its header does not start with {")
+    return text
+
+
+def _what_it_is(start: bytes) -> str | None:
+    """A name for well-known content that is not safetensors."""
+    return next((what for magic, what in MAGIC if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(magic)), None)
+
+
+def _tensors(header: Any, file: Path, begin: int, size: int) -> tuple[tuple[Tensor, ...], list[str]]:
+    """The tensors that `header` lists, and what is wrong with it. Offsets count from `begin`."""
+    metadata = header.pop("__metadata__", {})
+    problems = []
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) and _is_utf8(text) for text in metadata.values()):
+        problems.append("__metadata__ is not an object of strings")
+    elif not all(map(_is_utf8, metadata)):
+        problems.append("__metadata__ has keys that are not UTF-8")
+    if len(header) > LARGEST_COUNT:
+        return (), [f"{len(header)} tensors, at most {LARGEST_COUNT} are allowed in one file"]
+    found = []
+    for name, entry in header.items():
+        if wrong := _entry_problem(name, entry):
+            problems.append(f"tensor {ascii(name[:80])}: {wrong}")
+            continue
+        first, last = entry["data_offsets"]
+        found.append(Tensor(name, file, entry["dtype"], tuple(entry["shape"]), begin + first, last - first))
+    if not problems:
+        problems = _layout_problems(sorted(found, key=lambda t: (t.offset, t.nbytes)), begin, size)
+    return tuple(found), problems
+
+
+def _is_utf8(text: str) -> bool:
+    """Whether `text` has no half of a surrogate pair."""
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _entry_problem(name: str, entry: Any) -> str | None:
+    """What is wrong with one tensor's entry, taken alone."""
+    if not name.isprintable() or not name or not _is_utf8(name):
+        return "the name has characters that cannot be printed"
+    if len(name.encode()) > LARGEST_NAME:
+        return f"the name has {len(name.encode())} bytes, at most {LARGEST_NAME} are allowed"
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        return "the entry does not have exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {ascii(dtype)[:40]} is not supported (supported: {', '.join(DTYPES)})"
+    if not _sizes(shape) or len(shape) > LARGEST_RANK:
+        return f"shape {str(shape)[:80]} is not a list of at most {LARGEST_RANK} sizes"
+    if not _sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        return f"data_offsets {str(offsets)[:80]} are not two ascending positions"
+    if math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize > LARGEST_SIZE:
+        return f"shape {shape} is too large"
+    expected = math.prod(shape) * DTYPES[dtype].itemsize
+    if offsets[1] - offsets[0] != expected:
+        return f"data_offsets {offsets} span {offsets[1] - offsets[0]} bytes, {dtype} {shape} needs {expected}"
+    return None
+
+
+def _sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value <= LARGEST_SIZE for value in values)
+
+
+def _layout_problems(tensors: list[Tensor], begin: int, size: int) -> list[str]:
+    """Overlaps, holes, missing and surplus bytes of `tensors` in the order of their offsets."""
+    problems, end = [], begin
+    for tensor in tensors:
+        if tensor.offset < end:
+            problems.append(f"tensor {tensor.name} overlaps the one before it by {end - tensor.offset} bytes")
+        elif tensor.offset > end:
+            problems.append(f"there is a hole of {tensor.offset - end} bytes before tensor {tensor.name}")
+        end = max(end, tensor.offset + tensor.nbytes)
+    if size < end:
+        problems.append(f"the file is truncated: {end - size} of {end} bytes are missing; download it again")
+    elif size > end:
+        problems.append(f"{size - end} bytes follow the last tensor")
+    return problems
