@@ -1,11 +1,13 @@
 """How one weight is stored in a checkpoint, decided by the names and dtypes beside it and never by its configuration.
 
-    kind               tensors of the linear X                                            W =
-    dense              weight BF16, F16 or F32                                            weight
-    deepseek-fp8       weight F8_E4M3, weight_scale_inv [out/128, in/128]                 weight * scale_inv
-    fp8                weight F8_E4M3, weight_scale: 128x128 grid, [out, 1] or one        weight * scale
-    modelopt-nvfp4     weight U8, weight_scale [out, in/16], weight_scale_2               e2m1 * scale * scale_2
-    packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_scale   e2m1 * scale / global_scale
+kind               tensors of the linear X                                            W =
+dense              weight BF16, F16 or F32                                            weight
+deepseek-fp8       weight F8_E4M3, weight_scale_inv [out/128, in/128]                 weight * scale_inv
+fp8                weight F8_E4M3, weight_scale: 128x128 grid, [out, 1] or one        weight * scale
+modelopt-nvfp4     weight U8, weight_scale [out, in/16], weight_scale_2               e2m1 * scale * scale_2
+packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_scale   e2m1 * scale / global_scale
+
+Sizes are rounded up. The block of NVFP4 is in / scale.shape[1], 16 or 32. What is not read is refused by name.
 """
 
 import dataclasses
@@ -31,6 +33,8 @@ REFUSED = (
     (".weight_shape", "integer pack-quantized"),
 )
 """Siblings that mean a format which is not read."""
+
+SUPPORTED = "BF16, F16, F32, FP8 E4M3 with weight_scale_inv or weight_scale, NVFP4 of ModelOpt or compressed-tensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +86,6 @@ def detect(name: str, tensors: Mapping[str, Tensor]) -> Stored:
     if weight.dtype == "F8_E4M3":
         return _fp8(weight, name, tensors)
     return _dense(weight)
-
-
-SUPPORTED = "BF16, F16, F32, FP8 E4M3 with weight_scale_inv or weight_scale, NVFP4 of ModelOpt and of compressed-tensors"
 
 
 def _required(name: str, tensors: Mapping[str, Tensor]) -> Tensor:

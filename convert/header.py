@@ -15,6 +15,8 @@ import numpy as np
 
 from dsv32_jax.errors import CheckpointError, listing
 
+from .magic import what_it_is
+
 LARGEST_HEADER = 100_000_000
 LARGEST_COUNT = 200_000
 LARGEST_NAME = 512
@@ -40,18 +42,8 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 
-MAGIC = (
-    (b"version https://git-lfs", "a git-lfs pointer, not the weights: run `git lfs pull` or `hf download`"),
-    (b"<", "an HTML or XML page, not weights: the download failed; download the file again"),
-    (b"{", "JSON, not weights: probably an error message of the server; download the file again"),
-    (b"\x1f\x8b", "gzip-compressed: decompress it first"),
-    (b"\x28\xb5\x2f\xfd", "zstd-compressed: decompress it first"),
-    (b"\xfd7zXZ", "xz-compressed: decompress it first"),
-    (b"GGUF", "a GGUF file under another name: this converter reads safetensors only"),
-    (b"PK\x03\x04", "a zip file (PyTorch's pickle format): pickles are never opened; get the safetensors"),
-    (b"\x80\x02", "a pickle: pickles are never opened; get the safetensors"),
-    (b"age-encryption.org", "encrypted with age: decrypt it first"),
-)
+BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
+"""The same by the names that NumPy gives them, which the manifest uses."""
 
 
 class Tensor(NamedTuple):
@@ -66,7 +58,7 @@ class Tensor(NamedTuple):
 
 
 class Header(NamedTuple):
-    """The tensors of one file, and the SHA-256-able text that describes them."""
+    """The tensors of one file, and the JSON text that lists them."""
 
     tensors: tuple[Tensor, ...]
     text: bytes
@@ -79,7 +71,8 @@ def read_header(descriptor: int, file: Path, size: int) -> Header:
         text = _header_text(descriptor, start, size)
         tensors, problems = _tensors(_json(text), file, 8 + len(text), size)
     except _Malformed as malformed:
-        raise CheckpointError(f"{file} is {_what_it_is(start)}" if _what_it_is(start) else f"{file}: {malformed}") from None
+        known = what_it_is(start)
+        raise CheckpointError(f"{file} is {known}" if known else f"{file}: {malformed}") from None
     if problems:
         raise CheckpointError(f"{file} has a malformed header ({len(problems)} problems): {listing(problems, 20)}")
     return Header(tensors, text)
@@ -139,19 +132,13 @@ def _header_text(descriptor: int, start: bytes, size: int) -> bytes:
     return text
 
 
-def _what_it_is(start: bytes) -> str | None:
-    """A name for well-known content that is not safetensors."""
-    return next((what for magic, what in MAGIC if start.lstrip(b"\xef\xbb\xbf \r\n\t").startswith(magic)), None)
-
-
 def _tensors(header: Any, file: Path, begin: int, size: int) -> tuple[tuple[Tensor, ...], list[str]]:
     """The tensors that `header` lists, and what is wrong with it. Offsets count from `begin`."""
     metadata = header.pop("__metadata__", {})
     problems = []
-    if not isinstance(metadata, dict) or not all(isinstance(text, str) and _is_utf8(text) for text in metadata.values()):
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [metadata]
+    if not all(isinstance(text, str) and _is_utf8(text) for text in texts) or isinstance(metadata, str):
         problems.append("__metadata__ is not an object of strings")
-    elif not all(map(_is_utf8, metadata)):
-        problems.append("__metadata__ has keys that are not UTF-8")
     if len(header) > LARGEST_COUNT:
         return (), [f"{len(header)} tensors, at most {LARGEST_COUNT} are allowed in one file"]
     found = []

@@ -83,7 +83,7 @@ class Source:
                 self._require_unchanged(descriptor, tensor.file)
                 done = 0
                 while done < count:
-                    if not (got := os.preadv(descriptor, [memoryview(raw)[done:]], offset + done)):
+                    if not (got := os.preadv(descriptor, [raw.data[done:]], offset + done)):
                         break
                     done += got
                 self._require_unchanged(descriptor, tensor.file)
@@ -179,7 +179,8 @@ class Source:
         twice = [tensor.name for tensor in header.tensors if tensor.name in self.tensors]
         if twice:
             others = sorted({self.tensors[name].file.name for name in twice})
-            self._problems.append(f"{len(twice)} tensors are both in {file.name} and in {listing(others)}: {listing(twice)}")
+            where = f"both in {file.name} and in {listing(others)}"
+            self._problems.append(f"{len(twice)} tensors are {where}: {listing(twice)}")
         self.tensors |= {tensor.name: tensor for tensor in header.tensors}
 
     def _compare(self, weight_map: dict[str, str]) -> None:

@@ -1,5 +1,7 @@
 """From a converted checkpoint to a Model: leaf by leaf, straight to where each leaf belongs."""
 
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -7,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from . import sharding
+from . import sharding, vocabulary
 from .compilation import keep_on_disk
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
@@ -19,6 +21,9 @@ from .store import Reader
 
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
 
+GROUP_BYTES = 256 << 20
+"""Small leaves are read together: a read costs tens of milliseconds whatever its size."""
+
 ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 """W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
 
@@ -27,8 +32,10 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16) ->
     """The model in a folder that `python -m convert` wrote.
 
     `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
-    (axes among data, model, expert) each device reads its own part. At most the model and one leaf are in memory.
-    Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes.
+    (axes among data, model, expert) each device reads its own part. At most the model and one leaf (or
+    256 MiB of small ones) are in memory.
+    Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
+    a tokenizer.json with other token ids.
     """
     keep_on_disk()
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
@@ -38,27 +45,50 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16) ->
     cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     _compare(folder, table, manifest.leaves)
+    vocabulary.check(folder, cfg)
     if mesh is not None:
         stored = [
             (table[path], array.shape) for path, entry in manifest.leaves.items() for array in entry.arrays.values()
         ]
         sharding.check(mesh, stored)
     reader = Reader(folder)
-
-    def read(path: str) -> Weight:
-        leaf, entry = table[path], manifest.leaves[path]
-        targets = {
-            (path, name): jax.ShapeDtypeStruct(
-                array.shape, np.dtype(array.dtype), sharding=mesh and sharding.of_leaf(mesh, leaf, array.shape)
-            )
-            for name, array in entry.arrays.items()
-        }
-        parts = {name: array for (_, name), array in reader.read(targets).items()}
-        weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
-        return dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
-
-    found = {path: read(path) for path, entry in manifest.leaves.items() if entry.same_as is None}
+    found: dict[str, Weight] = {}
+    for group in _groups(manifest.leaves):
+        found |= _read(reader, {path: manifest.leaves[path] for path in group}, table, mesh, dtype)
     return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path])
+
+
+def _groups(entries: dict[str, LeafEntry]) -> Iterator[list[str]]:
+    """The stored leaves in runs of at most GROUP_BYTES; a larger leaf alone."""
+    group: list[str] = []
+    size = 0
+    for path, entry in entries.items():
+        nbytes = sum(math.prod(array.shape) * np.dtype(array.dtype).itemsize for array in entry.arrays.values())
+        if group and size + nbytes > GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        if entry.same_as is None:
+            group.append(path)
+            size += nbytes
+    yield group
+
+
+def _read(reader: Reader, entries: dict[str, LeafEntry], table: dict[str, Leaf], mesh: Mesh | None, dtype):
+    """The weights of `entries`, each component in the sharding that its leaf's letters give it."""
+    targets = {
+        (path, name): jax.ShapeDtypeStruct(
+            array.shape, np.dtype(array.dtype), sharding=mesh and sharding.of_leaf(mesh, table[path], array.shape)
+        )
+        for path, entry in entries.items()
+        for name, array in entry.arrays.items()
+    }
+    arrays = reader.read(targets)
+    weights: dict[str, Weight] = {}
+    for path, entry in entries.items():
+        parts = {name: arrays.pop((path, name)) for name in entry.arrays}
+        weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
+        weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
+    return weights
 
 
 def _compare(folder: Path, table: dict[str, Leaf], entries: dict[str, LeafEntry]) -> None:

@@ -1,6 +1,7 @@
 """The command `dsv32`. Only what a subcommand needs is imported, so `--help` does not wait for JAX."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,12 +11,18 @@ from .errors import DsvError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code: 0 ok, 1 bug, 2 usage, 3 input damaged or unsupported, 4 verification
     failed, 5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C."""
-    arguments = parser().parse_args(argv)
+    argv = list(sys.argv[1:] if argv is None else argv)
     try:
+        if argv[:1] == ["convert"]:
+            return _convert(argv[1:])
+        arguments = parser().parse_args(argv)
         return arguments.run(arguments)
     except DsvError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -54,10 +61,11 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _convert(arguments: argparse.Namespace) -> int:
+def _convert(argv: list[str]) -> int:
+    """`python -m convert`, which has its own command line."""
     from dsv32_jax import convert
 
-    return convert.main(arguments.rest)
+    return convert.main(argv)
 
 
 def _bench_layer(_: argparse.Namespace) -> int:

@@ -96,9 +96,10 @@ def _nvfp4(w: NVFP4) -> jax.Array:
 
 @jax.jit
 def _fp8(w: Fp8Block) -> jax.Array:
-    """bfloat16 values. The last block of a row may be partial."""
+    """float32 values with the precision of bfloat16 (a cast there and back may be optimized away). The last block of a
+    row may be partial."""
     step = jnp.repeat(w.block_scale, FP8_BLOCK, axis=-1)[..., : w.shape[-1]]
-    return (w.values.astype(jnp.float32) * step).astype(jnp.bfloat16)
+    return jax.lax.reduce_precision(w.values.astype(jnp.float32) * step, exponent_bits=8, mantissa_bits=7)
 
 
 def quantize_nvfp4(w: jax.Array) -> NVFP4:

@@ -79,7 +79,7 @@ class Manifest:
     @classmethod
     def _parsed(cls, raw: Any, file: Path) -> Self:
         version = raw.get("format_version") if isinstance(raw, dict) else None
-        if type(version) is int and version > FORMAT_VERSION:
+        if isinstance(version, int) and version > FORMAT_VERSION:
             raise CheckpointError(
                 f"{file} has format_version {version}; this version of dsv32_jax reads up to {FORMAT_VERSION}. "
                 "Update dsv32_jax, or convert the original checkpoint again"
@@ -90,7 +90,7 @@ class Manifest:
                 f"{file} is malformed ({len(problems)} problems): {listing(problems, 20)}. Convert the original again"
             )
         leaves = {path: parse_leaf(leaf) for path, leaf in raw["leaves"].items()}
-        return cls(raw["config"], leaves, raw["source"], raw["report"], raw["versions"], version)
+        return cls(raw["config"], leaves, raw["source"], raw["report"], raw["versions"])
 
     def write(self, folder: str | Path) -> None:
         """Write DST/manifest.json so that it is there whole or not at all, also after a power cut."""

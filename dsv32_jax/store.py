@@ -48,7 +48,10 @@ class Writer:
         return (self.folder / part).is_dir()
 
     def save(self, part: str, group: Mapping[Key, np.ndarray]) -> None:
-        """Store `group` as `part`; when this returns, it is on disk. Raises StorageError when that fails."""
+        """Store `group` as `part`; when this returns, it is on disk. A part of that name is replaced.
+
+        Raises StorageError when that fails.
+        """
         context = ocp.Context()
         saving = context.array.saving
         saving.use_compression = False
@@ -57,8 +60,10 @@ class Writer:
         context.memory.deepcopy_host_arrays = False
         target = self.folder / part
         try:
+            if target.exists():
+                shutil.rmtree(target)
             with _quiet(), context:
-                ocp.save(target, _nested(group))
+                ocp.save(str(target), _nested(group))
             _sync(target)
         except OSError as error:
             raise StorageError(f"{target} cannot be written: {error}. Parts written before are kept") from error
@@ -115,10 +120,10 @@ class Reader:
         return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
 
 
-def _chunks(path: Any, array: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
+def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
     """Large stacks of experts are chunked by expert: that is the axis which meshes split."""
     options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
-    if array.ndim >= 3 and array.nbytes > CHUNK_BYTES and array.nbytes // array.shape[0] >= SMALLEST_CHUNK:
+    if value.ndim >= 3 and value.nbytes > CHUNK_BYTES and value.nbytes // value.shape[0] >= SMALLEST_CHUNK:
         options.shard_axes = (0,)
     return options
 
@@ -129,7 +134,7 @@ def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key
     context.pytree.loading.partial_load = True
     try:
         with _quiet(), context:
-            return _flat(ocp.load(folder, _nested(targets)))
+            return _flat(ocp.load(str(folder), _nested(targets)))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
 
@@ -145,7 +150,7 @@ def _contents(folder: Path) -> dict[Key, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of one part."""
     try:
         with _quiet():
-            tree = ocp.metadata(folder).metadata
+            tree = ocp.metadata(str(folder)).metadata
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
     return {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in _flat(tree).items()}

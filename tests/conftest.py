@@ -1,0 +1,83 @@
+"""What every test runs under: strict dtypes, eight virtual CPU devices, no compiled program from or for the user's disk."""
+
+import os
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import hypothesis
+import jax
+import pytest
+
+from dsv32_jax.config import Config
+from tests import golden
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_enable_compilation_cache", False)
+
+hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50, database=None)
+hypothesis.settings.load_profile("suite")
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+
+
+def pytest_addoption(parser):
+    """`--shared PATH`: also run every golden case found in PATH/golden and PATH/golden_nvfp4."""
+    parser.addoption("--shared", type=Path, default=None, metavar="PATH", help="folder of the whole golden sets")
+
+
+def pytest_generate_tests(metafunc):
+    """One test for each golden checkpoint: those in tests/data, and with --shared all of that folder instead."""
+    shared = metafunc.config.getoption("--shared")
+    if "case" in metafunc.fixturenames:
+        folders = golden.cases(shared or DATA)
+        assert folders, f"there are no golden cases in {shared or DATA}"
+        wanted = getattr(metafunc.function, "needs", lambda folder: True)
+        chosen = [folder for folder in folders if wanted(folder)]
+        metafunc.parametrize("case", chosen, indirect=True, ids=[folder.name for folder in chosen], scope="session")
+
+
+@pytest.fixture(scope="session")
+def scratch(tmp_path_factory) -> Path:
+    """A folder for what is made once and used by many tests."""
+    return tmp_path_factory.mktemp("session")
+
+
+@pytest.fixture(scope="session")
+def case(request, scratch) -> golden.Case:
+    """A golden checkpoint, converted and loaded in float32 when first used, and what the reference made of it."""
+    return golden.case(request.param, scratch)
+
+
+@pytest.fixture(scope="session")
+def units(request) -> dict:
+    """The operator vectors at real sizes."""
+    return golden.read((request.config.getoption("--shared") or DATA) / "golden/units_realdims/units.safetensors")
+
+
+@pytest.fixture(scope="session")
+def nvfp4_units(request) -> dict:
+    """Small matrices as the real quantizers store them."""
+    return golden.read((request.config.getoption("--shared") or DATA) / "golden_nvfp4/nvfp4_units/units.safetensors")
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Config:
+    """The preset in which every size is different."""
+    return Config.from_json(REPOSITORY / "configs" / "tiny.json")
+
+
+@pytest.fixture(scope="session")
+def real() -> Config:
+    """DeepSeek-V3.2 itself."""
+    return Config.from_json(REPOSITORY / "configs" / "deepseek_v32.json")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """The largest difference from the reference, for each golden case."""
+    if golden.figures:
+        terminalreporter.section("golden figures (largest difference in float32 unless named otherwise)")
+        for name, row in golden.figures.items():
+            terminalreporter.line(name + ": " + ", ".join(f"{what} {value:.2g}" for what, value in row.items()))

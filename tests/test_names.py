@@ -1,0 +1,120 @@
+"""Every array's name tells its axes, in every function of the model."""
+
+import functools
+import importlib
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv32_jax
+from dsv32_jax import cache, checks, generation, model, sampling
+from tests import models
+from tests.shapes import suffix, suffixed_functions, watched
+
+MODULES = "ops cache mla indexer experts moe attention block mtp model sampling generation checks".split()
+
+
+@pytest.fixture(scope="module")
+def watching(tiny):
+    """What the check saw while every public function was traced, nothing being compiled but the host's own code."""
+    with watched(tiny.dims) as shapes:
+        _trace(tiny)
+        _run(tiny)
+    return shapes
+
+
+def _trace(cfg) -> None:
+    """Trace forward, generate and the MTP layer, with shapes that no other test uses (a program that exists is not traced)."""
+    weights = models.abstract(cfg)
+    long, short = 3 * cfg.index_topk + 1, cfg.index_topk - 3
+    for batch, count, capacity in [(11, long, long + 2), (11, short, short), (11, 1, short + 1), (11, 2, long)]:
+        tokens_BT = jax.ShapeDtypeStruct((batch, count), jnp.int32)
+        empty = jax.eval_shape(lambda batch=batch, capacity=capacity: cache.empty(cfg, batch, capacity, jnp.float32))
+        jax.eval_shape(_forward, weights, tokens_BT, empty, jax.ShapeDtypeStruct((batch,), jnp.int32))
+        h_BTD = jax.ShapeDtypeStruct((batch, count, cfg.hidden_size), jnp.float32)
+        jax.eval_shape(_draft, weights, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+    knobs = sampling.knobs(sampling.Sampling(temperature=1.0), 11, cfg.vocab_size)
+    tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
+    prefill = functools.partial(generation.prefill, slots=9, capacity=37)
+    state = jax.eval_shape(prefill, weights, knobs, tokens_BT, count_B, jax.ShapeDtypeStruct((), jnp.int32))
+    jax.eval_shape(generation.decode, weights, knobs, state)
+
+
+def _forward(weights, tokens_BT, filled, count_B):
+    return model.forward(weights, tokens_BT, cache=filled, count_B=count_B)
+
+
+def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
+    h_BTD, layer_cache, seen = weights.mtp(h_BTD, next_BT, layer_cache, position_BT)
+    return weights.mtp.logits(h_BTD), layer_cache, seen
+
+
+def _run(cfg) -> None:
+    """What works on numbers rather than on shapes."""
+    checks.room(cache.empty(cfg, 2, 5, jnp.float32), checks.counts(np.array([3, 2]), 2, 3))
+    assert generation.plan(models.abstract(cfg), [[5, 6, 7], [8]], 4, None, None).arguments[1].shape[0] == 2
+
+
+def test_names_tell_the_truth(watching):
+    """Every local, argument and field with axes in its name has those axes."""
+    assert not watching.wrong, "\n".join(watching.wrong)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_function_was_watched(watching, name):
+    """No function with suffixed names was left out of the check."""
+    visited = {where for where, _ in watching.seen}
+    functions = suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))
+    assert functions, f"{name} has no suffixed names: take it off the list"
+    assert not functions - visited
+
+
+def test_other_modules_have_no_suffixed_names():
+    """A module with suffixed names is on the list above."""
+    others = {file.stem for file in Path(dsv32_jax.__file__).parent.glob("*.py")} - {*MODULES, "__init__", "__main__"}
+    named = {name for name in others if suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))}
+    assert named == set()
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "def misnamed(x_BTD):\n    y_BTQ = x_BTD\n    return y_BTQ",
+        "def misnamed(x_BTD):\n    y_BT = x_BTD\n    return y_BT",
+        "def misnamed(x_BTD):\n    y_TBD = x_BTD\n    return y_TBD",
+        "def misnamed(x_BTD):\n    y_B1D = x_BTD\n    return y_B1D",
+        "def misnamed(x_BTD):\n    y_nnD = x_BTD\n    return y_nnD",
+        "def misnamed(x_BTD):\n    y_BTY = x_BTD\n    return y_BTY",
+        "def misnamed(x_BTD):\n    return LayerCache(x_BTD, x_BTD, x_BTD).write(POSITION, x_BTD, x_BTD, x_BTD)",
+    ],
+)
+def test_a_misnamed_array_is_caught(tiny, code):
+    """The check can fail: wrong size, rank, order, size-one axis, repeated letter, unknown letter, field."""
+    place = {"__name__": "dsv32_jax.made_up", "LayerCache": cache.LayerCache, "POSITION": jnp.zeros((2, 3), jnp.int32)}
+    exec(code, place)
+    with watched(tiny.dims) as shapes:
+        jax.eval_shape(place["misnamed"], jax.ShapeDtypeStruct((2, 3, tiny.hidden_size), jnp.float32))
+    assert any("dsv32_jax.made_up.misnamed" in line or "dsv32_jax.cache" in line for line in shapes.wrong)
+
+
+def test_suffix():
+    """Which names carry axes."""
+    assert [suffix(name) for name in ("w_uq_HNQ", "cos_BTr", "slot_B11", "order_a", "w_gate", "layer_cache", "x")] == [
+        "HNQ",
+        "BTr",
+        "B11",
+        "a",
+        None,
+        None,
+        None,
+    ]
+
+
+def test_every_size_differs(tiny):
+    """The check sees two sizes mixed up only where they differ."""
+    sizes = {letter: size for letter, size in tiny.dims.items() if letter not in "AL"}
+    assert len(set(sizes.values())) == len(sizes), sizes
+    assert not {2, 3} & set(sizes.values()) - {tiny.num_experts_per_tok}
