@@ -5,15 +5,18 @@ Every component is cut like the weight itself. A component has one element for `
 Where neither holds the leaf cannot keep its format and is stored as bfloat16.
 """
 
-from collections.abc import Sequence
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dsv32_jax.layout import Leaf
 
-from . import weights
-from .detect import Stored
+from .detect import FOLDED, Stored
+from .header import BY_NAME
+from .recast import Recaster
 from .weights import Read
 
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
@@ -29,11 +32,12 @@ class Form(NamedTuple):
 
 
 def choose(leaf: Leaf, sources: Sequence[Stored]) -> Form:
-    """The format in which `leaf` keeps what its sources store: theirs, or bfloat16 where that is impossible."""
-    formats = sorted({(stored.format, stored.block) for stored in sources})
+    """The format in which `leaf` keeps its sources: the one they become, or bfloat16 where that is impossible."""
+    formats = sorted({stored.becomes for stored in sources})
     if {format for format, _ in formats} == {"dense"}:
-        dtypes = {FLOATS[stored.values.dtype] for stored in sources}
-        return Form("dense", 1, dtypes.pop() if len(dtypes) == 1 else "float32")
+        dtypes = {FLOATS[stored.values.dtype] if stored.wanted is None else "bfloat16" for stored in sources}
+        folded = sorted({FOLDED[stored.format] for stored in sources if stored.format in FOLDED})
+        return Form("dense", 1, dtypes.pop() if len(dtypes) == 1 else "float32", " and ".join(folded) or None)
     if len(formats) > 1:
         kinds = " and ".join(f"{format} in blocks of {block}" for format, block in formats)
         return Form("dense", 1, "bfloat16", f"its experts are stored as {kinds}")
@@ -59,25 +63,40 @@ def arrays(leaf: Leaf, form: Form) -> dict[str, tuple[str, tuple[int, ...]]]:
     }
 
 
-def build(leaf: Leaf, sources: Sequence[Stored], form: Form, read: Read) -> dict[str, np.ndarray]:
-    """The components of `leaf`, C-contiguous. Peak memory: the leaf and, where experts are stacked, one expert more."""
+def build(
+    leaf: Leaf,
+    sources: Sequence[Stored],
+    form: Form,
+    read: Read,
+    recaster: Recaster | None = None,
+    spread: Callable[..., Iterable] = map,
+) -> dict[str, np.ndarray]:
+    """The components of `leaf`, C-contiguous. Peak memory: the leaf and, where experts are stacked, those in work.
+
+    `recaster` quantizes and dequantizes (default: by rounding to nearest); `spread` is a `map` that may use threads.
+    """
+    recaster = recaster or Recaster()
     if not leaf.stacked:
-        return {name: np.ascontiguousarray(array) for name, array in _one(leaf, sources[0], form, read).items()}
-    stacked: dict[str, np.ndarray] = {}
-    for expert, stored in enumerate(sources):
-        for name, array in _one(leaf, stored, form, read).items():
-            if expert == 0:
-                stacked[name] = np.empty((len(sources), *array.shape), array.dtype)
-            stacked[name][expert] = array
+        parts = _one(leaf, sources[0], form, read, recaster)
+        return {name: np.ascontiguousarray(array) for name, array in parts.items()}
+    stacked = {name: np.empty(shape, BY_NAME[dtype]) for name, (dtype, shape) in arrays(leaf, form).items()}
+
+    def fill(expert: int, stored: Stored) -> None:
+        for name, array in _one(leaf, stored, form, read, recaster).items():
+            whole = stacked[name]
+            assert (array.dtype, array.shape) == (whole.dtype, whole.shape[1:]), f"{stored.name} is of another form"
+            whole[expert] = array
+
+    collections.deque(spread(lambda item: fill(*item), enumerate(sources)), maxlen=0)
     return stacked
 
 
-def _one(leaf: Leaf, stored: Stored, form: Form, read: Read) -> dict[str, np.ndarray]:
+def _one(leaf: Leaf, stored: Stored, form: Form, read: Read, recaster: Recaster) -> dict[str, np.ndarray]:
     """What one source contributes to `leaf`."""
-    parts = weights.load(stored, read)
     if form.dequantized is not None:
-        parts = {"values": weights.dequantized(stored, parts)}
-    elif form.format == "dense":
+        stored = dataclasses.replace(stored, wanted="bf16")
+    parts = recaster.load(stored, read)
+    if form.format == "dense":
         parts = {"values": parts["values"].astype(form.dtype, copy=False)}
     elements = _elements(leaf, form.format, form.block)
     assert elements is not None

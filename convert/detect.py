@@ -6,8 +6,11 @@ deepseek-fp8       weight F8_E4M3, weight_scale_inv [out/128, in/128]           
 fp8                weight F8_E4M3, weight_scale: 128x128 grid, [out, 1] or one        weight * scale
 modelopt-nvfp4     weight U8, weight_scale [out, in/16], weight_scale_2               e2m1 * scale * scale_2
 packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_scale   e2m1 * scale / global_scale
+modelopt-nvfp4-awq those of modelopt-nvfp4, pre_quant_scale [in]                     e2m1 * scale * scale_2 * pre
+modelopt-nvfp4-svd and svdquant_lora_a [rank, in], svdquant_lora_b [out, rank]       (... + lora_b @ lora_a) * pre
 
 Sizes are rounded up. The block of NVFP4 is in / scale.shape[1], 16 or 32. What is not read is refused by name.
+ModelOpt applies pre_quant_scale to the inputs, before both the matrix and the low-rank path beside it.
 """
 
 import dataclasses
@@ -23,8 +26,7 @@ FP8_BLOCK = 128
 NVFP4_BLOCKS = (16, 32)
 
 REFUSED = (
-    (".pre_quant_scale", "NVFP4 with pre_quant_scale (AWQ)"),
-    (".svdquant_lora_a", "NVFP4 with svdquant_lora (SVD)"),
+    (".weight_quantizer._svdquant_lora_a", "SVDQuant as ModelOpt's first exporters named it"),
     (".input_scale_2", "Quark NVFP4"),
     (".qweight", "AWQ or GPTQ (qweight)"),
     (".weight.packed", "NV_FP4 with the names packed/scales/shape"),
@@ -34,14 +36,28 @@ REFUSED = (
 )
 """Siblings that mean a format which is not read."""
 
+FOLDED = {
+    "nvfp4-awq": "the scale of its inputs (pre_quant_scale, AWQ) has no place in NVFP4",
+    "nvfp4-svd": "its low-rank part (svdquant_lora, SVDQuant) has no place in NVFP4",
+}
+"""Formats that are read but not kept, and why: what stands beside the matrix becomes part of it."""
+
+BESIDE = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
+"""What they are called."""
+
+BECOMES = {"nvfp4": ("nvfp4", 16), "fp8": ("fp8_block", FP8_BLOCK), "bf16": ("dense", 1)}
+"""Formats that a weight can be converted to: the manifest's name, inputs per scale."""
+
 SUPPORTED = "BF16, F16, F32, FP8 E4M3 with weight_scale_inv or weight_scale, NVFP4 of ModelOpt or compressed-tensors"
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """One weight of a checkpoint. `format` is the manifest's, `shape` the logical one, `block` the inputs per scale.
+    """One weight of a checkpoint. `format` is the manifest's (or one of FOLDED), `shape` the logical one, `block` the
+    inputs per scale.
 
-    `values` holds the elements (or packed codes), `scale` their block scales, `tensor_scale` the scalar of NVFP4.
+    `values` holds the elements (or packed codes), `scale` their block scales, `tensor_scale` the scalar of NVFP4,
+    `pre_quant_scale` and `lora` (a, b) what ModelOpt puts beside it. `wanted`: one of BECOMES, None to stay as it is.
     """
 
     kind: str
@@ -51,10 +67,29 @@ class Stored:
     values: Tensor
     scale: Tensor | None = None
     tensor_scale: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
+    lora: tuple[Tensor, ...] = ()
+    wanted: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight, whatever its tensors are called."""
+        return self.values.name.removesuffix("_packed")
+
+    def is_in(self, wanted: str) -> bool:
+        """Whether the weight is in the format `wanted`, one of BECOMES, already."""
+        return BECOMES[wanted][0] == self.format and (wanted != "bf16" or self.values.dtype == "BF16")
+
+    @property
+    def becomes(self) -> tuple[str, int]:
+        """The manifest's format in which the weight is kept, and its inputs per scale."""
+        return (self.format, self.block) if self.wanted is None else BECOMES[self.wanted]
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        return tuple(tensor for tensor in (self.values, self.scale, self.tensor_scale) if tensor is not None)
+        """Every tensor the weight is made of."""
+        found = (self.values, self.scale, self.tensor_scale, self.pre_quant_scale, *self.lora)
+        return tuple(tensor for tensor in found if tensor is not None)
 
 
 class MissingTensors(CheckpointError):
@@ -82,7 +117,7 @@ def detect(name: str, tensors: Mapping[str, Tensor]) -> Stored:
         return _packed_nvfp4(packed, name, tensors)
     weight = _required(name, tensors)
     if weight.dtype == "U8":
-        return _modelopt_nvfp4(weight, name, tensors)
+        return _folded(_modelopt_nvfp4(weight, name, tensors), stem, tensors)
     if weight.dtype == "F8_E4M3":
         return _fp8(weight, name, tensors)
     return _dense(weight)
@@ -156,14 +191,32 @@ def _nvfp4(kind: str, codes: Tensor, scale: Tensor, scalar: Tensor, scale_dtypes
     out, width = codes.shape[0], 2 * codes.shape[1]
     blocks = scale.shape[1]
     if scale.shape[0] != out or not blocks or width % blocks or width // blocks not in NVFP4_BLOCKS:
-        allowed = " or ".join(f"[{out}, {width / block:g}]" for block in NVFP4_BLOCKS)
+        allowed = " or ".join(f"[{out}, {width // block}]" for block in NVFP4_BLOCKS if width % block == 0)
         raise CheckpointError(
-            f"{scale.name} has shape {list(scale.shape)}; for {codes.name} {list(codes.shape)} it must be {allowed} "
-            "(padded and swizzled scales are not supported)"
+            f"{scale.name} has shape {list(scale.shape)}; for {codes.name} {list(codes.shape)} it must be "
+            f"{allowed or 'absent'} (padded and swizzled scales are not supported)"
         )
     if math.prod(scalar.shape) != 1 or scalar.dtype not in FLOATS:
         raise CheckpointError(f"{scalar.name} is {scalar.dtype} {list(scalar.shape)}, not one floating-point number")
     return Stored(kind, "nvfp4", (out, width), width // blocks, codes, scale, scalar)
+
+
+def _folded(stored: Stored, stem: str, tensors: Mapping[str, Tensor]) -> Stored:
+    """`stored` with what ModelOpt's AWQ or SVDQuant put beside it; then it becomes bfloat16 unless told otherwise."""
+    pre, *lora = (tensors.get(stem + suffix) for suffix in BESIDE)
+    if pre is None and lora == [None, None]:
+        return stored
+    method, suffixes = ("nvfp4-awq", BESIDE[:1]) if lora == [None, None] else ("nvfp4-svd", BESIDE)
+    if absent := [stem + suffix for suffix in suffixes if stem + suffix not in tensors]:
+        raise MissingTensors(*absent)
+    found = [tensors[stem + suffix] for suffix in suffixes]
+    (out, width), rank = stored.shape, found[1].shape[0] if lora[0] is not None and lora[0].shape else 0
+    for tensor, shape in zip(found, ((width,), (rank, width), (out, rank)), strict=False):
+        if tensor.shape != shape or tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}, not floats {list(shape)}")
+    return dataclasses.replace(
+        stored, kind=f"modelopt-{method}", format=method, pre_quant_scale=pre, lora=tuple(found[1:]), wanted="bf16"
+    )
 
 
 def _matrix(tensor: Tensor) -> None:

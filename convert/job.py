@@ -13,12 +13,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, OutputExistsError, listing
+from dsv32_jax.integrity import files
 from dsv32_jax.manifest import FILE, JOURNAL, LeafEntry, Manifest
+from dsv32_jax.quantize_search import SCALINGS
 
 from . import cut, facts, weights
 from .journal import Journal
+from .outcome import odd_scales, summary
 from .output import copy_companions, locked, require_apart, require_ours, require_space
 from .plan import GROUP_BYTES, Plan, PlannedLeaf, plan
+from .policy import recipe
+from .recast import Recaster, partners
+from .record import Recorder, with_passport
 from .source import Source
 
 
@@ -30,6 +36,17 @@ class Progress(NamedTuple):
     leaf: str
 
 
+class _Meter:
+    """Adds up what is done, and tells it."""
+
+    def __init__(self, tell: Callable[[Progress], None], total: int, done: int):
+        self._tell, self._total, self._done = tell, total, done
+
+    def add(self, leaf: PlannedLeaf) -> None:
+        self._done += leaf.nbytes
+        self._tell(Progress(self._done, self._total, leaf.leaf.path))
+
+
 def no_progress(progress: Progress) -> None:
     """For callers who do not watch."""
 
@@ -38,19 +55,27 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
+    to: str | None = None,
+    policy: str | Path | None = None,
+    scales: str = "rtn",
+    tensor_scales: str = "own",
     progress: Callable[[Progress], None] = no_progress,
     group_bytes: int = GROUP_BYTES,
 ) -> Manifest:
     """Convert the Hugging Face checkpoint `src` into the folder `dst`; the manifest of what was written.
 
+    Weights keep their format unless `to` ("nvfp4", "fp8", "bf16") or `policy` (a preset or a file, see `policy.py`)
+    says otherwise. NVFP4 block scales are chosen by `scales` ("rtn", "mse", "four-over-six"); `tensor_scales` are each
+    matrix's "own", or "shared" by gate and up and by q_a and kv_a.
     About `group_bytes` (or one larger leaf) are in work at a time. A `dst` that holds a part of the same conversion
     is continued, one that holds all of it is returned as it is. Raises CheckpointError, ConfigError, UsageError,
     OutputExistsError, CapacityError or StorageError; `src` is never written, what `dst` holds is never deleted.
     """
     src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
+    wanted = recipe(to, policy, scales, tensor_scales)
     require_apart(src, dst)
     source = Source(src)
-    planned = plan(source, group_bytes)
+    planned = plan(source, group_bytes, wanted)
     require_ours(dst)
     with locked(dst):
         return _finished(dst, planned) or _run(source, dst, planned, progress)
@@ -82,30 +107,56 @@ def _run(source: Source, dst: Path, planned: Plan, progress: Callable[[Progress]
     require_space(dst, planned.nbytes - ready)
     _require_scales(source, [leaf for part in parts if part not in done for leaf in parts[part]])
     entries = {path: leaf for part in sorted(done) for path, leaf in journal.leaves[part].items()}
-    for part, group in parts.items():
-        if part in done:
-            continue
-        arrays: dict[tuple[str, str], np.ndarray] = {}
-        counts: collections.Counter[str] = collections.Counter()
-        for leaf in group:
-            built = _build(leaf, source, counts)
-            entry = _entry(leaf, built, entries)
-            entries[leaf.leaf.path] = entry
-            arrays |= {(leaf.leaf.path, name): built[name] for name in entry.arrays}
-            ready += leaf.nbytes
-            progress(Progress(ready, planned.nbytes, leaf.leaf.path))
+    meter, read, recaster = _Meter(progress, planned.nbytes, ready), Recorder(source.read), _recaster(planned)
+    for part in sorted(set(parts) - done):
+        arrays, leaves, counts = _group(parts[part], read, recaster, entries, meter)
         if arrays:
             writer.save(part, arrays)
-        journal.add(part, {leaf.leaf.path: entries[leaf.leaf.path] for leaf in group}, dict(counts))
+        del arrays
+        journal.add(part, leaves, counts, recaster.take_outcomes())
+        entries |= leaves
     writer.finish()
     return _complete(source, dst, planned, journal)
 
 
-def _build(planned: PlannedLeaf, source: Source, counts: collections.Counter[str]) -> dict[str, np.ndarray]:
+def _recaster(planned: Plan) -> Recaster:
+    """What quantizes and dequantizes as the plan's recipe says."""
+    together = {}
+    if planned.recipe.tensor_scales == "shared":
+        together = partners(stored for leaf in planned.leaves for stored in leaf.sources)
+    return Recaster(SCALINGS[planned.recipe.scales], together)
+
+
+def _group(
+    group: tuple[PlannedLeaf, ...],
+    read: Recorder,
+    recaster: Recaster,
+    entries: dict[str, LeafEntry],
+    meter: _Meter,
+) -> tuple[dict[tuple[str, str], np.ndarray], dict[str, LeafEntry], dict[str, int]]:
+    """The arrays of `group` to be saved, its leaves' manifest entries, and what was counted.
+
+    `entries` are those of the groups before.
+    """
+    arrays: dict[tuple[str, str], np.ndarray] = {}
+    leaves: dict[str, LeafEntry] = {}
+    counts: collections.Counter[str] = collections.Counter()
+    for leaf in group:
+        built = _build(leaf, read, recaster, counts)
+        entry = with_passport(leaf, _entry(leaf, built, entries | leaves), built, read)
+        leaves[leaf.leaf.path] = entry
+        arrays |= {(leaf.leaf.path, name): built[name] for name in entry.arrays}
+        meter.add(leaf)
+    return arrays, leaves, dict(counts)
+
+
+def _build(
+    planned: PlannedLeaf, read: Recorder, recaster: Recaster, counts: collections.Counter[str]
+) -> dict[str, np.ndarray]:
     """The arrays of one leaf; none for a copy that the source leaves out."""
     if planned.same_as is not None:
         return {}
-    built = cut.build(planned.leaf, planned.sources, planned.form, source.read)
+    built = cut.build(planned.leaf, planned.sources, planned.form, read, recaster)
     found = {name: (array.dtype.name, array.shape) for name, array in built.items()}
     assert found == planned.arrays, f"{planned.leaf.path}: {found} was built, {planned.arrays} was planned"
     facts.require_finite(planned.leaf.path, built)
@@ -147,17 +198,20 @@ def _complete(source: Source, dst: Path, planned: Plan, journal: Journal) -> Man
     """Write the manifest: from now on the folder is a converted checkpoint."""
     leaves = {path: leaf for _, part in sorted(journal.leaves.items()) for path, leaf in part.items()}
     counts: collections.Counter[str] = collections.Counter({"nan_scale_bytes": 0, "zero_blocks": 0})
-    for part in journal.facts.values():
+    for part in (*journal.facts.values(), odd_scales(journal.outcomes)):
         counts.update(part)
     report = {
         "formats": planned.formats,
         "notes": list(planned.notes),
         "ignored": planned.ignored,
+        "conversions": planned.conversions,
+        "errors": summary(journal.outcomes),
         "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
         "companions": copy_companions(source.folder, dst),
         **counts,
     }
-    manifest = Manifest(planned.config, leaves, _origin(source, planned), report, _versions())
+    storage = {"files": files(dst), "mesh": {}}
+    manifest = Manifest(planned.config, leaves, _origin(source, planned), report, _versions(), storage)
     manifest.write(dst)
     journal.file.unlink()
     return manifest
@@ -166,9 +220,14 @@ def _complete(source: Source, dst: Path, planned: Plan, journal: Journal) -> Man
 def _origin(source: Source, planned: Plan) -> dict[str, Any]:
     """What the checkpoint was made from."""
     weights = {s.values.name: s.kind for leaf in planned.leaves for s in leaf.sources}
+    headers = source.header_sha256
     return {
         "folder": source.folder.name,
-        "files": {file.name: identity.size for file, identity in sorted(source.files.items())},
+        "files": {
+            file.name: {"size": identity.size, "header_sha256": headers[file]}
+            for file, identity in sorted(source.files.items())
+        },
+        "quantization_config": source.config.get("quantization_config"),
         "stored": dict(sorted(collections.Counter(weights.values()).items())),
         "plan": planned.digest,
     }

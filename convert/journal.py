@@ -8,9 +8,12 @@ from typing import Any
 from dsv32_jax.errors import OutputExistsError
 from dsv32_jax.manifest import JOURNAL, LeafEntry, leaf_dict, parse_leaf, sync_folder
 
+from .recast import Outcome
+
 
 class Journal:
-    """The journal of the folder `folder`, begun or taken up again. `leaves` and `facts` are what is done, by part.
+    """The journal of the folder `folder`, begun or taken up again. `leaves` and `facts` are what is done, by part,
+    `outcomes` what was converted, by weight.
 
     Raises OutputExistsError when the folder holds the beginning of a conversion with another plan.
     """
@@ -19,6 +22,7 @@ class Journal:
         self.file = folder / JOURNAL
         self.leaves: dict[str, dict[str, LeafEntry]] = {}
         self.facts: dict[str, dict[str, int]] = {}
+        self.outcomes: dict[str, Outcome] = {}
         whole, lines = self._lines()
         if not lines:
             lines = [{"plan": plan_digest, **plan_text}]
@@ -34,15 +38,18 @@ class Journal:
         for line in lines[1:]:
             self.leaves[line["part"]] = {path: parse_leaf(leaf) for path, leaf in line["leaves"].items()}
             self.facts[line["part"]] = line["facts"]
+            self.outcomes |= {name: Outcome(*outcome) for name, outcome in line["outcomes"].items()}
 
-    def add(self, part: str, leaves: dict[str, LeafEntry], facts: dict[str, int]) -> None:
+    def add(self, part: str, leaves: dict[str, LeafEntry], facts: dict[str, int], outcomes: dict[str, Outcome]) -> None:
         """Note that `part` is on disk; durable when this returns."""
-        line = {"part": part, "leaves": {path: leaf_dict(leaf) for path, leaf in leaves.items()}, "facts": facts}
+        entries = {path: leaf_dict(leaf) for path, leaf in leaves.items()}
+        line = {"part": part, "leaves": entries, "facts": facts, "outcomes": outcomes}
         with open(self.file, "a", encoding="utf-8") as out:
             out.write(json.dumps(line) + "\n")
             out.flush()
             os.fsync(out.fileno())
         self.leaves[part], self.facts[part] = leaves, facts
+        self.outcomes |= outcomes
 
     def _lines(self) -> tuple[bool, list[dict[str, Any]]]:
         """The lines of the journal, and whether the last was written whole (a killed process may tear it)."""

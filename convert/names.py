@@ -3,6 +3,13 @@
 import re
 from collections.abc import Iterable
 
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+
+def kind(name: str) -> str:
+    """`name` without its layer and the number of its expert."""
+    return re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", LAYER.sub("", name))
+
 
 def grouped(names: Iterable[str]) -> list[str]:
     """`names` with layers and experts folded: "58 x mlp.experts.*.up_proj.weight (layers 3-60)"."""
@@ -13,20 +20,18 @@ def with_detail(items: Iterable[tuple[str, str]]) -> list[str]:
     """The same for names that each have something to tell: "...: detail"."""
     folded: dict[tuple[str, str], list[tuple[str, int | None]]] = {}
     for name, detail in items:
-        match = re.match(r"model\.layers\.(\d{1,9})\.", name)
-        rest = name[match.end() :] if match else name
-        pattern = re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", rest)
-        folded.setdefault((pattern, detail), []).append((name, int(match[1]) if match else None))
+        match = LAYER.match(name)
+        folded.setdefault((kind(name), detail), []).append((name, int(match[1]) if match else None))
     lines = []
     for (pattern, detail), found in folded.items():
         layers = sorted({layer for _, layer in found if layer is not None})
-        where = f" (layers {_ranges(layers)})" if layers else ""
+        where = f" (layers {ranges(layers)})" if layers else ""
         text = found[0][0] if len(found) == 1 else f"{len(found)} x {pattern}{where}"
         lines.append(f"{text}: {detail}" if detail else text)
     return lines
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """3, 4, 5, 7 as "3-5, 7"."""
     spans: list[list[int]] = []
     for number in numbers:

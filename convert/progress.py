@@ -86,7 +86,10 @@ class Bar(Lines):
 
 def size_text(count: int) -> str:
     """Bytes in decimal units."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def _rich_bar() -> Any:

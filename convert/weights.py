@@ -27,15 +27,24 @@ def load(stored: Stored, read: Read) -> dict[str, np.ndarray]:
     return {"codes": values, "block_scale": block_scale, "tensor_scale": tensor_scale(stored, read).reshape(1, 1)}
 
 
-def dequantized(stored: Stored, parts: dict[str, np.ndarray]) -> np.ndarray:
-    """bfloat16 [out, in] of what `load` returned."""
-    if stored.format == "nvfp4":
-        values = nvfp4_dequantize(parts["codes"], parts["block_scale"], parts["tensor_scale"])
-    elif stored.format == "fp8_block":
-        values = fp8_dequantize(parts["values"], parts["block_scale"])
-    else:
-        values = parts["values"]
-    return values.astype(ml_dtypes.bfloat16)
+def values(stored: Stored, parts: dict[str, np.ndarray], read: Read) -> np.ndarray:
+    """The matrix [out, in] whose components `load` returned, with what stands beside it folded in."""
+    matrix = exact(parts)
+    if stored.lora:
+        a, b = (read(tensor).astype(np.float32) for tensor in stored.lora)
+        matrix += b @ a
+    if stored.pre_quant_scale is not None:
+        matrix *= read(stored.pre_quant_scale).astype(np.float32)
+    return matrix
+
+
+def exact(parts: dict[str, np.ndarray]) -> np.ndarray:
+    """The values of components: float32 of NVFP4, bfloat16 of FP8 (which holds them by definition), dense as it is."""
+    if "codes" in parts:
+        return nvfp4_dequantize(parts["codes"], parts["block_scale"], parts["tensor_scale"])
+    if "block_scale" in parts:
+        return fp8_dequantize(parts["values"], parts["block_scale"], ml_dtypes.bfloat16)
+    return parts["values"]
 
 
 def tensor_scale(stored: Stored, read: Read) -> np.ndarray:

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from . import sharding, vocabulary
+from . import integrity, sharding, vocabulary
+from .arrays import Key
 from .compilation import keep_on_disk
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
@@ -19,6 +20,7 @@ from .manifest import LeafEntry, Manifest
 from .model import Model, build
 from .store import Reader
 
+LEVELS = (None, "quick", "full")
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
 
 GROUP_BYTES = 256 << 20
@@ -28,20 +30,28 @@ ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 """W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
 
 
-def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16) -> Model:
+def load(
+    folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, verify: str | None = None
+) -> Model:
     """The model in a folder that `python -m convert` wrote.
 
     `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
     (axes among data, model, expert) each device reads its own part. At most the model and one leaf (or
     256 MiB of small ones) are in memory.
+    `verify`: "quick" compares the files with the manifest before anything is loaded, "full" also the SHA-256 of every
+    array that was loaded; None trusts the disk.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
-    a tokenizer.json with other token ids.
+    a tokenizer.json with other token ids; VerificationError that names what is damaged.
     """
     keep_on_disk()
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
         raise UsageError(f"dtype must be bfloat16 or float32, not {np.dtype(dtype)}; weights keep their own formats")
+    if verify not in LEVELS:
+        raise UsageError(f"verify must be one of {listing(LEVELS)}, not {verify!r}")
     folder = Path(folder).expanduser().resolve()
     manifest = Manifest.read(folder)
+    if verify is not None:
+        integrity.require_files(folder, manifest)
     cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     _compare(folder, table, manifest.leaves)
@@ -54,7 +64,11 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16) ->
     reader = Reader(folder)
     found: dict[str, Weight] = {}
     for group in _groups(manifest.leaves):
-        found |= _read(reader, {path: manifest.leaves[path] for path in group}, table, mesh, dtype)
+        entries = {path: manifest.leaves[path] for path in group}
+        arrays = _read(reader, entries, table, mesh)
+        if verify == "full":
+            integrity.require_arrays(folder, entries, arrays)
+        found |= _weights(entries, arrays, dtype)
     return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path])
 
 
@@ -73,8 +87,8 @@ def _groups(entries: dict[str, LeafEntry]) -> Iterator[list[str]]:
     yield group
 
 
-def _read(reader: Reader, entries: dict[str, LeafEntry], table: dict[str, Leaf], mesh: Mesh | None, dtype):
-    """The weights of `entries`, each component in the sharding that its leaf's letters give it."""
+def _read(reader: Reader, entries: dict[str, LeafEntry], table: dict[str, Leaf], mesh: Mesh | None):
+    """The arrays of `entries`, each component in the sharding that its leaf's letters give it."""
     targets = {
         (path, name): jax.ShapeDtypeStruct(
             array.shape, np.dtype(array.dtype), sharding=mesh and sharding.of_leaf(mesh, table[path], array.shape)
@@ -82,7 +96,11 @@ def _read(reader: Reader, entries: dict[str, LeafEntry], table: dict[str, Leaf],
         for path, entry in entries.items()
         for name, array in entry.arrays.items()
     }
-    arrays = reader.read(targets)
+    return reader.read(targets)
+
+
+def _weights(entries: dict[str, LeafEntry], arrays: dict[Key, jax.Array], dtype) -> dict[str, Weight]:
+    """The weights that `arrays` are the components of."""
     weights: dict[str, Weight] = {}
     for path, entry in entries.items():
         parts = {name: arrays.pop((path, name)) for name in entry.arrays}

@@ -29,7 +29,7 @@ def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
 
 def prompts(rows: Any, vocab_size: int) -> list[list[int]]:
     """`rows`, a list of lists of token ids, checked; a flat list of ids is refused rather than guessed at."""
-    if isinstance(rows, str) or not hasattr(rows, "__len__"):
+    if isinstance(rows, str | bytes | dict | set) or not hasattr(rows, "__len__"):
         raise UsageError(f"prompts must be a list of lists of token ids, not a {type(rows).__name__}")
     if not len(rows):
         raise UsageError("prompts is empty: there is nothing to generate from")
@@ -67,7 +67,7 @@ def _in_vocabulary(rows: list[list[int]], vocab_size: int) -> None:
         )
 
 
-def counts(count_B: Any, batch: int, new: int) -> jax.Array:
+def counts(count_B: Any, batch: int, new: int) -> jax.Array | np.ndarray:
     """`count_B` as int32 [B]."""
     if isinstance(count_B, Tracer):
         return count_B
@@ -76,10 +76,18 @@ def counts(count_B: Any, batch: int, new: int) -> jax.Array:
         raise UsageError(
             f"count_B must hold, for each of {batch} rows, how many of {new} tokens are real, not {count_B}"
         )
-    return jnp.asarray(array, jnp.int32)
+    return array.astype(np.int32)
 
 
-def room(cache: Cache, count_B: jax.Array) -> None:
+def capacity(slots: Any, count_B: Any) -> int:
+    """`slots`, where it is a size that holds the new tokens of every row."""
+    need = 1 if isinstance(count_B, Tracer) else int(np.max(count_B))
+    if type(slots) is not int or slots < need:
+        raise UsageError(f"capacity is {slots!r}, but a row has {need} tokens; use capacity={need} or more")
+    return slots
+
+
+def room(cache: Cache, count_B: jax.Array | np.ndarray) -> None:
     """The new tokens fit in the cache and the cache has a row for each."""
     if isinstance(count_B, Tracer) or isinstance(cache.length_B, Tracer):
         return

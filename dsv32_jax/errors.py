@@ -1,5 +1,8 @@
 """The errors that reach a user, and the exit code each one ends a command with."""
 
+import errno
+import os
+
 
 class DsvError(Exception):
     """Base of every error this package raises on purpose."""
@@ -49,8 +52,36 @@ class StorageError(DsvError, OSError):
     exit_code = 74
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL_TEXTS = ("RESOURCE_EXHAUSTED", *map(os.strerror, FULL))
+"""How the operating system and TensorStore say that no more fits."""
+
+
+def writing_failed(target: object, error: Exception) -> CapacityError | StorageError:
+    """The error to raise where `target` could not be written because of `error`."""
+    text = str(error)
+    if getattr(error, "errno", None) in FULL or any(full in text for full in FULL_TEXTS):
+        return CapacityError(
+            f"{target} cannot be written: the disk, a quota or a limit of file sizes is exhausted ({_first_line(text)}). "
+            "What was written before is kept: free some space, then run the same command again to continue"
+        )
+    return StorageError(
+        f"{target} cannot be written: {_first_line(text)}. "
+        "What was written before is kept; run the same command again to continue"
+    )
+
+
+def _first_line(text: str) -> str:
+    return (text.splitlines() or [""])[0][:300]
+
+
 def listing(items, limit: int = 8) -> str:
     """`items` joined by commas, the first `limit` of them, and how many more there are."""
     items = [str(item) for item in items]
     more = f", ... and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def printable(text: str) -> str:
+    """`text` with every character that could steer a terminal written as its escape; line breaks stay."""
+    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)

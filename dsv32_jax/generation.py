@@ -13,20 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import checks
 from .cache import Cache, empty
-from .compilation import keep_on_disk, metered
-from .errors import UsageError
+from .compilation import metered
 from .model import Model, forward
-from .sampling import Knobs, Sampling, choose, knobs
-
-SMALLEST_BUCKET = 16
+from .request import Request, plan
+from .sampling import Knobs, Sampling, choose
 
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
     """Where the time went. Rates count real tokens of all rows; compilation is in neither of them."""
 
+    rows: int
     compile_seconds: float
     compiles: int
     prefill_seconds: float
@@ -45,8 +43,6 @@ class Stats:
         """Tokens made a second, after the first of each row, which the prefill makes."""
         decoded = self.new_tokens - self.rows
         return decoded / self.decode_seconds if self.decode_seconds and decoded > 0 else 0.0
-
-    rows: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,8 +115,9 @@ def decode(model: Model, knobs: Knobs, state: State) -> State:
 @partial(jax.jit, static_argnames="ends")
 def _chosen(ends: tuple[int, ...], knobs: Knobs, state: State, logit_BV: jax.Array) -> State:
     """`state` with one more token in every row that is not done; a token of `ends` ends its row."""
-    finite_B = state.finite_B & jnp.all(jnp.isfinite(logit_BV), axis=-1)
+    finite_B = state.finite_B & (state.done_B | jnp.all(jnp.isfinite(logit_BV), axis=-1))
     token_B, logprob_B = choose(knobs, logit_BV, state.cache.length_B)
+    token_B = jnp.where(state.done_B, state.token_B, token_B)
     slot_B1 = jnp.where(state.done_B, state.tokens_Bn.shape[1], state.made_B)[:, None]
     row_B1 = jnp.arange(slot_B1.shape[0])[:, None]
     made_B = state.made_B + (~state.done_B).astype(jnp.int32)
@@ -184,7 +181,7 @@ def _generate(run_prefill, run_decode, model: Model, prompts, max_new_tokens, sa
     request = plan(model, prompts, max_new_tokens, sampling, capacity)
     if request.limit == 0:
         empty_rows: list[Any] = [[] for _ in request.prompts]
-        stats = Stats(0.0, 0, 0.0, 0.0, 0, 0, request.capacity, len(request.prompts))
+        stats = Stats(len(empty_rows), 0.0, 0, 0.0, 0.0, 0, 0, request.capacity)
         return Generation(empty_rows, [list(row) for row in empty_rows], ["length"] * len(empty_rows), stats)
     with metered() as compiled:
         start = time.perf_counter()
@@ -199,6 +196,7 @@ def _generate(run_prefill, run_decode, model: Model, prompts, max_new_tokens, sa
     logprobs = [row[:n].tolist() for row, n in zip(np.asarray(state.logprob_Bn), made, strict=True)]
     reasons = ["stop" if row[-1] in model.cfg.eos_token_id else "length" for row in tokens]
     stats = Stats(
+        rows=len(tokens),
         compile_seconds=compiled.seconds,
         compiles=compiled.count,
         prefill_seconds=max(prefill_seconds - prefill_compiling, 0.0),
@@ -206,7 +204,6 @@ def _generate(run_prefill, run_decode, model: Model, prompts, max_new_tokens, sa
         prompt_tokens=sum(map(len, request.prompts)),
         new_tokens=int(made.sum()),
         capacity=request.capacity,
-        rows=len(tokens),
     )
     return Generation(tokens, logprobs, reasons, stats)
 
@@ -233,7 +230,7 @@ def stream(
     return _stream(model, request) if request.limit else iter(())
 
 
-def _stream(model: Model, request: "Request") -> Iterator[Token]:
+def _stream(model: Model, request: Request) -> Iterator[Token]:
     state = _prefill_jit(model, *request.arguments)
     for made in range(request.limit):
         if made:
@@ -244,58 +241,6 @@ def _stream(model: Model, request: "Request") -> Iterator[Token]:
             yield Token(token, logprob, "stop" if token in model.cfg.eos_token_id else "length")
             return
         yield Token(token, logprob, None)
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A checked request: the prompts, how many tokens may be made, and the shapes that were chosen."""
-
-    prompts: list[list[int]]
-    limit: int
-    capacity: int
-    knobs: Knobs
-
-    @property
-    def arguments(self) -> tuple:
-        """The arguments of `prefill`."""
-        count_B = np.array([len(row) for row in self.prompts], np.int32)
-        tokens_BT = np.zeros((len(count_B), bucket(count_B.max())), np.int32)
-        for row, prompt in zip(tokens_BT, self.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        return self.knobs, tokens_BT, count_B, np.int32(self.limit), bucket(self.limit), self.capacity
-
-
-def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capacity: int | None) -> Request:
-    """Check a request and choose its shapes; nothing is compiled here."""
-    keep_on_disk()
-    rows = checks.prompts(prompts, model.cfg.vocab_size)
-    longest = max(map(len, rows))
-    largest = model.cfg.max_position_embeddings
-    if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= largest):
-        raise UsageError(
-            f"capacity must be a whole number from 1 to max_position_embeddings ({largest}), not {capacity!r}"
-        )
-    available = (largest if capacity is None else capacity) - longest
-    if max_new_tokens is None:
-        max_new_tokens = max(available, 0)
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
-        raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
-    if max_new_tokens > available:
-        raise UsageError(
-            f"the longest prompt has {longest} tokens and {max_new_tokens} new ones are asked for, but a row holds "
-            f"{available + longest}; use max_new_tokens={available} or less"
-            + (f", or capacity={longest + max_new_tokens}" if longest + max_new_tokens <= largest else "")
-            if available >= 0
-            else f"the longest prompt has {longest} tokens, but a row holds {available + longest}; shorten the prompt"
-        )
-    if capacity is None:
-        capacity = bucket(bucket(longest) + max_new_tokens)
-    return Request(rows, max_new_tokens, capacity, knobs(sampling or Sampling(), len(rows), model.cfg.vocab_size))
-
-
-def bucket(size: int) -> int:
-    """The next power of two, at least SMALLEST_BUCKET."""
-    return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
 
 
 def _refuse_nonfinite(model: Model, prompts: list[list[int]], state: State) -> None:

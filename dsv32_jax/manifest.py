@@ -11,7 +11,9 @@ import re
 from pathlib import Path
 from typing import Any, Self
 
+from . import passport
 from .errors import CheckpointError, listing
+from .passport import Passport
 
 FILE = "manifest.json"
 JOURNAL = "journal.jsonl"
@@ -37,18 +39,23 @@ class ArrayEntry:
 
 @dataclasses.dataclass(frozen=True)
 class LeafEntry:
-    """One leaf of the model: its format and arrays, or (`same_as`) the leaf whose arrays it shares."""
+    """One leaf of the model: its format and arrays, or (`same_as`) the leaf whose arrays it shares.
+
+    `passport` tells where it came from; leaves of the same content are equal whatever it says.
+    """
 
     format: str
     arrays: dict[str, ArrayEntry]
     same_as: str | None = None
+    passport: Passport | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
     """A converted checkpoint: the model's config.json, its leaves, and where they came from.
 
-    `source`, `report` and `versions` tell a person what happened; `digest` does not depend on them.
+    `source`, `report` and `versions` tell a person what happened, `storage` which files hold it ("files": by path, size
+    and, of small ones, SHA-256) and for which mesh they are laid out ("mesh"); `digest` does not depend on them.
     """
 
     config: dict[str, Any]
@@ -56,13 +63,13 @@ class Manifest:
     source: dict[str, Any]
     report: dict[str, Any]
     versions: dict[str, str]
+    storage: dict[str, Any] = dataclasses.field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
     @property
     def digest(self) -> str:
         """SHA-256 over config and leaves: equal content gives the same digest wherever and whenever it was made."""
-        content = {"config": self.config, "leaves": {path: leaf_dict(leaf) for path, leaf in self.leaves.items()}}
-        return digest(content)
+        return digest({"config": self.config, "leaves": {path: _content(leaf) for path, leaf in self.leaves.items()}})
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
@@ -90,21 +97,26 @@ class Manifest:
                 f"{file} is malformed ({len(problems)} problems): {listing(problems, 20)}. Convert the original again"
             )
         leaves = {path: parse_leaf(leaf) for path, leaf in raw["leaves"].items()}
-        return cls(raw["config"], leaves, raw["source"], raw["report"], raw["versions"])
+        return cls(raw["config"], leaves, raw["source"], raw["report"], raw["versions"], raw["storage"])
 
     def write(self, folder: str | Path) -> None:
         """Write DST/manifest.json so that it is there whole or not at all, also after a power cut."""
         folder = Path(folder)
-        raw = dataclasses.asdict(self)
+        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         raw["leaves"] = {path: leaf_dict(leaf) for path, leaf in self.leaves.items()}
         raw["digest"] = self.digest
         temporary = folder / (FILE + ".tmp")
         with open(temporary, "w", encoding="utf-8") as out:
-            json.dump(raw, out, indent=1)
+            out.write(_sealed(_text(raw)))
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, folder / FILE)
         sync_folder(folder)
+
+
+def is_sealed(text: str) -> bool:
+    """Whether manifest.json of this `text` is, byte for byte, what was written."""
+    return text == _sealed(text[len(_SEAL) + 64 + 3 :])
 
 
 def digest(content: Any) -> str:
@@ -124,15 +136,38 @@ def sync_folder(folder: Path) -> None:
 
 def leaf_dict(leaf: LeafEntry) -> dict[str, Any]:
     """`leaf` as JSON; `parse_leaf` reads it back."""
-    arrays = {name: [a.dtype, list(a.shape), a.sha256] for name, a in leaf.arrays.items()}
-    shared = {} if leaf.same_as is None else {"same_as": leaf.same_as}
-    return {"format": leaf.format, "arrays": arrays, **shared}
+    return {**_content(leaf), **({} if leaf.passport is None else {"passport": passport.to_json(leaf.passport)})}
 
 
 def parse_leaf(raw: dict[str, Any]) -> LeafEntry:
     """The LeafEntry that `leaf_dict` wrote. Raises KeyError, TypeError or ValueError on anything else."""
     arrays = {name: ArrayEntry(dtype, tuple(shape), sha) for name, (dtype, shape, sha) in raw["arrays"].items()}
-    return LeafEntry(raw["format"], arrays, raw.get("same_as"))
+    about = passport.from_json(raw["passport"]) if "passport" in raw else None
+    return LeafEntry(raw["format"], arrays, raw.get("same_as"), about)
+
+
+def _content(leaf: LeafEntry) -> dict[str, Any]:
+    """What the digest covers of `leaf`."""
+    arrays = {name: [a.dtype, list(a.shape), a.sha256] for name, a in leaf.arrays.items()}
+    shared = {} if leaf.same_as is None else {"same_as": leaf.same_as}
+    return {"format": leaf.format, "arrays": arrays, **shared}
+
+
+_SEAL = '{\n "sha256": "'
+
+
+def _sealed(rest: str) -> str:
+    """The whole text of the file: SHA-256 of `rest` in its first line, then `rest`."""
+    return f'{_SEAL}{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+
+
+def _text(raw: dict[str, Any]) -> str:
+    """`raw` as JSON without its opening brace, one leaf a line."""
+    lines = [f"  {json.dumps(path)}: {json.dumps(leaf)}" for path, leaf in raw["leaves"].items()]
+    short = {key: value for key, value in raw.items() if key not in ("leaves", "storage")}
+    text = json.dumps(short, indent=1).removeprefix("{\n").removesuffix("\n}")
+    leaves = ",\n".join(lines)
+    return f'{text},\n "storage": {json.dumps(raw["storage"])},\n "leaves": {{\n{leaves}\n }}\n}}\n'
 
 
 def _absent(folder: Path) -> str:
@@ -157,20 +192,27 @@ def _problems(raw: Any) -> list[str]:
         return ["not a JSON object"]
     if raw.get("format_version") != FORMAT_VERSION or type(raw["format_version"]) is not int:
         return [f"format_version is {raw.get('format_version')!r}, not {FORMAT_VERSION}"]
-    keys = ("config", "leaves", "source", "report", "versions")
+    keys = ("config", "leaves", "source", "report", "versions", "storage")
     problems = [f"{key} is not an object" for key in keys if not isinstance(raw.get(key), dict)]
     if problems:
         return problems
     for path, leaf in raw["leaves"].items():
         problems += [f"leaf {path}: {problem}" for problem in _leaf_problems(leaf, raw["leaves"])]
-    if not problems and raw.get("digest") != digest({"config": raw["config"], "leaves": raw["leaves"]}):
+    if not problems and raw.get("digest") != digest({"config": raw["config"], "leaves": _contents(raw["leaves"])}):
         problems.append("digest does not match config and leaves: the file was edited or damaged")
     return problems
+
+
+def _contents(leaves: dict[str, Any]) -> dict[str, Any]:
+    """`leaves` as JSON without what the digest does not cover."""
+    return {path: {key: leaf[key] for key in leaf if key != "passport"} for path, leaf in leaves.items()}
 
 
 def _leaf_problems(leaf: Any, leaves: dict[str, Any]) -> list[str]:
     if not isinstance(leaf, dict) or not isinstance(leaf.get("arrays"), dict):
         return ["not an object with arrays"]
+    if "passport" in leaf and (wrong := passport.problem(leaf["passport"])):
+        return [wrong]
     kind, shared = leaf.get("format"), leaf.get("same_as")
     if not isinstance(kind, str) or kind not in COMPONENTS:
         return [f"format {kind!r} is unknown"]

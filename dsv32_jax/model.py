@@ -13,6 +13,7 @@ from . import block, checks
 from .block import Block, Seen
 from .cache import Cache, empty
 from .config import Config
+from .errors import UsageError
 from .formats import Weight
 from .indexer import Indexer
 from .mla import MLA
@@ -78,9 +79,11 @@ def forward(
     """
     tokens_BT = checks.token_matrix(tokens_BT, model.cfg.vocab_size)
     batch, new = tokens_BT.shape
-    count_B = jnp.full(batch, new, jnp.int32) if count_B is None else checks.counts(count_B, batch, new)
+    count_B = np.full(batch, new, np.int32) if count_B is None else checks.counts(count_B, batch, new)
     if cache is None:
-        cache = empty(model.cfg, batch, new if capacity is None else capacity, model.dtype)
+        cache = empty(model.cfg, batch, checks.capacity(new if capacity is None else capacity, count_B), model.dtype)
+    elif capacity is not None:
+        raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
     checks.room(cache, count_B)
     return _forward(model, tokens_BT, cache, count_B)
 

@@ -1,7 +1,10 @@
 """A checkpoint with random weights in Hugging Face layout: for the demo, the notebooks and the tests."""
 
 import json
+import os
+import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import ml_dtypes
@@ -40,22 +43,28 @@ def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> N
 
 
 def _tensors(cfg: Config, storage: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint under its own name."""
+    """Every tensor of the checkpoint under its own name, made by a thread for each core."""
     encode = {"bf16": _bf16, "fp8": _fp8, "nvfp4": _modelopt, "compressed-tensors": _compressed_tensors}[storage]
-    rng = np.random.default_rng(seed)
-    drawn: dict[str, np.ndarray] = {}
-    for leaf in leaves(cfg):
-        for name in leaf.sources:
-            if name in drawn:
-                continue
-            original = COPIES.get(leaf.path)
-            value = drawn[name] = drawn[ORIGINALS[original]] if original else _values(rng, leaf, name)
-            matrix = value.ndim == 2 and not any(part in name for part in DENSE_MATRICES)
-            yield from encode(name, value) if matrix else [(name, value)]
+    sources = {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
+
+    def tensors_of(name: str) -> list[tuple[str, np.ndarray]]:
+        leaf = sources[name]
+        original = COPIES.get(leaf.path)
+        value = _values(leaf, ORIGINALS[original] if original else name, seed)
+        matrix = value.ndim == 2 and not any(part in name for part in DENSE_MATRICES)
+        return encode(name, value) if matrix else [(name, value)]
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for tensors in pool.map(tensors_of, sources):
+            yield from tensors
 
 
-def _values(rng: np.random.Generator, leaf: Leaf, name: str) -> np.ndarray:
-    """Gains near 1, biases near 0, matrices that keep the scale of what they multiply, peaked logits."""
+def _values(leaf: Leaf, name: str, seed: int) -> np.ndarray:
+    """Gains near 1, biases near 0, matrices that keep the scale of what they multiply, peaked logits.
+
+    They depend on `name`, the shape and `seed` alone.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = rng.standard_normal(leaf.source_shape, np.float32)
     if len(leaf.source_shape) == 1:
         return (noise * 0.1 + (0 if "bias" in name else 1)).astype(np.float32)

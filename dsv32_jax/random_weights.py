@@ -1,7 +1,7 @@
 """Random weights made where they are used: an element is a hash of its index, so nothing but the result is stored.
 
-`jax.random.bits` needs 6 to 16 times the memory of what it makes, and a host copy would double it. Here an expert bank of
-6.3 GB takes 6.3 GB, and a leaf is the same on whatever devices it is spread.
+`jax.random.bits` needs 6 to 16 times the memory of what it makes, and a host copy would double it. Here an expert bank
+of 6.3 GB takes 6.3 GB, and a leaf is the same on whatever devices it is spread.
 """
 
 import functools
@@ -31,7 +31,7 @@ GOLDEN = 0x9E3779B1
 
 
 def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0) -> Callable[[str], Weight]:
-    """What `model.build` asks for: the random leaf of each path, stored as `load` would hand out a published checkpoint.
+    """What `model.build` asks for: the random leaf of each path, in the format in which `load` returns a real one.
 
     `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone.
     """
@@ -60,11 +60,11 @@ def random_leaf(leaf: Leaf, storage: str, seed: int) -> Weight:
     """
     number = jnp.uint32(zlib.crc32(leaf.path.encode(), seed))
     if len(leaf.source_shape) == 1:
-        return _uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1)
+        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1)
     deviation = leaf.source_shape[-1] ** -0.5
     if storage == "nvfp4":
         return _nvfp4(leaf.shape, leaf.stacked, number, deviation)
-    return _uniform(leaf.shape, storage, number, 0.0, deviation)
+    return uniform(leaf.shape, storage, number, 0.0, deviation)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -80,14 +80,14 @@ def _nvfp4(shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: 
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _uniform(shape: tuple[int, ...], dtype: str, number: jax.Array, mean: float, deviation: float) -> jax.Array:
+def uniform(shape: tuple[int, ...], dtype: str, number: jax.Array, mean: float, deviation: float) -> jax.Array:
     """Values spread evenly over mean +- sqrt(3) deviations."""
     unit = hashed(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
     return (mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype)
 
 
 def hashed(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
-    """A 32-bit hash of each element's index and `number`: one multiple of the index, then murmur3's last mixing step."""
+    """A 32-bit hash of each element's index and `number`: a sum of multiples, then the last mixing step of murmur3."""
     index = number
     for axis in range(len(shape)):
         step = np.uint32(pow(GOLDEN, axis + 1, 2**32))

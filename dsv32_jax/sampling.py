@@ -38,7 +38,10 @@ class Sampling:
             raise UsageError(f"top_k must be a whole number, 0 for no limit, not {self.top_k!r}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UsageError(f"top_p must be above 0 and at most 1 (no limit), not {self.top_p!r}")
-        seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
+        try:
+            seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
+        except TypeError:
+            seeds = []
         if not seeds or any(type(seed) is not int or not 0 <= seed < 2**63 for seed in seeds):
             raise UsageError(f"seed must be a whole number below 2^63, or one a row, not {self.seed!r}")
 
@@ -60,6 +63,8 @@ class Knobs:
 
 def knobs(sampling: Sampling, batch: int, vocab_size: int) -> Knobs:
     """The traced form of `sampling` for `batch` rows. Raises UsageError where it does not fit them."""
+    if not isinstance(sampling, Sampling):
+        raise UsageError(f"sampling must be a Sampling(temperature=..., seed=...), not {sampling!r}")
     seeds = [sampling.seed] * batch if isinstance(sampling.seed, int) else list(sampling.seed)
     if len(seeds) != batch:
         raise UsageError(f"there are {len(seeds)} seeds for {batch} prompts; give one for all or one each")

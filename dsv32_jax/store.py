@@ -11,33 +11,38 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.arrays import subchunking
+from orbax.checkpoint._src.serialization.type_handlers import NumpyHandler
 
-from .errors import CheckpointError, StorageError, listing
+from . import bands, chunks
+from .arrays import FOLDER, UNFINISHED, Key, parts
+from .errors import CheckpointError, listing, writing_failed
 from .manifest import sync_folder
 
-FOLDER = "weights"
-UNFINISHED = ".orbax-checkpoint-tmp"
-"""What Orbax puts into the name of a checkpoint that it has not finished."""
+Piece = Callable[[Key, tuple[int, ...]], tuple[int, ...]]
+"""The shape of what one device holds of the array of that key and shape."""
 
-CHUNK_BYTES = 64 << 20
-"""Arrays above this are stored in several chunks, so that a device reads little more than its own shard."""
-SMALLEST_CHUNK = 256 << 10
 
-Key = tuple[str, str]
-"""(leaf path, component name)."""
+def whole(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """One device holds everything."""
+    return shape
 
 
 class Writer:
-    """Writes parts to FOLDER/weights. Removes what a killed writer left half done; the caller holds the lock."""
+    """Writes parts to FOLDER/weights. Removes what a killed writer left half done; the caller holds the lock.
 
-    def __init__(self, folder: str | Path):
+    No chunk of an array reaches over the border of a `piece`.
+    """
+
+    def __init__(self, folder: str | Path, piece: Piece = whole):
+        self._piece = piece
         self.folder = Path(folder).absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         for rest in self.folder.glob(f"*{UNFINISHED}*"):
@@ -47,26 +52,39 @@ class Writer:
         """Whether `part` is stored, whole."""
         return (self.folder / part).is_dir()
 
+    def keep(self, wanted: Collection[str]) -> None:
+        """Remove every part but those `wanted`: parts that were stored and then not noted by their writer."""
+        for entry in os.scandir(self.folder):
+            if entry.name not in wanted:
+                shutil.rmtree(entry.path)
+
     def save(self, part: str, group: Mapping[Key, np.ndarray]) -> None:
         """Store `group` as `part`; when this returns, it is on disk. A part of that name is replaced.
 
-        Raises StorageError when that fails.
+        Needs memory for bands.BYTES (or one larger chunk) beside the arrays. Raises StorageError when it fails,
+        CapacityError when the disk is full.
         """
         context = ocp.Context()
         saving = context.array.saving
         saving.use_compression = False
-        saving.storage_options.chunk_byte_size = CHUNK_BYTES
-        saving.scoped_storage_options_creator = _chunks
+        saving.scoped_storage_options_creator = self._options
         context.memory.deepcopy_host_arrays = False
         target = self.folder / part
         try:
             if target.exists():
                 shutil.rmtree(target)
-            with _quiet(), context:
+            with _quiet(), _chunk_shapes_as_given(), _written_in_bands(), context:
                 ocp.save(str(target), _nested(group))
             _sync(target)
-        except OSError as error:
-            raise StorageError(f"{target} cannot be written: {error}. Parts written before are kept") from error
+        except (OSError, ValueError) as error:
+            raise writing_failed(target, error) from error
+
+    def _options(self, keypath: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+        """The chunk shape of one array, where Orbax expects the axes to be cut."""
+        *path, component = (str(entry.key) for entry in keypath)
+        piece = self._piece((".".join(path), component), value.shape)
+        shape = chunks.shape_of(piece, value.dtype.itemsize)
+        return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=shape)
 
     def finish(self) -> None:
         """Make the names of all parts survive a power cut."""
@@ -81,7 +99,7 @@ class Reader:
         self.folder = Path(folder).absolute() / FOLDER
         self.stored: dict[Key, jax.ShapeDtypeStruct] = {}
         self.part: dict[Key, str] = {}
-        for part in _parts(self.folder):
+        for part in parts(self.folder):
             for key, array in _contents(self.folder / part).items():
                 self.stored[key] = array
                 self.part[key] = part
@@ -120,14 +138,6 @@ class Reader:
         return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
 
 
-def _chunks(key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions | None:
-    """Large stacks of experts are chunked by expert: that is the axis which meshes split."""
-    options = ocp.options.ArrayOptions.Saving.StorageOptions(chunk_byte_size=CHUNK_BYTES)
-    if value.ndim >= 3 and value.nbytes > CHUNK_BYTES and value.nbytes // value.shape[0] >= SMALLEST_CHUNK:
-        options.shard_axes = (0,)
-    return options
-
-
 def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key, jax.Array]:
     """The arrays `targets` of one part."""
     context = ocp.Context()
@@ -139,13 +149,6 @@ def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key
         raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
 
 
-def _parts(folder: Path) -> list[str]:
-    try:
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and UNFINISHED not in entry.name)
-    except OSError as error:
-        raise CheckpointError(f"{folder} cannot be read: {error}") from error
-
-
 def _contents(folder: Path) -> dict[Key, jax.ShapeDtypeStruct]:
     """Shape and dtype of every array of one part."""
     try:
@@ -153,6 +156,8 @@ def _contents(folder: Path) -> dict[Key, jax.ShapeDtypeStruct]:
             tree = ocp.metadata(str(folder)).metadata
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
+    if not isinstance(tree, Mapping):
+        raise CheckpointError(f"{folder} is damaged: it has no metadata. Convert again")
     return {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in _flat(tree).items()}
 
 
@@ -192,6 +197,33 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def _chunk_shapes_as_given() -> Iterator[None]:
+    """Orbax derives the shape of chunks from a size in bytes and axes to cut; here the "axes" are the shape itself."""
+    derived = subchunking.choose_chunk_shape
+    subchunking.choose_chunk_shape = lambda *_, shard_axes, **__: shard_axes
+    try:
+        yield
+    finally:
+        subchunking.choose_chunk_shape = derived
+
+
+@contextlib.contextmanager
+def _written_in_bands() -> Iterator[None]:
+    """Orbax hands whole arrays to TensorStore, which copies each before it writes the first byte of it."""
+    whole_arrays = NumpyHandler._open_and_write
+    write = bands.writer()
+
+    async def in_bands(self: NumpyHandler, value: np.ndarray, spec: dict[str, Any], context: Any) -> None:
+        await write(value, spec, context)
+
+    NumpyHandler._open_and_write = in_bands
+    try:
+        yield
+    finally:
+        NumpyHandler._open_and_write = whole_arrays
 
 
 def _name(key: Key) -> str:

@@ -112,6 +112,12 @@ class Case:
         assert self.record(what, off) <= tolerance, f"{self.name} {what}: off by {off}, {tolerance} is allowed"
 
     @functools.cached_property
+    def stored(self) -> dict[str, np.ndarray]:
+        """Every tensor of the checkpoint, as it lies in the shards."""
+        shards = sorted(self.folder.glob("model*.safetensors"))
+        return {name: array for file in shards for name, array in read(file).items()}
+
+    @functools.cached_property
     def converted(self) -> Path:
         """The Orbax checkpoint that the converter makes of the folder."""
         import convert

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv32_jax import formats
+from dsv32_jax import formats, quantize
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.model import Model, build
@@ -23,7 +23,7 @@ def random_model(cfg: Config, *, storage: str = "dense", dtype=jnp.float32, seed
         w = random_leaf(table[path], seed)
         if w.ndim < 2 or path.endswith(PLAIN) or storage == "dense":
             return w
-        return quantized(w, storage)
+        return quantized(w, storage, stacked=table[path].stacked)
 
     return build(cfg, dtype, leaf)
 
@@ -38,14 +38,21 @@ def random_leaf(leaf: Leaf, seed: int) -> jax.Array:
     return jnp.asarray(noise * gain * leaf.shape[-1] ** -0.5)
 
 
-def quantized(w: jax.Array, storage: str) -> formats.Weight:
-    """`w` in `storage`; a stack of matrices is quantized matrix by matrix."""
-    quantize = {"nvfp4": formats.quantize_nvfp4, "fp8": formats.quantize_fp8}[storage]
-    if w.ndim == 2:
-        return quantize(w)
-    stack = [quantize(part.reshape(-1, w.shape[-1])) for part in w]
-    return jax.tree.map(lambda *parts: jnp.stack([p.reshape(*w.shape[1:-1], p.shape[-1])
-                        if p.size > 1 else p.reshape((1,) * (w.ndim - 1)) for p in parts]), *stack)
+def quantized(w: jax.Array, storage: str, *, stacked: bool = False) -> formats.Weight:
+    """`w` in `storage`; where it is `stacked` along its first axis, matrix by matrix."""
+    matrices = np.asarray(w).reshape(len(w) if stacked else 1, -1, w.shape[-1])
+    scalars = (len(w) if stacked else 1, *[1] * (w.ndim - 1))
+    if storage == "fp8":
+        values, grids = zip(*map(quantize.fp8_quantize, matrices), strict=True)
+        scales = [np.repeat(grid, quantize.FP8_BLOCK, axis=0)[: matrices.shape[1]] for grid in grids]
+        return formats.Fp8Block(_shaped(values, w.shape), _shaped(scales, w.shape))
+    codes, scales, tensor_scales = zip(*map(quantize.nvfp4_quantize, matrices), strict=True)
+    tensor_scale = jnp.asarray(np.stack(tensor_scales).reshape(scalars))
+    return formats.NVFP4(_shaped(codes, w.shape), _shaped(scales, w.shape), tensor_scale)
+
+
+def _shaped(parts, shape: tuple[int, ...]) -> jax.Array:
+    return jnp.asarray(np.stack(parts).reshape(*shape[:-1], -1))
 
 
 def abstract(cfg: Config, dtype=jnp.float32) -> Model:

@@ -81,7 +81,7 @@ def _qualname(code: CodeType) -> str:
 
 @contextlib.contextmanager
 def watched(dims: Mapping[str, int], package: str = "dsv32_jax") -> Iterator[Shapes]:
-    """Inside the `with`, every function of `package` is checked as it returns; works under jit, where shapes are known."""
+    """Inside the `with`, every function of `package` is checked as it returns; under jit too: tracers have shapes."""
     shapes = Shapes(dims, package)
     before = sys.getprofile()
     sys.setprofile(shapes.on_event)
@@ -109,13 +109,17 @@ def suffixed_functions(module) -> set[str]:
     return found
 
 
+NESTED = (ast.FunctionDef, ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
+"""What has locals of its own."""
+
+
 def _locals(function: ast.FunctionDef) -> set[str]:
     """Names bound in `function` itself."""
     names = {arg.arg for arg in function.args.args + function.args.kwonlyargs}
     pending = list(function.body)
     while pending:
         node = pending.pop()
-        if isinstance(node, ast.FunctionDef | ast.Lambda | ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+        if isinstance(node, NESTED):
             continue
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)

@@ -27,7 +27,7 @@ def watching(tiny):
 
 
 def _trace(cfg) -> None:
-    """Trace forward, generate and the MTP layer, with shapes that no other test uses (a program that exists is not traced)."""
+    """Trace forward, generate and the MTP layer, in shapes of their own: what was traced before is not traced again."""
     weights = models.abstract(cfg)
     long, short = 3 * cfg.index_topk + 1, cfg.index_topk - 3
     for batch, count, capacity in [(11, long, long + 2), (11, short, short), (11, 1, short + 1), (11, 2, long)]:

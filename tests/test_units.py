@@ -4,9 +4,8 @@ The vectors of what does not exist yet are LATER; `test_no_vector_is_forgotten` 
 """
 
 import dataclasses
-import functools
+from types import SimpleNamespace
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -14,21 +13,23 @@ import pytest
 
 from dsv32_jax import mla, ops, quantize
 from dsv32_jax.cache import LayerCache
-from dsv32_jax.formats import NVFP4, dequantize
+from dsv32_jax.formats import NVFP4, dequantize, quantize_nvfp4
 from dsv32_jax.indexer import index_scores, select, select_all
 from dsv32_jax.moe import gate
 
-LATER = ("actq.", "gemm.", "kv.", "index.k_fp8_u8", "index.k_pages_u8", "index.k_scale", "index.q_fp8_u8",
-         "index.q_scale", "index.weights_folded_f32")  # fmt: skip
-"""FP8 activations, FP8 products, packed caches and FP8 index keys."""
+LATER = tuple(
+    "actq. gemm. kv.dequant_float kv.latent kv.packed kv.pe index.k_pages index.weights_folded mla.lse".split()
+)
+"""FP8 activations, FP8 products and packed caches; and the log-sum-exp, which attention does not return."""
 
 USED = (
-    "gate.bias gate.ids gate.logits gate.weights hadamard.in_bf16 hadamard.out_bf16 index.k_bf16 index.q_bf16 "
-    "index.score_f32 index.top64 index.top64_margin index.weights_proj_out_f32 mla.indices mla.lse_natural_f32 mla.out_f32 "
-    "mla.q_bf16 rope.interleaved rope.neox rope.x yarn.cos yarn.inv_freq_f64 yarn.positions yarn.sin"
+    "gate.bias gate.ids gate.logits gate.weights hadamard.in_bf16 hadamard.out_bf16 index.k_bf16 index.k_fp8_u8 "
+    "index.k_scale index.q_bf16 index.q_fp8_u8 index.q_scale index.score_f32 index.top64 index.top64_margin "
+    "index.weights_proj_out_f32 kv.dequant_ue8m0_bf16 mla.indices mla.out_f32 mla.q_bf16 rope.interleaved "
+    "rope.neox rope.x yarn.cos yarn.inv_freq_f64 yarn.positions yarn.sin"
 ).split()
 
-# ----------------------------------------------------------------------------------------------------------- real sizes
+# --------------------------------------------------------------------------------------------------------- real sizes
 
 
 def test_no_vector_is_forgotten(units):
@@ -87,22 +88,24 @@ def test_rotate_halves_passes_the_rest_through(units):
 def test_gate(units, real):
     """Expert ids and weights of the reference; where all scores are equal the lowest ids win."""
     routing = gate(jnp.asarray(units["gate.logits"])[None], jnp.asarray(units["gate.bias"]), real)
-    ids, weights = np.asarray(routing.expert_BTX)[0], np.asarray(routing.gate_BTX)[0]
-    order = np.argsort(ids[1:], axis=-1)
-    np.testing.assert_array_equal(np.take_along_axis(ids[1:], order, -1), np.sort(units["gate.ids"][1:], axis=-1))
-    expected = np.take_along_axis(units["gate.weights"][1:], np.argsort(units["gate.ids"][1:], axis=-1), -1)
-    np.testing.assert_allclose(np.take_along_axis(weights[1:], order, -1), expected, atol=1e-6)
-    np.testing.assert_allclose(weights.sum(-1), real.routed_scaling_factor, rtol=1e-6)
+    ids, weights = (np.asarray(part)[0] for part in (routing.expert_BTX, routing.gate_BTX))
+    order, expected_order = np.argsort(ids, axis=-1), np.argsort(units["gate.ids"], axis=-1)
+    np.testing.assert_array_equal(
+        np.take_along_axis(ids, order, -1), np.take_along_axis(units["gate.ids"], expected_order, -1)
+    )
+    np.testing.assert_allclose(
+        np.take_along_axis(weights, order, -1), np.take_along_axis(units["gate.weights"], expected_order, -1), atol=1e-6
+    )
+    assert len(np.unique(units["gate.logits"][0])) == 1
 
 
-def test_gate_of_equal_scores(units, real):
-    """The first row's scores are all equal: lower groups and lower ids win, each with the same weight."""
-    logits = units["gate.logits"][:1]
-    assert len(np.unique(logits)) == 1
-    for bias in (np.zeros_like(units["gate.bias"]), np.full_like(units["gate.bias"], -0.3)):
-        routing = gate(jnp.asarray(logits)[None], jnp.asarray(bias), real)
-        assert np.asarray(routing.expert_BTX)[0, 0].tolist() == list(range(8))
-        np.testing.assert_allclose(np.asarray(routing.gate_BTX)[0, 0], 2.5 / 8, rtol=1e-6)
+@pytest.mark.parametrize("bias", [0.0, -0.75])
+def test_gate_of_equal_scores(real, bias):
+    """Where every biased score is the same, lower groups and lower ids win, each with the same weight."""
+    experts = real.n_routed_experts
+    routing = gate(jnp.zeros((1, 2, experts)), jnp.full(experts, bias, jnp.float32), real)
+    assert np.asarray(routing.expert_BTX).tolist() == [[list(range(8))] * 2]
+    np.testing.assert_allclose(np.asarray(routing.gate_BTX), 2.5 / 8, rtol=1e-6)
 
 
 def test_gate_with_negative_scores(real):
@@ -125,19 +128,28 @@ def test_hadamard_is_byte_exact(units):
 
 
 def test_indexer_scores(units):
-    """64 heads of 128 over 192 keys: the scores of the reference and its 64 best keys."""
-    queries, keys = (jnp.asarray(units[name])[None].astype(jnp.float32) for name in ("index.q_bf16", "index.k_bf16"))
-    weights = jnp.asarray(units["index.weights_proj_out_f32"])[None] * (64 * 128) ** -0.5
-    visible = jnp.arange(192) <= jnp.arange(184, 192)[None, :, None]
-    want = units["index.score_f32"]
-    for hadamard in (lambda x: x, ops.hadamard):
-        score = np.asarray(index_scores(hadamard(queries), weights, hadamard(keys), visible))[0]
-        seen = np.isfinite(want)
-        np.testing.assert_array_equal(np.isfinite(score), seen)
-        np.testing.assert_allclose(score[seen], want[seen], atol=2e-5)
-        selected = np.asarray(select(jnp.asarray(score)[None], 64))[0]
-        assert units["index.top64_margin"].min() > 4e-5
-        np.testing.assert_array_equal(np.sort(selected, axis=-1), np.sort(units["index.top64"], axis=-1))
+    """64 heads of 128 over 192 keys: the scores of the reference and its 64 best visible keys."""
+    query = _fp8(units, "index.q_fp8_u8") * units["index.q_scale"][..., None]
+    key = _fp8(units, "index.k_fp8_u8") * units["index.k_scale"][:, None]
+    weight = units["index.weights_proj_out_f32"] * np.float32((64 * 128) ** -0.5)
+    visible = np.arange(192) <= np.arange(184, 192)[:, None]
+    score = np.asarray(index_scores(*(jnp.asarray(part)[None] for part in (query, weight, key, visible))))[0]
+    np.testing.assert_allclose(score[visible], units["index.score_f32"][visible], atol=1e-5)
+    assert np.isneginf(score[~visible]).all() and units["index.top64_margin"].min() > 1e-4
+    selected = np.asarray(select(jnp.asarray(score)[None], 64))[0]
+    np.testing.assert_array_equal(np.sort(selected, axis=-1), np.sort(units["index.top64"], axis=-1))
+
+
+def test_index_inputs_of_the_reference(units):
+    """What FP8 rounded is the Hadamard transform of queries and keys, within FP8's own error."""
+    for name in ("q", "k"):
+        exact = np.asarray(ops.hadamard(jnp.asarray(units[f"index.{name}_bf16"])), np.float32)
+        stored = _fp8(units, f"index.{name}_fp8_u8") * units[f"index.{name}_scale"][..., None]
+        assert np.linalg.norm(stored - exact) < 0.04 * np.linalg.norm(exact)
+
+
+def _fp8(units, name: str) -> np.ndarray:
+    return units[name].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
 def test_select_on_ties_and_short_rows():
@@ -148,45 +160,138 @@ def test_select_on_ties_and_short_rows():
     assert [sorted(row.tolist()) for row in got] == [[0, 1, 2], [-1, -1, 0], [-1, 0, 1]]
 
 
-# -------------------------------------------------------------------------------------------------------- sparse attention
-
-
-@dataclasses.dataclass(frozen=True)
-class Latents:
-    """Attention at the real sizes in the form that needs no up-projection: W^UK and W^UV are cut-outs of the identity."""
-
-    cfg: object
-    w_uk_HNC: jax.Array
-    w_uv_HPC: jax.Array
-
-
-@pytest.fixture(scope="module")
-def latents(units, real):
-    """Queries in the latents' space, 16 heads of 512 + 64, over 130 keys, and a 512 x 512 identity as up-projections."""
-    cfg = dataclasses.replace(real, qk_nope_head_dim=512, v_head_dim=512, num_attention_heads=16)
-    eye = jnp.broadcast_to(jnp.eye(512), (16, 512, 512))
-    query = jnp.asarray(units["mla.q_bf16"])[None].astype(jnp.float32)
-    return _Scaled(cfg, real.softmax_scale), eye, query[..., :512], query[..., 512:]
-
-
-class _Scaled:
-    """A config whose head sizes are those of the latents, but whose softmax scale is the real one."""
-
-    def __init__(self, cfg, scale):
-        self.cfg, self.softmax_scale = cfg, scale
-
-
-def test_sparse_attention(units, latents, request):
-    """Scores, softmax and values over the selected positions, as in float64; -1 and repeats of nothing are ignored."""
-    keys = _keys(units)
-    if keys is None:
-        return
-    scaled, eye, q_c, q_r = latents
-    layer = Latents(scaled, eye, eye)
-    cache = LayerCache(keys[None, :, :512], keys[None, :, 512:], jnp.zeros((1, len(keys), 1)))
-    got = mla.sparse(layer, q_c, q_r, cache, jnp.asarray(units["mla.indices"])[None])
+def test_sparse_attention(units, real):
+    """Attention over the selected latents with the real scale, as in float64; -1 is nothing."""
+    query, kv = (jnp.asarray(units[name])[None].astype(jnp.float32) for name in ("mla.q_bf16", "kv.dequant_ue8m0_bf16"))
+    indices = units["mla.indices"]
+    assert (indices < 0).any() and (indices >= 0).any(axis=-1).all()
+    latent = real.kv_lora_rank
+    identity = jnp.broadcast_to(jnp.eye(latent), (query.shape[2], latent, latent))
+    up_projected = SimpleNamespace(cfg=real, w_uk_HNC=identity, w_uv_HPC=identity)
+    cache = LayerCache(kv[..., :latent], kv[..., latent:], jnp.zeros((1, kv.shape[1], 1)))
+    got = mla.sparse(up_projected, query[..., :latent], query[..., latent:], cache, jnp.asarray(indices)[None])
     np.testing.assert_allclose(got[0], units["mla.out_f32"], atol=2e-5)
 
 
-def _keys(units):
-    raise NotImplementedError
+def test_the_three_forms_agree(real):
+    """Expanded, absorbed, and sparse over everything visible, at the real head sizes."""
+    heads, tokens, slots = 4, 3, 17
+    rng = np.random.default_rng(0)
+
+    def random(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    layer = SimpleNamespace(cfg=real, w_uk_HNC=random(heads, 128, 512) / 512**0.5, w_uv_HPC=random(heads, 128, 512))
+    cache = LayerCache(random(2, slots, 512), random(2, slots, 64), random(2, slots, 1))
+    q_c, q_r = random(2, tokens, heads, 128), random(2, tokens, heads, 64)
+    visible = jnp.arange(slots) <= jnp.asarray([[0, 7, 16], [3, 4, 5]])[..., None]
+    expanded = mla.expanded(layer, q_c, q_r, cache, visible)
+    absorbed = mla.absorbed(layer, q_c, q_r, cache, visible)
+    sparse = mla.sparse(layer, q_c, q_r, cache, select_all(visible))
+    tolerance = 1e-5 * float(jnp.abs(expanded).max())
+    np.testing.assert_allclose(absorbed, expanded, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(sparse, expanded, atol=tolerance, rtol=0)
+    alone = jnp.einsum("hpc,c->hp", layer.w_uv_HPC, cache.c_kv_BSC[0, 0])
+    np.testing.assert_allclose(expanded[0, 0], alone, atol=tolerance, rtol=0)
+
+
+def test_form_by_cost(real):
+    """One query over a long cache is absorbed, a whole prompt is expanded."""
+    assert mla.dense(real, 1, 4096) is mla.absorbed
+    assert mla.dense(real, 1024, 1024) is mla.expanded
+
+
+# -------------------------------------------------------------------------------------------------------------- NVFP4
+
+E2M1_OF_CODE = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0]
+
+QUANTIZER_SETS = ["random_bf16", "random_f32", "ties", "scale_ties", "edge", "fp8_source"]
+"""What our quantizer must reproduce; `all_zero` (ModelOpt divides by zero) and `ws2_20pct_low` (a scale that does not
+fit) are read only."""
+
+
+def test_every_byte(nvfp4_units):
+    """All 256 bytes decode to the two values of the literal table, low nibble first."""
+    codes = np.arange(256, dtype=np.uint8).reshape(1, 256)
+    np.testing.assert_array_equal(nvfp4_units["decode.bytes"], codes[0])
+    got = _both(codes, np.ones((1, 32), ml_dtypes.float8_e4m3fn), 1.0)[0]
+    literal = [[E2M1_OF_CODE[byte & 15], E2M1_OF_CODE[byte >> 4]] for byte in range(256)]
+    np.testing.assert_array_equal(got.reshape(256, 2), literal)
+    np.testing.assert_array_equal(np.signbit(got.reshape(256, 2)), np.signbit(literal))
+    np.testing.assert_array_equal(got[0::2], nvfp4_units["decode.low"])
+    np.testing.assert_array_equal(got[1::2], nvfp4_units["decode.high"])
+
+
+def test_every_scale(nvfp4_units):
+    """All E4M3 codes as block scales, over sixteen ones; the two NaNs stand for the largest."""
+    scales = np.arange(256, dtype=np.uint8).reshape(1, 256).view(ml_dtypes.float8_e4m3fn)
+    got = _both(np.full((1, 256 * 8), 0x22, np.uint8), scales, 1.0)[0].reshape(256, 16)
+    want = np.where(np.isnan(nvfp4_units["e4m3.values"]), 448.0, nvfp4_units["e4m3.values"])
+    assert np.isnan(nvfp4_units["e4m3.values"]).sum() == 2
+    np.testing.assert_array_equal(got, np.broadcast_to(want[:, None], got.shape))
+
+
+def test_nan_scales(nvfp4_units):
+    """A NaN scale is 448 where the block is not zero; zero and subnormal scales are what they are."""
+    scale = nvfp4_units["nan.weight_scale_u8"].view(ml_dtypes.float8_e4m3fn)
+    assert np.isnan(scale.astype(np.float32)).any() and (scale.view(np.uint8) == 0).any()
+    got = _both(nvfp4_units["nan.weight"], scale, nvfp4_units["nan.weight_scale_2"])
+    np.testing.assert_allclose(got, nvfp4_units["nan.dequant"], rtol=4e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", QUANTIZER_SETS)
+def test_quantizer(nvfp4_units, name):
+    """Scale bytes, tensor scale and code magnitudes are ModelOpt's; only the sign of zeros is free."""
+    expected = {part: nvfp4_units[f"{name}.modelopt.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")}
+    codes, block_scale, tensor_scale = quantize.nvfp4_quantize(nvfp4_units[f"{name}.input"])
+    assert tensor_scale.shape == (1, 1) and tensor_scale.dtype == np.float32
+    np.testing.assert_array_equal(tensor_scale.reshape(()), expected["weight_scale_2"])
+    np.testing.assert_array_equal(block_scale.view(np.uint8), expected["weight_scale"].view(np.uint8))
+    np.testing.assert_array_equal(signless_zeros(codes), signless_zeros(expected["weight"]))
+    on_device = quantize_nvfp4(jnp.asarray(nvfp4_units[f"{name}.input"]))
+    for got, want in zip((on_device.codes, on_device.block_scale, on_device.tensor_scale),
+                         (codes, block_scale, tensor_scale), strict=True):  # fmt: skip
+        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
+
+
+@pytest.mark.parametrize("name", [*QUANTIZER_SETS, "ws2_20pct_low"])
+def test_dequantizer_of_modelopt(nvfp4_units, name):
+    """What ModelOpt stores has the values that ModelOpt's dequantizer gives it."""
+    stored = (nvfp4_units[f"{name}.modelopt.{part}"] for part in ("weight", "weight_scale", "weight_scale_2"))
+    np.testing.assert_allclose(_both(*stored), nvfp4_units[f"{name}.modelopt.dequant"], rtol=2.4e-7, atol=0)
+
+
+@pytest.mark.parametrize("name", [*QUANTIZER_SETS, "all_zero"])
+def test_dequantizer_of_compressed_tensors(nvfp4_units, name):
+    """The global scale of compressed-tensors divides; rounded to bfloat16 the values are the tool's, bit for bit."""
+    codes, block_scale, divisor = (
+        nvfp4_units[f"{name}.ct.{part}"] for part in ("weight_packed", "weight_scale", "weight_global_scale")
+    )
+    exact = _both(codes, block_scale, 1 / divisor[0]).astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(exact.astype(np.float32), nvfp4_units[f"{name}.ct.dequant_bf16"].astype(np.float32))
+
+
+def test_all_zero_matrix(nvfp4_units):
+    """ModelOpt stores NaN scales and a tensor scale of 0 for zeros: they read as zeros, and so does what we store."""
+    stored = [nvfp4_units[f"all_zero.modelopt.{part}"] for part in ("weight", "weight_scale", "weight_scale_2")]
+    assert np.isnan(stored[1].astype(np.float32)).all() and stored[2] == 0
+    zeros = np.zeros((16, 64), np.float32)
+    np.testing.assert_array_equal(_both(*stored), zeros)
+    codes, block_scale, tensor_scale = quantize.nvfp4_quantize(zeros)
+    assert np.isfinite(block_scale.astype(np.float32)).all() and tensor_scale.item() > 0
+    np.testing.assert_array_equal(_both(codes, block_scale, tensor_scale), zeros)
+
+
+def _both(codes, block_scale, tensor_scale) -> np.ndarray:
+    """The dequantized matrix, which NumPy and JAX must agree on bit for bit."""
+    parts = codes, block_scale, np.asarray(tensor_scale, np.float32).reshape(1, 1)
+    on_host = quantize.nvfp4_dequantize(*parts)
+    on_device = np.asarray(dequantize(NVFP4(*map(jnp.asarray, parts)), jnp.float32))
+    np.testing.assert_array_equal(on_host.view(np.uint32), on_device.view(np.uint32))
+    return on_host
+
+
+def signless_zeros(codes: np.ndarray) -> np.ndarray:
+    """Both codes of every byte, minus zero written as zero."""
+    pairs = np.stack([codes & 15, codes >> 4], axis=-1)
+    return np.where(pairs == 8, 0, pairs)

@@ -31,19 +31,19 @@ LEFT_OUT = (
     r"fp8sim\.(?!hidden\.1$).*",
     r"nvfp4\.bf16w\..*",
     r"dequant_bf16\..*",
-    r"(actq|gemm|kv)\..*",
-    r"index\.(k_fp8_u8|k_pages_u8|k_scale|q_fp8_u8|q_scale|weights_folded_f32)",
+    r"nvfp4\.dequant\..*",
+    r"(actq|gemm)\..*",
+    r"kv\.(?!dequant_ue8m0).*",
+    r"index\.(k_pages_u8|weights_folded_f32)",
 )
-"""Tensors that repeat what others show (all but the last two), or belong to what does not exist yet (the last two)."""
+"""Tensors that repeat what others show, or belong to what does not exist yet (the last three)."""
 
 
 def kept(names: dict[str, int]) -> list[str]:
     """The names of a file to keep, given each one's size: of `dequant.*` only the smallest."""
     left = [name for name in names if not any(re.fullmatch(pattern, name) for pattern in LEFT_OUT)]
-    for prefix in ("dequant.", "nvfp4.dequant."):
-        matrices = sorted((name for name in left if name.startswith(prefix)), key=lambda name: (names[name], name))
-        left = [name for name in left if name not in matrices[1:]]
-    return left
+    matrices = sorted((name for name in left if name.startswith("dequant.")), key=lambda name: (names[name], name))
+    return [name for name in left if name not in matrices[1:]]
 
 
 def trim(source: Path, target: Path) -> None:

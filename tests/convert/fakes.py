@@ -1,0 +1,56 @@
+"""Tensors without files, files without meaning, and checkpoints that can be changed."""
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from convert.header import DTYPES, Tensor, read_header
+from convert.source import Source
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def tensors(arrays: dict[str, np.ndarray]) -> dict[str, Tensor]:
+    """`arrays` as a header would list them."""
+    return {
+        name: Tensor(name, Path("no-file"), NAMES[array.dtype], array.shape, 0, array.nbytes)
+        for name, array in arrays.items()
+    }
+
+
+def file_bytes(header: object, data: bytes = b"", length: int | None = None) -> bytes:
+    """A safetensors file; `header` may be an object or the bytes of one, `length` what it claims to be long."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+def header_of(file: Path):
+    """What the converter makes of `file`."""
+    with open(file, "rb") as stream:
+        return read_header(stream.fileno(), file, file.stat().st_size)
+
+
+def write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:
+    """A valid shard."""
+    header, data = {}, b""
+    for name, array in arrays.items():
+        offsets = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": NAMES[array.dtype], "shape": list(array.shape), "data_offsets": offsets}
+        data += array.tobytes()
+    file.write_bytes(file_bytes(header, data))
+
+
+def load(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint."""
+    source = Source(folder)
+    return {name: source.read(tensor) for name, tensor in source.tensors.items()}
+
+
+def write_checkpoint(folder: Path, config: dict, arrays: dict[str, np.ndarray]) -> Path:
+    """A checkpoint of one shard without an index."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    write_shard(folder / "model.safetensors", arrays)
+    return folder

@@ -1,0 +1,325 @@
+"""The conversion: bytes arrive as they were, and whatever stops it, nothing is lost or taken for finished."""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+from convert import cut, output
+from convert.detect import Stored
+from convert.header import Tensor
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
+from dsv32_jax.layout import leaves
+from dsv32_jax.manifest import Manifest
+from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize
+from dsv32_jax.store import Reader
+
+from . import fakes
+from .conftest import STORAGES
+
+REPOSITORY = Path(__file__).parents[2]
+GROUP = 60_000
+"""Bytes saved together: small enough for several parts."""
+
+
+def stored(folder: Path) -> dict[str, dict[str, np.ndarray]]:
+    """Every array of a converted checkpoint, by leaf."""
+    manifest, reader = Manifest.read(folder), Reader(folder)
+    arrays = reader.read({(path, name): None for path, leaf in manifest.leaves.items() for name in leaf.arrays})
+    found: dict[str, dict[str, np.ndarray]] = {path: {} for path in manifest.leaves}
+    for (path, name), array in arrays.items():
+        found[path][name] = np.asarray(array)
+    return found
+
+
+def values(format: str, arrays: dict[str, np.ndarray]) -> np.ndarray:
+    if format == "nvfp4":
+        return nvfp4_dequantize(**arrays)
+    return fp8_dequantize(*arrays.values()) if format == "fp8_block" else arrays["values"].astype(np.float32)
+
+
+def dense(name: str, array: np.ndarray) -> Stored:
+    return Stored("dense", "dense", array.shape, 1, Tensor(name, Path(), "F32", array.shape, 0, array.nbytes))
+
+
+@pytest.fixture(scope="module")
+def converted(checkpoints, tmp_path_factory) -> dict[str, Path]:
+    """Each small checkpoint, converted in several parts."""
+    root = tmp_path_factory.mktemp("converted")
+    for storage in STORAGES:
+        convert.convert(checkpoints[storage], root / storage, group_bytes=GROUP)
+    return {storage: root / storage for storage in STORAGES}
+
+
+def test_golden_checkpoints_convert_to_the_values_of_the_reference(case):
+    manifest, arrays = Manifest.read(case.converted), stored(case.converted)
+    compared = 0
+    for leaf in leaves(Config.from_dict(manifest.config)):
+        for expert, source in enumerate(leaf.sources):
+            if (want := case.tensors.get(f"dequant.{source.removesuffix('.weight')}")) is None:
+                want = case.tensors.get(f"dequant.{source}")
+            if want is None:
+                continue
+            one = leaf._replace(shape=leaf.shape[leaf.stacked :], sources=(source,), stacked=False)
+            want = cut.build(one, [dense(source, want)], cut.Form("dense", 1, "float32"), lambda t, want=want: want)
+            got = values(manifest.leaves[leaf.path].format, arrays[leaf.path])
+            got = got[expert] if leaf.stacked else got
+            np.testing.assert_allclose(got, want["values"], rtol=4e-7, atol=0)
+            compared += 1
+    assert compared >= sum(name.startswith("dequant.") for name in case.tensors)
+
+
+def test_golden_bytes_are_kept(case):
+    """Every byte of a tensor that is not cut is found again in its leaf."""
+    source, arrays = fakes.load(case.folder), stored(case.converted)
+    manifest = Manifest.read(case.converted)
+    compared = 0
+    for leaf in leaves(Config.from_dict(manifest.config)):
+        entry = manifest.leaves[leaf.path]
+        leaf_arrays = arrays[entry.same_as or leaf.path]
+        if leaf.cut is not None or entry.format == "fp8_block":
+            continue
+        codes = leaf_arrays.get("codes", leaf_arrays.get("values"))
+        packed = [source.get(name + "_packed", source.get(name)) for name in leaf.sources]
+        assert codes.tobytes() == b"".join(array.tobytes() for array in packed)
+        if entry.format == "nvfp4":
+            scales = b"".join(source[name + "_scale"].tobytes() for name in leaf.sources)
+            assert leaf_arrays["block_scale"].tobytes() == scales
+        compared += 1
+    assert compared >= 19
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_what_is_stored_is_what_the_manifest_says(storage, converted, checkpoints, tmp_path):
+    manifest = Manifest.read(converted[storage])
+    assert len(list((converted[storage] / "weights").iterdir())) > 4
+    for path, arrays in stored(converted[storage]).items():
+        for name, entry in manifest.leaves[path].arrays.items():
+            array = arrays[name]
+            assert (array.dtype.name, array.shape) == (entry.dtype, entry.shape)
+            assert hashlib.sha256(array.tobytes()).hexdigest() == entry.sha256
+    assert {path for path, leaf in manifest.leaves.items() if leaf.same_as} == {"mtp.embed_VD", "mtp.head_VD"}
+    again = convert.convert(checkpoints[storage], tmp_path / "whole")
+    assert again.digest == manifest.digest
+
+
+def test_both_names_of_nvfp4_give_the_same_bytes(converted):
+    first, second = stored(converted["nvfp4"]), stored(converted["compressed-tensors"])
+    for path, arrays in first.items():
+        for name, array in arrays.items():
+            if name == "tensor_scale":
+                np.testing.assert_allclose(array, second[path][name], rtol=2e-7)
+            else:
+                assert array.tobytes() == second[path][name].tobytes()
+
+
+def test_a_copy_that_differs_is_stored(checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints["bf16"] / "config.json").read_text()), fakes.load(checkpoints["bf16"])
+    name = "model.layers.3.shared_head.head.weight"
+    arrays[name] = (arrays[name].astype(np.float32) * 2).astype(ml_dtypes.bfloat16)
+    manifest = convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
+    assert manifest.leaves["mtp.head_VD"].same_as is None and manifest.leaves["mtp.embed_VD"].same_as == "embed_VD"
+    assert stored(tmp_path / "out")["mtp.head_VD"]["values"].tobytes() == arrays[name].tobytes()
+
+
+def test_odd_scales_are_kept_and_counted(checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints["nvfp4"] / "config.json").read_text()), fakes.load(checkpoints["nvfp4"])
+    name = "model.layers.0.mlp.up_proj.weight"
+    scale = arrays[name + "_scale"].view(np.uint8)
+    scale[0, :3], scale[1, 0], scale[2, 0] = 0, 0x7F, 0xFF
+    manifest = convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
+    assert (manifest.report["nan_scale_bytes"], manifest.report["zero_blocks"]) == (2, 3)
+    kept = stored(tmp_path / "out")["layers.0.ffn.w_up_FD"]["block_scale"]
+    assert kept.tobytes() == scale.tobytes()
+
+
+@pytest.mark.parametrize("storage, name", [("bf16", "lm_head.weight"), ("fp8", "model.layers.0.mlp.up_proj.weight")])
+def test_values_that_are_not_finite_stop_it(storage, name, checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints[storage] / "config.json").read_text()), fakes.load(checkpoints[storage])
+    arrays[name][3, 5] = np.nan
+    with pytest.raises(CheckpointError, match="1 values that are NaN or infinite"):
+        convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
+
+
+def test_inverted_scales_are_all_told_before_anything_is_written(checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints["nvfp4"] / "config.json").read_text()), fakes.load(checkpoints["nvfp4"])
+    names = [name for name in arrays if "experts" in name and name.endswith("gate_proj.weight_scale_2")]
+    arrays |= {name: 1 / arrays[name] for name in names}
+    with pytest.raises(
+        CheckpointError, match=f"{len(names)} unusable tensor scales.*weight_global_scale, which divides"
+    ):
+        convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
+    assert not list((tmp_path / "out" / "weights").iterdir())
+
+
+DIE = """
+import os, signal, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+import convert
+from convert import job, journal
+from dsv32_jax import manifest, store
+def die_at(owner, name, count, after):
+    original, calls = getattr(owner, name), []
+    def dying(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == count and not after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        result = original(*args, **kwargs)
+        if len(calls) == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
+    setattr(owner, name, dying)
+src, dst, where, group = sys.argv[1:]
+if where == "while cutting":
+    die_at(job.cut, "build", 40, False)
+elif where == "while writing":
+    from orbax.checkpoint._src.path import atomicity
+    die_at(atomicity.AtomicRenameTemporaryPath, "finalize", 3, False)
+elif where == "between data and journal":
+    die_at(journal.Journal, "add", 3, False)
+elif where == "before the manifest":
+    die_at(manifest.Manifest, "write", 1, False)
+elif where == "after the manifest":
+    die_at(manifest.Manifest, "write", 1, True)
+convert.convert(src, dst, group_bytes=int(group))
+"""
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["while cutting", "while writing", "between data and journal", "before the manifest", "after the manifest"],
+)
+def test_killed_anywhere_it_continues(where, checkpoints, converted, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", DIE, str(checkpoints["nvfp4"]), str(out), where, str(GROUP)]
+    assert subprocess.run(command, cwd=REPOSITORY, check=False, capture_output=True).returncode == -signal.SIGKILL
+    if where != "after the manifest":
+        with pytest.raises(CheckpointError, match="unfinished conversion"):
+            Manifest.read(out)
+        with open(out / "journal.jsonl", "a") as journal:
+            journal.write('{"part": "000')
+    cuts = []
+    build = cut.build
+    monkeypatch.setattr(cut, "build", lambda leaf, *rest: cuts.append(leaf.path) or build(leaf, *rest))
+    manifest = convert.convert(checkpoints["nvfp4"], out, group_bytes=GROUP)
+    assert manifest.digest == Manifest.read(converted["nvfp4"]).digest
+    assert len(cuts) < len(manifest.leaves) * 0.9
+    assert where not in ("before the manifest", "after the manifest") or not cuts
+    assert stored(out).keys() == manifest.leaves.keys()
+    assert {entry.name for entry in out.iterdir()} == {".lock", "manifest.json", "weights"}
+
+
+def test_a_finished_folder_is_left_as_it_is(checkpoints, converted, tmp_path):
+    before = (converted["fp8"] / "manifest.json").stat()
+    assert convert.convert(checkpoints["fp8"], converted["fp8"], group_bytes=GROUP) == Manifest.read(converted["fp8"])
+    assert (converted["fp8"] / "manifest.json").stat() == before
+
+
+@pytest.mark.parametrize("content", ["foreign", "another", "another unfinished", "file", "damaged journal"])
+def test_other_content_is_never_touched(content, checkpoints, converted, tmp_path):
+    out = tmp_path / "out"
+    if content == "foreign":
+        out.mkdir()
+        (out / "thesis.tex").write_text("precious")
+    elif content == "file":
+        out.write_text("precious")
+    else:
+        shutil.copytree(converted["fp8"], out)
+    if content in ("another unfinished", "damaged journal"):
+        (out / "manifest.json").unlink()
+        (out / "journal.jsonl").write_text('{"plan": "0", "source": "x"}\n' if content != "damaged journal" else "{\n")
+    before = {file: file.read_bytes() for file in [out, *out.rglob("*")] if file.is_file() and file.name != ".lock"}
+    with pytest.raises(OutputExistsError, match="[Nn]othing was touched"):
+        convert.convert(checkpoints["nvfp4"], out)
+    assert before == {file: file.read_bytes() for file in before}
+    assert content != "foreign" or [file.name for file in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_second_converter_is_refused(checkpoints, tmp_path):
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out" / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        lock.write("pid 42 on somewhere")
+        lock.flush()
+        with pytest.raises(OutputExistsError, match="pid 42 on somewhere"):
+            convert.convert(checkpoints["bf16"], tmp_path / "out")
+    convert.convert(checkpoints["bf16"], tmp_path / "out")
+
+
+def test_source_and_output_must_be_apart(checkpoints, tmp_path):
+    source = checkpoints["bf16"]
+    (tmp_path / "link").symlink_to(source)
+    for out in (source, source / "out", source.parent, tmp_path / "link"):
+        with pytest.raises(UsageError, match="separate folders"):
+            convert.convert(source, out)
+
+
+def test_too_little_disk_is_told_before_the_work(checkpoints, tmp_path, monkeypatch):
+    monkeypatch.setattr(output.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(CapacityError, match="0.00 GB free"):
+        convert.convert(checkpoints["bf16"], tmp_path / "out")
+
+
+def test_companions_are_copied(checkpoints, tmp_path):
+    source = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
+    (source / "tokenizer.json").write_text("{}")
+    manifest = convert.convert(source, tmp_path / "out")
+    assert manifest.report["companions"] == ["tokenizer.json"]
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+
+
+def run(*arguments, code: str = "") -> subprocess.CompletedProcess:
+    start = ["-c", code] if code else ["-m", "convert"]
+    command = [sys.executable, "-W", "error", *start, *map(str, arguments)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+def test_a_dry_run_needs_no_jax_and_writes_nothing(checkpoints, tmp_path):
+    code = "import sys, convert; code = convert.main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(code)"
+    done = run(checkpoints["nvfp4"], tmp_path / "out", "--dry-run", code=code)
+    assert done.returncode == 0 and not done.stderr and not (tmp_path / "out").exists()
+    assert "  embed_VD: dense, 61.44 kB: values bfloat16 [320, 96]" in done.stdout
+    assert "  nvfp4: " in done.stdout
+
+
+def test_the_command_line(checkpoints, converted, tmp_path):
+    done = run(checkpoints["nvfp4"], tmp_path / "out", "--log-format", "json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digest"] == Manifest.read(converted["nvfp4"]).digest
+    events = [json.loads(line) for line in done.stderr.splitlines()]
+    assert events[-1]["event"] == "progress" and events[-1]["done"] == events[-1]["total"]
+
+
+@pytest.mark.parametrize("storage, code", [("missing", 3), ("bf16", 6)])
+def test_errors_end_with_their_exit_code(storage, code, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "file").touch()
+    assert convert.main([str(checkpoints["bf16"].parent / storage), str(tmp_path / "out")]) == code
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: ") and not printed.out
+
+
+def test_ctrl_c_says_how_to_continue(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cut, "build", interrupt)
+        assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 130
+    assert "rerun the same command to continue" in capsys.readouterr().err
+    assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 0
+    assert os.path.exists(tmp_path / "out" / "manifest.json")

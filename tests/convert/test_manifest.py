@@ -1,0 +1,85 @@
+"""The manifest: what is read back is what was written, and everything else is refused with its reason."""
+
+import dataclasses
+import json
+
+import pytest
+
+from dsv32_jax.errors import CheckpointError
+from dsv32_jax.manifest import ArrayEntry, LeafEntry, Manifest
+
+SHA = "0" * 64
+MANIFEST = Manifest(
+    config={"hidden_size": 96},
+    leaves={
+        "embed_VD": LeafEntry("dense", {"values": ArrayEntry("bfloat16", (320, 96), SHA)}),
+        "mtp.embed_VD": LeafEntry("dense", {}, "embed_VD"),
+    },
+    source={"folder": "hf"},
+    report={},
+    versions={"python": "3.11"},
+)
+
+
+def test_it_is_read_as_it_was_written(tmp_path):
+    MANIFEST.write(tmp_path)
+    assert Manifest.read(tmp_path) == MANIFEST
+    assert [file.name for file in tmp_path.iterdir()] == ["manifest.json"]
+
+
+def test_the_digest_is_that_of_the_content():
+    moved = dataclasses.replace(MANIFEST, source={"folder": "elsewhere"}, versions={}, report={"notes": ["x"]})
+    assert moved.digest == MANIFEST.digest
+    assert dataclasses.replace(MANIFEST, config={"hidden_size": 97}).digest != MANIFEST.digest
+    assert dataclasses.replace(MANIFEST, leaves={}).digest != MANIFEST.digest
+
+
+def test_a_folder_without_one_is_called_what_it_is(tmp_path):
+    with pytest.raises(CheckpointError, match="is not a folder"):
+        Manifest.read(tmp_path / "absent")
+    with pytest.raises(CheckpointError, match="is not a converted checkpoint"):
+        Manifest.read(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(CheckpointError, match="run `python -m convert"):
+        Manifest.read(tmp_path)
+    (tmp_path / "journal.jsonl").touch()
+    with pytest.raises(CheckpointError, match="unfinished conversion"):
+        Manifest.read(tmp_path)
+
+
+def changed(change, tmp_path) -> str:
+    """What reading says after `change` was made to the JSON."""
+    MANIFEST.write(tmp_path)
+    raw = json.loads((tmp_path / "manifest.json").read_text())
+    change(raw)
+    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError) as caught:
+        Manifest.read(tmp_path)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda raw: raw.update(format_version=2), "Update dsv32_jax"),
+        (lambda raw: raw.update(format_version="1"), "format_version is '1'"),
+        (lambda raw: raw.clear(), "format_version is None"),
+        (lambda raw: (raw.pop("leaves"), raw.update(source=3)), "2 problems"),
+        (lambda raw: raw["leaves"].update(x=3), "leaf x: not an object"),
+        (lambda raw: raw["leaves"]["embed_VD"].update(format="int4"), "format 'int4' is unknown"),
+        (lambda raw: raw["leaves"]["embed_VD"].update(format="nvfp4"), "nvfp4 with the arrays values"),
+        (lambda raw: raw["leaves"]["mtp.embed_VD"].update(same_as="nowhere"), "'nowhere' is not a stored leaf"),
+        (lambda raw: raw["leaves"]["embed_VD"]["arrays"]["values"].__setitem__(1, [-1, 96]), "array values is"),
+        (lambda raw: raw["leaves"]["embed_VD"]["arrays"]["values"].__setitem__(2, "00"), "array values is"),
+        (lambda raw: raw["config"].update(hidden_size=97), "digest does not match"),
+    ],
+)
+def test_a_malformed_one_is_refused(change, message, tmp_path):
+    assert message in changed(change, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format_version": 1}', "[" * 100_000])
+def test_a_torn_one_is_refused(text, tmp_path):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match="manifest.json"):
+        Manifest.read(tmp_path)

@@ -1,0 +1,148 @@
+"""The plan: everything that is missing, unknown or of another shape, before anything is read."""
+
+import json
+import os
+import shutil
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from convert.names import grouped
+from convert.plan import plan
+from convert.source import Source
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CheckpointError, ConfigError
+from dsv32_jax.layout import leaves
+
+from . import fakes
+
+
+@pytest.fixture(scope="module")
+def original(checkpoints):
+    """The config and the tensors of a checkpoint in NVFP4."""
+    folder = checkpoints["nvfp4"]
+    return json.loads((folder / "config.json").read_text()), fakes.load(folder)
+
+
+def planned(folder, config, arrays):
+    return plan(Source(fakes.write_checkpoint(folder, config, arrays)))
+
+
+def refused(folder, config, arrays) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        planned(folder, config, arrays)
+    assert "nothing was written" in str(caught.value)
+    return str(caught.value)
+
+
+def without(arrays, *parts):
+    return {name: array for name, array in arrays.items() if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize("storage, format", [("bf16", "dense"), ("fp8", "fp8_block"), ("nvfp4", "nvfp4")])
+def test_every_leaf_is_planned_in_its_own_format(storage, format, checkpoints, tiny):
+    whole = plan(Source(checkpoints[storage]))
+    assert [leaf.leaf.path for leaf in whole.leaves] == [leaf.path for leaf in leaves(tiny)]
+    assert {leaf.form.format for leaf in whole.leaves} == {"dense", format}
+    assert all(leaf.arrays and leaf.same_as is None for leaf in whole.leaves)
+    assert not whole.ignored and len(whole.groups) == 1
+
+
+def test_missing_tensors_are_all_listed_and_folded(original, tmp_path):
+    config, arrays = original
+    text = refused(tmp_path / "a", config, without(arrays, ".up_proj.weight_scale_2", "layers.1.input_layernorm"))
+    assert "41 tensors are missing" in text
+    assert "36 x mlp.experts.*.up_proj.weight_scale_2 (layers 1-3)" in text
+    assert "3 x mlp.shared_experts.up_proj.weight_scale_2 (layers 1-3)" in text
+    assert "model.layers.1.input_layernorm.weight" in text and "unknown" not in text
+
+
+def test_unknown_tensors_are_an_error(original, tmp_path):
+    config, arrays = original
+    extra = {f"model.layers.{i}.self_attn.magic.weight": np.zeros(3, np.float32) for i in (0, 2)}
+    extra["model.embed_tokens.weight_scale"] = np.zeros(3, np.float32)
+    text = refused(tmp_path / "a", config, arrays | extra)
+    assert "3 tensors are unknown" in text
+    assert "2 x self_attn.magic.weight (layers 0, 2)" in text and "model.embed_tokens.weight_scale" in text
+
+
+def test_shapes_are_compared_with_the_config(original, tmp_path):
+    config, arrays = original
+    text = refused(tmp_path / "a", config | {"q_lora_rank": 128}, arrays)
+    assert "self_attn.q_a_layernorm.weight (layers 0-3): found [64], config.json says [128]" in text
+    assert "4 x self_attn.q_b_proj.weight (layers 0-3): found [160, 64], config.json says [160, 128]" in text
+
+
+def test_storage_that_is_not_read_is_listed(original, tmp_path):
+    config, arrays = original
+    name = "model.layers.0.self_attn.q_a_proj"
+    wrong = {f"{name}.pre_quant_scale": np.zeros(96, ml_dtypes.bfloat16)}
+    assert f"{name}.pre_quant_scale" in refused(tmp_path / "a", config, arrays | wrong)
+
+
+def test_all_kinds_of_problems_come_together(original, tmp_path):
+    config, arrays = original
+    broken = without(arrays, "lm_head") | {
+        "what": np.zeros(1, np.float32),
+        "model.norm.weight": np.zeros(1, np.float32),
+    }
+    text = refused(tmp_path / "a", config, broken)
+    assert "1 tensors are missing: lm_head.weight" in text
+    assert "model.norm.weight: found [1], config.json says [96]" in text
+    assert "1 tensors are unknown, and may change the model: what" in text
+
+
+def test_tensors_the_model_does_not_need_are_counted(original, tmp_path):
+    config, arrays = original
+    scales = {
+        f"model.layers.0.self_attn.{n}": np.ones((), np.float32) for n in ("k_proj.k_scale", "o_proj.input_scale")
+    }
+    whole = planned(tmp_path / "a", config, arrays | scales)
+    assert sorted(whole.ignored.values()) == [1, 1]
+
+
+def test_an_announced_mtp_layer_may_be_absent(original, tmp_path, tiny: Config):
+    config, arrays = original
+    whole = planned(tmp_path / "a", config, without(arrays, f"layers.{tiny.num_hidden_layers}."))
+    assert whole.config["num_nextn_predict_layers"] == 0
+    assert any("converted without MTP" in note for note in whole.notes)
+    assert not any(leaf.leaf.path.startswith("mtp") for leaf in whole.leaves)
+
+
+def test_copies_that_are_left_out_are_shared(original, tmp_path):
+    config, arrays = original
+    whole = planned(tmp_path / "a", config, without(arrays, "layers.3.embed_tokens", "layers.3.shared_head.head"))
+    shared = {leaf.leaf.path: leaf.same_as for leaf in whole.leaves if leaf.same_as}
+    assert shared == {"mtp.embed_VD": "embed_VD", "mtp.head_VD": "head_VD"}
+
+
+def test_a_wrong_config_is_told_before_the_tensors(original, tmp_path):
+    config, arrays = original
+    with pytest.raises(ConfigError, match="model_type"):
+        planned(tmp_path / "a", config | {"model_type": "deepseek_v3"}, arrays)
+
+
+def test_groups_are_runs_of_leaves_of_limited_size(checkpoints):
+    source = Source(checkpoints["bf16"])
+    whole, cut = plan(source), plan(source, group_bytes=50_000)
+    assert [leaf.leaf for group in cut.groups for leaf in group] == [leaf.leaf for leaf in whole.leaves]
+    assert len(cut.groups) > 5
+    assert all(len(group) == 1 or sum(leaf.nbytes for leaf in group) <= 50_000 for group in cut.groups)
+    assert cut.digest != whole.digest
+
+
+def test_the_digest_depends_on_the_files(checkpoints, tmp_path):
+    folder = shutil.copytree(checkpoints["bf16"], tmp_path / "a")
+    before = plan(Source(folder)).digest
+    assert plan(Source(folder)).digest == before
+    os.utime(folder / "model-00002-of-00003.safetensors", (1, 1))
+    assert plan(Source(folder)).digest != before
+
+
+def test_names_are_folded_by_layer_and_expert():
+    names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in (3, 4, 7) for e in range(2)]
+    assert grouped([*names, "lm_head.weight"]) == [
+        "6 x mlp.experts.*.up_proj.weight (layers 3-4, 7)",
+        "lm_head.weight",
+    ]

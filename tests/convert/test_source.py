@@ -1,0 +1,249 @@
+"""Reading folders: whatever is wrong is an error that names it, and all of it at once."""
+
+import contextlib
+import json
+import os
+import shutil
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+
+from convert import header
+from convert.source import Source
+from dsv32_jax.errors import CheckpointError, StorageError
+
+from . import fakes
+
+U8 = {"dtype": "U8", "shape": [4], "data_offsets": [0, 4]}
+
+
+def entry(**changes):
+    return {"a": {**U8, **changes}}
+
+
+MALFORMED = {
+    "empty": (b"", "empty"),
+    "short": (b"\x01\x00", "too short"),
+    "length beyond the file": (fakes.file_bytes({}, length=1 << 40), "1099511627776"),
+    "largest length": (b"\xff" * 8 + b"{}", "18446744073709551615"),
+    "not JSON": (fakes.file_bytes(b"{nope}"), "not valid JSON"),
+    "not UTF-8": (fakes.file_bytes(b'{"\xff": 1}'), "not valid JSON"),
+    "space before the brace": (fakes.file_bytes(b" {}"), "does not start with {"),
+    "list": (fakes.file_bytes(b"[]"), "does not start with {"),
+    "deep": (fakes.file_bytes(b'{"a":' + b"[" * 100_000), "not valid JSON"),
+    "NaN": (fakes.file_bytes(b'{"a": NaN}'), "NaN"),
+    "duplicate keys": (fakes.file_bytes(b'{"a": 1, "a": 2}'), "twice: 'a'"),
+    "duplicate shape": (fakes.file_bytes(b'{"a": {"dtype": "U8", "shape": [4], "shape": [4]}}'), "twice: 'shape'"),
+    "unknown dtype": (fakes.file_bytes(entry(dtype="F4"), b"1234"), "dtype 'F4'.*supported: BOOL"),
+    "dtype is a number": (fakes.file_bytes(entry(dtype=3), b"1234"), "dtype 3"),
+    "negative size": (fakes.file_bytes(entry(shape=[-4]), b"1234"), "shape"),
+    "boolean size": (fakes.file_bytes(entry(shape=[True, 4]), b"1234"), "shape"),
+    "fractional size": (fakes.file_bytes(entry(shape=[4.0]), b"1234"), "shape"),
+    "minus zero": (fakes.file_bytes(b'{"a":{"dtype":"U8","shape":[-0],"data_offsets":[0,0]}}'), "shape"),
+    "text size": (fakes.file_bytes(entry(shape="4"), b"1234"), "shape"),
+    "rank 9": (fakes.file_bytes(entry(shape=[1] * 8 + [4]), b"1234"), "at most 8 sizes"),
+    "overflow": (fakes.file_bytes(entry(shape=[2**62, 2**62, 0], data_offsets=[0, 0])), "too large"),
+    "huge integer": (fakes.file_bytes(b'{"a": ' + b"9" * 5000 + b"}"), "not valid JSON"),
+    "bytes differ from shape": (fakes.file_bytes(entry(shape=[1_048_576]), b"1234"), "span 4 bytes.*needs 1048576"),
+    "negative offset": (fakes.file_bytes(entry(data_offsets=[-4, 0]), b"1234"), "ascending"),
+    "descending offsets": (fakes.file_bytes(entry(data_offsets=[4, 0]), b"1234"), "ascending"),
+    "three offsets": (fakes.file_bytes(entry(data_offsets=[0, 2, 4]), b"1234"), "ascending"),
+    "key missing": (fakes.file_bytes({"a": {"dtype": "U8", "shape": [4]}}, b"1234"), "exactly dtype"),
+    "key surplus": (fakes.file_bytes(entry(more=1), b"1234"), "exactly dtype"),
+    "entry is null": (fakes.file_bytes({"a": None}), "exactly dtype"),
+    "hole at the start": (fakes.file_bytes(entry(data_offsets=[4, 8]), b"12345678"), "hole of 4 bytes before tensor a"),
+    "overlap": (
+        fakes.file_bytes({"a": U8, "b": {**U8, "data_offsets": [2, 6]}}, b"123456"),
+        "tensor b overlaps the one before it by 2",
+    ),
+    "truncated": (fakes.file_bytes(entry(), b"12"), "truncated: 2 of"),
+    "trailing bytes": (fakes.file_bytes(entry(), b"123456"), "2 bytes follow"),
+    "long name": (fakes.file_bytes({"n" * 513: U8}, b"1234"), "513 bytes"),
+    "escape sequence in a name": (fakes.file_bytes({"a\x1b[31m": U8}, b"1234"), r"a\\x1b.*cannot be printed"),
+    "half a surrogate pair": (fakes.file_bytes(b'{"\\ud800":' + json.dumps(U8).encode() + b"}", b"1234"), "printed"),
+    "metadata with numbers": (fakes.file_bytes({"__metadata__": {"a": 1}}), "__metadata__"),
+    "metadata is text": (fakes.file_bytes({"__metadata__": "pt"}), "__metadata__"),
+    "git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
+    "HTML page": (b"<!DOCTYPE html><html></html>", "HTML"),
+    "JSON error": (b'{"error": "Invalid credentials"}', "error message of the server"),
+    "gzip": (b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(50), "gzip"),
+    "GGUF": (b"GGUF\x03\x00\x00\x00" + bytes(50), "GGUF"),
+    "zip": (b"PK\x03\x04" + bytes(50), "pickles are never opened"),
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_a_malformed_shard_is_refused_by_name(kind, tmp_path):
+    content, message = MALFORMED[kind]
+    (tmp_path / "model-1.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        fakes.header_of(tmp_path / "model-1.safetensors")
+    assert "model-1.safetensors" in str(caught.value)
+
+
+def test_the_number_of_tensors_is_limited(tmp_path, monkeypatch):
+    monkeypatch.setattr(header, "LARGEST_COUNT", 3)
+    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
+    (tmp_path / "a.safetensors").write_bytes(fakes.file_bytes(dict.fromkeys("abcd", empty)))
+    with pytest.raises(CheckpointError, match="4 tensors, at most 3"):
+        fakes.header_of(tmp_path / "a.safetensors")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=3),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=3), children, max_size=3),
+    max_leaves=5,
+)
+ENTRY = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from(["U8", "BF16", "F8_E4M3", "F4", "BOOL"]) | JSON,
+        "shape": st.lists(st.integers(-1, 3), max_size=3) | JSON,
+        "data_offsets": st.tuples(st.integers(-1, 12), st.integers(-1, 12)) | JSON,
+    }
+)
+
+
+@st.composite
+def near_misses(draw):
+    """A valid file, of which a few bytes, keys or entries are then changed."""
+    entries, position = {}, 0
+    for name in draw(st.lists(st.text(min_size=1, max_size=4), max_size=4, unique=True)):
+        shape = draw(st.lists(st.integers(0, 3), max_size=3))
+        count = int(np.prod(shape, dtype=int))
+        entries[name] = {"dtype": "I8", "shape": shape, "data_offsets": [position, position + count]}
+        position += count
+    entries |= draw(st.dictionaries(st.sampled_from(["a", "b", "__metadata__"]), ENTRY | JSON, max_size=1))
+    raw = bytearray(fakes.file_bytes(json.dumps(entries, ensure_ascii=draw(st.booleans())).encode("utf-8", "replace")))
+    raw += bytes(max(0, position + draw(st.sampled_from([0, 0, 0, 1, -1]))))
+    for _ in range(draw(st.sampled_from([0, 0, 1, 2]))):
+        raw[draw(st.integers(0, len(raw) - 1))] = draw(st.integers(0, 255))
+    return bytes(raw)
+
+
+@settings(max_examples=400)
+@given(raw=near_misses() | st.binary(max_size=60))
+def test_what_is_accepted_the_safetensors_library_accepts_too(raw, tmp_path_factory):
+    file = tmp_path_factory.getbasetemp() / "fuzz.safetensors"
+    file.write_bytes(raw)
+    with contextlib.suppress(CheckpointError):
+        found = fakes.header_of(file)
+        with safe_open(file, "numpy") as reference:
+            assert set(reference.keys()) == {tensor.name for tensor in found.tensors}
+            for tensor in found.tensors:
+                assert tuple(reference.get_slice(tensor.name).get_shape()) == tensor.shape
+
+
+def test_every_dtype_is_read_as_it_was_written(tmp_path):
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 2, 48, np.uint8)
+    arrays = {name: raw.view(dtype).reshape(2, -1) for name, dtype in fakes.DTYPES.items()}
+    arrays["scalar"] = np.array(1.5, ml_dtypes.bfloat16)
+    arrays["nothing"] = np.zeros((0, 3), np.float32)
+    source = Source(fakes.write_checkpoint(tmp_path / "c", {}, arrays))
+    for name, array in arrays.items():
+        read = source.read(source.tensors[name])
+        assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
+    rows = source.read_rows(source.tensors["F32"], 1, 2)
+    assert rows.tobytes() == arrays["F32"][1:2].tobytes()
+
+
+@pytest.fixture
+def folder(checkpoints, tmp_path):
+    """A copy of a checkpoint, to be damaged."""
+    return shutil.copytree(checkpoints["nvfp4"], tmp_path / "hf")
+
+
+def problems(folder) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        Source(folder)
+    return str(caught.value)
+
+
+def test_all_problems_of_all_shards_are_told_at_once(folder):
+    first, second, third = sorted(folder.glob("*.safetensors"))
+    os.truncate(first, first.stat().st_size - 100)
+    second.unlink()
+    third.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    (folder / "config.json").unlink()
+    text = problems(folder)
+    assert "4 problems" in text
+    for part in ("100 of", "00002-of-00003.safetensors is missing", "git lfs pull", "config.json is missing"):
+        assert part in text
+
+
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a\\b", "a\0b", "", "..", 3])
+def test_the_index_cannot_name_files_outside(folder, name):
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    index["weight_map"]["lm_head.weight"] = name
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names 1 shards that are not files of this folder" in problems(folder)
+
+
+def test_headers_win_over_the_index(folder):
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    scales = [name for name in index["weight_map"] if "scale" in name]
+    for name in scales:
+        del index["weight_map"][name]
+    file.write_text(json.dumps(index))
+    source = Source(folder)
+    assert set(scales) <= set(source.tensors)
+    assert any(f"{len(scales)} tensors are in the shards but not in" in note for note in source.notes)
+    index["weight_map"]["model.layers.9.x"] = next(iter(index["weight_map"].values()))
+    file.write_text(json.dumps(index))
+    assert "1 tensors of the index are in no shard: model.layers.9.x" in problems(folder)
+
+
+def test_a_tensor_in_two_shards_is_refused(folder):
+    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-extra.safetensors")
+    text = problems(folder)
+    assert "both in model-extra.safetensors and in model-00001-of-00003.safetensors" in text
+
+
+def test_strays_are_ignored_and_noted(folder):
+    for name in (
+        "consolidated.00.safetensors",
+        "._model-00001-of-00003.safetensors",
+        "x.incomplete",
+        "golden.safetensors",
+    ):
+        (folder / name).write_bytes(b"whatever")
+    assert any("4 files are no shards" in note for note in Source(folder).notes)
+
+
+def test_pickles_are_not_opened(tmp_path):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x02")
+    (tmp_path / "config.json").write_text("{}")
+    assert "pytorch_model.bin: pickles and GGUF are not read" in problems(tmp_path)
+
+
+def test_only_regular_files_are_opened(folder, tmp_path):
+    shard = folder / "model-00001-of-00003.safetensors"
+    blob = shard.rename(tmp_path / "blob")
+    shard.symlink_to(blob)
+    assert Source(folder).tensors
+    shard.unlink()
+    os.mkfifo(shard)
+    assert "is not a regular file" in problems(folder)
+
+
+def test_a_file_that_changes_while_it_is_read_is_noticed(folder):
+    source = Source(folder)
+    tensor = source.tensors["model.norm.weight"]
+    os.utime(tensor.file)
+    with pytest.raises(StorageError, match="changed while"):
+        source.read(tensor)
+    tensor.file.unlink()
+    with pytest.raises(StorageError, match="cannot be read"):
+        source.read(tensor)
+
+
+def test_a_length_is_little_endian(tmp_path):
+    (tmp_path / "a").write_bytes(struct.pack(">Q", 2) + b"{}")
+    with pytest.raises(CheckpointError):
+        fakes.header_of(tmp_path / "a")

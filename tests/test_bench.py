@@ -1,0 +1,117 @@
+"""The benches at tiny sizes: what they count is right, whatever they time."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from dsv32_jax import bench, bench_load, measure, random_weights
+from dsv32_jax.errors import CheckpointError
+from dsv32_jax.formats import NVFP4, dequantize
+from dsv32_jax.layout import leaves
+from dsv32_jax.moe import MoE
+
+KEYS = set("part batch context compile_seconds seconds bytes read_seconds temporary_bytes peak_bytes".split())
+
+
+@pytest.fixture(scope="module")
+def rows(tiny):
+    """Every row of `bench layer`, with 24 experts a layer and a context beyond index_topk."""
+    return list(bench.layer(tiny, batches=(2,), contexts=(1, tiny.index_topk + 4), seconds=0.01, experts=24))
+
+
+def test_layer_rows(rows):
+    """A row for each weight that is made, each bank and batch, each batch and context."""
+    assert all(set(row) == KEYS for row in rows)
+    assert [(row["part"].split(",")[0], row["batch"], row["context"]) for row in rows] == [
+        ("making 24 experts", None, None),
+        ("MoE", 2, None),
+        ("making 12 experts", None, None),
+        ("MoE", 1, None),
+        ("making attention", None, None),
+        ("attention", 2, 1),
+        ("attention", 2, 24),
+    ]
+    assert "2 of 12 experts" in rows[3]["part"] and "sparse, 20 of 24 tokens" in rows[6]["part"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    assert all(row["read_seconds"] > 0 for row in rows if row["batch"])
+
+
+def test_layer_bytes(rows, tiny):
+    """NVFP4 is 9/16 of a byte a weight and 4 bytes a matrix; the experts that a row names are those it counts."""
+    sizes = tiny.dims
+    expert = 3 * (sizes["D"] * sizes["M"] * 9 // 16 + 4)
+    for row in (rows[1], rows[3]):
+        chosen, experts = (int(word) for word in row["part"].split() if word.isdigit())
+        assert row["bytes"] == experts * (2 * sizes["D"] + 4) + expert + chosen * expert
+    table = {leaf.path: leaf for leaf in leaves(tiny) if leaf.path.startswith(("layers.0.mla.", "layers.0.indexer."))}
+    bits = {"nvfp4": 4.5, "bfloat16": 16, "float32": 32}
+    kinds = [(random_weights.storage(leaf), np.prod(leaf.shape)) for leaf in table.values()]
+    expected = sum(bits[kind] * size / 8 + 4 * (kind == "nvfp4") for kind, size in kinds)
+    assert {row["bytes"] for row in rows if row["part"].startswith("attention")} == {expected}
+
+
+def test_touched(tiny):
+    """Repeated ids count once."""
+    moe = bench._part(MoE, tiny, "layers.1.ffn.")
+    whole, each = bench._nbytes(moe), 3 * (tiny.hidden_size * tiny.moe_intermediate_size * 9 // 16 + 4)
+    assert bench.touched(moe, np.arange(12)) == whole
+    assert bench.touched(moe, np.array([[[3, 5]], [[5, 3]], [[3, 11]]])) == whole - 9 * each
+
+
+def test_random_leaves(tiny):
+    """Standard deviation (inputs)^-0.5, every code, every scale a number; repeatable, and different for every path."""
+    make, other = random_weights.leaf_maker(tiny), random_weights.leaf_maker(tiny, seed=1)
+    firsts = set()
+    for leaf in leaves(tiny):
+        weight = make(leaf.path)
+        values = np.asarray(dequantize(weight, np.float32))
+        assert values.shape == leaf.shape and np.isfinite(values).all()
+        firsts.add(tuple(values.flat[:8]))
+        again, differs = make(leaf.path), other(leaf.path)
+        assert all(map(np.array_equal, jax.tree.leaves(weight), jax.tree.leaves(again)))
+        assert not np.array_equal(values, dequantize(differs, np.float32))
+        if len(leaf.letters) == 1:
+            assert abs(values.mean() - (0 if "bias" in leaf.path else 1)) < 0.1
+        else:
+            assert abs(values.std() * leaf.source_shape[-1] ** 0.5 - 1) < 0.2
+        if isinstance(weight, NVFP4):
+            codes = np.asarray(weight.codes)
+            assert set((codes & 15).flat) == set((codes >> 4).flat) == set(range(16))
+            assert not np.isnan(np.asarray(weight.block_scale, np.float32)).any()
+            assert weight.tensor_scale.shape == (leaf.shape[0] if leaf.stacked else 1, *[1] * (len(leaf.shape) - 1))
+    assert len(firsts) == len(leaves(tiny))
+
+
+def test_hash_is_even():
+    """Bytes of a hash are uniform, and neighbours along every axis are independent."""
+    bits = np.asarray(random_weights.hashed((64, 64, 64), np.uint32(7))).astype(np.uint8)
+    assert abs(np.bincount(bits.ravel(), minlength=256) / bits.size * 256 - 1).max() < 0.2
+    for axis in range(3):
+        following = np.roll(bits, 1, axis)
+        assert abs(np.corrcoef(bits.ravel(), following.ravel())[0, 1]) < 0.01
+
+
+def test_load_rows(tiny):
+    """A plain read, a first load with its memory, another load."""
+    cfg = dataclasses.replace(tiny, num_nextn_predict_layers=0, num_hidden_layers=2)
+    read, first, again = bench_load.load(cfg=cfg)
+    assert read["bytes"] == first["bytes"] == again["bytes"] > 0
+    assert first["model_bytes"] > first["largest_leaf_bytes"]
+    assert first["largest_leaf_bytes"] == cfg.vocab_size * cfg.hidden_size * 2
+    assert first["peak_over_baseline"] > 0 and again["peak_over_baseline"] is None
+    assert list(measure.table(bench_load.COLUMNS, [read, first, again]))[2].startswith("load, first in a process")
+
+
+def test_load_of_something_else(tmp_path):
+    """A folder that was not converted is an error, not a slow load."""
+    with pytest.raises(CheckpointError, match="not a converted checkpoint"):
+        list(bench_load.load(tmp_path))
+
+
+def test_tables_fit(rows):
+    """All lines of the table end in the same column, and no number runs into its neighbour."""
+    heading, *lines = measure.table(bench.COLUMNS, rows)
+    assert {len(line) for line in lines} == {len(heading)}
+    assert heading.split("  ")[0] == "part"

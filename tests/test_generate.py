@@ -1,0 +1,590 @@
+"""Generation: what comes out, when it stops, what it compiles, and what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import convert
+import dsv32_jax as ds
+from dsv32_jax import random_checkpoint, sampling
+from dsv32_jax.compilation import metered
+from dsv32_jax.errors import CheckpointError, DsvError, UsageError
+from dsv32_jax.request import bucket
+from tests import models
+
+NEW = 12
+PROMPTS = [[0, 17, 42, 7, 99, 5, 23], [0, 250, 8], [0, 31, 31, 200, 64, 65, 66, 67, 68, 69, 70, 71, 72]]
+HOT = ds.Sampling(temperature=1.5, seed=(11, 12, 13))
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """Two layers; one token in thirteen ends a row."""
+    ends = tuple(range(300, 320)) + (1,)
+    return models.random_model(
+        dataclasses.replace(tiny, num_hidden_layers=2, num_nextn_predict_layers=0, eos_token_id=ends)
+    )
+
+
+@pytest.fixture(scope="module")
+def greedy(model):
+    """The three prompts in one batch."""
+    return ds.generate(model, PROMPTS, max_new_tokens=NEW)
+
+
+@pytest.fixture(scope="module")
+def drawn(model):
+    """The same at a high temperature, a seed a row."""
+    return ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=HOT)
+
+
+def by_forward(model, prompt, count):
+    """The greedy continuation with nothing but forward and argmax, its log-probabilities, and why it ended."""
+    padded = np.zeros((1, 16), np.int32)
+    padded[0, : len(prompt)] = prompt
+    out = ds.forward(model, padded, count_B=[len(prompt)], capacity=32)
+    logits, tokens, logprobs = np.asarray(out.logits)[0, len(prompt) - 1], [], []
+    while True:
+        tokens.append(int(logits.argmax()))
+        logprobs.append(float(jax.nn.log_softmax(logits)[tokens[-1]]))
+        if tokens[-1] in model.cfg.eos_token_id:
+            return tokens, logprobs, "stop"
+        if len(tokens) == count:
+            return tokens, logprobs, "length"
+        out = ds.forward(model, [tokens[-1:]], cache=out.cache)
+        logits = np.asarray(out.logits)[0, 0]
+
+
+# ----------------------------------------------------------------------------------------------------- what comes out
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_greedy_is_the_argmax_loop(model, greedy, row):
+    """Tokens, log-probabilities and the reason are those of a loop over forward, row by row."""
+    tokens, logprobs, reason = by_forward(model, PROMPTS[row], NEW)
+    assert greedy.tokens[row] == tokens
+    np.testing.assert_allclose(greedy.logprobs[row], logprobs, atol=2e-5)
+    assert greedy.finish_reason[row] == reason
+
+
+def test_both_reasons_occur(model, greedy, drawn):
+    """An end token is kept and is the last; without one a row has all the tokens that were asked for."""
+    assert {"stop", "length"} == set(greedy.finish_reason + drawn.finish_reason)
+    for result in (greedy, drawn):
+        for tokens, logprobs, reason in zip(result.tokens, result.logprobs, result.finish_reason, strict=True):
+            ends = [token in model.cfg.eos_token_id for token in tokens]
+            assert not any(ends[:-1]) and ends[-1] == (reason == "stop")
+            assert len(tokens) == NEW if reason == "length" else len(tokens) <= NEW
+            assert len(logprobs) == len(tokens) and max(logprobs) <= 0
+            assert all(type(token) is int for token in tokens) and all(type(p) is float for p in logprobs)
+
+
+@pytest.mark.parametrize("row", range(3))
+def test_a_row_is_the_row_alone(model, greedy, drawn, row):
+    """In a batch or alone, greedy or drawn, a row's text is its own: prompt, seed and positions decide."""
+    alone = ds.generate(model, [PROMPTS[row]], max_new_tokens=NEW)
+    assert alone.tokens[0] == greedy.tokens[row] and alone.finish_reason[0] == greedy.finish_reason[row]
+    np.testing.assert_allclose(alone.logprobs[0], greedy.logprobs[row], atol=2e-5)
+    own = dataclasses.replace(HOT, seed=HOT.seed[row])
+    alone = ds.generate(model, [PROMPTS[row]], max_new_tokens=NEW, sampling=own)
+    assert alone.tokens[0] == drawn.tokens[row]
+
+
+def test_the_order_of_rows_is_of_no_consequence(model, drawn):
+    """The batch reversed gives the results reversed."""
+    backwards = dataclasses.replace(HOT, seed=HOT.seed[::-1])
+    result = ds.generate(model, PROMPTS[::-1], max_new_tokens=NEW, sampling=backwards)
+    assert result.tokens == drawn.tokens[::-1]
+
+
+def test_seeds(model, drawn):
+    """Another seed gives another text, the same one the same; equal prompts with equal seeds agree."""
+    again = ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=HOT)
+    assert again.tokens == drawn.tokens and again.logprobs == drawn.logprobs
+    other = ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=dataclasses.replace(HOT, seed=(21, 22, 23)))
+    assert all(a != b for a, b in zip(other.tokens, drawn.tokens, strict=True))
+    equal = ds.generate(model, [PROMPTS[0]] * 3, max_new_tokens=NEW, sampling=dataclasses.replace(HOT, seed=5))
+    assert equal.tokens[0] == equal.tokens[1] == equal.tokens[2]
+    high = dataclasses.replace(HOT, seed=tuple(seed + 2**32 for seed in HOT.seed))
+    assert ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=high).tokens != drawn.tokens
+
+
+def test_steps_draw_anew(model):
+    """A flat distribution does not give the same token at every step."""
+    flat = dataclasses.replace(model, head_VD=jnp.zeros_like(model.head_VD))
+    tokens = ds.generate(flat, PROMPTS, max_new_tokens=NEW, sampling=HOT).tokens
+    assert all(len(set(row)) > len(row) / 2 for row in tokens) and len({tuple(row) for row in tokens}) == 3
+
+
+@pytest.mark.parametrize("settings", [ds.Sampling(), ds.Sampling(temperature=1.5, top_k=50, seed=11)], ids=str)
+def test_stream_is_generate(model, settings):
+    """The same tokens one by one; only the last has a reason."""
+    for prompt in PROMPTS[:2]:
+        events = list(ds.stream(model, prompt, max_new_tokens=NEW, sampling=settings))
+        whole = ds.generate(model, [prompt], max_new_tokens=NEW, sampling=settings)
+        assert [event.token for event in events] == whole.tokens[0]
+        np.testing.assert_allclose([event.logprob for event in events], whole.logprobs[0], atol=2e-5)
+        assert [event.finish_reason for event in events] == [None] * (len(events) - 1) + whole.finish_reason
+
+
+def test_layerwise_is_generate(model, greedy, drawn):
+    """One program for each kind of layer, driven from Python: the same tokens."""
+    for settings, want in ((None, greedy), (HOT, drawn)):
+        got = ds.generate.layerwise(model, PROMPTS, max_new_tokens=NEW, sampling=settings)
+        assert got.tokens == want.tokens and got.finish_reason == want.finish_reason
+        np.testing.assert_allclose(np.concatenate(got.logprobs), np.concatenate(want.logprobs), atol=2e-5)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_around_index_topk(model, beyond):
+    """Prompts just below, at and above index_topk go on as forward says."""
+    length = model.cfg.index_topk + beyond
+    prompt = models.tokens(model.cfg, 1, length, seed=3)[0].tolist()
+    result = ds.generate(model, [prompt], max_new_tokens=3)
+    out = ds.forward(model, [prompt + result.tokens[0]])
+    assert np.asarray(out.logits)[0, length - 1 : -1].argmax(-1).tolist() == result.tokens[0]
+
+
+def test_stats(greedy):
+    """Tokens are counted as they are, and rates follow from them."""
+    stats = greedy.stats
+    assert (stats.prompt_tokens, stats.new_tokens, stats.rows) == (23, sum(map(len, greedy.tokens)), 3)
+    assert stats.capacity == 32 and stats.compiles == 2 and stats.compile_seconds > 0
+    assert stats.prefill_tokens_per_second == stats.prompt_tokens / stats.prefill_seconds
+    assert stats.decode_tokens_per_second == (stats.new_tokens - 3) / stats.decode_seconds
+
+
+# ----------------------------------------------------------------------------------------------------------- sampling
+
+VOCABULARY = 12
+
+
+def oracle(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which logits are kept: those not below the k-th, then those not below the one that completes p."""
+    kept = logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
+    if top_p >= 1:
+        return kept
+    weights = np.where(kept, np.exp((logits - logits.max()).astype(np.float64)), 0)
+    weights /= weights.sum()
+    for smallest in np.unique(logits[kept])[::-1]:
+        if weights[logits >= smallest].sum() >= top_p:
+            return kept & (logits >= smallest)
+    return kept
+
+
+_truncate = jax.jit(sampling.truncate)
+
+
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=VOCABULARY, max_size=VOCABULARY),
+    st.integers(1, VOCABULARY),
+    st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.77, 0.9, 1.0]),
+)
+def test_truncation(logits, top_k, top_p):
+    """top_k and top_p keep what a sort in float64 keeps, wherever the sum is not within rounding of p."""
+    logits = np.array([logits, logits[::-1]], np.float32)
+    got = np.asarray(_truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
+    for row, kept in zip(logits, np.isfinite(got), strict=True):
+        bounds = [oracle(row, top_k, p) for p in (max(top_p - 1e-5, 1e-9), min(top_p + 1e-5, 0.99999 + (top_p == 1)))]
+        assert (bounds[0] <= kept).all() and (kept <= bounds[1] | bounds[0]).all(), (row, kept)
+    np.testing.assert_array_equal(got[np.isfinite(got)], logits[np.isfinite(got)])
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=VOCABULARY, max_size=VOCABULARY), st.integers(1, 12))
+def test_truncation_keeps_all_that_tie(logits, top_k):
+    """Equal logits are kept or dropped together, by top_k as by a tiny top_p."""
+    logits = np.array([logits, logits[::-1]], np.float32)
+    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(1)))
+    np.testing.assert_array_equal(got, [oracle(row, top_k, 1.0) for row in logits])
+    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(VOCABULARY), jnp.float32(1e-6)))
+    np.testing.assert_array_equal(got, logits == logits.max())
+
+
+@pytest.mark.parametrize("extreme", [3e38, 1e-36, 0.0])
+def test_truncation_of_extreme_logits(extreme):
+    """Any normal float32 can be the smallest that is kept."""
+    logits = np.linspace(-1, 1, VOCABULARY, dtype=np.float32)[None].repeat(2, 0) * np.float32(extreme)
+    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(3), jnp.float32(1)))
+    np.testing.assert_array_equal(got, [oracle(row, 3, 1.0) for row in logits])
+
+
+@pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=str)
+def test_narrowest_settings_are_greedy(model, greedy, settings):
+    """One candidate left, or a temperature next to nothing: the most likely token."""
+    settings = ds.Sampling(**{"temperature": 1.0, "seed": 3, **settings})
+    assert ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings).tokens == greedy.tokens
+
+
+def test_temperature_zero_is_greedy_without_division(model):
+    """No infinity, no NaN, whatever the logits; and the lowest id of those that tie."""
+    logits = jnp.asarray([[1e30, -1e30, 0.0, 1e30], [0.0, 0.0, 0.0, 0.0], [-1e-30, 0.0, 1e-30, 0.0]])
+    knobs = sampling.knobs(ds.Sampling(top_k=2, top_p=0.5), 3, 4)
+    tokens, logprobs = jax.jit(sampling.choose)(knobs, logits, jnp.zeros(3, jnp.int32))
+    assert tokens.tolist() == [0, 0, 2] and np.isfinite(logprobs).all()
+
+
+def test_frequencies():
+    """Drawn tokens are as frequent as the truncated, tempered distribution says."""
+    rows, logits = 20_000, np.array([2.0, 1.5, 1.0, 0.0, -1.0, 3.0], np.float32)
+    settings = ds.Sampling(temperature=2.0, top_k=5, top_p=0.9, seed=range(rows))
+    knobs = sampling.knobs(settings, rows, 6)
+    batch = jnp.broadcast_to(jnp.asarray(logits), (rows, 6))
+    tokens, logprobs = jax.jit(sampling.choose)(knobs, batch, jnp.full(rows, 7, jnp.int32))
+    kept = oracle(logits / 2, 5, 0.9)
+    weights = np.where(kept, np.exp(logits / 2), 0)
+    expected = rows * weights / weights.sum()
+    counts = np.bincount(tokens, minlength=6)
+    assert kept.sum() == 4 and (counts[~kept] == 0).all()
+    assert (((counts - expected)[kept] ** 2) / expected[kept]).sum() < 20
+    np.testing.assert_allclose(logprobs, np.asarray(jax.nn.log_softmax(logits))[tokens], atol=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+def test_fifty_lengths_share_three_buckets(tiny):
+    """Prompts of 1 to 50 tokens: as many prefills and as many decode loops as there are buckets, nothing more."""
+    cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
+    model = models.random_model(cfg)
+    lengths = range(1, 51)
+    buckets = {bucket(length) for length in lengths}
+    assert buckets == {16, 32, 64}
+    compiled = [
+        ds.generate(model, [[5] * length], max_new_tokens=1 + length % 2).stats.compiles for length in lengths
+    ]
+    assert sum(compiled) <= 2 * len(buckets)
+    assert [length for length, count in zip(lengths, compiled, strict=True) if count] == [1, 17, 33]
+
+
+def test_changing_a_sampling_parameter_compiles_nothing(model, greedy):
+    """Greedy or not, any temperature, truncation, seed, number of tokens in the bucket and prompt in the bucket."""
+    ds.generate(model, PROMPTS, max_new_tokens=NEW)
+    changes = [
+        ds.Sampling(temperature=0.7),
+        ds.Sampling(temperature=1.0, top_p=0.3),
+        ds.Sampling(temperature=1.0, top_k=7, top_p=0.9, seed=123456789123),
+        ds.Sampling(seed=(1, 2, 3)),
+    ]
+    with metered() as compiled:
+        for settings in changes:
+            ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings)
+        ds.generate(model, [[5], [6, 7], [8] * 16], max_new_tokens=16)
+        ds.generate(model, PROMPTS, max_new_tokens=1)
+    assert compiled.count == 0
+
+
+def test_a_stream_compiles_once(model):
+    """Every later token and every later stream runs the same two programs."""
+    list(ds.stream(model, PROMPTS[0], max_new_tokens=4))
+    with metered() as compiled:
+        list(ds.stream(model, PROMPTS[1], max_new_tokens=9, sampling=ds.Sampling(temperature=0.4, top_k=3)))
+    assert compiled.count == 0
+
+
+def test_buckets():
+    """The next power of two, at least 16."""
+    assert [bucket(size) for size in (1, 15, 16, 17, 32, 33, 4097)] == [16, 16, 16, 32, 32, 64, 8192]
+
+
+def test_the_compilation_cache_is_on_by_default(tmp_path):
+    """Programs are kept under the user's cache folder, unless JAX was told otherwise."""
+    from tests.test_layers import run
+
+    script = (
+        "import jax, os; from dsv32_jax.compilation import keep_on_disk; keep_on_disk();"
+        "print(jax.config.jax_compilation_cache_dir)"
+    )
+    setting = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}; "
+    off = f"{setting}os.environ['JAX_ENABLE_COMPILATION_CACHE'] = '0'; "
+    other = f"{setting}os.environ['JAX_COMPILATION_CACHE_DIR'] = '/elsewhere'; "
+    assert run("-c", setting + script).stdout.strip() == str(tmp_path / "dsv32_jax" / "compiled")
+    assert run("-c", off + script).stdout.strip() == "None"
+    assert run("-c", other + script).stdout.strip() == "/elsewhere"
+
+
+# ------------------------------------------------------------------------------------------------------------- misuse
+
+
+def refused(call, kind, *said: str) -> None:
+    """`call` raises `kind`, says all of `said`, and compiled nothing."""
+    with metered() as compiled, pytest.raises(kind) as caught:
+        call()
+    assert compiled.count == 0
+    missing = [word for word in said if word not in str(caught.value)]
+    assert not missing, f"{missing} not in: {caught.value}"
+    assert isinstance(caught.value, DsvError | FloatingPointError)
+
+
+def test_g01_a_request_that_does_not_fit(model):
+    """The prompt's length, what is asked for, what there is, and both ways out."""
+    refused(lambda: ds.generate(model, [[5] * 10, [5] * 30], max_new_tokens=20, capacity=40), UsageError,
+            "30", "20", "40", "max_new_tokens=10", "capacity=50")  # fmt: skip
+    arguments = {"max_new_tokens": 1, "capacity": 40}
+    refused(lambda: ds.generate(model, [[5] * 50], **arguments), UsageError, "50", "40", "capacity=51")
+    refused(lambda: ds.stream(model, [5] * 40, **arguments), UsageError, "40", "max_new_tokens=0", "capacity=41")
+    refused(lambda: ds.generate.layerwise(model, [[5] * 40], **arguments), UsageError, "capacity=41")
+    too_long = model.cfg.max_position_embeddings + 1
+    refused(lambda: ds.generate(model, [[5] * too_long]), UsageError, str(too_long), str(too_long - 1), "shorten")
+
+
+@pytest.mark.parametrize("capacity", [0, -1, 2**40, 16.0, "16", True], ids=repr)
+def test_wrong_capacities(model, capacity):
+    """A capacity is a number of tokens that positions exist for."""
+    refused(lambda: ds.generate(model, [[5]], max_new_tokens=1, capacity=capacity), UsageError,
+            repr(capacity), "capacity", str(model.cfg.max_position_embeddings))  # fmt: skip
+
+
+@pytest.mark.parametrize("value", [-1, -0.001, 5.001, float("nan"), float("inf"), "hot", None, True], ids=repr)
+def test_g07_wrong_temperatures(value):
+    """Refused when the Sampling is made."""
+    refused(lambda: ds.Sampling(temperature=value), UsageError, "temperature", repr(value), "0", "5")
+
+
+@pytest.mark.parametrize("value", [0, 0.0, -0.1, 1.001, float("nan"), float("inf"), "p", None], ids=repr)
+def test_g15_wrong_top_p(value):
+    """0 keeps nothing and is refused; 1 is the neutral value."""
+    refused(lambda: ds.Sampling(top_p=value), UsageError, "top_p", repr(value), "1")
+
+
+@pytest.mark.parametrize("value", [-1, 1.5, "k", None, True, 2**31], ids=repr)
+def test_g15_wrong_top_k(value):
+    """A count; 0 is the neutral value."""
+    refused(lambda: ds.Sampling(top_k=value), UsageError, "top_k", repr(value), "0")
+
+
+def test_g15_top_k_beyond_the_vocabulary(model):
+    """Both numbers are named."""
+    refused(lambda: ds.generate(model, [[5]], sampling=ds.Sampling(top_k=321)), UsageError, "321", "320")
+
+
+def test_g15_neutral_values(model, drawn):
+    """top_k 0 and top_p 1 keep everything, and so does top_k of the whole vocabulary."""
+    neutral = dataclasses.replace(HOT, top_k=320, top_p=1.0)
+    assert ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=neutral).tokens == drawn.tokens
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 1.5, "seed", None, True, (), (1, -2), (1, None)], ids=repr)
+def test_wrong_seeds(value):
+    """A seed is a whole number below 2^63, or one a row."""
+    refused(lambda: ds.Sampling(seed=value), UsageError, "seed", repr(value))
+
+
+def test_seeds_that_do_not_match_the_rows(model):
+    """As many seeds as prompts, or one."""
+    refused(lambda: ds.generate(model, PROMPTS, sampling=ds.Sampling(seed=(1, 2))), UsageError, "2 seeds", "3 prompts")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ([5, 320], ["320", "row 1", "position 1", "0..319"]),
+        ([-1, 5], ["-1", "position 0"]),
+        ([5, 2**31], [str(2**31)]),
+        ([5, 2**63], [str(2**63)]),
+        ([400 + i for i in range(9)], ["9 token ids", "400", "404", "4 more"]),
+        ([5, True], ["True", "position 1", "whole numbers"]),
+        ([5.0], ["5.0", "position 0", "whole numbers"]),
+        ([5, None], ["None", "position 1"]),
+        ([5, "6"], ["'6'", "position 1"]),
+        ([[5]], ["[5]", "position 0"]),
+        (np.array([5, 700]), ["700", "position 1"]),
+        (np.array([5.5]), ["5.5", "position 0"]),
+    ],
+    ids=repr,
+)
+def test_g10_wrong_token_ids(model, prompt, said):
+    """Up to five of them with row and position."""
+    refused(lambda: ds.generate(model, [[5], prompt], max_new_tokens=2), UsageError, *said)
+    refused(lambda: ds.stream(model, prompt, max_new_tokens=2), UsageError, said[0])
+
+
+def test_g10_whole_numbers_of_any_kind(model, greedy):
+    """NumPy arrays and tuples of whole numbers are prompts as well."""
+    prompts = [np.array(PROMPTS[0]), tuple(PROMPTS[1]), [np.int64(token) for token in PROMPTS[2]]]
+    assert ds.generate(model, prompts, max_new_tokens=NEW).tokens == greedy.tokens
+
+
+def test_g12_an_end_token_that_never_comes(model, greedy):
+    """Such a row stops at the limit and says so, whatever it is."""
+    row = greedy.finish_reason.index("length")
+    for count in (1, 5, NEW):
+        result = ds.generate(model, PROMPTS, max_new_tokens=count)
+        assert result.finish_reason[row] == "length" and result.tokens[row] == greedy.tokens[row][:count]
+
+
+@pytest.mark.parametrize("value", [-1, 1.0, "many", True], ids=repr)
+def test_g14_wrong_numbers_of_new_tokens(model, value):
+    """The value and what is meant by 0 and None."""
+    said = "max_new_tokens", repr(value), "0", "None"
+    refused(lambda: ds.generate(model, [[5]], max_new_tokens=value), UsageError, *said)
+
+
+def test_g14_a_billion_new_tokens(model):
+    """More than there are positions: the largest number that works is named."""
+    largest = model.cfg.max_position_embeddings
+    refused(lambda: ds.generate(model, [[5, 6]], max_new_tokens=10**9), UsageError, str(10**9), f"={largest - 2}")
+
+
+def test_g14_no_new_tokens(model):
+    """0 is nothing to do: rows of nothing, and nothing is compiled or run."""
+    with metered() as compiled:
+        result = ds.generate(model, PROMPTS, max_new_tokens=0)
+        assert list(ds.stream(model, PROMPTS[0], max_new_tokens=0)) == []
+    assert compiled.count == 0
+    assert result.tokens == [[], [], []] and result.logprobs == [[], [], []] and result.finish_reason == ["length"] * 3
+    assert result.stats.new_tokens == 0 and result.stats.decode_tokens_per_second == 0
+
+
+def test_g14_until_the_cache_is_full(model, greedy):
+    """None means as many as the capacity has room for: the cache is used to its last slot, and the text is the same."""
+    results = [ds.generate(model, [PROMPTS[0]], max_new_tokens=count, capacity=7 + NEW) for count in (None, NEW)]
+    for result in results:
+        assert result.stats.capacity == 7 + NEW and result.tokens[0] == greedy.tokens[0]
+    assert greedy.finish_reason[0] == "length"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "said"),
+    [
+        ([], ["empty"]),
+        ([[5], []], ["prompt 1", "empty"]),
+        ([[5], None], ["prompt 1", "None"]),
+        ([5, 6], ["prompt 0", "5", "list"]),
+        ("text", ["str", "list of lists"]),
+        (["text"], ["prompt 0", "'text'"]),
+        (None, ["NoneType"]),
+        (7, ["int"]),
+        ({}, ["dict"]),
+        ({"a": [5]}, ["dict"]),
+        (np.zeros((0, 3), int), ["empty"]),
+        (np.zeros((2, 0), int), ["prompt 0", "empty"]),
+    ],
+    ids=repr,
+)
+def test_g16_empty_and_missing_prompts(model, prompts, said):
+    """Each is named by its index, and what a prompt is."""
+    refused(lambda: ds.generate(model, prompts, max_new_tokens=2), UsageError, *said)
+
+
+def test_g16_the_shortest_prompt(model):
+    """The beginning-of-sentence token alone will do."""
+    assert len(ds.generate(model, [[model.cfg.bos_token_id]], max_new_tokens=2).tokens[0]) in (1, 2)
+
+
+@pytest.mark.parametrize("settings", ["hot", 0.7, {"temperature": 1.0}], ids=repr)
+def test_sampling_that_is_none(model, settings):
+    """Anything but a Sampling is named."""
+    refused(lambda: ds.generate(model, [[5]], sampling=settings), UsageError, repr(settings), "Sampling")
+
+
+def spoilt(model, path: str, index=...):
+    """`model` with NaN at `index` of one leaf."""
+
+    def replace(node, names):
+        name, *rest = names
+        if name.isdigit():
+            return (*node[: int(name)], replace(node[int(name)], rest), *node[int(name) + 1 :])
+        value = replace(getattr(node, name), rest) if rest else getattr(node, name).at[index].set(jnp.nan)
+        return dataclasses.replace(node, **{name: value})
+
+    return replace(model, path.split("."))
+
+
+@pytest.mark.parametrize(
+    ("path", "where"),
+    [
+        ("layers.0.mla.w_o_DHP", "layer 0"),
+        ("layers.1.ffn.shared_down_DM", "the last layer"),
+        ("norm_D", "the final norm"),
+        ("head_VD", "the head"),
+    ],
+)
+def test_g18_logits_that_are_no_numbers(model, path, where):
+    """No token is made up: the error names row, step and the first layer whose output is not finite."""
+    with pytest.raises(FloatingPointError) as caught:
+        ds.generate(spoilt(model, path), PROMPTS, max_new_tokens=NEW)
+    message = str(caught.value)
+    assert all(word in message for word in ("3 rows", "row 0", "new token 0", where)), message
+
+
+def test_g18_one_row_at_a_later_step(model, greedy):
+    """The row and the step at which the numbers went bad; the other rows are not blamed."""
+    row = next(row for row in range(3) if len(greedy.tokens[row]) > 4)
+    others = {token for other in range(3) if other != row for token in PROMPTS[other] + greedy.tokens[other]}
+    step = next(
+        step
+        for step, token in enumerate(greedy.tokens[row][:-1])
+        if token not in others and token not in PROMPTS[row] + greedy.tokens[row][:step]
+    )
+    bad = spoilt(model, "embed_VD", greedy.tokens[row][step])
+    with pytest.raises(FloatingPointError) as caught:
+        ds.generate(bad, PROMPTS, max_new_tokens=NEW)
+    message = str(caught.value)
+    assert all(word in message for word in ("1 rows", f"row {row}", f"new token {step + 1}", "the embedding")), message
+
+
+def test_g18_a_stream_stops_at_the_first_bad_token(model):
+    """Tokens before it have been handed out, and it never is."""
+    tokens = ds.generate(model, [PROMPTS[0]], max_new_tokens=NEW).tokens[0]
+    bad = spoilt(model, "embed_VD", tokens[0])
+    stream = ds.stream(bad, PROMPTS[0], max_new_tokens=NEW)
+    assert next(stream).token == tokens[0]
+    with pytest.raises(FloatingPointError, match="new token 1"):
+        next(stream)
+
+
+@pytest.fixture(scope="module")
+def converted(tiny, tmp_path_factory):
+    """A converted checkpoint with random weights."""
+    cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
+    folder = tmp_path_factory.mktemp("random")
+    random_checkpoint.write(folder / "source", cfg)
+    convert.convert(folder / "source", folder / "converted")
+    return folder / "converted"
+
+
+def tokenizer(size: int, without: int | None = None) -> dict:
+    """A tokenizer.json with the ids below `size`."""
+    return {"model": {"vocab": {f"t{i}": i for i in range(size) if i != without}}, "added_tokens": []}
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [
+        (tokenizer(321), ["320", "tokenizer.json"]),
+        (tokenizer(320, without=0), ["bos_token_id 0"]),
+        (tokenizer(320, without=1), ["eos_token_id 1"]),
+        ({"model": {}}, ["not a tokenizer"]),
+        ([], ["not a tokenizer"]),
+        ("{", ["not a tokenizer"]),
+    ],
+    ids=["too large", "no bos", "no eos", "no vocabulary", "a list", "not JSON"],
+)
+def test_g24_a_tokenizer_of_another_model(converted, raw, said):
+    """It is compared with the config when the model is loaded, before any weight is read."""
+    file = converted / "tokenizer.json"
+    file.write_text(raw if isinstance(raw, str) else json.dumps(raw))
+    try:
+        refused(lambda: ds.load(converted, dtype=jnp.float32), CheckpointError, *said)
+    finally:
+        file.unlink()
+
+
+def test_g24_the_right_tokenizer(converted):
+    """And without one ids are all there is."""
+    (converted / "tokenizer.json").write_text(json.dumps(tokenizer(320)))
+    assert ds.load(converted, dtype=jnp.float32).cfg.vocab_size == 320
+    (converted / "tokenizer.json").unlink()
+    assert ds.load(converted, dtype=jnp.float32).cfg.vocab_size == 320
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8, jnp.float8_e4m3fn])
+def test_wrong_compute_dtypes(converted, dtype):
+    """Weights are stored in many formats; arithmetic is done in two."""
+    refused(lambda: ds.load(converted, dtype=dtype), UsageError, np.dtype(dtype).name, "bfloat16", "float32")
