@@ -1,9 +1,22 @@
 """The job: safetensors -> Orbax, ready for a CPU or an accelerator mesh.
 
-`convert(src, dst)` is the whole of it; `main(argv)` is the command line (`python -m convert SRC DST`).
+`convert(src, dst)` is the whole of it; `main(argv)` is the command line (`python -m convert SRC DST`), `program(argv)`
+the same for a process that ends with it. They are imported when they are first used.
 """
 
-from .command import main
-from .job import Progress, convert
+import importlib
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["Progress", "convert", "main"]
+if TYPE_CHECKING:
+    from .command import main as main
+    from .command import program as program
+    from .job import Progress as Progress
+    from .job import convert as convert
+
+_HOME = {"main": "command", "program": "command", "Progress": "job", "convert": "job"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)

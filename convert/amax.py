@@ -16,7 +16,7 @@ BITS = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 
 
 def amax(arrays: dict[str, np.ndarray]) -> float:
-    """The largest magnitude that the components `arrays` of one leaf stand for (float32 arithmetic, as dequantizing)."""
+    """The largest magnitude that the components `arrays` of one leaf stand for, in the arithmetic of dequantizing."""
     if "codes" in arrays:
         return _nvfp4(**arrays)
     if "block_scale" in arrays:

@@ -3,46 +3,110 @@
 import argparse
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.errors import DsvError, StorageError
+from dsv32_jax.errors import CapacityError, DsvError, StorageError
 from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize_search import SCALINGS
 
+from . import interrupts, outlook, text
 from .detect import BECOMES
 from .job import convert
-from .plan import PlannedLeaf, plan
-from .policy import PRESETS, TENSOR_SCALES, recipe
-from .progress import Bar, JsonLines, Lines, Watcher, size_text
-from .source import Source
+from .policy import PRESETS, TENSOR_SCALES
+from .prepare import Options, prepare
+from .progress import Bar, JsonLines, Lines, Watcher
+
+EPILOG = """exit codes: 0 done, 2 usage, 3 input damaged or unsupported, 5 not enough disk, memory or devices,
+6 output exists or is locked, 74 I/O error, 75 stopped by a signal, 130 Ctrl-C. After 5, 74, 75 and 130 the same
+command continues where it stopped."""
+
+
+def program(argv: list[str] | None = None) -> int:
+    """`main` for a process that ends with it: once it is done, nothing interrupts it any more."""
+    code = main(argv)
+    interrupts.ignore()
+    return code
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line `argv` (default: the process's own); the exit code.
+    """Run the command line `argv` (default: the process's own); the exit code (see EPILOG).
 
-    0 done, 2 usage, 3 input damaged or unsupported, 5 not enough disk, 6 output exists or is locked, 74 I/O error,
-    130 Ctrl-C. stdout carries the result, stderr everything else.
+    stdout carries the result, stderr everything else. A signal ends the process.
     """
+    argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"
     watcher = JsonLines() if options.log_format == "json" else Bar() if sys.stderr.isatty() else Lines()
-    try:
-        result = _dry_run(options) if options.dry_run else _convert(options, watcher)
-    except DsvError as error:
-        watcher.error(str(error))
-        return error.exit_code
-    except OSError as error:
-        watcher.error(f"{error}; what was written before is kept, rerun the same command to continue")
-        return StorageError.exit_code
-    except KeyboardInterrupt:
-        watcher.error("interrupted; rerun the same command to continue")
-        return 130
-    finally:
-        watcher.close()
-    print(json.dumps(result) if options.log_format == "json" else _text(result))
-    return 0
+
+    def last_words(signal_name: str, code: int) -> bytes:
+        return watcher.last_words(
+            f"{signal_name}: stopped. What was written is kept; to continue, run the same command again:\n"
+            f"  {_command(argv)}",
+            code,
+        )
+
+    with interrupts.ending(last_words):
+        try:
+            _run(options, watcher)
+            return 0
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 0
+        except DsvError as error:
+            return _failed(watcher, str(error), error.exit_code)
+        except OSError as error:
+            kept = "what was written before is kept, run the same command again to continue"
+            return _failed(watcher, f"{error}; {kept}", StorageError.exit_code)
+        except MemoryError:
+            kept = "what was written before is kept, run the same command again with a smaller --max-memory to continue"
+            return _failed(watcher, f"memory is exhausted; {kept}", CapacityError.exit_code)
+        finally:
+            watcher.close()
+
+
+def _run(options: argparse.Namespace, watcher: Watcher) -> None:
+    """Do what is asked for and print the result."""
+    show = json.dumps if options.log_format == "json" else text.lines
+    how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
+    if options.dry_run:
+        prepared = prepare(options.src, options.dst, how)
+        print(show(outlook.expected(prepared)), flush=True)
+        outlook.require_space(prepared)
+        return
+    watcher.event("start", source=str(options.src), output=str(options.dst))
+    manifest = convert(options.src, options.dst, progress=watcher, **how)
+    watcher.close()
+    watcher.event("done", output=str(options.dst), digest=manifest.digest)
+    print(show(_result(options.dst, manifest)), flush=True)
+
+
+def _failed(watcher: Watcher, message: str, code: int) -> int:
+    watcher.error(message, code)
+    return code
+
+
+def _command(argv: list[str]) -> str:
+    """The command line that was given."""
+    program = ["dsv32", "convert"] if Path(sys.argv[0]).name == "dsv32" else ["python", "-m", "convert"]
+    return shlex.join([*program, *argv])
+
+
+def _result(dst: Path, manifest: Manifest) -> dict[str, Any]:
+    """What there is to tell about a finished conversion."""
+    report = manifest.report
+    return {
+        "written": str(dst),
+        **text.summary(manifest.config, report["formats"], report["notes"], report["ignored"]),
+        "conversions": report["conversions"],
+        "relative_rms_errors": {name: found["relative_rms"] for name, found in report["errors"]["kinds"].items()},
+        "largest_errors": report["errors"]["worst"],
+        "nan_scale_bytes": report["nan_scale_bytes"],
+        "zero_blocks": report["zero_blocks"],
+        "digest": manifest.digest,
+    }
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -51,14 +115,29 @@ def _parser() -> argparse.ArgumentParser:
         description="Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "
         "Weights keep their format unless --to or --policy says otherwise. "
         "A killed conversion continues when the same command is run again.",
+        epilog=EPILOG,
     )
     add = parser.add_argument
     add("src", metavar="SRC", type=Path, help="folder with config.json and *.safetensors; never written")
     add("dst", metavar="DST", type=Path, help="folder to write; must be new, empty or unfinished")
-    _add_formats(parser)
-    add("--dry-run", action="store_true", help="check SRC and print what would be done; write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="check SRC, print plan, memory, disk and time; write nothing",
+    )
+    add("--layers", metavar="0-N", help="only the first N + 1 layers, as a small model of its own (without MTP)")
+    add("--mesh", metavar="AXES", help="lay out chunks for these devices, for example expert=8,model=2")
+    add("--strict-index", action="store_true", help="refuse an index that does not list every tensor of the shards")
     add("--log-format", choices=("text", "json"), default="text", help="how stdout and stderr are written")
+    _add_formats(parser)
+    _add_limits(parser)
     return parser
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-memory", metavar="SIZE", help="take at most this much, for example 8GiB (80 %% of what is free)")
+    add("--workers", metavar="N", type=int, help="threads that read and convert (one for each core)")
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
@@ -82,64 +161,3 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="NVFP4 tensor scales; `shared`: one for gate and up, one for q_a and kv_a (own)",
     )
-
-
-def _dry_run(options: argparse.Namespace) -> dict[str, Any]:
-    wanted = recipe(options.to, options.policy, options.scales, options.tensor_scales)
-    planned = plan(Source(options.src.expanduser().absolute()), recipe=wanted)
-    return {
-        "would_write": planned.nbytes,
-        **_summary(planned.config, planned.formats, list(planned.notes), planned.ignored),
-        "conversions": planned.conversions,
-        "leaves": {leaf.leaf.path: _arrays(leaf) for leaf in planned.leaves},
-        "largest_group": max(sum(leaf.nbytes for leaf in group) for group in planned.groups),
-    }
-
-
-def _arrays(leaf: PlannedLeaf) -> str:
-    if leaf.same_as is not None:
-        return f"= {leaf.same_as}"
-    sizes = ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in leaf.arrays.items())
-    return f"{leaf.form.format}, {size_text(leaf.nbytes)}: {sizes}"
-
-
-def _convert(options: argparse.Namespace, watcher: Watcher) -> dict[str, Any]:
-    how = {key: getattr(options, key) for key in ("to", "policy", "scales", "tensor_scales")}
-    manifest: Manifest = convert(options.src, options.dst, **how, progress=watcher)
-    report = manifest.report
-    errors = report["errors"]
-    return {
-        "written": str(options.dst),
-        **_summary(manifest.config, report["formats"], report["notes"], report["ignored"]),
-        "conversions": report["conversions"],
-        "relative_rms_errors": {name: found["relative_rms"] for name, found in errors["kinds"].items()},
-        "largest_errors": errors["worst"],
-        "nan_scale_bytes": report["nan_scale_bytes"],
-        "zero_blocks": report["zero_blocks"],
-        "digest": manifest.digest,
-    }
-
-
-def _summary(config: dict[str, Any], formats: dict[str, int], notes: list[str], ignored: dict[str, int]) -> dict:
-    layers = f"{config['num_hidden_layers']} + {config.get('num_nextn_predict_layers', 0)} MTP"
-    return {"layers": layers, "formats": formats, "notes": notes, "ignored": ignored}
-
-
-def _number(value: Any) -> str:
-    """Errors are the only fractions in a result."""
-    return f"{100 * value:.2f} %" if isinstance(value, float) else str(value)
-
-
-def _text(result: dict[str, Any]) -> str:
-    lines = []
-    for key, value in result.items():
-        if key in ("would_write", "largest_group"):
-            value = size_text(value)
-        if isinstance(value, dict):
-            lines += [f"{key.replace('_', ' ')}:"] if value else []
-            lines += [f"  {name}: {_number(count)}" for name, count in value.items()]
-        elif isinstance(value, list):
-            lines += [f"{key[:-1]}: {item}" for item in value]
-        else:
-            lines.append(f"{key.replace('_', ' ')}: {value}")
-    return "\n".join(lines)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv32_jax.arrays import FOLDER, Arrays, Key
+from dsv32_jax.arrays import FOLDER, Arrays, Key, raw
 from dsv32_jax.config import Config
 from dsv32_jax.errors import StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
@@ -53,16 +53,15 @@ class Converted:
         self.manifest = Manifest.read(self.folder)
         self.config = Config.from_dict(self.manifest.config, f"the config in {self.folder.name}'s manifest")
         self.arrays = Arrays(self.folder)
+        self._scales: dict[Key, np.ndarray] = {}
         self.expected: dict[Key, ArrayEntry] = {
-            (path, name): array
-            for path, leaf in self.manifest.leaves.items()
-            for name, array in leaf.arrays.items()
+            (path, name): array for path, leaf in self.manifest.leaves.items() for name, array in leaf.arrays.items()
         }
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(_nbytes(array) for array in self.expected.values())
+        return sum(nbytes_of(array) for array in self.expected.values())
 
     @property
     def groups(self) -> list[Group]:
@@ -98,7 +97,9 @@ class Converted:
         """The array and the folder it lies in, for messages."""
         return f"{'.'.join(key)} ({FOLDER}/{self.arrays.stored[key].part})"
 
-    def read(self, group: Group, damaged: Callable[[str], None]) -> Iterator[tuple[Weight, list[dict[str, np.ndarray]]]]:
+    def read(
+        self, group: Group, damaged: Callable[[str], None]
+    ) -> Iterator[tuple[Weight, list[dict[str, np.ndarray]]]]:
         """Each weight of `group` with the components of its leaves (of its expert); `damaged` is told of every array
         that does not have its SHA-256 or cannot be read, at the latest after the last weight."""
         keys = {leaf.path: self._keys(leaf) for leaf in group.leaves}
@@ -108,7 +109,10 @@ class Converted:
                 yield from self._experts(group, keys[group.leaves[0].path], hashes)
             else:
                 parts = [
-                    {name: self._hashed(key, hashes, 0, self.expected[key].shape[0]) for name, key in keys[path].items()}
+                    {
+                        name: self._hashed(key, hashes, 0, self.expected[key].shape[0])
+                        for name, key in keys[path].items()
+                    }
                     for path in keys
                 ]
                 yield group.weights[0], parts
@@ -119,12 +123,30 @@ class Converted:
             if found.hexdigest() != self.expected[key].sha256:
                 damaged(f"{self.where(key)} has changed")
 
+    def component(self, weight: Weight, name: str, leaf: int = 0) -> np.ndarray:
+        """One component of one weight alone, from one of its leaves. Tensor scales are read once for all experts."""
+        key = self._keys(weight.leaves[leaf])[name]
+        stacked = weight.leaves[leaf].stacked
+        if name != "tensor_scale":
+            return self.arrays.read(key, weight.expert, weight.expert + 1) if stacked else self.arrays.read(key)
+        if key not in self._scales:
+            self._scales[key] = self.arrays.read(key)
+        return self._scales[key][weight.expert : weight.expert + 1] if stacked else self._scales[key]
+
+    def formats(self, weight: Weight) -> tuple[str, ...]:
+        """The manifest's format of each leaf of `weight`."""
+        return tuple(entry.format for entry in weight.entries)
+
+    def dtype(self, weight: Weight) -> str:
+        """NumPy's name of the dtype of the values of a dense weight."""
+        return self.expected[self._keys(weight.leaves[0])["values"]].dtype
+
     def hash(self, key: Key, damaged: Callable[[str], None]) -> None:
         """Read one array slab by slab; `damaged` is told when it does not have its SHA-256."""
         found = hashlib.sha256()
         try:
             for _, rows in self.arrays.slabs(key):
-                found.update(_raw(rows))
+                found.update(raw(rows))
         except StorageError as error:
             damaged(str(error))
             return
@@ -159,7 +181,7 @@ class Converted:
 
     def _hashed(self, key: Key, hashes, start: int, stop: int) -> np.ndarray:
         array = self.arrays.read(key, start, stop)
-        hashes[key].update(_raw(array))
+        hashes[key].update(raw(array))
         return array
 
 
@@ -173,9 +195,6 @@ def _module(name: str) -> str:
     return name.rpartition(".")[0]
 
 
-def _raw(array: np.ndarray) -> memoryview:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def _nbytes(entry: ArrayEntry) -> int:
+def nbytes_of(entry: ArrayEntry) -> int:
+    """Bytes of one array."""
     return math.prod(entry.shape) * BY_NAME[entry.dtype].itemsize

@@ -1,4 +1,4 @@
-"""What a folder holds, from headers alone: the tree of weights with layers and experts folded, sizes by kind and format.
+"""What a folder holds, from headers alone: the tree of its weights, sizes by kind and format, and notes.
 
 A folder in Hugging Face layout is shown by the names of its weights (scales count as part of them), a converted one by
 the leaves of the model.
@@ -6,9 +6,8 @@ the leaves of the model.
 
 import collections
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,8 @@ from dsv32_jax.manifest import FILE, LeafEntry, Manifest
 
 from .detect import detect
 from .header import BY_NAME, Tensor
-from .names import ranges
 from .source import Source
+from .tree import Branch, Item, folded, split, tree
 
 SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
 BESIDE = tuple(scale.removeprefix("weight") for scale in SCALES)
@@ -40,40 +39,6 @@ KINDS = (
     ("norm", "norms"),
 )
 """The kind of a weight: the first whose text is in its name."""
-
-
-@dataclasses.dataclass
-class Item:
-    """One weight, or one leaf: its layer and its name within (the number of its expert a star), what it is for, storage,
-    logical shape, bytes with all scales. `parameters` is 0 for what is no weight."""
-
-    layer: int | None
-    name: str
-    kind: str
-    format: str
-    shape: tuple[int, ...]
-    parameters: int
-    nbytes: int
-
-
-@dataclasses.dataclass
-class Row:
-    """Weights of one layer, or of one group of layers, that differ in nothing but the number of their expert."""
-
-    name: str
-    format: str
-    shape: tuple[int, ...]
-    count: int
-    parameters: int
-    nbytes: int
-
-
-@dataclasses.dataclass
-class Branch:
-    """A run of layers that hold the same rows (`layers` is None for what is outside of layers)."""
-
-    layers: list[int] | None
-    rows: list[Row]
 
 
 @dataclasses.dataclass
@@ -128,12 +93,18 @@ def weights(tensors: Mapping[str, Tensor], layers: int | None) -> Iterator[Item]
             continue
         base = name.removesuffix("_packed")
         beside = [found for scale in BESIDE if (found := tensors.get(base + scale)) is not None]
-        signature = (tensor.dtype, tensor.shape, base is name, *((t.dtype, t.shape) for t in beside))
+        signature = (
+            tensor.dtype,
+            tensor.shape,
+            base == name,
+            base.endswith(".weight"),
+            *((t.dtype, t.shape) for t in beside),
+        )
         if signature not in storage:
             storage[signature] = _storage(base, tensor, tensors, beside)
         format, shape, nbytes = storage[signature]
-        layer, rest = _split(base)
-        pattern = _folded(rest)
+        layer, rest = split(base)
+        pattern = folded(rest)
         if (pattern, layer == layers) not in kinds:
             kinds[pattern, layer == layers] = kind_of(pattern, layer is not None and layer == layers)
         kind = kinds[pattern, layer == layers]
@@ -181,7 +152,7 @@ def _converted(folder: Path) -> Inspection:
 
 def _leaf(path: str, entry: LeafEntry, manifest: Manifest, source: str) -> Item:
     kind = kind_of(source, path.startswith("mtp."))
-    layer, name = _split(path)
+    layer, name = split(path)
     if entry.same_as is not None:
         return Item(layer, name, kind, f"= {entry.same_as}", _shape(manifest.leaves[entry.same_as]), 0, 0)
     shape = _shape(entry)
@@ -207,8 +178,8 @@ def _inspection(folder: Path, layout: str, config: dict[str, Any], items: list[I
         folder=str(folder),
         layout=layout,
         title=_title(config),
-        tree=list(_tree(items)),
-        sizes=[(*key, *size) for key, size in sizes.items()],
+        tree=list(tree(items)),
+        sizes=[(kind, format, size[0], size[1]) for (kind, format), size in sizes.items()],
         parameters=sum(item.parameters for item in items),
         nbytes=sum(item.nbytes for item in items),
         notes=notes,
@@ -218,48 +189,3 @@ def _inspection(folder: Path, layout: str, config: dict[str, Any], items: list[I
 def _title(config: dict[str, Any]) -> str:
     names = ("model_type", "num_hidden_layers", "first_k_dense_replace", "n_routed_experts", "num_nextn_predict_layers")
     return ", ".join(f"{name} {config[name]}" for name in names if name in config)
-
-
-def _tree(items: Iterable[Item]) -> Iterator[Branch]:
-    """Rows by layer; consecutive layers of the same rows are one branch, with the sums of all."""
-    found: dict[int | None, dict[tuple, Row]] = {}
-    for item in items:
-        rows, key = found.setdefault(item.layer, {}), (item.name, item.format, item.shape)
-        if key not in rows:
-            rows[key] = Row(*key, 0, 0, 0)
-        _add(rows[key], 1, item.parameters, item.nbytes)
-    if outside := found.pop(None, None):
-        yield Branch(None, list(outside.values()))
-    numbers = sorted(layer for layer in found if layer is not None)
-    for _, run in itertools.groupby(numbers, key=lambda layer: {key: row.count for key, row in found[layer].items()}):
-        first, *more = run
-        for layer in more:
-            for key, row in found[layer].items():
-                _add(found[first][key], row.count, row.parameters, row.nbytes)
-        yield Branch([first, *more], list(found[first].values()))
-
-
-def _add(row: Row, count: int, parameters: int, nbytes: int) -> None:
-    row.count, row.parameters, row.nbytes = row.count + count, row.parameters + parameters, row.nbytes + nbytes
-
-
-def _split(name: str) -> tuple[int | None, str]:
-    """The layer of a weight or leaf, and its name within."""
-    inner = name.removeprefix("model.")
-    if inner.startswith("layers."):
-        _, number, *rest = inner.split(".", 2)
-        if number.isdecimal() and len(number) < 10 and rest:
-            return int(number), rest[0]
-    return None, name
-
-
-def _folded(name: str) -> str:
-    """`name` with the number of its expert replaced by a star."""
-    before, experts, after = name.partition("mlp.experts.")
-    number, dot, rest = after.partition(".")
-    return f"{before}{experts}*{dot}{rest}" if experts and number.isdecimal() else name
-
-
-def layers_text(branch: Branch) -> str:
-    """What a branch is called: "layers 3-60"."""
-    return "" if branch.layers is None else f"layers {ranges(branch.layers)}"

@@ -1,6 +1,6 @@
 """The way back: from the components of the leaves to the tensors of the source they were cut from.
 
-`join` undoes the cut: rows interleaved again, columns put side by side, scales that were repeated in every piece merged.
+`join` undoes the cut: rows interleaved again, columns put side by side, scales that were repeated for pieces merged.
 `restored` undoes the change of storage: FP8 scales of rows become the 128x128 grid again, scalars get their own dtype
 and shape. Neither shares code with `cut`, because a proof that used the code it proves would prove nothing.
 """

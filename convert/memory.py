@@ -41,7 +41,7 @@ class Budget(NamedTuple):
     def workers_for(self, leaves: Iterable[PlannedLeaf], resident: int) -> int:
         """How many workers can be at work on `leaves` while `resident` bytes are taken."""
         working = max((working_bytes(leaf) for leaf in leaves), default=0)
-        return max(1, min(self.workers, (self.limit - resident) // max(1, working) - 1))
+        return max(1, min(self.workers, (self.limit - resident) // max(1, working)))
 
 
 def budget(max_memory: str | int | None, workers: int | None) -> Budget:
@@ -76,13 +76,15 @@ def available(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/m
 
 
 def working_bytes(leaf: PlannedLeaf) -> int:
-    """What one worker has in hand: one weight as it is read, in between, and as it is stored."""
-    return max((_reading(stored) + _converting(stored) for stored in leaf.sources), default=0)
+    """What one worker has in hand beside the leaf itself: one weight as it is read, in between, and as it is stored."""
+    most = max((_reading(stored) + _converting(stored) for stored in leaf.sources), default=0)
+    whole = not leaf.leaf.stacked and leaf.leaf.cut is None
+    return max(0, most - leaf.nbytes) if whole else most
 
 
 def need(leaf: PlannedLeaf) -> int:
     """The least memory in which `leaf` can be converted: by one worker, with nothing else in memory."""
-    return PROGRAM + BAND_BYTES + leaf.nbytes + 2 * working_bytes(leaf)
+    return PROGRAM + BAND_BYTES + leaf.nbytes + working_bytes(leaf)
 
 
 def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
@@ -92,8 +94,9 @@ def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
         too_large = f"{largest.leaf.path} ({largest.nbytes / 1e9:.2f} GB, {largest.form.format})"
         smallest = -(-need(largest) >> 20)
         raise CapacityError(
-            f"{limit / 2**30:.2f} GiB of memory are too little: {too_large} alone takes {need(largest) / 2**30:.2f} GiB "
-            f"while it is converted. Nothing was written. The smallest limit that works is --max-memory {smallest}MiB"
+            f"{limit / 2**30:.2f} GiB of memory are too little: {too_large} alone takes "
+            f"{need(largest) / 2**30:.2f} GiB while it is converted. Nothing was written. "
+            f"The smallest limit that works is --max-memory {smallest}MiB"
         )
 
 
@@ -130,13 +133,13 @@ def peak(groups: Iterable[Group], allowed: Budget) -> int:
         resident = before if fits(group, before, allowed.limit) else 0
         taken = PROGRAM + BAND_BYTES + resident + size(group)
         working = max((working_bytes(leaf) for leaf in group), default=0)
-        most = max(most, taken + (allowed.workers_for(group, taken) + 1) * working)
+        most = max(most, taken + allowed.workers_for(group, taken) * working)
         before = size(group)
     return most
 
 
 def _building(group: Group) -> int:
-    return PROGRAM + BAND_BYTES + size(group) + 2 * max((working_bytes(leaf) for leaf in group), default=0)
+    return PROGRAM + BAND_BYTES + size(group) + max((working_bytes(leaf) for leaf in group), default=0)
 
 
 def _reading(stored: Stored) -> int:

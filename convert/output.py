@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,9 @@ from dsv32_jax.manifest import FILE, JOURNAL
 LOCK = ".lock"
 RESERVE = 64 << 20
 """Bytes of disk that a conversion leaves free beyond what it plans to write."""
+
+OPEN_FILES = 192
+"""Files that Python, the journal and TensorStore's threads have open at most, beside one for each worker."""
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 """Files of the source that the converted checkpoint keeps."""
@@ -50,6 +54,19 @@ def require_space(dst: Path, needed: int) -> None:
         )
 
 
+def require_files(workers: int) -> None:
+    """Make room for the files that are open at the same time. Raises CapacityError where that is not allowed."""
+    needed = OPEN_FILES + workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise CapacityError(
+            f"{needed} files may be open at the same time, but this process may open only {hard} (ulimit -Hn). "
+            "Nothing new was written; raise the limit"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+
+
 @contextlib.contextmanager
 def locked(dst: Path) -> Iterator[None]:
     """Hold the kernel's lock on `dst`, which goes with the process. Raises OutputExistsError when another has it."""
@@ -64,6 +81,11 @@ def locked(dst: Path) -> Iterator[None]:
         except BlockingIOError:
             owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
             raise OutputExistsError(f"another process ({owner}) is writing {dst}; nothing was touched") from None
+        except OSError as error:
+            raise StorageError(
+                f"{dst} cannot be locked: {error}. Its file system may not support that; nothing was written. "
+                "Convert to a local disk and copy the result"
+            ) from error
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
         yield

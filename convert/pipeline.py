@@ -21,7 +21,8 @@ from .record import Recorder, with_passport
 
 Arrays = dict[tuple[str, str], np.ndarray]
 Components = dict[str, np.ndarray]
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 
 class Writer(Protocol):
@@ -56,11 +57,13 @@ class _Writing(NamedTuple):
         counts: collections.Counter[str] = collections.Counter()
         for _, leaf_counts in found.values():
             counts.update(leaf_counts)
-        return Part(self.name, {path: entry for path, (entry, _) in found.items()}, dict(counts), self.outcomes, self.nbytes)
+        return Part(
+            self.name, {path: entry for path, (entry, _) in found.items()}, dict(counts), self.outcomes, self.nbytes
+        )
 
 
 class Pipeline:
-    """Converts groups. `built` hears of every leaf that was read, `done` of every part once it is on disk, in order.
+    """Converts groups. `built` hears of every weight that was read (its leaf, bytes), `done` of every part on the disk.
 
     `entries` are the leaves of the parts before; `done` adds to them.
     """
@@ -72,7 +75,7 @@ class Pipeline:
         writer: Writer,
         budget: Budget,
         entries: dict[str, LeafEntry],
-        built: Callable[[PlannedLeaf], None],
+        built: Callable[[PlannedLeaf, int], None],
         done: Callable[[Part], None],
     ):
         self._read, self._recaster, self._writer, self._budget = read, recaster, writer, budget
@@ -114,33 +117,45 @@ class Pipeline:
         def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             return _bounded(self._workers, window, function, items)
 
-        stored = [leaf for leaf in group if leaf.same_as is None]
         found: dict[str, Components] = {leaf.leaf.path: {} for leaf in group}
+        stored = [leaf for leaf in group if leaf.same_as is None]
         for stacked, run in itertools.groupby(stored, key=lambda leaf: leaf.leaf.stacked):
             leaves = list(run)
-            each = map(self._leaf, leaves, [spread] * len(leaves)) if stacked else spread(self._leaf, leaves)
+            each = (self._stack(leaf, spread) for leaf in leaves) if stacked else self._single(leaves, spread)
             for leaf, components in zip(leaves, each, strict=True):
+                arrays = {name: (array.dtype.name, array.shape) for name, array in components.items()}
+                assert arrays == leaf.arrays, f"{leaf.leaf.path}: {arrays} was built, {leaf.arrays} was planned"
                 found[leaf.leaf.path] = components
-                self._built(leaf)
         return found
 
-    def _leaf(self, planned: PlannedLeaf, spread: Callable[..., Iterator] = map) -> Components:
-        """The arrays of one leaf, exactly those planned."""
-        built = cut.build(planned.leaf, planned.sources, planned.form, self._read, self._recaster, spread)
-        found = {name: (array.dtype.name, array.shape) for name, array in built.items()}
-        assert found == planned.arrays, f"{planned.leaf.path}: {found} was built, {planned.arrays} was planned"
-        return built
+    def _stack(self, leaf: PlannedLeaf, spread: Callable[..., Iterator]) -> Components:
+        """A leaf of many experts, by many workers."""
+
+        def told(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
+            for result in spread(function, items):
+                self._built(leaf, leaf.nbytes // len(leaf.sources))
+                yield result
+
+        return cut.build(leaf.leaf, leaf.sources, leaf.form, self._read, self._recaster, told)
+
+    def _single(self, leaves: list[PlannedLeaf], spread: Callable[..., Iterator]) -> Iterator[Components]:
+        """Leaves of one weight each, by a worker each."""
+        each = spread(lambda p: cut.build(p.leaf, p.sources, p.form, self._read, self._recaster), leaves)
+        for leaf, components in zip(leaves, each, strict=True):
+            self._built(leaf, leaf.nbytes)
+            yield components
 
     def _write(self, name: str, group: Group, built: dict[str, Components]) -> _Writing:
         """Begin to hash and to save `built`. A copy with its original's bytes is not saved."""
-        described = {leaf.leaf.path: self._workers.submit(self._describe, leaf, built[leaf.leaf.path]) for leaf in group}
-        arrays = {
-            (path, component): array
-            for leaf in group
-            for path in [leaf.leaf.path]
-            if leaf.copy_of is None or described[path].result()[0].same_as is None
-            for component, array in built[path].items()
-        }
+        described: dict[str, Future[tuple[LeafEntry, dict[str, int]]]] = {}
+        arrays: Arrays = {}
+        for leaf in group:
+            path, original = leaf.leaf.path, None
+            if leaf.copy_of is not None:
+                original = self._entries.get(leaf.copy_of) or described[leaf.copy_of].result()[0]
+            described[path] = self._workers.submit(self._describe, leaf, built[path], original)
+            if original is None or described[path].result()[0].same_as is None:
+                arrays |= {(path, component): array for component, array in built[path].items()}
         saved = self._disk.submit(self._save, name, arrays)
         return _Writing(name, memory.size(group), saved, described, self._recaster.take_outcomes())
 
@@ -148,26 +163,23 @@ class Pipeline:
         if arrays:
             self._writer.save(name, arrays)
 
-    def _describe(self, planned: PlannedLeaf, built: Components) -> tuple[LeafEntry, dict[str, int]]:
-        """The manifest's entry of a leaf, and what was counted in it. Raises CheckpointError on NaN or infinity."""
+    def _describe(
+        self, planned: PlannedLeaf, built: Components, original: LeafEntry | None
+    ) -> tuple[LeafEntry, dict[str, int]]:
+        """The manifest's entry of a leaf, and what was counted in it. A copy with the bytes of `original` is that.
+
+        Raises CheckpointError on values that cannot be right.
+        """
+        self._read.require_written(planned)
         facts.require_finite(planned.leaf.path, built)
-        entry = with_passport(planned, self._entry(planned, built), built, self._read)
-        return entry, facts.scale_facts(built)
-
-    def _entry(self, planned: PlannedLeaf, built: Components) -> LeafEntry:
-        """The entry without its passport. A copy with its original's bytes is that original."""
         form = planned.form.format
-        if planned.same_as is not None:
-            return LeafEntry(form, {}, planned.same_as)
-        entry = LeafEntry(form, {name: facts.entry(array) for name, array in built.items()})
-        if planned.copy_of is not None and self._entries[planned.copy_of] == entry:
-            return LeafEntry(form, {}, planned.copy_of)
-        return entry
+        entry = LeafEntry(form, {name: facts.entry(array) for name, array in built.items()}, planned.same_as)
+        if entry == original:
+            entry = LeafEntry(form, {}, planned.copy_of)
+        return with_passport(planned, entry, built, self._read), facts.scale_facts(built)
 
 
-def _bounded(
-    pool: ThreadPoolExecutor, window: int, function: Callable[[T], R], items: Iterable[T]
-) -> Iterator[R]:
+def _bounded(pool: ThreadPoolExecutor, window: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
     """`map` by the threads of `pool`, never more than `window` results ahead."""
     pending: collections.deque[Future[R]] = collections.deque()
     for item in items:

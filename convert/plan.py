@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 from dsv32_jax.config import Config
@@ -16,8 +16,6 @@ from .header import BY_NAME
 from .policy import Chooser, Recipe
 from .source import Source
 from .survey import Survey
-
-GROUP_BYTES = 256 << 20
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""
@@ -46,19 +44,18 @@ class PlannedLeaf:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole conversion. `groups` are the leaves that are saved together, in order; the manifest gets `config`."""
+    """A whole conversion: `leaves` in the order in which they are saved; the manifest gets `config`.
+
+    `digest` covers everything that decides which bytes are written, `basis` what of it a person can change.
+    """
 
     config: dict[str, Any]
     recipe: Recipe
-    groups: tuple[tuple[PlannedLeaf, ...], ...]
+    leaves: tuple[PlannedLeaf, ...]
     notes: tuple[str, ...]
     ignored: dict[str, int]
+    basis: dict[str, Any]
     digest: str
-
-    @property
-    def leaves(self) -> Iterator[PlannedLeaf]:
-        """Every leaf, in order."""
-        return (leaf for group in self.groups for leaf in group)
 
     @property
     def nbytes(self) -> int:
@@ -77,8 +74,8 @@ class Plan:
         return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
 
 
-def plan(source: Source, group_bytes: int = GROUP_BYTES, recipe: Recipe | None = None) -> Plan:
-    """The conversion of `source`, saved `group_bytes` at a time (a larger leaf alone); by default formats are kept.
+def plan(source: Source, recipe: Recipe | None = None) -> Plan:
+    """The conversion of `source`; by default formats are kept.
 
     Raises ConfigError, CheckpointError that lists every missing, unknown and mismatched tensor, or UsageError that
     lists every weight which cannot be stored as the recipe says.
@@ -98,20 +95,24 @@ def plan(source: Source, group_bytes: int = GROUP_BYTES, recipe: Recipe | None =
     survey.raise_problems(str(source.folder))
     kept = [leaf for leaf in planned if leaf is not None]
     by_path = {leaf.leaf.path: leaf for leaf in kept}
-    kept = [_share(leaf, by_path) for leaf in kept]
-    groups = tuple(_groups(kept, group_bytes))
+    kept = tuple(_share(leaf, by_path) for leaf in kept)
     lossy = [leaf for leaf in kept if leaf.form.dequantized]
     notes += [f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}" for leaf in lossy]
     if recipe.policy.file is not None:
         notes += [f"{recipe.policy.file}: no weight is called {pattern}" for pattern in chooser.unused]
-    content = {
+    rules = [list(rule) for rule in recipe.policy.rules]
+    basis = {
         "format_version": FORMAT_VERSION,
         "config": config,
-        "source": source.identity,
-        "groups": [[[p.leaf.path, p.form.format, p.arrays, p.same_as] for p in group] for group in groups],
-        "recipe": _effect(recipe, kept),
+        "files": source.identity,
+        "recipe": [rules, recipe.policy.otherwise, recipe.scales, recipe.tensor_scales],
     }
-    return Plan(config, recipe, groups, tuple(notes), ignored, digest(content))
+    content = {
+        **basis,
+        "recipe": _effect(recipe, kept),
+        "leaves": [[p.leaf.path, p.form.format, p.arrays, p.same_as] for p in kept],
+    }
+    return Plan(config, recipe, kept, tuple(notes), ignored, basis, digest(content))
 
 
 def _planned(leaf: Leaf, survey: Survey) -> PlannedLeaf | None:
@@ -132,7 +133,7 @@ def _change(stored: Stored, form: Form) -> str:
     return "" if before == after else f"{before} -> {after}"
 
 
-def _effect(recipe: Recipe, planned: list[PlannedLeaf]) -> list[Any]:
+def _effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any]:
     """What a recipe does to this checkpoint: other words for the same are the same conversion."""
     wanted = {stored.name: stored.wanted for leaf in planned for stored in leaf.sources if stored.wanted}
     quantizes = "nvfp4" in wanted.values()
@@ -146,16 +147,3 @@ def _has_layer(source: Source, layer: int) -> bool:
 def _share(planned: PlannedLeaf, by_path: dict[str, PlannedLeaf]) -> PlannedLeaf:
     """A leaf that the source leaves out has its original's form."""
     return dataclasses.replace(planned, form=by_path[planned.same_as].form) if planned.same_as else planned
-
-
-def _groups(planned: list[PlannedLeaf], limit: int) -> Iterator[tuple[PlannedLeaf, ...]]:
-    """Runs of consecutive leaves of at most `limit` bytes, or of one leaf."""
-    group: list[PlannedLeaf] = []
-    size = 0
-    for leaf in planned:
-        if group and size + leaf.nbytes > limit:
-            yield tuple(group)
-            group, size = [], 0
-        group.append(leaf)
-        size += leaf.nbytes
-    yield tuple(group)

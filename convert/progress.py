@@ -2,14 +2,23 @@
 
 import contextlib
 import json
+import os
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from .job import Progress
 
-INTERVAL = 5.0
+INTERVAL = 10.0
 """Seconds between two lines of a log."""
+
+
+class Pace(NamedTuple):
+    """Bytes a second since the start, seconds to the end (None before anything is known), bytes of memory in use."""
+
+    rate: float
+    eta_s: float | None
+    rss: int
 
 
 class Watcher(Protocol):
@@ -17,7 +26,11 @@ class Watcher(Protocol):
 
     def __call__(self, progress: Progress) -> None: ...
 
-    def error(self, message: str) -> None: ...
+    def event(self, name: str, **facts: Any) -> None: ...
+
+    def error(self, message: str, code: int) -> None: ...
+
+    def last_words(self, message: str, code: int) -> bytes: ...
 
     def close(self) -> None: ...
 
@@ -26,40 +39,61 @@ class Lines:
     """A line every few seconds."""
 
     def __init__(self):
-        self._said = time.monotonic()
+        self._began = self._said = time.monotonic()
+        self._ready: int | None = None
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
+        if self._ready is None:
+            self._ready = progress.done
         if now - self._said >= INTERVAL or progress.done == progress.total:
             self._said = now
-            self._say(progress)
+            self._say(progress, self._pace(progress, now))
 
-    def _say(self, progress: Progress) -> None:
+    def _pace(self, progress: Progress, now: float) -> Pace:
+        rate = (progress.done - (self._ready or 0)) / max(now - self._began, 1e-3)
+        left = (progress.total - progress.done) / rate if rate > 0 else None
+        return Pace(rate, left, resident())
+
+    def _say(self, progress: Progress, pace: Pace) -> None:
         percent = 100 * progress.done / max(progress.total, 1)
-        print(
-            f"{percent:5.1f} %  {size_text(progress.done)} of {size_text(progress.total)}  {progress.leaf}",
-            file=sys.stderr,
-            flush=True,
+        left = "" if pace.eta_s is None else f"  {duration_text(pace.eta_s)} left"
+        self._write(
+            f"{percent:5.1f} %  {size_text(progress.done)} of {size_text(progress.total)}  "
+            f"{size_text(pace.rate)}/s{left}  memory {size_text(pace.rss)}  {progress.leaf}"
         )
 
-    def error(self, message: str) -> None:
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    def event(self, name: str, **facts: Any) -> None:
+        """What happened besides progress: of interest to programs."""
+
+    def error(self, message: str, code: int) -> None:
+        self._write(f"error: {message}")
+
+    def last_words(self, message: str, code: int) -> bytes:
+        """What is left to be said when the process is about to be gone."""
+        return f"\n{_ascii(message)}\n".encode()
 
     def close(self) -> None:
         pass
+
+    def _write(self, line: str) -> None:
+        print(_ascii(line), file=sys.stderr, flush=True)
 
 
 class JsonLines(Lines):
     """The same as one JSON object a line."""
 
-    def _say(self, progress: Progress) -> None:
-        self._write({"event": "progress", **progress._asdict()})
+    def event(self, name: str, **facts: Any) -> None:
+        self._write(json.dumps({"event": name, **facts}))
 
-    def error(self, message: str) -> None:
-        self._write({"event": "error", "message": message})
+    def _say(self, progress: Progress, pace: Pace) -> None:
+        self.event("progress", **progress._asdict(), **pace._asdict())
 
-    def _write(self, event: dict[str, Any]) -> None:
-        print(json.dumps(event), file=sys.stderr, flush=True)
+    def error(self, message: str, code: int) -> None:
+        self.event("error", message=message, code=code)
+
+    def last_words(self, message: str, code: int) -> bytes:
+        return json.dumps({"event": "interrupted", "message": message, "code": code}).encode() + b"\n"
 
 
 class Bar(Lines):
@@ -73,23 +107,47 @@ class Bar(Lines):
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
             self._bar = self._stack.enter_context(_rich_bar())
-            self._task = self._bar.add_task("", total=progress.total)
-        self._bar.update(self._task, completed=progress.done, description=progress.leaf)
+            self._task = self._bar.add_task("", total=progress.total, completed=progress.done, memory="")
+        memory = f"memory {size_text(resident())}"
+        self._bar.update(self._task, completed=progress.done, description=progress.leaf, memory=memory)
 
-    def error(self, message: str) -> None:
+    def error(self, message: str, code: int) -> None:
         self.close()
-        super().error(message)
+        super().error(message, code)
+
+    def last_words(self, message: str, code: int) -> bytes:
+        """The bar had hidden the cursor."""
+        return b"\x1b[?25h" + super().last_words(message, code)
 
     def close(self) -> None:
         self._stack.close()
 
 
-def size_text(count: int) -> str:
+def size_text(count: float) -> str:
     """Bytes in decimal units."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:
             return f"{count / size:.2f} {unit}"
-    return f"{count} B"
+    return f"{count:.0f} B"
+
+
+def duration_text(seconds: float) -> str:
+    """Seconds as 0:04, 12:30 or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def resident() -> int:
+    """Bytes of memory that this process has now."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _ascii(text: str) -> str:
+    """`text` without what a console may not be able to print, or may take for a command; lines stay lines."""
+    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    return "".join(shown).encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(errors="replace")
 
 
 def _rich_bar() -> Any:
@@ -100,6 +158,7 @@ def _rich_bar() -> Any:
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[memory]}", markup=False),
         progress.TextColumn("{task.description}", markup=False),
         console=console.Console(stderr=True),
         transient=True,

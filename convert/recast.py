@@ -52,12 +52,13 @@ class Recaster:
 
         Raises CheckpointError that names the weight where its values cannot be quantized.
         """
-        parts = weights.load(stored, read)
         if stored.wanted is None or stored.is_in(stored.wanted):
-            return parts
-        values = weights.values(stored, parts, read)
+            return weights.load(stored, read)
         try:
-            result = self._converted(stored, values, read)
+            beside = self._largest_beside(stored, read)
+            parts = weights.load(stored, read)
+            values = weights.values(stored, parts, read)
+            result = self._converted(stored, values, beside)
         except ValueError as error:
             raise CheckpointError(f"{stored.name}: {error}. What was written before is kept") from error
         self.outcomes[stored.name] = _outcome(values, result, facts.scale_facts(parts))
@@ -68,11 +69,11 @@ class Recaster:
         taken, self.outcomes = self.outcomes, {}
         return taken
 
-    def _converted(self, stored: Stored, values: np.ndarray, read: Read) -> dict[str, np.ndarray]:
+    def _converted(self, stored: Stored, values: np.ndarray, beside: np.float32) -> dict[str, np.ndarray]:
         match stored.wanted:
             case "nvfp4":
-                amax = self._shared_amax(stored, values, read)
-                codes, block_scale, tensor_scale = nvfp4_quantize(values, self._scaling, amax)
+                own = self._largest[stored.name] = largest(values)
+                codes, block_scale, tensor_scale = nvfp4_quantize(values, self._scaling, max(own, beside))
                 return {"codes": codes, "block_scale": block_scale, "tensor_scale": tensor_scale}
             case "fp8":
                 quantized, grid = fp8_quantize(values)
@@ -80,15 +81,13 @@ class Recaster:
             case _:
                 return {"values": values.astype(ml_dtypes.bfloat16, copy=False)}
 
-    def _shared_amax(self, stored: Stored, values: np.ndarray, read: Read) -> np.float32:
-        """The largest magnitude of the weight and its partners."""
-        self._largest[stored.name] = largest(values)
+    def _largest_beside(self, stored: Stored, read: Read) -> np.float32:
+        """The largest magnitude of the weight's partners, 0 without any. Each is read for that, unless it was before."""
         partners = self._partners.get(stored.name, ())
         for partner in partners:
             if partner.name not in self._largest:
-                found = weights.values(partner, weights.load(partner, read), read)
-                self._largest[partner.name] = largest(found)
-        return max(self._largest[one.name] for one in (stored, *partners))
+                self._largest[partner.name] = largest(weights.values(partner, weights.load(partner, read), read))
+        return max((self._largest[partner.name] for partner in partners), default=np.float32(0))
 
 
 def partners(stored: Iterable[Stored]) -> dict[str, tuple[Stored, ...]]:

@@ -1,9 +1,10 @@
-"""What is remembered of the source while it is converted: the SHA-256 of every tensor, and a passport for every leaf."""
+"""What is remembered of the source while it is converted: the SHA-256 of every tensor, a passport for every leaf."""
 
 import hashlib
 
 import numpy as np
 
+from dsv32_jax.errors import CheckpointError, listing
 from dsv32_jax.manifest import LeafEntry
 from dsv32_jax.passport import Passport, SourceTensor
 
@@ -15,6 +16,8 @@ from .plan import PlannedLeaf
 from .weights import Read
 
 SCALAR_BYTES = 8
+GLANCE = 1 << 12
+"""Bytes that are enough to see that a tensor is not zero throughout, but for very few."""
 
 
 class Recorder:
@@ -24,6 +27,7 @@ class Recorder:
         self._read = read
         self.sha256: dict[str, str] = {}
         self.bits: dict[str, str] = {}
+        self.zero: set[str] = set()
 
     def __call__(self, tensor: Tensor) -> np.ndarray:
         array = self._read(tensor)
@@ -32,7 +36,26 @@ class Recorder:
             self.sha256[tensor.name] = hashlib.sha256(raw.data).hexdigest()
             if tensor.nbytes <= SCALAR_BYTES:
                 self.bits[tensor.name] = raw.tobytes().hex()
+            if not raw[:GLANCE].any() and not raw.any():
+                self.zero.add(tensor.name)
         return array
+
+    def require_written(self, planned: PlannedLeaf) -> None:
+        """Raise CheckpointError that lists the matrices of a leaf which are zero throughout.
+
+        A download that reserves its space first leaves such holes. NVFP4 can say that a matrix is meant to be zero: by
+        a tensor scale of zero.
+        """
+        holes = []
+        for stored in planned.sources:
+            if len(stored.shape) == 2 and (stored.tensor_scale is None or stored.tensor_scale.name not in self.zero):
+                holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self.zero]
+        if holes:
+            names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
+            raise CheckpointError(
+                f"{len(holes)} tensors of {planned.leaf.path} are zero throughout: {names}. The files have their full "
+                "size but were not downloaded completely: download them again. What was written before is kept"
+            )
 
 
 def with_passport(planned: PlannedLeaf, entry: LeafEntry, built: dict[str, np.ndarray], read: Recorder) -> LeafEntry:

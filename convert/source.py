@@ -5,11 +5,13 @@ mapped (a mapped file that shrinks kills the process), and each must be the file
 """
 
 import contextlib
+import errno
 import fnmatch
 import gc
 import hashlib
 import os
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,6 +28,10 @@ CONFIG = "config.json"
 SHARD = "model*.safetensors"
 STRAY = ("consolidated*", "*.incomplete", "*.aria2", "._*", "*.tmp")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+WAITS = (0.5, 3.0)
+"""Errors of network disks that often pass, and the seconds to wait before a read is tried again."""
 
 
 class FileId(NamedTuple):
@@ -49,6 +55,7 @@ class Source:
         self.files: dict[Path, FileId] = {}
         self.header_sha256: dict[Path, str] = {}
         self.tensors: dict[str, Tensor] = {}
+        self.unlisted: list[str] = []
         self._problems: list[str] = []
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; nothing was read")
@@ -68,10 +75,21 @@ class Source:
                 + "\n  ".join(self._problems)
             )
 
+    def require_index(self) -> None:
+        """Raise CheckpointError when the index is absent or does not list every tensor of the shards."""
+        if self.unlisted:
+            raise CheckpointError(
+                f"{self.folder}: {len(self.unlisted)} tensors are in the shards but not in {INDEX}, and --strict-index "
+                f"is given; nothing was written: {listing(self.unlisted, 20)}"
+            )
+
     @property
-    def identity(self) -> list[list[Any]]:
-        """Name, size, modification time and header digest of every shard: what a resumed conversion must find again."""
-        return [[f.name, id.size, id.mtime_ns, self.header_sha256[f]] for f, id in sorted(self.files.items())]
+    def identity(self) -> dict[str, dict[str, Any]]:
+        """Size and header digest of every shard, by name: what a resumed conversion must find again."""
+        return {
+            file.name: {"size": identity.size, "header_sha256": self.header_sha256[file]}
+            for file, identity in sorted(self.files.items())
+        }
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The whole tensor. Raises StorageError when the file changed since its header was read."""
@@ -85,26 +103,39 @@ class Source:
         return raw.view(DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
 
     def _bytes(self, tensor: Tensor, offset: int, count: int) -> np.ndarray:
-        raw = np.empty(count, np.uint8)
-        try:
-            descriptor = os.open(tensor.file, os.O_RDONLY)
+        """The bytes, after some patience where a disk does not give them at once."""
+        for wait in (*WAITS, None):
             try:
-                self._require_unchanged(descriptor, tensor.file)
-                done = 0
-                while done < count:
-                    if not (got := os.preadv(descriptor, [raw.data[done:]], offset + done)):
-                        break
-                    done += got
-                self._require_unchanged(descriptor, tensor.file)
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            if isinstance(error, StorageError):
+                raw, done = self._try(tensor.file, offset, count)
+            except StorageError:
                 raise
-            raise StorageError(f"{tensor.file} cannot be read at {offset}, tensor {tensor.name}: {error}") from error
-        if done < count:
-            raise StorageError(f"{tensor.file} ends at {offset + done}, in tensor {tensor.name}")
-        return raw
+            except OSError as error:
+                if wait is not None and error.errno in PASSING:
+                    time.sleep(wait)
+                    continue
+                raise StorageError(
+                    f"{tensor.file} cannot be read at {offset}, tensor {tensor.name}: {error}. "
+                    "What was written before is kept; run the same command again to continue"
+                ) from error
+            if done < count:
+                raise StorageError(f"{tensor.file} ends at {offset + done}, in tensor {tensor.name}")
+            return raw
+        raise AssertionError("the last attempt returns or raises")
+
+    def _try(self, file: Path, offset: int, count: int) -> tuple[np.ndarray, int]:
+        """One attempt: the bytes, and how many of them there were."""
+        raw, done = np.empty(count, np.uint8), 0
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            self._require_unchanged(descriptor, file)
+            while done < count:
+                if not (got := os.preadv(descriptor, [raw.data[done:]], offset + done)):
+                    break
+                done += got
+            self._require_unchanged(descriptor, file)
+        finally:
+            os.close(descriptor)
+        return raw, done
 
     def _require_unchanged(self, descriptor: int, file: Path) -> None:
         if _identity(os.fstat(descriptor)) != self.files[file]:
@@ -186,12 +217,12 @@ class Source:
             return
         self.files[file] = identity
         self.header_sha256[file] = hashlib.sha256(header.text).hexdigest()
-        twice = [tensor.name for tensor in header.tensors if tensor.name in self.tensors]
-        if twice:
+        found = {tensor.name: tensor for tensor in header.tensors}
+        if twice := sorted(found.keys() & self.tensors.keys()):
             others = sorted({self.tensors[name].file.name for name in twice})
             where = f"both in {file.name} and in {listing(others)}"
             self._problems.append(f"{len(twice)} tensors are {where}: {listing(twice)}")
-        self.tensors |= {tensor.name: tensor for tensor in header.tensors}
+        self.tensors |= found
 
     def _compare(self, weight_map: dict[str, str]) -> None:
         """What the index and the headers disagree about."""
@@ -201,18 +232,21 @@ class Source:
             self._problems.append(
                 f"shard {shard} is missing; the index says it holds {len(lacking)} tensors: {listing(lacking, 4)}"
             )
+        if weight_map.keys() == self.tensors.keys():
+            return
         unread = {name for name in set(weight_map.values()) if self.folder / name not in self.files}
         gone = [name for name, file in weight_map.items() if name not in self.tensors and file not in unread]
         if gone:
             self._problems.append(f"{len(gone)} tensors of the index are in no shard: {listing(gone)}")
-        surplus = [name for name in self.tensors if name not in weight_map]
-        if weight_map and surplus:
-            self.notes.append(f"{len(surplus)} tensors are in the shards but not in {INDEX}: {listing(surplus, 3)}")
+        self.unlisted = [name for name in self.tensors if name not in weight_map]
+        if weight_map and self.unlisted:
+            few = listing(self.unlisted, 3)
+            self.notes.append(f"{len(self.unlisted)} tensors are in the shards but not in {INDEX}: {few}")
 
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Hundreds of thousands of small objects are made and all are kept: looking for garbage takes a third of the time."""
+    """Hundreds of thousands of small objects are made and kept: looking for garbage takes a third of the time."""
     enabled = gc.isenabled()
     gc.disable()
     try:

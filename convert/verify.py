@@ -14,23 +14,23 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from dsv32_jax.arrays import raw
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
-from dsv32_jax.integrity import damaged_files
-from dsv32_jax.manifest import FILE
+from dsv32_jax.integrity import damaged_files, require_manifest
+from dsv32_jax.manifest import FILE, ArrayEntry
 
 from . import inverse
-from .converted import Converted, Group, Weight
-from .header import BY_NAME, DTYPES, Tensor
+from .converted import Converted, Group, Weight, nbytes_of
+from .header import BY_NAME, DTYPES
 from .job import Progress, no_progress
 from .names import grouped
+from .originals import difference
 from .source import Source
 
 LEVELS = ("quick", "full")
-SLAB_BYTES = 64 << 20
 MOST_WORKERS = 8
 
 
@@ -78,21 +78,21 @@ def verify(
     if level == "full":
         run.all()
         damaged += run.damaged
-    if damaged:
+    if damaged or run.differing:
         raise VerificationError(_message(converted.folder, damaged, run.differing))
-    if run.differing:
-        raise VerificationError(_message(converted.folder, [], run.differing))
     return run.report(level, time.perf_counter() - start)
 
 
 def _opened(folder: Path) -> Converted:
-    """The checkpoint; a manifest that is there and cannot be read is damage."""
+    """The checkpoint; a manifest that is there and not as it was written is damage, and nothing can be told by it."""
     try:
-        return Converted(folder)
+        converted = Converted(folder)
     except CheckpointError as error:
         if (folder / FILE).exists():
             raise VerificationError(str(error)) from error
         raise
+    require_manifest(folder)
+    return converted
 
 
 def _message(folder: Path, damaged: list[str], differing: list[str]) -> str:
@@ -166,7 +166,7 @@ class _Run:
         else:
             for weight, parts in self.converted.read(group, self.damaged.append):
                 self._weight(weight, parts)
-        nbytes = sum(int(np.prod(entry.shape, dtype=np.int64)) * BY_NAME[entry.dtype].itemsize for entry in entries)
+        nbytes = sum(map(nbytes_of, entries))
         with self._lock:
             self._done += nbytes
             self._progress(Progress(self._done, self.converted.nbytes, group.leaves[0].path))
@@ -191,7 +191,7 @@ class _Run:
             stored = inverse.described(weight.name, weight.sources)
             joined = inverse.join(weight.leaves, parts, stored.format, stored.block)
             for name, array in inverse.restored(joined, stored, weight.sources).items():
-                self._compare(name, hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest())
+                self._compare(name, hashlib.sha256(raw(array)).hexdigest())
         except CheckpointError as error:
             self.differing.append(str(error))
 
@@ -205,31 +205,14 @@ class _Run:
     def _original(self, name: str) -> None:
         """Compare one tensor of the source, as it is now, with what was noted when it was converted."""
         assert self.source is not None
-        noted, tensor = self._recorded[name], self.source.tensors.get(name)
-        if tensor is None:
-            self.differing.append(f"{name} is not in {self.source.folder}")
-        elif (tensor.dtype, tensor.shape) != (noted.dtype, noted.shape):
-            self.differing.append(f"{name} is {tensor.dtype} {list(tensor.shape)} in {self.source.folder}")
-        elif self._hash(tensor) != noted.sha256:
-            self.differing.append(f"{name} has other bytes in {self.source.folder}")
-
-    def _hash(self, tensor: Tensor) -> str:
-        assert self.source is not None
-        found = hashlib.sha256()
-        if not tensor.shape or tensor.nbytes <= SLAB_BYTES:
-            found.update(np.ascontiguousarray(self.source.read(tensor)).reshape(-1).view(np.uint8))
-            return found.hexdigest()
-        step = max(1, SLAB_BYTES // (tensor.nbytes // tensor.shape[0]))
-        for start in range(0, tensor.shape[0], step):
-            rows = self.source.read_rows(tensor, start, min(start + step, tensor.shape[0]))
-            found.update(rows.reshape(-1).view(np.uint8))
-        return found.hexdigest()
+        if (found := difference(self.source, self._recorded[name])) is not None:
+            self.differing.append(found)
 
 
-def _is_copied(group: Group, entries: list[Any]) -> bool:
+def _is_copied(group: Group, entries: list[ArrayEntry]) -> bool:
     """Whether the one array of `group` has the bytes of the one tensor it was made of."""
     weight = group.weights[0]
-    if len(group.weights) > 1 or len(group.leaves) > 1 or len(entries) > 1 or weight.change:
+    if len(group.weights) != 1 or len(entries) != 1 or weight.change:
         return False
     same = all(DTYPES[source.dtype] == BY_NAME[entries[0].dtype] for source in weight.sources)
-    return same and group.leaves[0].cut is None and not group.leaves[0].stacked
+    return same and all(leaf.cut is None and not leaf.stacked for leaf in group.leaves)

@@ -61,7 +61,8 @@ class Arrays:
                 self._open[key] = _open(self.folder / info.part, key)
             return self._open[key][start : info.shape[0] if stop is None else stop].read().result()
         except (OSError, ValueError) as error:
-            raise StorageError(f"{'.'.join(key)} ({FOLDER}/{info.part}) cannot be read: {_first_line(error)}") from error
+            where = f"{'.'.join(key)} ({FOLDER}/{info.part})"
+            raise StorageError(f"{where} cannot be read: {_first_line(error)}") from error
 
     def slabs(self, key: Key) -> Iterator[tuple[int, np.ndarray]]:
         """The array in pieces of its first axis, whole chunks each and about SLAB_BYTES: first row, rows."""
@@ -74,6 +75,11 @@ class Arrays:
         info = self.stored[key]
         row = math.prod(info.shape[1:]) * np.dtype(_numpy(info.dtype)).itemsize
         return info.chunk[0] * max(1, SLAB_BYTES // max(1, row * info.chunk[0]))
+
+
+def raw(array: np.ndarray) -> memoryview:
+    """The bytes of `array` in C order; a copy only where they do not lie so."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def parts(folder: Path) -> list[str]:

@@ -20,7 +20,7 @@ from . import attention, bench_load
 from .cache import LayerCache
 from .config import Config
 from .indexer import Indexer
-from .measure import Row, median_seconds, peak_bytes, plain_read, table
+from .measure import Row, medians, peak_bytes, plain_read, table
 from .mla import MLA
 from .moe import MoE
 from .random_weights import leaf_maker, uniform
@@ -29,9 +29,10 @@ DTYPE = jnp.bfloat16
 """The compute dtype, and that of activations and cache."""
 
 EXPLANATION = """\
-time: one new token a row, median. weights: bytes of weights the block has to read (MoE: the shared expert and the
-experts that were chosen). read: the same number of bytes only read by all cores. ratio: time / read, 1 is the limit.
-temp: memory the compiled program needs besides weights, inputs and results. peak: of the process so far."""
+time: one new token a row, median. cpu: the processor time in it, all cores together; where time is longer than that,
+the machine was busy with something else. weights: bytes the block has to read (MoE: the shared expert and those that
+were chosen). read: as many bytes only read, by all cores. ratio: time / read, 1 is the limit. temp: memory the program
+needs besides weights, inputs and results. peak: memory of the process so far."""
 
 COLUMNS = (
     ("part", 36, lambda row: row["part"]),
@@ -39,6 +40,7 @@ COLUMNS = (
     ("context", 7, lambda row: _or_dash(row["context"])),
     ("compile s", 9, lambda row: _or_dash(row["compile_seconds"], ".1f")),
     ("time ms", 9, lambda row: f"{row['seconds'] * 1e3:.1f}"),
+    ("cpu ms", 8, lambda row: _or_dash(row["cpu_seconds"] and row["cpu_seconds"] * 1e3, ".1f")),
     ("weights MB", 10, lambda row: f"{row['bytes'] / 1e6:.1f}"),
     ("GB/s", 6, lambda row: f"{row['bytes'] / row['seconds'] / 1e9:.2f}"),
     ("read ms", 8, lambda row: _or_dash(row["read_seconds"] and row["read_seconds"] * 1e3, ".2f")),
@@ -181,17 +183,19 @@ def _compiled(function, *arguments) -> tuple[Any, float]:
 
 def _measured(program, run: Callable[[], Any], nbytes: int, seconds: float) -> Row:
     """The columns about `run`, which runs the compiled `program` and has `nbytes` of weights to read."""
+    times, read = medians(seconds, run, plain_read(nbytes))
     return {
         "bytes": nbytes,
-        "seconds": median_seconds(run, seconds),
-        "read_seconds": plain_read(nbytes, seconds / 4),
+        "seconds": times.wall,
+        "cpu_seconds": times.cpu,
+        "read_seconds": read.wall,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 
 
 def _row(part: str, **columns) -> Row:
     """A row with all columns; those not given are None, where they mean nothing."""
-    names = ("batch", "context", "compile_seconds", "seconds", "bytes", "read_seconds", "temporary_bytes")
+    names = "batch context compile_seconds seconds cpu_seconds bytes read_seconds temporary_bytes".split()
     return {"part": part, **{name: columns.get(name) for name in names}, "peak_bytes": peak_bytes()}
 
 

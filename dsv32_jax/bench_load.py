@@ -14,7 +14,7 @@ from typing import Any
 from . import random_checkpoint
 from .config import Config
 from .manifest import Manifest
-from .measure import Row, held_bytes, median_seconds, peak_bytes
+from .measure import Row, held_bytes, medians, peak_bytes
 
 BUFFER_BYTES = 8 << 20
 
@@ -64,7 +64,7 @@ def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Ite
         Manifest.read(folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
-        seconds = median_seconds(lambda: _read(files), 0)
+        seconds = medians(0, lambda: _read(files))[0].wall
         yield _row("plain read", seconds, size, seconds)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             first, again, memory = fresh.submit(_load_twice, folder).result()

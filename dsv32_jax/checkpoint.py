@@ -30,9 +30,7 @@ ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 """W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
 
 
-def load(
-    folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, verify: str | None = None
-) -> Model:
+def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, verify: str | None = None) -> Model:
     """The model in a folder that `python -m convert` wrote.
 
     `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`

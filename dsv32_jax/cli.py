@@ -1,11 +1,12 @@
 """The command `dsv32`. Only what a subcommand needs is imported, so `--help` does not wait for JAX."""
 
 import argparse
+import importlib
 import os
 import sys
 from collections.abc import Sequence
 
-from .errors import DsvError
+from .errors import DsvError, StorageError, printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,11 +19,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parser().parse_args(argv)
         return arguments.run(arguments)
     except DsvError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        print(printable(f"error: {error}"), file=sys.stderr)
+        return StorageError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
@@ -45,12 +49,16 @@ def parser() -> argparse.ArgumentParser:
     convert.add_argument("rest", nargs=argparse.REMAINDER)
     convert.set_defaults(run=_convert)
 
+    importlib.import_module(".convert.subcommands", __package__).add(commands)
+
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
     layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
     layer.set_defaults(run=_bench_layer)
     load = bench.add_parser("load", help="loading a checkpoint against a plain read of its bytes")
     load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
     load.set_defaults(run=_bench_load)
+    quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
+    quantize.set_defaults(run=_bench_quantize)
     return root
 
 
@@ -65,7 +73,7 @@ def _convert(argv: list[str]) -> int:
     """`python -m convert`, which has its own command line."""
     from dsv32_jax import convert
 
-    return convert.main(argv)
+    return convert.program(argv)
 
 
 def _bench_layer(_: argparse.Namespace) -> int:
@@ -79,4 +87,11 @@ def _bench_load(arguments: argparse.Namespace) -> int:
     from . import bench
 
     bench.print_load(arguments.checkpoint)
+    return 0
+
+
+def _bench_quantize(_: argparse.Namespace) -> int:
+    from . import bench_quantize
+
+    bench_quantize.print_rows()
     return 0

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError, listing
-
-LARGEST = 2**31 - 1
+from .yarn import LARGEST, Yarn, number, one_spelling, parse
 
 REQUIRED = {
     "model_type": "deepseek_v32",
@@ -49,18 +48,6 @@ IGNORED = {
     "use_cache": "the caller decides",
     "_name_or_path": "where another tool found the model",
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Yarn:
-    """YaRN (arXiv 2309.00071) as DeepSeek applies it, at every length."""
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float
-    beta_slow: float
-    mscale: float
-    mscale_all_dim: float
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,7 +107,8 @@ class Config:
     def from_json(cls, path: str | Path) -> Self:
         """Read a config.json. Raises ConfigError that lists everything that is wrong with it."""
         try:
-            raw = json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_no_constant)
+            text = Path(path).read_text(encoding="utf-8")
+            raw = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as a model's config.json: {error}") from error
         return cls.from_dict(raw, str(path))
@@ -131,7 +119,7 @@ class Config:
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{name} must hold one JSON object, but holds a {type(raw).__name__}")
         problems: list[str] = []
-        raw = _one_spelling(dict(raw), problems)
+        raw = {"num_nextn_predict_layers": 0, **one_spelling(dict(raw), problems)}
         fields = {field.name: field for field in dataclasses.fields(cls)}
         if unknown := sorted(set(raw) - set(fields) - set(REQUIRED) - set(IGNORED)):
             problems.append(f"unknown keys ({len(unknown)}): {listing(unknown, 20)}")
@@ -165,76 +153,27 @@ def _no_constant(text: str):
     raise ValueError(f"the number {text} is not JSON")
 
 
-def _one_spelling(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """`rope_parameters` (transformers 5) becomes `rope_scaling` and `rope_theta`; absent rope_scaling is None."""
-    if "rope_parameters" in raw:
-        parameters = raw.pop("rope_parameters")
-        if not isinstance(parameters, Mapping):
-            problems.append(f"rope_parameters must be an object, not {parameters!r}")
-            parameters = {}
-        parameters = dict(parameters)
-        theta = parameters.pop("rope_theta", raw.get("rope_theta"))
-        if theta is not None and raw.setdefault("rope_theta", theta) != theta:
-            problems.append(f"rope_theta is {raw['rope_theta']!r}, but rope_parameters says {theta!r}")
-        scaling = None if parameters.get("rope_type", "default") == "default" else parameters
-        if raw.get("rope_scaling") and scaling and dict(raw["rope_scaling"]) != scaling:
-            problems.append("rope_scaling and rope_parameters disagree")
-        raw["rope_scaling"] = raw.get("rope_scaling") or scaling
-    raw.setdefault("rope_scaling", None)
-    raw.setdefault("num_nextn_predict_layers", 0)
-    return raw
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(found := dict(pairs)) < len(keys):
+        raise ValueError(f"keys that are given twice: {listing(sorted({key for key in keys if keys.count(key) > 1}))}")
+    return found
 
 
 def _value(field: dataclasses.Field, value: Any, problems: list[str]) -> Any:
     """`value` as the type of `field`; what is wrong with it is added to `problems`."""
-    if field.name == "eos_token_id":
-        ids = value if isinstance(value, list | tuple) else [value]
-        if ids and all(type(token) is int and 0 <= token <= LARGEST for token in ids):
-            return tuple(ids)
-        problems.append(f"eos_token_id must be a token id or a list of them, not {value!r}")
-    elif field.name == "rope_scaling":
-        return None if value is None else _yarn(value, problems)
-    elif field.type in (int, "int"):
-        smallest = 0 if field.name in MAY_BE_ZERO else 1
-        if type(value) is int and smallest <= value <= LARGEST:
-            return value
-        problems.append(f"{field.name} must be a whole number from {smallest} to {LARGEST}, not {value!r}")
-    else:
-        if type(value) in (int, float) and math.isfinite(value) and 0 < value <= LARGEST:
-            return float(value)
-        problems.append(f"{field.name} must be a positive number, not {value!r}")
+    if field.name == "rope_scaling":
+        return None if value is None else parse(value, problems)
+    if field.name != "eos_token_id":
+        return number(field.name, field.type, value, 0 if field.name in MAY_BE_ZERO else 1, problems)
+    ids = value if isinstance(value, list | tuple) else [value]
+    if ids and all(type(token) is int and 0 <= token <= LARGEST for token in ids):
+        return tuple(ids)
+    problems.append(f"eos_token_id must be a token id or a list of them, not {value!r}")
     return None
 
 
 MAY_BE_ZERO = {"bos_token_id", "first_k_dense_replace", "num_nextn_predict_layers"}
-
-
-def _yarn(raw: Any, problems: list[str]) -> Yarn | None:
-    if not isinstance(raw, Mapping):
-        problems.append(f"rope_scaling must be an object or null, not {raw!r}")
-        return None
-    raw = {key: value for key, value in raw.items() if value is not None}
-    kinds = {raw.pop(key) for key in ("type", "rope_type") if key in raw}
-    if kinds != {"yarn"}:
-        problems.append(
-            f"rope_scaling is of type {listing(sorted(map(str, kinds))) or 'none'}, only yarn is computed here"
-        )
-    if raw.pop("truncate", True) is not True:
-        problems.append("rope_scaling.truncate must be true")
-    fields = {field.name: field for field in dataclasses.fields(Yarn)}
-    if unknown := sorted(set(raw) - set(fields)):
-        problems.append(f"unknown keys in rope_scaling ({len(unknown)}): {listing(unknown)}")
-    if missing := sorted(set(fields) - set(raw)):
-        problems.append(f"missing keys in rope_scaling ({len(missing)}): {listing(missing)}")
-        return None
-    before = len(problems)
-    yarn = Yarn(**{key: _value(field, raw[key], problems) for key, field in fields.items()})
-    if len(problems) == before and yarn.mscale != yarn.mscale_all_dim:
-        problems.append(
-            f"rope_scaling.mscale ({yarn.mscale}) and mscale_all_dim ({yarn.mscale_all_dim}) differ; "
-            "the references disagree about what that means"
-        )
-    return yarn
 
 
 def _contradictions(cfg: Config) -> list[str]:

@@ -62,7 +62,7 @@ def writing_failed(target: object, error: Exception) -> CapacityError | StorageE
     text = str(error)
     if getattr(error, "errno", None) in FULL or any(full in text for full in FULL_TEXTS):
         return CapacityError(
-            f"{target} cannot be written: the disk, a quota or a limit of file sizes is exhausted ({_first_line(text)}). "
+            f"{target} cannot be written: the disk, a quota or the limit of file sizes is full ({_first_line(text)}). "
             "What was written before is kept: free some space, then run the same command again to continue"
         )
     return StorageError(

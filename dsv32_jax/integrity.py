@@ -10,11 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from .arrays import Key
+from .arrays import Key, raw
 from .errors import VerificationError, listing
-from .manifest import FILE, JOURNAL, ArrayEntry, LeafEntry, Manifest, is_sealed
+from .manifest import FILE, JOURNAL, LeafEntry, Manifest
+from .manifest_text import is_sealed
 
 SMALL = 1 << 20
 """Bytes of the largest file that is listed with its SHA-256."""
@@ -33,8 +32,6 @@ def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files of `folder`, measured against `manifest`; reads only small ones."""
     folder, recorded = Path(folder), manifest.storage.get("files", {})
     problems = []
-    if not is_sealed((folder / FILE).read_bytes().decode(errors="replace")):
-        problems.append(f"{FILE} is not as it was written")
     found = {name: (file, size) for name, file, size in _walk(folder)}
     for name in sorted(set(recorded) | set(found)):
         if name not in found:
@@ -46,8 +43,18 @@ def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
     return problems
 
 
+def require_manifest(folder: str | Path) -> None:
+    """Raise VerificationError where manifest.json is not, byte for byte, what was written."""
+    if not is_sealed((Path(folder) / FILE).read_bytes().decode(errors="replace")):
+        raise VerificationError(
+            f"{Path(folder) / FILE} has changed since it was written, and everything is measured against it. "
+            "Nothing else was looked at; copy the folder again, or convert again"
+        )
+
+
 def require_files(folder: str | Path, manifest: Manifest) -> None:
-    """Raise VerificationError that lists every file which is not what `manifest` says."""
+    """Raise VerificationError that lists every file which is not what `manifest`, or the manifest's own line, says."""
+    require_manifest(folder)
     if problems := damaged_files(folder, manifest):
         raise VerificationError(
             f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: "
@@ -57,17 +64,16 @@ def require_files(folder: str | Path, manifest: Manifest) -> None:
 
 def require_arrays(folder: str | Path, entries: Mapping[str, LeafEntry], arrays: Mapping[Key, Any]) -> None:
     """Raise VerificationError that lists every loaded array whose bytes are not those of its leaf's entry."""
-    changed = [f"{path}.{name}" for (path, name), array in arrays.items() if _changed(array, entries[path].arrays[name])]
+    changed = [
+        f"{path}.{name}"
+        for (path, name), array in arrays.items()
+        if hashlib.sha256(raw(array)).hexdigest() != entries[path].arrays[name].sha256
+    ]
     if changed:
         raise VerificationError(
             f"{len(changed)} arrays of {folder} have changed since they were written; nothing was loaded: "
             f"{listing(changed, len(changed))}. Copy the folder again, or convert again"
         )
-
-
-def _changed(array: Any, entry: ArrayEntry) -> bool:
-    raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return hashlib.sha256(raw.data).hexdigest() != entry.sha256
 
 
 def _differences(name: str, file: Path, size: int, recorded_size: int, sha256: str | None) -> list[str]:

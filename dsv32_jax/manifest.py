@@ -4,28 +4,22 @@ A folder with a manifest is complete; one without is unfinished or something els
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any, Self
 
 from . import passport
 from .errors import CheckpointError, listing
+from .manifest_text import COMPONENTS as COMPONENTS
+from .manifest_text import FORMAT_VERSION as FORMAT_VERSION
+from .manifest_text import digest as digest
+from .manifest_text import problems, sealed
 from .passport import Passport
 
 FILE = "manifest.json"
 JOURNAL = "journal.jsonl"
 """What a conversion in progress has done so far (`convert` writes it and removes it when the manifest stands)."""
-FORMAT_VERSION = 1
-
-COMPONENTS = {
-    "dense": {"values"},
-    "nvfp4": {"codes", "block_scale", "tensor_scale"},
-    "fp8_block": {"values", "block_scale"},
-}
-"""The arrays each storage format keeps for one leaf; all of them have the leaf's rank."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +85,10 @@ class Manifest:
                 f"{file} has format_version {version}; this version of dsv32_jax reads up to {FORMAT_VERSION}. "
                 "Update dsv32_jax, or convert the original checkpoint again"
             )
-        problems = _problems(raw)
-        if problems:
+        found = problems(raw)
+        if found:
             raise CheckpointError(
-                f"{file} is malformed ({len(problems)} problems): {listing(problems, 20)}. Convert the original again"
+                f"{file} is malformed ({len(found)} problems): {listing(found, 20)}. Convert the original again"
             )
         leaves = {path: parse_leaf(leaf) for path, leaf in raw["leaves"].items()}
         return cls(raw["config"], leaves, raw["source"], raw["report"], raw["versions"], raw["storage"])
@@ -107,22 +101,11 @@ class Manifest:
         raw["digest"] = self.digest
         temporary = folder / (FILE + ".tmp")
         with open(temporary, "w", encoding="utf-8") as out:
-            out.write(_sealed(_text(raw)))
+            out.write(sealed(raw))
             out.flush()
             os.fsync(out.fileno())
         os.replace(temporary, folder / FILE)
         sync_folder(folder)
-
-
-def is_sealed(text: str) -> bool:
-    """Whether manifest.json of this `text` is, byte for byte, what was written."""
-    return text == _sealed(text[len(_SEAL) + 64 + 3 :])
-
-
-def digest(content: Any) -> str:
-    """SHA-256 of `content` as canonical JSON."""
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
@@ -153,23 +136,6 @@ def _content(leaf: LeafEntry) -> dict[str, Any]:
     return {"format": leaf.format, "arrays": arrays, **shared}
 
 
-_SEAL = '{\n "sha256": "'
-
-
-def _sealed(rest: str) -> str:
-    """The whole text of the file: SHA-256 of `rest` in its first line, then `rest`."""
-    return f'{_SEAL}{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
-
-
-def _text(raw: dict[str, Any]) -> str:
-    """`raw` as JSON without its opening brace, one leaf a line."""
-    lines = [f"  {json.dumps(path)}: {json.dumps(leaf)}" for path, leaf in raw["leaves"].items()]
-    short = {key: value for key, value in raw.items() if key not in ("leaves", "storage")}
-    text = json.dumps(short, indent=1).removeprefix("{\n").removesuffix("\n}")
-    leaves = ",\n".join(lines)
-    return f'{text},\n "storage": {json.dumps(raw["storage"])},\n "leaves": {{\n{leaves}\n }}\n}}\n'
-
-
 def _absent(folder: Path) -> str:
     """Why there is no manifest in `folder`, and what to do."""
     if not folder.is_dir():
@@ -184,50 +150,3 @@ def _absent(folder: Path) -> str:
             f"{folder} holds safetensors, not a converted checkpoint: run `python -m convert {folder} DST` and load DST"
         )
     return f"{folder} is not a converted checkpoint: there is no {FILE}"
-
-
-def _problems(raw: Any) -> list[str]:
-    """Everything that keeps `raw` from being a Manifest's JSON."""
-    if not isinstance(raw, dict):
-        return ["not a JSON object"]
-    if raw.get("format_version") != FORMAT_VERSION or type(raw["format_version"]) is not int:
-        return [f"format_version is {raw.get('format_version')!r}, not {FORMAT_VERSION}"]
-    keys = ("config", "leaves", "source", "report", "versions", "storage")
-    problems = [f"{key} is not an object" for key in keys if not isinstance(raw.get(key), dict)]
-    if problems:
-        return problems
-    for path, leaf in raw["leaves"].items():
-        problems += [f"leaf {path}: {problem}" for problem in _leaf_problems(leaf, raw["leaves"])]
-    if not problems and raw.get("digest") != digest({"config": raw["config"], "leaves": _contents(raw["leaves"])}):
-        problems.append("digest does not match config and leaves: the file was edited or damaged")
-    return problems
-
-
-def _contents(leaves: dict[str, Any]) -> dict[str, Any]:
-    """`leaves` as JSON without what the digest does not cover."""
-    return {path: {key: leaf[key] for key in leaf if key != "passport"} for path, leaf in leaves.items()}
-
-
-def _leaf_problems(leaf: Any, leaves: dict[str, Any]) -> list[str]:
-    if not isinstance(leaf, dict) or not isinstance(leaf.get("arrays"), dict):
-        return ["not an object with arrays"]
-    if "passport" in leaf and (wrong := passport.problem(leaf["passport"])):
-        return [wrong]
-    kind, shared = leaf.get("format"), leaf.get("same_as")
-    if not isinstance(kind, str) or kind not in COMPONENTS:
-        return [f"format {kind!r} is unknown"]
-    if shared is not None:
-        other = leaves.get(shared) if isinstance(shared, str) else None
-        stored = isinstance(other, dict) and other.get("same_as") is None
-        return [] if stored and not leaf["arrays"] else [f"same_as {shared!r} is not a stored leaf"]
-    if set(leaf["arrays"]) != COMPONENTS[kind]:
-        return [f"{kind} with the arrays {listing(sorted(leaf['arrays'])) or 'none'}"]
-    return [f"array {name} is {array!r}" for name, array in leaf["arrays"].items() if not _is_array(array)]
-
-
-def _is_array(array: Any) -> bool:
-    if not isinstance(array, list) or len(array) != 3:
-        return False
-    dtype, shape, sha = array
-    sizes = isinstance(shape, list) and all(type(size) is int and size >= 0 for size in shape)
-    return isinstance(dtype, str) and sizes and isinstance(sha, str) and bool(re.fullmatch("[0-9a-f]{64}", sha))

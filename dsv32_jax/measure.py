@@ -8,33 +8,59 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 FEWEST_REPEATS = 3
+LARGEST_BUFFER = 256 << 20
 PROCESS = Path("/proc/self/status")
 
 Row = dict[str, Any]
 
 
-def median_seconds(run: Callable[[], Any], seconds: float) -> float:
-    """The median time of `run`, repeated for about `seconds`, but at least three times, after one call to warm up."""
-    run()
-    times: list[float] = []
-    while len(times) < FEWEST_REPEATS or sum(times) < seconds:
-        start = time.perf_counter()
+class Times(NamedTuple):
+    """Medians in seconds: by the clock, and of the processor time that all threads of the process took."""
+
+    wall: float
+    cpu: float
+
+
+def medians(seconds: float, *runs: Callable[[], Any]) -> list[Times]:
+    """The times of each of `runs`, called in turn for about `seconds`, but at least three times, after one to warm up.
+
+    In turn, so that what else the machine does slows all of them alike.
+    """
+    for run in runs:
         run()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    times: list[list[Times]] = []
+    end = time.perf_counter() + seconds
+    while len(times) < FEWEST_REPEATS or time.perf_counter() < end:
+        times.append([_times(run) for run in runs])
+    return [Times(*map(statistics.median, zip(*column, strict=True))) for column in zip(*times, strict=True)]
 
 
-def plain_read(nbytes: int, seconds: float) -> float:
-    """Seconds that the host needs to read `nbytes` of memory and only add them up, with a thread for each core."""
+def _times(run: Callable[[], Any]) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+
+
+def plain_read(nbytes: int) -> Callable[[], None]:
+    """A function that reads `nbytes` of memory and only adds them up, with a thread for each core.
+
+    It goes as often as needed over a buffer that no cache holds, so that it needs little memory itself.
+    """
     threads = os.cpu_count() or 1
-    parts = np.array_split(np.ones(max(1, nbytes // 8), np.uint64), threads)
-    with ThreadPoolExecutor(threads) as pool:
-        return median_seconds(lambda: list(pool.map(np.add.reduce, parts)), seconds)
+    buffer = np.ones(min(nbytes, LARGEST_BUFFER) // 8, np.uint64)
+    rounds, rest = divmod(nbytes // 8, buffer.size)
+    parts = [part for piece in [*[buffer] * rounds, buffer[:rest]] for part in np.array_split(piece, threads)]
+
+    def read() -> None:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(np.add.reduce, parts))
+
+    return read
 
 
 def peak_bytes() -> int:

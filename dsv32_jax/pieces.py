@@ -53,7 +53,7 @@ def split(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def by_mesh(mesh: Mesh, leaves: Iterable[Leaf]) -> Callable[[tuple[str, str], tuple[int, ...]], tuple[int, ...]]:
-    """What `store.Writer` lays chunks by: the piece's shape of the array with a key (leaf path, component) and shape."""
+    """What `store.Writer` lays chunks by: from an array's key (leaf path, component) and shape to the piece's shape."""
     table = {leaf.path: leaf for leaf in leaves}
     return lambda key, shape: split(mesh, table[key[0]], shape)
 
@@ -62,10 +62,12 @@ def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> Non
     """Raise CapacityError with a table of everything that the mesh does not divide evenly, layers folded."""
     found: dict[tuple[str, str], list[str]] = {}
     for leaf, shape in components:
-        for letter, size, axis in zip(leaf.letters, shape, axes(mesh, leaf, shape), strict=True):
+        whole = zip(leaf.letters, leaf.shape, shape, axes(mesh, leaf, shape), strict=True)
+        for letter, logical, size, axis in whole:
             if axis is not None and size % mesh[axis]:
                 pattern = re.sub(r"layers\.\d+\.", "layers.*.", leaf.path)
-                why = f"{letter} {size} over {axis}={mesh[axis]} (possible: {listing(_divisors(size), 6)})"
+                what = f"{letter} {logical}" if size == logical else f"{letter} {logical} in {size} blocks"
+                why = f"{what} over {axis}={mesh[axis]} (possible: {listing(_divisors(size), 6)})"
                 found.setdefault((pattern, why), []).append(leaf.path)
     if found:
         lines = [f"{len(paths):4} x {pattern}: {why}" for (pattern, why), paths in sorted(found.items())]

@@ -19,11 +19,12 @@ FOUR_OVER_SIX_LARGEST = 256.0
 
 def least_error_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
     """The E4M3 scale, among the nearest one and its neighbours, with the least squared error; the closest of equals."""
+    squared_error = SquaredError(magnitude, tensor_scale)
     nearest = nearest_scale(magnitude, tensor_scale).view(np.uint8)
-    best, least = nearest.copy(), squared_error(magnitude, nearest, tensor_scale)
+    best, least = nearest.copy(), squared_error(nearest)
     for offset in NEIGHBOURS:
         code = np.clip(nearest.astype(np.int16) + offset, 1, LARGEST_CODE).astype(np.uint8)
-        error = squared_error(magnitude, code, tensor_scale)
+        error = squared_error(code)
         better = error < least
         np.copyto(best, code, where=better)
         np.copyto(least, error, where=better)
@@ -37,33 +38,43 @@ def four_over_six_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.n
     """
     block_amax = magnitude.max(axis=0)
     six, four = (scale_for(block_amax, target, tensor_scale).view(np.uint8) for target in (E2M1_MAX, 4.0))
-    better = squared_error(magnitude, four, tensor_scale) < squared_error(magnitude, six, tensor_scale)
+    squared_error = SquaredError(magnitude, tensor_scale)
+    better = squared_error(four) < squared_error(six)
     return np.where(better, four, six).view(ml_dtypes.float8_e4m3fn)
 
 
-def squared_error(magnitude: np.ndarray, code: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
-    """The squared error [n] of blocks [16, n] quantized with the E4M3 scales `code` [n], over tensor_scale squared."""
-    scale = E4M3[code]
-    error = rounding_error(magnitude / (scale * tensor_scale))
-    error *= error
-    return error.sum(axis=0) * (scale * scale)
+class SquaredError:
+    """The squared error of the blocks [16, n] of one piece with given scales. Its arrays are made once: fresh ones for
+    every step cost more than the step."""
+
+    def __init__(self, magnitude: np.ndarray, tensor_scale: np.float32):
+        self._magnitude, self._tensor_scale = magnitude, tensor_scale
+        self._quotient, self._error, self._power = (np.empty_like(magnitude) for _ in range(3))
+
+    def __call__(self, code: np.ndarray) -> np.ndarray:
+        """The error [n] with the E4M3 scales `code` [n], over tensor_scale squared."""
+        scale = E4M3[code]
+        np.divide(self._magnitude, scale * self._tensor_scale, out=self._quotient)
+        error = rounding_error(self._quotient, self._error, self._power)
+        error *= error
+        return error.sum(axis=0) * (scale * scale)
 
 
-def rounding_error(quotient: np.ndarray) -> np.ndarray:
-    """The E2M1 value nearest to each non-negative `quotient`, minus the quotient.
+def rounding_error(quotient: np.ndarray, out: np.ndarray, power: np.ndarray) -> np.ndarray:
+    """The E2M1 value nearest to each non-negative `quotient`, minus the quotient, in `out`; `power` is overwritten.
 
     Neighbours are half a power of two apart: 0.5 up to 2, then 1, then 2. In float32, neighbours of 2**22 times that
     power are as far apart, so adding and subtracting it rounds as E2M1 does, ties to even included.
     """
-    nearest = np.minimum(quotient, np.float32(E2M1_MAX))
-    power = np.maximum(nearest, np.float32(1))
+    np.minimum(quotient, np.float32(E2M1_MAX), out=out)
+    np.maximum(out, np.float32(1), out=power)
     bits = power.view(np.uint32)
     bits &= np.uint32(0x7F800000)
     power *= np.float32(2**22)
-    nearest += power
-    nearest -= power
-    nearest -= quotient
-    return nearest
+    out += power
+    out -= power
+    out -= quotient
+    return out
 
 
 SCALINGS = {

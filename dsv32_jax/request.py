@@ -48,12 +48,12 @@ def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capac
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
     if max_new_tokens > available:
+        need = longest + max_new_tokens
+        remedies = [f"use max_new_tokens={available} or less"] if available >= 0 else ["shorten the prompt"]
+        remedies += [f"use capacity={need}"] if need <= largest else []
         raise UsageError(
             f"the longest prompt has {longest} tokens and {max_new_tokens} new ones are asked for, but a row holds "
-            f"{available + longest}; use max_new_tokens={available} or less"
-            + (f", or capacity={longest + max_new_tokens}" if longest + max_new_tokens <= largest else "")
-            if available >= 0
-            else f"the longest prompt has {longest} tokens, but a row holds {available + longest}; shorten the prompt"
+            f"{available + longest}; {' or '.join(remedies)}"
         )
     if capacity is None:
         capacity = bucket(bucket(longest) + max_new_tokens)

@@ -79,9 +79,9 @@ class Writer:
         except (OSError, ValueError) as error:
             raise writing_failed(target, error) from error
 
-    def _options(self, keypath: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
+    def _options(self, key: Any, value: Any) -> ocp.options.ArrayOptions.Saving.StorageOptions:
         """The chunk shape of one array, where Orbax expects the axes to be cut."""
-        *path, component = (str(entry.key) for entry in keypath)
+        *path, component = (str(entry.key) for entry in key)
         piece = self._piece((".".join(path), component), value.shape)
         shape = chunks.shape_of(piece, value.dtype.itemsize)
         return ocp.options.ArrayOptions.Saving.StorageOptions(shard_axes=shape)
@@ -216,14 +216,24 @@ def _written_in_bands() -> Iterator[None]:
     whole_arrays = NumpyHandler._open_and_write
     write = bands.writer()
 
-    async def in_bands(self: NumpyHandler, value: np.ndarray, spec: dict[str, Any], context: Any) -> None:
-        await write(value, spec, context)
+    async def in_bands(self: NumpyHandler, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
+        await write(value, _values_apart(tspec), ts_context)
 
     NumpyHandler._open_and_write = in_bands
     try:
         yield
     finally:
         NumpyHandler._open_and_write = whole_arrays
+
+
+def _values_apart(spec: dict[str, Any]) -> dict[str, Any]:
+    """`spec` with the nodes of OCDBT's tree in files of their own, named as Orbax names them.
+
+    Otherwise outdated nodes lie among the values, where no SHA-256 of an array and none of a small file covers them.
+    """
+    nodes = ("btree_node_data_prefix", "version_tree_node_data_prefix")
+    prefixes = {"value_data_prefix": "ocdbt_data/", **dict.fromkeys(nodes, "ocdbt_meta/")}
+    return {**spec, "kvstore": {**spec["kvstore"], **prefixes}}
 
 
 def _name(key: Key) -> str:

@@ -11,8 +11,8 @@
 # %% [markdown]
 # # Quickstart: convert, load, generate, stream
 #
-# Everything here runs on a CPU in seconds, on a small model with random weights: its tokens mean nothing, its path is that
-# of the real one. Set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout to use other weights.
+# Everything here runs on a CPU in seconds, on a small model with random weights: its tokens mean nothing, its path is
+# that of the real one. Set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout to use other weights.
 
 # %%
 import tempfile
@@ -34,8 +34,8 @@ sorted(file.name for file in source.iterdir())
 # %% [markdown]
 # ## Convert
 #
-# The converter plans from the names in the shards' headers before it reads a weight, keeps every code and scale byte, and
-# writes a manifest with a digest of each array. The same is `python -m convert SRC DST` on the command line.
+# The converter plans from the names in the shards' headers before it reads a weight, keeps every code and scale byte,
+# and writes a manifest with a digest of each array. The same is `python -m convert SRC DST` on the command line.
 
 # %%
 manifest = convert.convert(source, scratch / "converted")

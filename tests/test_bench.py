@@ -12,7 +12,9 @@ from dsv32_jax.formats import NVFP4, dequantize
 from dsv32_jax.layout import leaves
 from dsv32_jax.moe import MoE
 
-KEYS = set("part batch context compile_seconds seconds bytes read_seconds temporary_bytes peak_bytes".split())
+KEYS = set(
+    "part batch context compile_seconds seconds cpu_seconds bytes read_seconds temporary_bytes peak_bytes".split()
+)
 
 
 @pytest.fixture(scope="module")

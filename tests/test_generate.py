@@ -141,14 +141,17 @@ def test_layerwise_is_generate(model, greedy, drawn):
         np.testing.assert_allclose(np.concatenate(got.logprobs), np.concatenate(want.logprobs), atol=2e-5)
 
 
-@pytest.mark.parametrize("beyond", [-1, 0, 1])
-def test_around_index_topk(model, beyond):
-    """Prompts just below, at and above index_topk go on as forward says."""
-    length = model.cfg.index_topk + beyond
-    prompt = models.tokens(model.cfg, 1, length, seed=3)[0].tolist()
-    result = ds.generate(model, [prompt], max_new_tokens=3)
-    out = ds.forward(model, [prompt + result.tokens[0]])
-    assert np.asarray(out.logits)[0, length - 1 : -1].argmax(-1).tolist() == result.tokens[0]
+def test_around_index_topk(model):
+    """Prompts just below, at and above index_topk go on as one forward over the result says."""
+    lengths = [model.cfg.index_topk + beyond for beyond in (-1, 0, 1)]
+    prompts = [row[:length].tolist() for row, length in zip(models.tokens(model.cfg, 3, 24), lengths, strict=True)]
+    result = ds.generate(model, prompts, max_new_tokens=3)
+    longer = np.zeros((3, 24), np.int32)
+    for row, prompt, tokens in zip(longer, prompts, result.tokens, strict=True):
+        row[: len(prompt + tokens)] = prompt + tokens
+    logits = np.asarray(ds.forward(model, longer).logits)
+    for row, (length, tokens) in enumerate(zip(lengths, result.tokens, strict=True)):
+        assert logits[row, length - 1 : length - 1 + len(tokens)].argmax(-1).tolist() == tokens
 
 
 def test_stats(greedy):
@@ -255,9 +258,7 @@ def test_fifty_lengths_share_three_buckets(tiny):
     lengths = range(1, 51)
     buckets = {bucket(length) for length in lengths}
     assert buckets == {16, 32, 64}
-    compiled = [
-        ds.generate(model, [[5] * length], max_new_tokens=1 + length % 2).stats.compiles for length in lengths
-    ]
+    compiled = [ds.generate(model, [[5] * length], max_new_tokens=1 + length % 2).stats.compiles for length in lengths]
     assert sum(compiled) <= 2 * len(buckets)
     assert [length for length, count in zip(lengths, compiled, strict=True) if count] == [1, 17, 33]
 
@@ -441,12 +442,12 @@ def test_g14_no_new_tokens(model):
     assert result.stats.new_tokens == 0 and result.stats.decode_tokens_per_second == 0
 
 
-def test_g14_until_the_cache_is_full(model, greedy):
-    """None means as many as the capacity has room for: the cache is used to its last slot, and the text is the same."""
-    results = [ds.generate(model, [PROMPTS[0]], max_new_tokens=count, capacity=7 + NEW) for count in (None, NEW)]
-    for result in results:
-        assert result.stats.capacity == 7 + NEW and result.tokens[0] == greedy.tokens[0]
-    assert greedy.finish_reason[0] == "length"
+def test_g14_until_the_cache_is_full(model):
+    """None means as many as the capacity has room for: the cache is used to its last slot, as by the plain loop."""
+    prompt = models.tokens(model.cfg, 1, 16, seed=6)[0].tolist()
+    result = ds.generate(model, [prompt], max_new_tokens=None, capacity=32)
+    assert result.finish_reason == ["length"] and len(result.tokens[0]) == 16
+    assert (result.tokens[0], result.finish_reason[0]) == by_forward(model, prompt, 16)[::2]
 
 
 @pytest.mark.parametrize(

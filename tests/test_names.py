@@ -14,7 +14,7 @@ from dsv32_jax import cache, checks, generation, model, sampling
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
-MODULES = "ops cache mla indexer experts moe attention block mtp model sampling generation checks".split()
+MODULES = "ops cache mla indexer experts moe attention block mtp model sampling request generation checks".split()
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,7 @@ def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
 
 def _run(cfg) -> None:
     """What works on numbers rather than on shapes."""
+    assert checks.capacity(5, np.array([3, 2])) == 5
     checks.room(cache.empty(cfg, 2, 5, jnp.float32), checks.counts(np.array([3, 2]), 2, 3))
     assert generation.plan(models.abstract(cfg), [[5, 6, 7], [8]], 4, None, None).arguments[1].shape[0] == 2
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import quantize
+from dsv32_jax import bench_quantize, quantize
 from dsv32_jax.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize
-from dsv32_jax.quantize_search import SCALINGS, rounding_error, squared_error
+from dsv32_jax.quantize_search import SCALINGS, SquaredError, rounding_error
 
 BF16, F8, F4 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 
@@ -82,11 +82,12 @@ QUOTIENTS = np.resize(NEAR[np.isfinite(NEAR) & ~np.signbit(NEAR)], (16, 6120))
 
 def test_every_threshold():
     """Codes are those of the cast in ml_dtypes: just below, at and just above every halfway point."""
-    codes = quantize._packed(QUOTIENTS, np.zeros(QUOTIENTS.shape, bool))
+    codes = quantize.packed(QUOTIENTS, QUOTIENTS)
     want = QUOTIENTS.astype(F4).view(np.uint8)
     np.testing.assert_array_equal(codes, want[0::2] | want[1::2] << 4)
     with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(rounding_error(QUOTIENTS), E2M1[want] - QUOTIENTS)
+        error = rounding_error(QUOTIENTS, *np.empty((2, *QUOTIENTS.shape), np.float32))
+        np.testing.assert_array_equal(error, E2M1[want] - QUOTIENTS)
 
 
 def test_signs_are_kept_and_zero_may_have_one():
@@ -168,8 +169,9 @@ def test_the_window_finds_the_best_of_all_scales(distribution):
     codes, block_scale, tensor_scale = nvfp4_quantize(w, SCALINGS["mse"])
     magnitude = np.ascontiguousarray(np.abs(w.astype(np.float32)).reshape(-1, 16).T)
     blocks = magnitude.shape[1]
-    every = [squared_error(magnitude, np.full(blocks, code, np.uint8), tensor_scale.item()) for code in range(1, 127)]
-    found = squared_error(magnitude, block_scale.view(np.uint8).ravel(), tensor_scale.item())
+    squared_error = SquaredError(magnitude, tensor_scale.item())
+    every = [squared_error(np.full(blocks, code, np.uint8)) for code in range(1, 127)]
+    found = squared_error(block_scale.view(np.uint8).ravel())
     beaten = np.min(every, axis=0) < found * (1 - 1e-6)
     assert beaten.mean() < (0.0001 if distribution == "gauss" else 0.01)
     nearest = block_errors(w, nvfp4_quantize(w))
@@ -198,3 +200,13 @@ def test_four_over_six_takes_the_better_of_both():
     assert 0.40 < (taken != six_scale).mean() < 0.50
     assert E4M3[taken].max() <= 384
     assert (block_errors(w, components) <= block_errors(w, six) * (1 + 1e-6)).all()
+
+
+def test_the_bench_has_a_row_for_each_conversion_and_step():
+    rows = list(bench_quantize.rows((128, 256), seconds=0.001))
+    assert [row["what"] for row in rows if "nvfp4, " in row["what"]] == [
+        *(f"bf16 -> nvfp4, {name}" for name in SCALINGS),
+        "fp8 -> bf16 -> nvfp4, rtn",
+    ]
+    assert sum(row["what"].startswith("  ") for row in rows) == 7
+    assert all(row["seconds"] > 0 and row["unit_seconds"] > 0 for row in rows)

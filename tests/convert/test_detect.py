@@ -102,7 +102,7 @@ def test_other_storage_is_refused_by_name(kind):
 
 
 @pytest.mark.parametrize(
-    "sibling", ["pre_quant_scale", "svdquant_lora_a", "input_scale_2", "qweight", "packed", "blocks"]
+    "sibling", ["weight_quantizer._svdquant_lora_a", "input_scale_2", "qweight", "packed", "blocks"]
 )
 def test_siblings_of_formats_that_are_not_read_are_refused(sibling):
     tensors = fakes.tensors(named(MODELOPT) | {f"m.q_proj.{sibling}": zeros(np.float32, 1)})

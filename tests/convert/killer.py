@@ -1,0 +1,153 @@
+"""Conversions in processes that are killed: forked from one that has imported everything, so that each costs little.
+
+As a program it reads one request a line and answers each with a line; `Killer` is the other end.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.fsync"}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+
+class Killer:
+    """Starts conversions with the given arguments of `convert.convert`."""
+
+    def __init__(self):
+        command = [sys.executable, str(Path(__file__))]
+        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+
+    def trace(self, *arguments) -> list[str]:
+        """What a whole conversion does to the files below its output: one text for each step, of its kind."""
+        return self._ask(arguments, "trace", 0)["steps"]
+
+    def before(self, *arguments, step: str | int) -> int:
+        """Kill a conversion before its first step of a kind, or its step of a number; how it ended: -SIGKILL, or 0."""
+        return self._ask(arguments, "step", step)["status"]
+
+    def after(self, *arguments, seconds: float) -> int:
+        """Kill a conversion after some time."""
+        return self._ask(arguments, "seconds", seconds)["status"]
+
+    def finish(self, *arguments) -> str:
+        """Run a conversion to its end: the manifest's digest, once every array on the disk has its SHA-256."""
+        return self._ask(arguments, "finish", 0)["digest"]
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait()
+
+    def _ask(self, arguments, how: str, value: float | str) -> dict:
+        src, dst, options = arguments
+        request = {"src": str(src), "dst": str(dst), "options": options, "how": how, "value": value}
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        assert "error" not in answer, answer["error"]
+        return answer
+
+
+def kind(event: str, path: str, dst: str) -> str:
+    """A step without what differs between steps of one kind: numbers, random names, process ids."""
+    relative = re.sub(r"[0-9a-f]{16,}", "*", os.path.relpath(path, dst))
+    return f"{event} {re.sub(r'[0-9]+', '#', relative)}"
+
+
+def watch(dst: str, on_step) -> None:
+    """Call `on_step` with its kind before every step that this process takes below `dst` from Python."""
+
+    def step(event: str, path) -> None:
+        text = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+        if text.startswith(dst):
+            on_step(kind(event, text, dst))
+
+    def hook(event: str, arguments) -> None:
+        if event in EVENTS and not (event == "open" and not (arguments[2] or 0) & WRITING):
+            step(event, arguments[0])
+
+    fsync = os.fsync
+
+    def watched_fsync(descriptor: int) -> None:
+        step("os.fsync", os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    os.fsync = watched_fsync
+    sys.addaudithook(hook)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)
+
+
+def child(request: dict, answer: int) -> None:
+    """One conversion."""
+    import convert
+    from dsv32_jax.arrays import Arrays
+    from dsv32_jax.integrity import damaged_files
+    from dsv32_jax.manifest import Manifest
+
+    steps: list[str] = []
+
+    def on_step(text: str) -> None:
+        if request["how"] == "step" and request["value"] in (text, len(steps)):
+            die()
+        steps.append(text)
+
+    result = {}
+    try:
+        if request["how"] in ("trace", "step"):
+            watch(request["dst"], on_step)
+        convert.convert(request["src"], request["dst"], **request["options"])
+        if request["how"] == "trace":
+            result["steps"] = list(steps)
+        if request["how"] == "finish":
+            manifest, arrays = Manifest.read(request["dst"]), Arrays(request["dst"])
+            assert not damaged_files(request["dst"], manifest), damaged_files(request["dst"], manifest)
+            expected = {(p, name): a.sha256 for p, leaf in manifest.leaves.items() for name, a in leaf.arrays.items()}
+            assert set(arrays.stored) == set(expected), set(arrays.stored) ^ set(expected)
+            for key, sha256 in expected.items():
+                assert hashlib.sha256(arrays.read(key).tobytes()).hexdigest() == sha256, key
+            result["digest"] = manifest.digest
+    except Exception as error:
+        result["error"] = repr(error)
+    os.write(answer, json.dumps(result).encode())
+    os._exit(0)
+
+
+def main() -> None:
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    import convert.job  # noqa: F401
+    import dsv32_jax.store  # noqa: F401
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        reading, writing = os.pipe()
+        began = time.monotonic()
+        if (pid := os.fork()) == 0:
+            child(request, writing)
+        os.close(writing)
+        if request["how"] == "seconds":
+            time.sleep(request["value"])
+            os.kill(pid, signal.SIGKILL)
+        with open(reading, "rb") as pipe:
+            said = pipe.read()
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        answer = {"status": status, "seconds": time.monotonic() - began, **(json.loads(said) if said else {})}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

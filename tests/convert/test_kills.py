@@ -1,0 +1,116 @@
+"""Unplug it, run it again: the same bytes, wherever and how often it was killed.
+
+KILLS=200 kills so many times; by default about fifty times.
+"""
+
+import os
+import random
+import signal
+
+import pytest
+
+from dsv32_jax import random_checkpoint
+
+from .killer import Killer
+
+OPTIONS = {"layers": "0-1", "group_bytes": 200_000, "max_memory": "4GiB", "workers": 2}
+RANDOM = int(os.environ.get("KILLS", "0"))
+CHAIN = 12
+"""Random kills of one conversion before it may end."""
+CHAINS = 9
+"""Conversions that are killed before steps of every kind."""
+
+
+@pytest.fixture(scope="module")
+def killer():
+    killer = Killer()
+    yield killer
+    killer.close()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(killer, tmp_path_factory, tiny):
+    """A source, the digest of what it becomes, and the steps that takes."""
+    root = tmp_path_factory.mktemp("kills")
+    random_checkpoint.write(root / "hf", tiny, "nvfp4")
+    steps = killer.trace(root / "hf", root / "out", OPTIONS)
+    return root / "hf", killer.finish(root / "hf", root / "out", OPTIONS), steps
+
+
+def require_tidy(out):
+    assert {entry.name for entry in out.iterdir()} == {".lock", "manifest.json", "weights"}
+
+
+def test_steps_of_every_kind_are_seen(undisturbed):
+    _, _, steps = undisturbed
+    for step in (
+        "os.mkdir weights",
+        "open journal.tmp",
+        "os.fsync journal.tmp",
+        "os.rename journal.tmp",
+        "os.rename weights/#.orbax-checkpoint-tmp",
+        "os.fsync weights/#/state/manifest.ocdbt",
+        "open journal.jsonl",
+        "os.fsync journal.jsonl",
+        "os.fsync manifest.json.tmp",
+        "os.rename manifest.json.tmp",
+        "os.remove journal.jsonl",
+    ):
+        assert step in steps
+    assert sum(step == "os.rename weights/#.orbax-checkpoint-tmp" for step in steps) > 1
+
+
+def test_everything_is_flushed_before_the_manifest(undisturbed):
+    """Every part before the journal names it, the names of the parts before the manifest, the manifest's name last."""
+    _, _, steps = undisturbed
+    noted = [number for number, step in enumerate(steps) if step == "open journal.jsonl"]
+    flushed = [number for number, step in enumerate(steps) if step == "os.fsync weights"]
+    assert all(any(before < number for before in flushed) for number in noted)
+    end = steps.index("open manifest.json.tmp")
+    assert noted[-1] < flushed[-1] < end
+    assert steps[end:] == [
+        "open manifest.json.tmp",
+        "os.fsync manifest.json.tmp",
+        "os.rename manifest.json.tmp",
+        "os.fsync .",
+        "os.remove journal.jsonl",
+    ]
+
+
+def test_killed_before_every_kind_of_step(killer, undisturbed, tmp_path):
+    """Each output lives through several kills, the first of them early, the last of them late."""
+    source, digest, steps = undisturbed
+    kinds = list(dict.fromkeys(steps))
+    for chain in range(CHAINS):
+        out = tmp_path / str(chain)
+        for step in kinds[chain::CHAINS]:
+            assert killer.before(source, out, OPTIONS, step=step) == -signal.SIGKILL, step
+        assert killer.finish(source, out, OPTIONS) == digest, kinds[chain::CHAINS]
+        require_tidy(out)
+
+
+def test_killed_at_random_times(killer, undisturbed, tmp_path):
+    """One output is killed again and again; each run finds what those before it left."""
+    source, digest, steps = undisturbed
+    dice = random.Random(0)
+    kills = 0
+    while kills < max(CHAIN, RANDOM):
+        out = tmp_path / str(kills)
+        for _ in range(CHAIN):
+            if dice.random() < 0.5:
+                kills += killer.after(source, out, OPTIONS, seconds=dice.uniform(0.02, 0.6)) == -signal.SIGKILL
+            else:
+                kills += killer.before(source, out, OPTIONS, step=dice.randrange(len(steps))) == -signal.SIGKILL
+            if (out / "manifest.json").exists():
+                break
+        assert killer.finish(source, out, OPTIONS) == digest
+        require_tidy(out)
+
+
+def test_other_limits_may_be_given_to_the_run_that_continues(killer, undisturbed, tmp_path):
+    source, digest, steps = undisturbed
+    middle = [number for number, step in enumerate(steps) if step.startswith("open journal.jsonl")][1]
+    assert killer.before(source, tmp_path / "out", OPTIONS, step=middle) == -signal.SIGKILL
+    other = OPTIONS | {"group_bytes": 90_000, "max_memory": "2GiB", "workers": 1}
+    assert killer.finish(source, tmp_path / "out", other) == digest
+    require_tidy(tmp_path / "out")

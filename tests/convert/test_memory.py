@@ -1,0 +1,94 @@
+"""Memory: predicted from the plan, kept to while it works, refused when it cannot do."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from convert import memory
+from convert.prepare import prepare
+from dsv32_jax import random_checkpoint
+from dsv32_jax.errors import CapacityError, UsageError
+
+REPOSITORY = Path(__file__).parents[2]
+
+MEASURED = """
+import json, os, resource, sys
+os.environ["JAX_PLATFORMS"] = "cpu"
+import convert
+src, dst, options = sys.argv[1:]
+convert.convert(src, dst, **json.loads(options))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory, tiny):
+    """Leaves of 25 MB in NVFP4 and 50 MB in FP8."""
+    cfg = dataclasses.replace(
+        tiny, hidden_size=1024, moe_intermediate_size=2048, n_routed_experts=24, num_hidden_layers=2, vocab_size=512
+    )
+    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0, first_k_dense_replace=1)
+    root = tmp_path_factory.mktemp("wide")
+    random_checkpoint.write(root / "hf", cfg, "fp8")
+    return root / "hf"
+
+
+@pytest.mark.parametrize(
+    "text, size",
+    [("8GiB", 8 << 30), ("8 gb", 8 * 10**9), ("500M", 500 * 10**6), ("1.5GiB", 3 << 29), ("4096", 4096), (7, 7)],
+)
+def test_sizes_as_people_write_them(text, size):
+    assert memory.parse(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "GiB", "1e9", "nan"])
+def test_other_sizes_are_refused(text):
+    with pytest.raises(UsageError, match="8GiB"):
+        memory.parse(text)
+
+
+def test_a_control_group_is_a_limit(tmp_path):
+    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:   2097152 kB\n")
+    assert memory.available(tmp_path, tmp_path / "meminfo") == 2 << 30
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("5\n")
+    assert memory.available(tmp_path, tmp_path / "meminfo") == 2 << 30
+    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
+    (tmp_path / "memory.current").write_text(f"{1 << 28}\n")
+    assert memory.available(tmp_path, tmp_path / "meminfo") == 3 << 28
+
+
+def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
+    with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*--max-memory \d+MiB") as caught:
+        prepare(wide, tmp_path / "out", {"max_memory": "500MB"})
+    smallest = str(caught.value).split()[-1]
+    prepared = prepare(wide, tmp_path / "out", {"max_memory": smallest})
+    assert memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget) <= memory.parse(smallest)
+    with pytest.raises(CapacityError):
+        prepare(wide, tmp_path / "out", {"max_memory": memory.parse(smallest) - (1 << 20)})
+
+
+def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):
+    def peak(**options):
+        prepared = prepare(wide, tmp_path / "out", options)
+        return memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget)
+
+    roomy, tight = peak(max_memory="8GiB", workers=64), peak(max_memory="700MiB", workers=64)
+    assert tight <= 700 << 20 < roomy < 8 << 30
+    assert peak(max_memory="8GiB", workers=1) < roomy
+
+
+@pytest.mark.parametrize("options", [{"max_memory": "700MiB"}, {"max_memory": "8GiB", "to": "nvfp4"}])
+def test_what_is_taken_is_what_was_predicted(options, wide, tmp_path):
+    prepared = prepare(wide, tmp_path / "out", {**options, "workers": 2})
+    predicted = memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget)
+    command = [sys.executable, "-c", MEASURED, str(wide), str(tmp_path / "out"), json.dumps({**options, "workers": 2})]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    taken = int(done.stdout)
+    assert predicted * 0.5 < taken <= predicted <= prepared.budget.limit, (
+        f"{taken / 1e6:.0f} of {predicted / 1e6:.0f} MB"
+    )

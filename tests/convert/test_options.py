@@ -1,0 +1,124 @@
+"""What can be asked for: the first layers, a mesh, a dry run of the real thing."""
+
+import json
+import os
+import resource
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+
+import convert
+import dsv32_jax as ds
+from convert import text
+from convert.progress import duration_text
+from dsv32_jax.arrays import Arrays
+from dsv32_jax.layout import leaves
+from dsv32_jax.manifest import Manifest
+
+from . import fakes
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("asked, layers, dense", [("0", 1, 1), ("0-2", 3, 1)])
+def test_the_first_layers_are_a_model_that_runs(asked, layers, dense, checkpoints, tmp_path):
+    manifest = convert.convert(checkpoints["nvfp4"], tmp_path / "out", layers=asked)
+    config = manifest.config
+    assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (layers, 0)
+    assert config["first_k_dense_replace"] == dense
+    assert any(f"the first {layers} of 3 layers" in note and "left out" in note for note in manifest.report["notes"])
+    model = ds.load(tmp_path / "out", dtype=jnp.float32)
+    assert ds.forward(model, jnp.array([[0, 5, 9]])).logits.shape == (1, 3, config["vocab_size"])
+
+
+def test_layers_keep_their_bytes(checkpoints, tmp_path):
+    whole = convert.convert(checkpoints["fp8"], tmp_path / "whole")
+    small = convert.convert(checkpoints["fp8"], tmp_path / "small", layers="0-1")
+    assert all(entry == whole.leaves[path] for path, entry in small.leaves.items())
+
+
+def test_damage_in_layers_that_are_left_out_does_not_matter(checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints["bf16"] / "config.json").read_text()), fakes.load(checkpoints["bf16"])
+    del arrays["model.layers.2.mlp.gate.weight"]
+    source = fakes.write_checkpoint(tmp_path / "hf", config, arrays)
+    assert convert.convert(source, tmp_path / "out", layers="0-1").config["num_hidden_layers"] == 2
+
+
+def test_a_mesh_cuts_the_chunks_and_keeps_the_digest(checkpoints, tmp_path):
+    plain = convert.convert(checkpoints["nvfp4"], tmp_path / "plain")
+    meshed = convert.convert(checkpoints["nvfp4"], tmp_path / "meshed", mesh="expert=4,data=2")
+    assert meshed.digest == plain.digest and meshed.storage["mesh"] == {"expert": 4, "data": 2}
+    stored = Arrays(tmp_path / "meshed").stored["layers.1.ffn.w_gate_EMD", "codes"]
+    assert stored.shape[0] == 12 and stored.chunk[0] == 3
+    again = convert.convert(checkpoints["nvfp4"], tmp_path / "meshed", mesh={"data": 2, "expert": 4})
+    assert again == meshed
+
+
+@pytest.fixture(scope="module")
+def enormous(tmp_path_factory, real):
+    """DeepSeek-V3.2 in NVFP4: 163 shards with real headers and holes for data."""
+    folder = tmp_path_factory.mktemp("enormous")
+    names = {name: leaf.source_shape for leaf in leaves(real) for name in leaf.sources}
+    shards: list[dict] = [{} for _ in range(163)]
+    ends = [0] * len(shards)
+    for number, (name, shape) in enumerate(names.items()):
+        kinds = {name: ("BF16", shape, 2)}
+        if "_proj" in name and len(shape) == 2 and "weights_proj" not in name and "eh_proj" not in name:
+            out, width = shape
+            kinds = {name: ("U8", (out, width // 2), 1), name + "_scale": ("F8_E4M3", (out, width // 16), 1)}
+            kinds[name + "_scale_2"] = ("F32", (), 4)
+        at = number * len(shards) // len(names)
+        for tensor, (dtype, size, width) in kinds.items():
+            nbytes = width
+            for axis in size:
+                nbytes *= axis
+            shards[at][tensor] = {"dtype": dtype, "shape": size, "data_offsets": [ends[at], ends[at] + nbytes]}
+            ends[at] += nbytes
+    for number, (shard, end) in enumerate(zip(shards, ends, strict=True), 1):
+        file = folder / f"model-{number:05d}-of-00163.safetensors"
+        header = json.dumps(shard).encode()
+        file.write_bytes(struct.pack("<Q", len(header)) + header)
+        os.truncate(file, 8 + len(header) + end)
+    (folder / "config.json").write_text(json.dumps(real.to_dict()))
+    return folder, sum(map(len, shards))
+
+
+def test_a_dry_run_of_the_real_thing_takes_seconds(enormous, tmp_path):
+    folder, count = enormous
+    assert count > 130_000
+    code = "import sys, convert; code = convert.main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(code)"
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    options = ["--dry-run", "--log-format", "json", "--max-memory", "8GiB"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder), str(tmp_path / "out"), *options],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    result = json.loads(done.stdout)
+    assert seconds < 5, seconds
+    assert 380e9 < result["would_write"] < 420e9 and result["peak_memory"] < 8 << 30
+    assert done.returncode in (0, 5) and (done.returncode == 0 or "GB free" in done.stderr)
+    assert len(result["leaves"]) == len(leaves(ds.Config.from_json(folder / "config.json")))
+    assert result["leaves"]["layers.3.ffn.w_gate_EMD"].startswith("nvfp4, 2.11 GB: codes uint8 [256, 2048, 3584]")
+    assert result["write_speed"] > 0 and result["disk_seconds"] > 0
+    assert not (tmp_path / "out").exists()
+
+
+def test_results_for_people():
+    shown = text.lines({"peak_memory": 2_000_000_000, "disk_seconds": 3723.0, "write_speed": None, "notes": ["a", "b"]})
+    assert shown == "peak memory: 2.00 GB\ndisk seconds: 1:02:03\nwrite speed: unknown\nnote: a\nnote: b"
+    assert [duration_text(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
+
+
+def test_a_manifest_says_how_it_was_made(checkpoints, tmp_path):
+    convert.convert(checkpoints["bf16"], tmp_path / "out", to="nvfp4")
+    recipe = Manifest.read(tmp_path / "out").source["recipe"]
+    assert recipe[1:] == ["nvfp4", "rtn", "own"]

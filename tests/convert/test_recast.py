@@ -1,0 +1,158 @@
+"""Quantizing as a job: what it reports, what stops it, how it goes on."""
+
+import dataclasses
+import json
+import shutil
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import convert
+from convert import cut
+from convert.detect import detect
+from convert.outcome import relative_rms, summary
+from convert.recast import Outcome
+from dsv32_jax.errors import CheckpointError, OutputExistsError
+from dsv32_jax.layout import leaves
+from dsv32_jax.quantize import fp8_quantize
+
+from . import fakes
+from .test_job import stored
+from .test_quantizing import linear, quantized_whole
+
+
+def test_the_report_has_the_errors_of_what_is_stored(checkpoints, tmp_path):
+    source = fakes.load(checkpoints["bf16"])
+    manifest = convert.convert(checkpoints["bf16"], tmp_path / "out", to="nvfp4", policy="full")
+    errors = manifest.report["errors"]
+    assert errors["kinds"]["mlp.experts.*.down_proj"]["weights"] == 3 * 12
+    single, kinds = {}, {}
+    for name in filter(linear, source):
+        exact = source[name].astype(np.float64)
+        off = quantized_whole(source, name, "nvfp4").astype(np.float64) - exact
+        single[name] = np.linalg.norm(off) / np.linalg.norm(exact)
+        rest = name.split(".", 3)[3].removesuffix(".weight")
+        kind = ".".join("*" if part.isdigit() else part for part in rest.split("."))
+        kinds.setdefault(kind, []).append((np.square(off).sum(), np.square(exact).sum()))
+    assert errors["kinds"].keys() == kinds.keys()
+    for kind, sums in kinds.items():
+        want = np.sqrt(sum(off for off, _ in sums) / sum(norm for _, norm in sums))
+        assert errors["kinds"][kind]["relative_rms"] == pytest.approx(want, rel=1e-5)
+        assert 0.09 < want < 0.103
+    assert list(errors["worst"]) == sorted(single, key=lambda name: -single[name])[:5]
+
+
+def test_a_matrix_of_zeros_has_no_error():
+    zero, one = Outcome(0.0, 0.0), Outcome(1.0, 4.0, 2, 3)
+    assert relative_rms([zero]) == 0 and relative_rms([zero, one]) == 0.5
+    assert summary({"a.weight": zero, "model.layers.3.b.weight": one}) == {
+        "kinds": {"a": {"weights": 1, "relative_rms": 0.0}, "b": {"weights": 1, "relative_rms": 0.5}},
+        "worst": {"model.layers.3.b.weight": 0.5, "a.weight": 0.0},
+    }
+
+
+def test_gate_and_up_share_a_tensor_scale_when_asked(checkpoints, tmp_path):
+    convert.convert(checkpoints["fp8"], tmp_path / "own", to="nvfp4", policy="full")
+    convert.convert(checkpoints["fp8"], tmp_path / "one", to="nvfp4", policy="full", tensor_scales="shared")
+    own, one = stored(tmp_path / "own"), stored(tmp_path / "one")
+    for prefix in ("layers.0.ffn.w_{}_FD", "layers.1.ffn.w_{}_EMD", "layers.1.ffn.shared_{}_MD"):
+        gate, up = (one[prefix.format(name)]["tensor_scale"] for name in ("gate", "up"))
+        both = [own[prefix.format(name)]["tensor_scale"] for name in ("gate", "up")]
+        np.testing.assert_array_equal(gate, up)
+        np.testing.assert_array_equal(gate, np.maximum(*both))
+    assert one["layers.0.mla.w_dq_QD"]["tensor_scale"].item() == one["layers.0.mla.w_dkv_CD"]["tensor_scale"].item()
+    np.testing.assert_array_equal(one["layers.0.ffn.w_down_DF"]["codes"], own["layers.0.ffn.w_down_DF"]["codes"])
+
+
+def test_odd_scales_that_are_dequantized_away_are_counted(checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints["nvfp4"] / "config.json").read_text()), fakes.load(checkpoints["nvfp4"])
+    scale = arrays["model.layers.0.self_attn.q_b_proj.weight_scale"].view(np.uint8)
+    scale[0, :3], scale[1, 0] = 0, 0x7F
+    manifest = convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out", to="bf16")
+    assert (manifest.report["nan_scale_bytes"], manifest.report["zero_blocks"]) == (1, 3)
+
+
+@pytest.mark.parametrize("storage", ["bf16", "fp8"])
+def test_values_that_are_not_finite_are_told_by_name(storage, checkpoints, tmp_path):
+    config, arrays = json.loads((checkpoints[storage] / "config.json").read_text()), fakes.load(checkpoints[storage])
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    arrays[name][3, 5] = np.nan
+    with pytest.raises(CheckpointError, match=f"{name}: 1 of 7680 values are not finite"):
+        convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out", to="nvfp4")
+
+
+OTHER = [{}, {"to": "bf16"}, {"to": "nvfp4", "policy": "full"}, {"to": "nvfp4", "scales": "mse"},
+         {"to": "nvfp4", "tensor_scales": "shared"}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unfinished(checkpoints, tmp_path_factory) -> Path:
+    """A conversion to NVFP4 that stopped half way."""
+    out = tmp_path_factory.mktemp("stopped") / "out"
+    original, calls = cut.build, []
+
+    def build(*rest):
+        calls.append(rest)
+        if len(calls) == 60:
+            raise KeyboardInterrupt
+        return original(*rest)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(cut, "build", build)
+        convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
+    return out
+
+
+@pytest.mark.parametrize("options", OTHER)
+def test_other_options_do_not_continue_it(options, unfinished, checkpoints):
+    before = {file: file.read_bytes() for file in unfinished.rglob("*") if file.is_file() and file.name != ".lock"}
+    with pytest.raises(OutputExistsError, match="with another plan: .*. Nothing was touched"):
+        convert.convert(checkpoints["fp8"], unfinished, **options, group_bytes=60_000)
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_the_same_options_continue_it_with_the_same_report(unfinished, checkpoints, tmp_path):
+    out = shutil.copytree(unfinished, tmp_path / "continued")
+    manifest = convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
+    whole = convert.convert(checkpoints["fp8"], tmp_path / "whole", to="nvfp4", group_bytes=60_000)
+    assert manifest.digest == whole.digest and manifest.report == whole.report
+    with pytest.raises(OutputExistsError, match="with other options"):
+        convert.convert(checkpoints["fp8"], out, to="nvfp4", scales="mse", group_bytes=60_000)
+
+
+def test_experts_are_quantized_one_by_one(tiny):
+    """Peak: the leaf and what one expert takes on its way."""
+    cfg = dataclasses.replace(tiny, hidden_size=512, moe_intermediate_size=256, n_routed_experts=48)
+    leaf = next(leaf for leaf in leaves(cfg) if leaf.path == "layers.1.ffn.w_up_EMD")
+    w = np.random.default_rng(0).standard_normal(leaf.source_shape, np.float32)
+    quantized, grid = fp8_quantize(w)
+    arrays = {name: part for one in leaf.sources for name, part in ((one, quantized), (one + "_scale_inv", grid))}
+    tensors = fakes.tensors(arrays)
+    wanted = [dataclasses.replace(detect(name, tensors), wanted="nvfp4") for name in leaf.sources]
+    tracemalloc.start()
+    built = cut.build(leaf, wanted, cut.choose(leaf, wanted), lambda tensor: arrays[tensor.name].copy())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    whole = sum(array.nbytes for array in built.values())
+    assert peak < whole + 24 * w.size
+
+
+def test_the_command_line_quantizes_and_reports(checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    source, options = str(checkpoints["fp8"]), ["--to", "nvfp4", "--policy", "experts-only", "--scales", "mse"]
+    assert convert.main([source, str(tmp_path / "out"), *options, "--dry-run"]) == 0
+    dry = capsys.readouterr().out
+    assert "fp8 -> nvfp4: 72" in dry and "layers.1.ffn.w_up_EMD: nvfp4" in dry and not (tmp_path / "out").exists()
+    assert convert.main([source, str(tmp_path / "out"), *options]) == 0
+    done = capsys.readouterr().out
+    assert "fp8 -> nvfp4: 72" in done and "mlp.experts.*.down_proj: 8." in done
+
+
+@pytest.mark.parametrize("options", [["--policy", "nvidia"], ["--to", "nvfp4", "--policy", "none.json"]])
+def test_misuse_ends_with_exit_code_2(options, checkpoints, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert convert.main([str(checkpoints["fp8"]), str(tmp_path / "out"), *options]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
+    assert not (tmp_path / "out").exists()
