@@ -92,7 +92,8 @@ def _joined(leaves: Sequence[Leaf], arrays: Sequence[np.ndarray], per: int, name
     for leaf, array in zip(leaves, arrays, strict=True):
         rows, columns = _rows(leaf, whole), _columns(leaf, per)
         piece = array.reshape(*rows.shape[:-1], columns.size)
-        if columns.size == filled.size and (columns == np.arange(columns.size)).all():
+        if not filled.any() and columns.size == filled.size and (columns == np.arange(columns.size)).all():
+            filled[:] = leaf.cut is not None and leaf.cut.axis == 1
             rows[...] = piece
             continue
         again = filled[columns]

@@ -4,7 +4,8 @@ A matrix is quantized whole, before it is cut into leaves: its tensor scale belo
 way of bfloat16, as ModelOpt does; NVFP4 goes anywhere by way of its exact float32 values.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import ml_dtypes
@@ -54,13 +55,11 @@ class Recaster:
         """
         if stored.wanted is None or stored.is_in(stored.wanted):
             return weights.load(stored, read)
-        try:
-            beside = self._largest_beside(stored, read)
-            parts = weights.load(stored, read)
-            values = weights.values(stored, parts, read)
+        beside = self._largest_beside(stored, read)
+        parts = weights.load(stored, read)
+        values = weights.values(stored, parts, read)
+        with _blaming(stored):
             result = self._converted(stored, values, beside)
-        except ValueError as error:
-            raise CheckpointError(f"{stored.name}: {error}. What was written before is kept") from error
         self.outcomes[stored.name] = _outcome(values, result, facts.scale_facts(parts))
         return result
 
@@ -82,12 +81,23 @@ class Recaster:
                 return {"values": values.astype(ml_dtypes.bfloat16, copy=False)}
 
     def _largest_beside(self, stored: Stored, read: Read) -> np.float32:
-        """The largest magnitude of the weight's partners, 0 without any. Each is read for that, unless it was before."""
+        """The largest magnitude of the weight's partners, 0 without any. Each is read for that at most once."""
         partners = self._partners.get(stored.name, ())
         for partner in partners:
             if partner.name not in self._largest:
-                self._largest[partner.name] = largest(weights.values(partner, weights.load(partner, read), read))
+                values = weights.values(partner, weights.load(partner, read), read)
+                with _blaming(partner):
+                    self._largest[partner.name] = largest(values)
         return max((self._largest[partner.name] for partner in partners), default=np.float32(0))
+
+
+@contextlib.contextmanager
+def _blaming(stored: Stored) -> Iterator[None]:
+    """What quantizing complains about, as a complaint about `stored`."""
+    try:
+        yield
+    except ValueError as error:
+        raise CheckpointError(f"{stored.name}: {error}. What was written before is kept") from error
 
 
 def partners(stored: Iterable[Stored]) -> dict[str, tuple[Stored, ...]]:

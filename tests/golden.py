@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 
 import dsv32_jax as ds
+from dsv32_jax.cache import empty_layer
 from dsv32_jax.config import Config
 from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.ops import hadamard, rms_norm, rotation
@@ -157,7 +158,7 @@ class Case:
     def drafts(self):
         """The MTP layer over slots 0 .. S+14: logits and what was seen, from this code's own hidden vectors."""
         hidden = jnp.concatenate([out.hidden for out in (self.prefill, *self.steps)], axis=1)
-        return hidden, *_draft(self.model, hidden, jnp.asarray(self["mtp.next_ids"]))
+        return hidden, *draft(self.model, hidden, jnp.asarray(self["mtp.next_ids"]))
 
     @functools.cached_property
     def index_inputs(self) -> list[tuple[jax.Array, jax.Array]]:
@@ -170,9 +171,8 @@ class Case:
 
 
 @jax.jit
-def _draft(model: ds.Model, hidden, next_ids):
-    from dsv32_jax.cache import empty_layer
-
+def draft(model: ds.Model, hidden, next_ids):
+    """Logits of the MTP layer over all slots from the first, and what was seen."""
     batch, slots = next_ids.shape
     position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
     h, _, seen = model.mtp(hidden, next_ids, empty_layer(model.cfg, batch, slots, model.dtype), position)

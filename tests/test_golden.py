@@ -5,6 +5,7 @@ Orbax checkpoint and loaded from it first.
 """
 
 import functools
+import re
 import shutil
 
 import jax
@@ -17,7 +18,7 @@ import dsv32_jax as ds
 from dsv32_jax import quantize
 from dsv32_jax.formats import dequantize
 from dsv32_jax.layout import leaves
-from dsv32_jax.ops import hadamard
+from dsv32_jax.ops import hadamard, rms_norm
 from tests import golden
 from tests.golden import having, routed, sets
 from tests.test_units import E2M1_OF_CODE, signless_zeros
@@ -25,7 +26,36 @@ from tests.test_units import E2M1_OF_CODE, signless_zeros
 LOGITS = HIDDEN = 1e-3
 GATES = 1e-5
 
+COMPARED = (
+    r"input_ids|logits|final_norm|hidden\.\d+|decode\.(gen_ids|logits|L\d+\.idx_topk)|dequant(_bf16)?\..*",
+    r"L\d+\.(idx_(topk|scores|w|k|q_last4)|gate_(ids|weights)|attn_out|(kv_latent|k_pe)(_last32)?)",
+    r"mtp\.(logits|draft_ids|next_ids|idx_topk|gate_ids|gate_weights|prev_hidden|eh_proj_out)",
+    r"(nvfp4\.)?bf16w\.((mtp|decode|L\d+)\.)?(logits|idx_topk|gate_ids|gen_ids|draft_ids)",
+    r"nvfp4\.((decode|L\d+)\.)?(logits|idx_topk|gate_ids|gen_ids)|fp8sim\.(hidden\.1|logits)",
+)
+"""The golden tensors that the tests below compare."""
+
+NOT_COMPARED = {
+    r"L\d+\.(idx|gate)_margin|decode\.top2_gap": "how far the reference was from choosing otherwise",
+    r"bf16\.logits": "another bfloat16 run: ours is compared with the float32 logits",
+    r"mtp\.block_out": "the stream before the norm, which the MTP layer does not hand out; its logits are compared",
+    r"mtp\.logits_pos0_embed_zeroed": "a variant of another engine",
+    r"nvfp4\.dequant\..*": "the exact bytes and all probes are compared",
+    r"fp8sim\..*": "the FP8 cache does not exist yet",
+}
+
 # ------------------------------------------------------------------------------------------------------------ weights
+
+
+def test_no_tensor_is_forgotten(case):
+    """Every golden tensor is compared or not for a reason; what every case must have is there."""
+    compared = [name for name in case.tensors if any(re.fullmatch(pattern, name) for pattern in COMPARED)]
+    others = set(case.tensors) - set(compared)
+    assert {name for name in others if not any(re.fullmatch(pattern, name) for pattern in NOT_COMPARED)} == set()
+    assert {"input_ids", "logits", "hidden.1", "L0.idx_topk", "L1.gate_ids", "L1.gate_weights"} <= set(compared)
+    assert {"decode.gen_ids", "decode.logits", "decode.L0.idx_topk"} <= set(compared)
+    if "golden_nvfp4" not in str(case.folder):
+        assert {"L0.idx_scores", "L0.idx_k", "L0.idx_w", "L0.idx_q_last4"} <= set(compared)
 
 
 def test_every_matrix_is_what_the_checkpoint_stores(case):
@@ -82,6 +112,11 @@ def test_prefill(case):
     for layer, want in case.layers("hidden.{}").items():
         if layer < len(case.prefill.seen):
             case.close("hidden", case.prefill.seen[layer].x_BTD, want, HIDDEN)
+        else:
+            last = rms_norm(jnp.asarray(want), case.model.norm_D, case.cfg.rms_norm_eps)
+            case.close("hidden, last, normed", case.prefill.hidden, last, HIDDEN)
+    if "final_norm" in case.tensors:
+        case.close("hidden, last, normed", case.prefill.hidden, case["final_norm"], HIDDEN)
     for layer, want in case.layers("L{}.idx_topk").items():
         assert sets(case.prefill.seen[layer].selected_BTk) == sets(want), f"layer {layer} selects other positions"
     for layer, want in case.layers("L{}.gate_ids").items():
@@ -200,6 +235,13 @@ def check_rounded(case, model, prefix: str) -> None:
         assert sets(out.seen[layer].selected_BTk[:, :length]) == sets(want)
     for layer, want in case.layers(prefix + "L{}.gate_ids").items():
         np.testing.assert_array_equal(routed(out.seen[layer].routing)[0][:, :length], want)
+    if prefix + "mtp.logits" in case.tensors:
+        following = np.concatenate([case.ids, chosen], axis=1)[:, 1:]
+        logits, seen = golden.draft(model, out.hidden, jnp.asarray(following))
+        case.close(prefix + "mtp.logits", logits, case[prefix + "mtp.logits"], tolerance)
+        np.testing.assert_array_equal(np.asarray(logits)[:, -16:].argmax(-1), case[prefix + "mtp.draft_ids"])
+        assert sets(seen.selected_BTk) == sets(case[prefix + "mtp.idx_topk"])
+        np.testing.assert_array_equal(routed(seen.routing)[0], case[prefix + "mtp.gate_ids"])
 
 
 # ----------------------------------------------------------------------------------------------------------- bfloat16

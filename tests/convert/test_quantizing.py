@@ -221,6 +221,9 @@ def test_experts_that_are_stored_differently_become_one_format(tiny):
         else:
             arrays[name] = w
     found = [detect(name, fakes.tensors(arrays)) for name in leaf.sources]
+    kept = Recaster()
+    cut.build(leaf, found, cut.choose(leaf, found), lambda tensor: arrays[tensor.name], kept)
+    assert kept.outcomes.keys() == {one.name for one in found if one.format != "dense"}
     wanted = [one if one.is_in("nvfp4") else dataclasses.replace(one, wanted="nvfp4") for one in found]
     form = cut.choose(leaf, wanted)
     recaster = Recaster()

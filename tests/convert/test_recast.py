@@ -74,13 +74,14 @@ def test_odd_scales_that_are_dequantized_away_are_counted(checkpoints, tmp_path)
     assert (manifest.report["nan_scale_bytes"], manifest.report["zero_blocks"]) == (1, 3)
 
 
-@pytest.mark.parametrize("storage", ["bf16", "fp8"])
-def test_values_that_are_not_finite_are_told_by_name(storage, checkpoints, tmp_path):
+@pytest.mark.parametrize("storage, tensor_scales", [("bf16", "own"), ("fp8", "own"), ("fp8", "shared")])
+def test_values_that_are_not_finite_are_told_by_name(storage, tensor_scales, checkpoints, tmp_path):
     config, arrays = json.loads((checkpoints[storage] / "config.json").read_text()), fakes.load(checkpoints[storage])
     name = "model.layers.1.mlp.experts.3.up_proj.weight"
     arrays[name][3, 5] = np.nan
     with pytest.raises(CheckpointError, match=f"{name}: 1 of 7680 values are not finite"):
-        convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out", to="nvfp4")
+        source = fakes.write_checkpoint(tmp_path / "hf", config, arrays)
+        convert.convert(source, tmp_path / "out", to="nvfp4", tensor_scales=tensor_scales)
 
 
 OTHER = [{}, {"to": "bf16"}, {"to": "nvfp4", "policy": "full"}, {"to": "nvfp4", "scales": "mse"},

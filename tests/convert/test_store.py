@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dsv32_jax import store
+from dsv32_jax import chunks, store
+from dsv32_jax.arrays import Arrays
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.store import Reader, Writer
 
@@ -88,11 +89,11 @@ def test_damage_is_an_error(tmp_path):
 
 
 def test_large_stacks_are_chunked_by_expert(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "CHUNK_BYTES", 512)
-    monkeypatch.setattr(store, "SMALLEST_CHUNK", 64)
-    chosen = {key: store._chunks(None, array).shard_axes for key, array in GROUP.items()}
-    assert [component for (_, component), axes in chosen.items() if axes == (0,)] == ["codes"]
+    monkeypatch.setattr(chunks, "LARGEST", 512)
+    monkeypatch.setattr(chunks, "SMALLEST", 64)
     Writer(tmp_path).save("00000", GROUP)
+    found = {component: info.chunk for (_, component), info in Arrays(tmp_path).stored.items()}
+    assert found == {"codes": (1, 4, 32), "block_scale": (8, 4, 4), "tensor_scale": (8, 1, 1), "values": (4, 16)}
     assert (
         np.asarray(Reader(tmp_path).read(dict.fromkeys(GROUP))[("layers.1.ffn.w_EMD", "codes")]).tobytes()
         == RAW.tobytes()

@@ -1,0 +1,290 @@
+"""Verification: what was written is recognized, whatever else is named, and a flipped bit never loads."""
+
+import dataclasses
+import json
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import convert
+import dsv32_jax as ds
+from convert.amax import amax
+from convert.verify import verify
+from dsv32_jax import cli, integrity
+from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
+from dsv32_jax.manifest import Manifest
+from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
+
+from . import fakes
+from .conftest import STORAGES
+
+LARGE = 100_000
+"""Of the copy for bit flips: files above this hold nothing but arrays, and are known by the arrays' digests alone."""
+
+
+@pytest.fixture(scope="module")
+def fragile(originals, tmp_path_factory) -> Path:
+    """A converted checkpoint whose large files are listed without a digest, as those of real ones are."""
+    folder = tmp_path_factory.mktemp("fragile") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(integrity, "SMALL", LARGE)
+        convert.convert(originals["nvfp4"], folder)
+    return folder
+
+
+@pytest.fixture
+def copy(converted, tmp_path) -> Path:
+    """A converted checkpoint that may be damaged."""
+    return shutil.copytree(converted["nvfp4"], tmp_path / "copy")
+
+
+def flip(file: Path, at: int, bit: int) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1 << bit
+    file.write_bytes(raw)
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = cli.main([str(argument) for argument in argv])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+def test_a_conversion_that_keeps_formats_is_proven_lossless(storage, converted, originals, capsys):
+    code, out, _ = run(capsys, "verify", converted[storage], "--against", originals[storage])
+    count = len(fakes.load(originals[storage]))
+    assert code == 0
+    assert f"lossless: proven ({count} tensors of the source, computed back, equal the bytes of {originals[storage]})" in out
+    assert "changed:" not in out and "ignored:" not in out
+    assert "GB/s" in out and "SHA-256" in out
+
+
+def test_what_was_requantized_is_listed(converted, originals, capsys):
+    code, out, _ = run(capsys, "verify", converted["quantized"])
+    assert code == 0 and "lossless: no (" in out
+    assert "changed: 8 x mlp.experts.*.down_proj.weight (layers 1): fp8_block became nvfp4" in out
+    assert "changed: 2 x self_attn.o_proj.weight (layers 0-1): fp8_block became nvfp4" in out
+    assert "q_a_proj" not in out
+    report = verify(converted["quantized"], against=originals["fp8"])
+    kept = {name for name in fakes.load(originals["fp8"]) if not any(f".{part}_proj" in name for part in KEPT_NOT)}
+    assert report.proven >= len(kept) and report.lossless is False
+
+
+KEPT_NOT = ("gate", "up", "down", "o")
+
+
+def test_what_was_dequantized_and_ignored_is_listed(originals, small, tmp_path):
+    """Heads of 24 inputs straddle blocks of 16: o_proj becomes bfloat16."""
+    from dsv32_jax import random_checkpoint
+
+    random_checkpoint.write(tmp_path / "hf", dataclasses.replace(small, v_head_dim=24), "nvfp4")
+    arrays, config = fakes.load(tmp_path / "hf"), json.loads((tmp_path / "hf" / "config.json").read_text())
+    arrays["model.layers.0.self_attn.o_proj.input_scale"] = np.ones((), np.float32)
+    source = fakes.write_checkpoint(tmp_path / "source", config, arrays)
+    convert.convert(source, tmp_path / "out")
+    report = verify(tmp_path / "out", against=source)
+    ((why, names),) = report.changed.items()
+    assert why == "dequantized to bfloat16: pieces of 24 inputs straddle scale blocks of 16"
+    assert names == ["3 x self_attn.o_proj.weight (layers 0-2)"]
+    assert report.ignored == ["model.layers.0.self_attn.o_proj.input_scale"]
+    assert report.lossless is False and report.proven == len(arrays) - 3 * 3 - 1
+    assert verify(tmp_path / "out").ignored == ["1 activation scales: activations are not quantized"]
+
+
+def test_another_source_is_told(converted, originals, tmp_path):
+    """Other bytes, another dtype, a tensor less; what both have is compared all the same."""
+    arrays, config = fakes.load(originals["nvfp4"]), json.loads((originals["nvfp4"] / "config.json").read_text())
+    name = "model.layers.1.mlp.experts.3.up_proj.weight"
+    arrays[name][5, 7] ^= 0x10
+    arrays["model.norm.weight"] = arrays["model.norm.weight"].astype(ml_dtypes.bfloat16)
+    del arrays["lm_head.weight"]
+    other = fakes.write_checkpoint(tmp_path / "other", config, arrays)
+    with pytest.raises(VerificationError) as caught:
+        verify(converted["nvfp4"], against=other)
+    text = str(caught.value)
+    assert "different from the source (3):" in text and "damaged" not in text
+    assert f"{name} has other bytes in {other / 'model.safetensors'}" in text
+    assert f"model.norm.weight is BF16 [96] in {other / 'model.safetensors'}" in text
+    assert f"lm_head.weight is not in {other}" in text
+
+
+def test_a_quick_check_reads_no_array(converted, copy, capsys):
+    code, out, _ = run(capsys, "verify", converted["fp8"], "--level", "quick")
+    assert code == 0 and "(quick)" in out and "lossless" not in out
+    assert verify(copy, level="quick").lossless is None
+    with pytest.raises(UsageError, match="needs the level full"):
+        verify(copy, level="quick", against=copy)
+    with pytest.raises(UsageError, match="level must be one of quick, full"):
+        verify(copy, level="deep")
+
+
+@pytest.mark.parametrize("level", ["quick", "full"])
+def test_files_that_are_missing_short_or_foreign_are_named(level, copy):
+    files = sorted((copy / "weights").rglob("ocdbt_data/*"))
+    (copy / "tokenizer.json").write_text("{}")
+    (copy / "weights" / "00000" / "notes").touch()
+    (copy / "weights" / "00000" / "commit_success.txt").unlink()
+    files[0].write_bytes(files[0].read_bytes()[:-1])
+    with pytest.raises(VerificationError) as caught:
+        verify(copy, level=level)
+    text = str(caught.value)
+    assert "weights/00000/notes does not belong to the checkpoint" in text
+    assert "weights/00000/commit_success.txt is missing" in text
+    assert f"{files[0].relative_to(copy)} has {files[0].stat().st_size} bytes instead of" in text
+    assert "tokenizer.json" not in text
+
+
+def test_a_missing_part_names_its_arrays(converted, copy):
+    shutil.rmtree(copy / "weights" / "00000" / "state")
+    with pytest.raises(VerificationError, match="weights/00000 cannot be read"):
+        verify(copy)
+    shutil.rmtree(copy / "weights" / "00000")
+    with pytest.raises(VerificationError) as caught:
+        verify(copy, level="quick")
+    missing = [line for line in str(caught.value).splitlines() if line.endswith("is missing") and "weights/" not in line]
+    entries = Manifest.read(converted["nvfp4"]).leaves.values()
+    assert len(missing) == sum(len(entry.arrays) for entry in entries)
+
+
+def test_arrays_of_another_dtype_or_shape_are_named(copy):
+    manifest = Manifest.read(copy)
+    leaf, array = manifest.leaves["norm_D"], manifest.leaves["norm_D"].arrays["values"]
+    arrays = {"values": dataclasses.replace(array, shape=(48, 2))}
+    leaves = manifest.leaves | {"norm_D": dataclasses.replace(leaf, arrays=arrays)}
+    dataclasses.replace(manifest, leaves=leaves).write(copy)
+    with pytest.raises(VerificationError, match=r"norm_D.values \(weights/00000\) is float32 \[96\] instead of float32 \[48"):
+        verify(copy)
+
+
+@pytest.mark.parametrize("what", ["text", "number"])
+def test_a_changed_manifest_is_told(what, copy, capsys):
+    file = copy / "manifest.json"
+    text = file.read_text()
+    file.write_text(text.replace('"notes": [', '"notes": [ "x",') if what == "text" else text.replace('"fp8', '"fp9'))
+    if what == "number":
+        file.write_text(text.replace('"hidden_size": 96', '"hidden_size": 97'))
+    code, out, err = run(capsys, "verify", copy)
+    assert code == 4 and not out
+    assert ("has changed since it was written" if what == "text" else "digest does not match") in err
+    for level in ("quick", "full"):
+        with pytest.raises((VerificationError, CheckpointError)):
+            ds.load(copy, verify=level)
+
+
+def test_what_is_no_converted_checkpoint_is_no_failed_verification(originals, tmp_path, capsys):
+    code, _, err = run(capsys, "verify", originals["bf16"])
+    assert code == 3 and "holds safetensors, not a converted checkpoint" in err
+    assert run(capsys, "verify", tmp_path / "nothing")[0] == 3
+
+
+def test_a_wrong_inverse_is_recognized(copy):
+    """A manifest that notes another digest of a source tensor, and is consistent in itself."""
+    manifest = Manifest.read(copy)
+    path = "layers.1.ffn.w_up_EMD"
+    entry = manifest.leaves[path]
+    assert entry.passport is not None
+    sources = list(entry.passport.sources)
+    sources[4] = sources[4]._replace(sha256="0" * 64)
+    passport = dataclasses.replace(entry.passport, sources=tuple(sources))
+    leaves = manifest.leaves | {path: dataclasses.replace(entry, passport=passport)}
+    dataclasses.replace(manifest, leaves=leaves).write(copy)
+    assert Manifest.read(copy).digest == manifest.digest
+    with pytest.raises(VerificationError, match=r"experts.1.up_proj.weight_scale cannot be computed back"):
+        verify(copy)
+
+
+def test_a_flipped_bit_anywhere_is_named(fragile):
+    """Every file, small and large, is damaged at several places; an array is named with its part where one is hit."""
+    rng = random.Random(5)
+    files = sorted(file for file in (fragile / "weights").rglob("*") if file.is_file() and file.stat().st_size)
+    large = [file for file in files if file.stat().st_size > LARGE]
+    assert len(large) >= 1
+    places = [(file, rng.randrange(file.stat().st_size)) for file in files]
+    places += [(file, at) for file in large for at in (0, file.stat().st_size - 1)]
+    places += [(rng.choice(large), None) for _ in range(30)]
+    for file, at in places:
+        at = rng.randrange(file.stat().st_size) if at is None else at
+        bit = rng.randrange(8)
+        flip(file, at, bit)
+        try:
+            with pytest.raises(VerificationError) as caught:
+                verify(fragile)
+        finally:
+            flip(file, at, bit)
+        wanted = "(weights/00000)" if file in large else f"{file.relative_to(fragile)} has changed"
+        assert wanted in str(caught.value), (file, at, bit)
+    assert verify(fragile).lossless
+
+
+def test_a_flipped_bit_never_loads(fragile):
+    rng = random.Random(6)
+    files = sorted(file for file in (fragile / "weights").rglob("*") if file.is_file() and file.stat().st_size)
+    large = [file for file in files if file.stat().st_size > LARGE]
+    for file in [*rng.sample(files, 4), *(rng.choice(large) for _ in range(6))]:
+        at, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
+        flip(file, at, bit)
+        try:
+            with pytest.raises(VerificationError) as caught:
+                ds.load(fragile, verify="full")
+        finally:
+            flip(file, at, bit)
+        assert "nothing was loaded" in str(caught.value)
+        assert any(path in str(caught.value) for path in Manifest.read(fragile).leaves) or file not in large
+    ds.load(fragile, verify="full")
+
+
+def test_loading_verifies_as_asked(copy):
+    with pytest.raises(UsageError, match="verify must be one of None, quick, full"):
+        ds.load(copy, verify="fully")
+    for level in (None, "quick", "full"):
+        ds.load(copy, verify=level)
+    next((copy / "weights").rglob("ocdbt_meta/*")).touch()
+    ds.load(copy, verify="quick")
+    (copy / "weights" / "00000" / "state" / "surplus").touch()
+    with pytest.raises(VerificationError, match="weights/00000/state/surplus does not belong to the checkpoint"):
+        ds.load(copy, verify="quick")
+
+
+def test_verifying_needs_no_jax(converted):
+    code = "import sys\nfrom dsv32_jax import cli\ncode = cli.main(sys.argv[1:])\nassert 'jax' not in sys.modules\nsys.exit(code)"
+    command = [sys.executable, "-W", "error", "-c", code, "verify", str(converted["fp8"]), "--json"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["lossless"] is True
+
+
+def test_the_passport_tells_where_a_leaf_came_from(converted, originals):
+    arrays, manifest = fakes.load(originals["nvfp4"]), Manifest.read(converted["nvfp4"])
+    entry = manifest.leaves["layers.0.mla.w_qr_HRQ"]
+    name = "model.layers.0.self_attn.q_b_proj.weight"
+    assert entry.passport is not None and entry.passport.cut == (0, 32, 24, 32) and not entry.passport.change
+    assert [source.name for source in entry.passport.sources] == [name, name + "_scale", name + "_scale_2"]
+    whole = nvfp4_dequantize(*(arrays[source.name] for source in entry.passport.sources))
+    assert entry.passport.amax == np.abs(whole.reshape(4, 32, -1)[:, 24:]).max()
+    assert manifest.source["files"].keys() == {file.name for file in originals["nvfp4"].glob("*.safetensors")}
+    assert all(len(file["header_sha256"]) == 64 for file in manifest.source["files"].values())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_magnitude_is_found_without_dequantizing(seed):
+    rng = np.random.default_rng(seed)
+    w = (rng.standard_normal((64, 160)) * np.exp(rng.standard_normal((64, 1)))).astype(np.float32)
+    codes, scale, factor = nvfp4_quantize(w)
+    odd = scale.view(np.uint8).copy()
+    odd[rng.integers(0, 64, 9), rng.integers(0, 10, 9)] = rng.choice([0, 0x7F, 0xFF, 0x7E], 9)
+    parts = {"codes": codes, "block_scale": odd.view(scale.dtype), "tensor_scale": factor}
+    assert amax(parts) == np.abs(nvfp4_dequantize(**parts)).max()
+    values, grid = fp8_quantize(w[:, :150])
+    rows = np.repeat(grid, 128, 0)[:64] * np.float32(1.1)
+    assert amax({"values": values, "block_scale": rows}) == np.abs(fp8_dequantize(values, rows)).max()
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        assert amax({"values": w.astype(dtype)}) == np.abs(w.astype(dtype).astype(np.float32)).max()
+    zero = {"codes": codes, "block_scale": np.zeros_like(scale), "tensor_scale": factor}
+    assert amax(zero) == 0 and amax({"values": np.zeros((2, 3), np.float32)}) == 0
