@@ -13,6 +13,9 @@ from .header import DTYPES
 from .sharing_scales import Sharing
 from .targets import Target
 
+MINUS_ZEROS = 0x88
+"""Two elements of NVFP4. A tensor of nothing but zero bytes looks like a hole in a file that was not downloaded."""
+
 
 class Encoder:
     """Makes the tensors of `targets`, and remembers what could not be written exactly."""
@@ -47,7 +50,7 @@ class Encoder:
                 f"in 2^23 ({listing(self.inexact, 4)})"
             )
         if self.voids:
-            yield f"{len(self.voids)} matrices of zeros have the tensor scale 0, written as zeros with the divisor 1"
+            yield f"{len(self.voids)} matrices of zeros have the tensor scale 0, written as -0 with the divisor 1"
 
     def _dense(self, weight: Weight, parts: Sequence[dict[str, np.ndarray]], target: Target) -> dict[str, np.ndarray]:
         dtype = DTYPES[target.tensors[0].dtype]
@@ -69,7 +72,7 @@ class Encoder:
         if target.kind == "packed-nvfp4":
             if factor[0] == 0:
                 self.voids.append(weight.name)
-                codes, block_scale = np.zeros_like(codes), np.zeros_like(block_scale)
+                codes, block_scale = np.full_like(codes, MINUS_ZEROS), np.ones_like(block_scale)
             factor = self._divisor(owner, factor[0])
         return {values.name: codes, scale.name: block_scale, scalar.name: factor.reshape(scalar.shape)}
 

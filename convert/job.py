@@ -45,14 +45,15 @@ class _Meter:
     def built(self, leaf: PlannedLeaf, nbytes: int) -> None:
         self._leaf = leaf.leaf.path
         self._built = min(self._built + nbytes, self._total)
-        self._report()
+        self.report()
 
     def written(self, nbytes: int) -> None:
         self._written += nbytes
         self._built = max(self._built, self._written)
-        self._report()
+        self.report()
 
-    def _report(self) -> None:
+    def report(self) -> None:
+        """Tell how far it is."""
         self._tell(Progress((self._built + self._written) // 2, self._total, self._leaf))
 
 
@@ -105,6 +106,8 @@ def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
     require_files(prepared.budget.workers)
     _require_scales(source, missing)
     meter = _Meter(progress, planned.nbytes, planned.nbytes - sum(leaf.nbytes for leaf in missing))
+
+    meter.report()
 
     def done(part: Part) -> None:
         journal.add(part.name, part.leaves, part.facts, part.outcomes)

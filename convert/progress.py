@@ -46,9 +46,14 @@ class Lines:
         now = time.monotonic()
         if self._ready is None:
             self._ready = progress.done
+            self._begin(progress)
         if now - self._said >= INTERVAL or progress.done == progress.total:
             self._said = now
             self._say(progress, self._pace(progress, now))
+
+    def _begin(self, progress: Progress) -> None:
+        if progress.done:
+            self._write(f"continuing: {size_text(progress.done)} of {size_text(progress.total)} are there")
 
     def _pace(self, progress: Progress, now: float) -> Pace:
         rate = (progress.done - (self._ready or 0)) / max(now - self._began, 1e-3)
@@ -85,6 +90,9 @@ class JsonLines(Lines):
 
     def event(self, name: str, **facts: Any) -> None:
         self._write(json.dumps({"event": name, **facts}))
+
+    def _begin(self, progress: Progress) -> None:
+        self.event("continue" if progress.done else "begin", done=progress.done, total=progress.total)
 
     def _say(self, progress: Progress, pace: Pace) -> None:
         self.event("progress", **progress._asdict(), **pace._asdict())

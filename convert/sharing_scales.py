@@ -64,9 +64,9 @@ def share(converted: Converted, pairs: Iterable[tuple[Weight, Weight]]) -> Shari
 def rescaled(used: Iterable[int], own: np.float32, other: np.float32) -> np.ndarray | None:
     """For each of the 256 bytes, the one that means the same next to the tensor scale `other` instead of `own`.
 
-    None where a byte in `used` has no such other. A NaN scale stands for 448.
+    None where a byte in `used` has no such other, or where one of the two is 0. A NaN scale stands for 448.
     """
-    if not other or not np.isfinite(other):
+    if not own or not other or not np.isfinite(other):
         return None
     ratio = Fraction(float(own)) / Fraction(float(other))
     table = np.arange(256, dtype=np.uint8)

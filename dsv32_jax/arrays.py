@@ -57,12 +57,16 @@ class Arrays:
         """Rows start..stop-1 of the first axis. Raises StorageError where they cannot be read."""
         info = self.stored[key]
         try:
-            if key not in self._open:
-                self._open[key] = _open(self.folder / info.part, key)
-            return self._open[key][start : info.shape[0] if stop is None else stop].read().result()
+            return self.open(key)[start : info.shape[0] if stop is None else stop].read().result()
         except (OSError, ValueError) as error:
             where = f"{'.'.join(key)} ({FOLDER}/{info.part})"
             raise StorageError(f"{where} cannot be read: {_first_line(error)}") from error
+
+    def open(self, key: Key) -> Any:
+        """The TensorStore of one array."""
+        if key not in self._open:
+            self._open[key] = _open(self.folder / self.stored[key].part, key)
+        return self._open[key]
 
     def slabs(self, key: Key) -> Iterator[tuple[int, np.ndarray]]:
         """The array in pieces of its first axis, whole chunks each and about SLAB_BYTES: first row, rows."""

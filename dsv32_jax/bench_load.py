@@ -64,7 +64,7 @@ def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Ite
         Manifest.read(folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
-        seconds = medians(0, lambda: _read(files))[0].wall
+        seconds = medians(lambda: _read(files), 0).wall
         yield _row("plain read", seconds, size, seconds)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             first, again, memory = fresh.submit(_load_twice, folder).result()

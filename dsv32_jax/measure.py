@@ -20,47 +20,45 @@ Row = dict[str, Any]
 
 
 class Times(NamedTuple):
-    """Medians in seconds: by the clock, and of the processor time that all threads of the process took."""
+    """Seconds by the clock, and seconds of processor time that all threads of the process took."""
 
     wall: float
     cpu: float
 
 
-def medians(seconds: float, *runs: Callable[[], Any]) -> list[Times]:
-    """The times of each of `runs`, called in turn for about `seconds`, but at least three times, after one to warm up.
-
-    In turn, so that what else the machine does slows all of them alike.
-    """
-    for run in runs:
-        run()
-    times: list[list[Times]] = []
-    end = time.perf_counter() + seconds
-    while len(times) < FEWEST_REPEATS or time.perf_counter() < end:
-        times.append([_times(run) for run in runs])
-    return [Times(*map(statistics.median, zip(*column, strict=True))) for column in zip(*times, strict=True)]
-
-
-def _times(run: Callable[[], Any]) -> Times:
-    wall, cpu = time.perf_counter(), time.process_time()
+def medians(run: Callable[[], Any], seconds: float) -> Times:
+    """The times of `run`, repeated for about `seconds`, but at least three times, after one call to warm up."""
     run()
-    return Times(time.perf_counter() - wall, time.process_time() - cpu)
+    return Times(*map(statistics.median, zip(*_repeat(run, seconds), strict=True)))
 
 
-def plain_read(nbytes: int) -> Callable[[], None]:
-    """A function that reads `nbytes` of memory and only adds them up, with a thread for each core.
+def plain_read(nbytes: int, seconds: float) -> float:
+    """Seconds in which the host reads `nbytes` of memory and only adds them up, with a thread for each core.
 
-    It goes as often as needed over a buffer that no cache holds, so that it needs little memory itself.
+    A limit, so it is the fastest of about `seconds` of repeats: a machine that is busy reads more slowly, but what it
+    could do stays. The reader goes as often as needed over a buffer that no cache holds, and so needs little memory.
     """
     threads = os.cpu_count() or 1
-    buffer = np.ones(min(nbytes, LARGEST_BUFFER) // 8, np.uint64)
+    buffer = np.ones(max(1, min(nbytes, LARGEST_BUFFER) // 8), np.uint64)
     rounds, rest = divmod(nbytes // 8, buffer.size)
     parts = [part for piece in [*[buffer] * rounds, buffer[:rest]] for part in np.array_split(piece, threads)]
+    with ThreadPoolExecutor(threads) as pool:
 
-    def read() -> None:
-        with ThreadPoolExecutor(threads) as pool:
+        def read() -> None:
             list(pool.map(np.add.reduce, parts))
 
-    return read
+        read()
+        return min(times.wall for times in _repeat(read, seconds))
+
+
+def _repeat(run: Callable[[], Any], seconds: float) -> list[Times]:
+    times: list[Times] = []
+    end = time.perf_counter() + seconds
+    while len(times) < FEWEST_REPEATS or time.perf_counter() < end:
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        times.append(Times(time.perf_counter() - wall, time.process_time() - cpu))
+    return times
 
 
 def peak_bytes() -> int:

@@ -60,7 +60,7 @@ def by_mesh(mesh: Mesh, leaves: Iterable[Leaf]) -> Callable[[tuple[str, str], tu
 
 def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> None:
     """Raise CapacityError with a table of everything that the mesh does not divide evenly, layers folded."""
-    found: dict[tuple[str, str], list[str]] = {}
+    found: dict[tuple[str, str], set[str]] = {}
     for leaf, shape in components:
         whole = zip(leaf.letters, leaf.shape, shape, axes(mesh, leaf, shape), strict=True)
         for letter, logical, size, axis in whole:
@@ -68,12 +68,12 @@ def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> Non
                 pattern = re.sub(r"layers\.\d+\.", "layers.*.", leaf.path)
                 what = f"{letter} {logical}" if size == logical else f"{letter} {logical} in {size} blocks"
                 why = f"{what} over {axis}={mesh[axis]} (possible: {listing(_divisors(size), 6)})"
-                found.setdefault((pattern, why), []).append(leaf.path)
+                found.setdefault((pattern, why), set()).add(leaf.path)
     if found:
         lines = [f"{len(paths):4} x {pattern}: {why}" for (pattern, why), paths in sorted(found.items())]
         shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
         raise CapacityError(
-            f"the mesh {shown} does not divide {sum(map(len, found.values()))} stored arrays. "
+            f"the mesh {shown} does not divide {len(set().union(*found.values()))} leaves evenly. "
             "Nothing was read; choose axis sizes that divide these:\n  " + "\n  ".join(lines)
         )
 

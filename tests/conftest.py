@@ -48,6 +48,19 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in nowhere]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `-n`, tests that share compiled programs run in one process: those of a golden case, and those of a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByProgram(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file, _, test = nodeid.partition("::")
+            return test.partition("[")[2] if file.endswith("test_golden.py") else file
+
+    return ByProgram(config, log)
+
+
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory) -> Path:
     """A folder for what is made once and used by many tests."""
@@ -82,6 +95,18 @@ def tiny() -> Config:
 def real() -> Config:
     """DeepSeek-V3.2 itself."""
     return Config.from_json(REPOSITORY / "configs" / "deepseek_v32.json")
+
+
+def pytest_sessionfinish(session):
+    """A process of several hands its figures to the one that reports."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["figures"] = golden.figures
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error):
+    """Take in what a process has handed over."""
+    golden.figures.update(getattr(node, "workeroutput", {}).get("figures", {}))
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -208,6 +208,7 @@ def test_f05_a_disk_that_fills_up(folder, tmp_path, capsys):
     message = capsys.readouterr().err
     assert "is full" in message and "run the same command again to continue" in message
     assert run(folder, tmp_path / "out") == 0
+    assert "100.0 %" in capsys.readouterr().err
 
 
 def test_f07_no_accelerator_is_taken(folder, tmp_path, monkeypatch):

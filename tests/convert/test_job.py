@@ -239,8 +239,9 @@ def test_the_command_line(checkpoints, converted, tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["digest"] == Manifest.read(converted["nvfp4"]).digest
     events = [json.loads(line) for line in done.stderr.splitlines()]
-    assert [event["event"] for event in events] == ["start", "progress", "done"]
-    assert events[1]["done"] == events[1]["total"] and set(events[1]) >= {"rate", "eta_s", "rss", "leaf"}
+    assert [event["event"] for event in events] == ["start", "begin", "progress", "done"]
+    assert events[2]["done"] == events[2]["total"] == events[1]["total"]
+    assert set(events[2]) >= {"rate", "eta_s", "rss", "leaf"}
 
 
 @pytest.mark.parametrize("storage, code", [("missing", 3), ("bf16", 6)])

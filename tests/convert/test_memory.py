@@ -90,6 +90,6 @@ def test_what_is_taken_is_what_was_predicted(options, wide, tmp_path):
     command = [sys.executable, "-c", MEASURED, str(wide), str(tmp_path / "out"), json.dumps({**options, "workers": 2})]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     taken = int(done.stdout)
-    assert predicted * 0.5 < taken <= predicted <= prepared.budget.limit, (
+    assert predicted * 0.4 < taken <= predicted <= prepared.budget.limit, (
         f"{taken / 1e6:.0f} of {predicted / 1e6:.0f} MB"
     )

@@ -1,0 +1,228 @@
+"""Other chunks, the same content: each device reads its own bytes, and any mesh reads any checkpoint."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+from hypothesis import given
+from hypothesis import strategies as st
+
+import convert
+from convert.reshard import reshard
+from convert.verify import verify
+from dsv32_jax import chunks, cli, pieces
+from dsv32_jax.arrays import Arrays
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
+from dsv32_jax.layout import leaves
+from dsv32_jax.manifest import Manifest
+from dsv32_jax.store import Writer
+
+REPOSITORY = Path(__file__).parents[2]
+MESH = {"expert": 4, "model": 2}
+
+
+@pytest.fixture(scope="module")
+def resharded(converted, tmp_path_factory) -> Path:
+    """The NVFP4 checkpoint, laid out for MESH."""
+    folder = tmp_path_factory.mktemp("resharded") / "out"
+    reshard(converted["nvfp4"], folder, MESH)
+    return folder
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = cli.main(["reshard", *map(str, argv)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_content_is_the_same_and_the_chunks_are_not(converted, resharded, small):
+    before, after = Manifest.read(converted["nvfp4"]), Manifest.read(resharded)
+    assert after.digest == before.digest and after.storage["mesh"] == MESH and not before.storage["mesh"]
+    assert verify(resharded).lossless
+    table = {leaf.path: leaf for leaf in leaves(Config.from_dict(after.config))}
+    cut = 0
+    for (path, name), info in Arrays(resharded).stored.items():
+        piece = pieces.split(MESH, table[path], info.shape)
+        assert all(whole % part == 0 for whole, part in zip(piece, info.chunk, strict=True)), (path, name)
+        cut += piece != info.shape
+    assert cut > 40
+    codes = Arrays(resharded).stored["layers.1.ffn.w_down_EDM", "codes"]
+    assert codes.shape == (8, 96, 32) and codes.chunk == (2, 96, 16)
+
+
+@pytest.mark.parametrize("axis", ["expert", "model"])
+def test_a_device_reads_its_own_bytes_and_little_else(axis, small, tmp_path):
+    """Bytes read for an eighth of a stack: all of one chunk for everything, an eighth of chunks cut for that."""
+    leaf = next(leaf for leaf in leaves(small) if leaf.path == "layers.1.ffn.w_gate_EMD")
+    leaf = leaf._replace(shape=(8, 512, 512))
+    codes = np.random.default_rng(0).integers(0, 256, leaf.shape, np.uint8)
+
+    def read(folder: str, mesh: dict[str, int]) -> int:
+        Writer(tmp_path / folder, pieces.by_mesh(mesh, [leaf])).save("00000", {(leaf.path, "codes"): codes})
+        store = Arrays(tmp_path / folder).open((leaf.path, "codes"))
+        before = bytes_read()
+        store[3:4].read().result() if axis == "expert" else store[:, 128:192].read().result()
+        return bytes_read() - before
+
+    assert read("whole", {}) >= codes.nbytes
+    assert codes.nbytes / 8 <= read("cut", {axis: 8}) <= codes.nbytes / 8 + 20_000
+
+
+def bytes_read() -> int:
+    """Bytes that TensorStore has read from files so far."""
+    (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
+    return int(metric["values"][0]["value"])
+
+
+LOAD = """
+import hashlib, json, sys
+import jax, numpy as np
+import dsv32_jax as ds
+from jax.sharding import AxisType
+result = {}
+for folder in sys.argv[1:]:
+    count = jax.device_count()
+    for sizes in {1: [None], 2: [{"expert": 2}], 4: [{"expert": 2, "model": 2}], 8: [{"expert": 4, "model": 2}]}[count]:
+        mesh = sizes and jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+        model = ds.load(folder, mesh=mesh, verify="full")
+        leaves = jax.tree_util.tree_leaves_with_path(model)
+        digest = hashlib.sha256()
+        for path, leaf in leaves:
+            digest.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf).tobytes())
+        split = sum(not leaf.sharding.is_fully_replicated for _, leaf in leaves)
+        result[folder + json.dumps(sizes)] = [digest.hexdigest(), split]
+print(json.dumps(result))
+"""
+
+
+def test_any_checkpoint_loads_on_any_number_of_devices(converted, resharded):
+    """On 1, 2, 4 and 8 devices, each in a process of its own: the same model, bit for bit."""
+
+    def load(count: int) -> str:
+        flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
+        command = [sys.executable, "-c", LOAD, str(converted["nvfp4"]), str(resharded)]
+        environment = {**os.environ, **flags, "PYTHONPATH": str(REPOSITORY)}
+        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+
+    digests = set()
+    with ThreadPoolExecutor() as pool:
+        counts = (1, 2, 4, 8)
+        for count, out in zip(counts, pool.map(load, counts), strict=True):
+            for digest, split in json.loads(out).values():
+                digests.add(digest)
+                assert (split >= 18) == (count > 1)
+    assert len(digests) == 1
+
+
+def test_a_mesh_that_does_not_divide_is_a_table_before_anything_is_read(converted, tmp_path, capsys):
+    code, out, err = run(capsys, converted["nvfp4"], tmp_path / "out", "--mesh", "expert=3,model=4")
+    assert code == 5 and not out and not (tmp_path / "out").exists()
+    assert "the mesh expert=3, model=4 does not divide" in err and "Nothing was read" in err
+    assert "   1 x layers.*.ffn.w_gate_EMD: E 8 over expert=3 (possible: 1, 2, 4, 8)\n" in err
+    assert "   1 x layers.*.ffn.w_down_DF: F 160 in 10 blocks over model=4 (possible: 1, 2, 5, 10)\n" in err
+    assert "does not divide 7 leaves evenly" in err and "w_o_DHP" not in err
+    with pytest.raises(CapacityError, match=r"   2 x layers.\*.mla.w_uk_HNC: H 4 over model=8 \(possible: 1, 2, 4\)"):
+        reshard(converted["fp8"], tmp_path / "out", {"model": 8})
+    with pytest.raises(CapacityError, match=r"ffn.w_down_EDM: M 64 in 4 blocks over model=8"):
+        reshard(converted["nvfp4"], tmp_path / "out", {"model": 8})
+
+
+@pytest.mark.parametrize("text", ["", "expert", "expert=0", "expert=2,expert=2", "modle=2", "model=-1", "model=1e3"])
+def test_a_mesh_that_is_not_understood_is_refused(text):
+    with pytest.raises(UsageError, match="write for example expert=8,model=2"):
+        pieces.parse(text)
+
+
+def test_a_mesh_as_people_write_it():
+    assert pieces.parse("expert=8, model=2") == {"expert": 8, "model": 2}
+    assert pieces.parse("data=1") == {"data": 1}
+
+
+def test_the_command_says_what_was_written(converted, tmp_path, capsys):
+    code, out, _ = run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")
+    assert code == 0
+    assert out == f"written: {tmp_path / 'out'}\ndigest: {Manifest.read(converted['bf16']).digest}\n"
+    before = (tmp_path / "out" / "manifest.json").stat()
+    assert run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")[0] == 0
+    assert (tmp_path / "out" / "manifest.json").stat() == before
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {".lock", "manifest.json", "weights"}
+
+
+def test_other_content_is_never_touched(converted, tmp_path, capsys):
+    reshard(converted["bf16"], tmp_path / "out", "expert=8")
+    with pytest.raises(OutputExistsError, match="another converted checkpoint; nothing was touched"):
+        reshard(converted["bf16"], tmp_path / "out", "expert=4")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    assert run(capsys, converted["bf16"], tmp_path / "full")[0] == 6
+    with pytest.raises(UsageError, match="separate folders"):
+        reshard(converted["bf16"], converted["bf16"])
+
+
+def test_it_continues_where_it_stopped(converted, originals, tmp_path, monkeypatch):
+    convert.convert(originals["nvfp4"], tmp_path / "parts", group_bytes=60_000)
+    save, saved = Writer.save, []
+
+    def stop(self, part, group):
+        if len(saved) == 2:
+            raise KeyboardInterrupt
+        saved.append(part)
+        save(self, part, group)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "save", stop)
+        with pytest.raises(KeyboardInterrupt):
+            reshard(tmp_path / "parts", tmp_path / "out", MESH)
+    first = list(saved)
+    monkeypatch.setattr(Writer, "save", lambda self, part, group: saved.append(part) or save(self, part, group))
+    manifest = reshard(tmp_path / "parts", tmp_path / "out", MESH)
+    assert saved[2:] and not set(first) & set(saved[2:])
+    assert manifest.digest == Manifest.read(converted["nvfp4"]).digest and verify(tmp_path / "out").lossless
+
+
+def test_damage_is_not_copied(converted, tmp_path):
+    folder = shutil.copytree(converted["bf16"], tmp_path / "copy")
+    file = max((folder / "weights").rglob("ocdbt_data/*"), key=lambda file: file.stat().st_size)
+    raw = bytearray(file.read_bytes())
+    raw[len(raw) // 3] ^= 1
+    file.write_bytes(raw)
+    with pytest.raises(VerificationError, match=r"\(weights/00000\) has changed"):
+        reshard(folder, tmp_path / "out", MESH)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+    shutil.rmtree(folder / "weights" / "00000")
+    with pytest.raises(VerificationError, match="embed_VD.values is missing"):
+        reshard(folder, tmp_path / "other", MESH)
+
+
+@given(
+    piece=st.lists(st.integers(1, 300), min_size=1, max_size=4).map(tuple),
+    itemsize=st.sampled_from([1, 2, 4]),
+    largest=st.integers(4, 5000),
+)
+def test_chunks_divide_the_piece_and_are_small(piece, itemsize, largest):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunks, "LARGEST", largest)
+        patch.setattr(chunks, "SMALLEST", largest // 4)
+        found = chunks.shape_of(piece, itemsize)
+    assert all(size % part == 0 for size, part in zip(piece, found, strict=True))
+    assert np.prod(found) * itemsize <= largest
+    whole = np.prod(piece) * itemsize <= largest
+    assert (found == piece) == whole
+
+
+def test_real_experts_are_chunks_of_one(real):
+    table = {leaf.path: leaf for leaf in leaves(real)}
+    leaf = table["layers.3.ffn.w_down_EDM"]
+    for mesh, chunk in ({}, (1, 7168, 1024)), ({"expert": 8}, (1, 7168, 1024)), (MESH, (1, 7168, 512)):
+        piece = pieces.split(mesh, leaf, (256, 7168, 1024))
+        assert chunks.shape_of(piece, 1) == chunk
+    stored = [(leaf, leaf.shape) for leaf in table.values()]
+    pieces.check({"expert": 8, "model": 16, "data": 4}, stored)

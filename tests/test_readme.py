@@ -1,0 +1,61 @@
+"""What the README says, done."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from dsv32_jax.convert import command
+
+from dsv32_jax import cli, convert, random_checkpoint
+
+README = (Path(__file__).parents[1] / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    """The README's code blocks in `language`."""
+    found = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    assert found, f"the README has no {language} block"
+    return found
+
+
+def test_the_python_snippet_runs(tiny, tmp_path, monkeypatch, capsys):
+    """Line by line as a user would, on a random checkpoint."""
+    random_checkpoint.write(tmp_path / "hf", tiny)
+    convert.convert(tmp_path / "hf", tmp_path / "converted")
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks("python"):
+        exec(compile(block, "README.md", "exec"), names)
+    assert [len(row) for row in names["gen"].tokens] == [16, 16] or "stop" in names["gen"].finish_reason
+    assert names["out"].logits.shape == (1, 1, tiny.vocab_size)
+    assert len(capsys.readouterr().out.splitlines()) >= 1
+
+
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in blocks("sh")
+    for line in block.splitlines()
+    if line.startswith(("python -m convert", "dsv32 "))
+]
+
+
+@pytest.mark.parametrize("line", [part.strip() for line in COMMANDS for part in line.split(";")])
+def test_the_commands_parse(line):
+    """Every option that the README shows exists."""
+    words = shlex.split(line)
+    if words[0] == "dsv32":
+        assert cli.parser().parse_args(words[1:])
+    else:
+        assert command._parser().parse_args(words[3:])
+
+
+def test_both_commands_stand_on_the_first_screen():
+    """One that runs the demo, one that runs the tests, both self-contained."""
+    first = "\n".join(README.splitlines()[:24])
+    assert "dsv32 demo" in first and "-m pytest" in first and first.count("pip install") == 2
+
+
+def test_it_is_short():
+    """A newcomer reads it whole."""
+    assert len(README.splitlines()) <= 150
