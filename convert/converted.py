@@ -171,13 +171,16 @@ class Converted:
         return {name: (path, name) for name in self.manifest.leaves[path].arrays}
 
     def _experts(self, group: Group, keys: dict[str, Key], hashes) -> Iterator[tuple[Weight, list[dict]]]:
-        """The weights of a stacked leaf, read some experts at a time."""
-        step = min(self.arrays.slab_rows(key) for key in keys.values())
-        for start in range(0, len(group.weights), step):
-            stop = min(start + step, len(group.weights))
-            slab = {name: self._hashed(key, hashes, start, stop) for name, key in keys.items()}
-            for i, weight in enumerate(group.weights[start:stop]):
-                yield weight, [{name: array[i] for name, array in slab.items()}]
+        """The weights of a stacked leaf. Each component is read in slabs of its own: whole chunks, each once."""
+        slabs = {name: self._hashed_rows(key, hashes) for name, key in keys.items()}
+        for weight in group.weights:
+            yield weight, [{name: next(rows) for name, rows in slabs.items()}]
+
+    def _hashed_rows(self, key: Key, hashes) -> Iterator[np.ndarray]:
+        """The array expert by expert."""
+        for _, slab in self.arrays.slabs(key):
+            hashes[key].update(raw(slab))
+            yield from slab
 
     def _hashed(self, key: Key, hashes, start: int, stop: int) -> np.ndarray:
         array = self.arrays.read(key, start, stop)

@@ -161,7 +161,7 @@ def _tensors(header: Any, file: Path, begin: int, size: int) -> tuple[tuple[Tens
         return (), [f"{len(header)} tensors, at most {LARGEST_COUNT} are allowed in one file"]
     found = []
     for name, entry in header.items():
-        if wrong := _entry_problem(name, entry):
+        if not _is_plain(name, entry) and (wrong := _entry_problem(name, entry)):
             problems.append(f"tensor {ascii(name[:80])}: {wrong}")
             continue
         first, last = entry["data_offsets"]
@@ -174,6 +174,16 @@ def _tensors(header: Any, file: Path, begin: int, size: int) -> tuple[tuple[Tens
 def _is_utf8(text: str) -> bool:
     """Whether `text` has no half of a surrogate pair."""
     return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _is_plain(name: str, entry: Any) -> bool:
+    """Whether one tensor's entry is certainly right: what almost all of 180,000 are, told in a fraction of the time."""
+    try:
+        (first, last), shape = entry["data_offsets"], entry["shape"]
+        right = last - first == _nbytes(entry["dtype"], *shape) and type(first) is type(last) is int and first >= 0
+        return right and len(entry) == 3 and type(shape) is list and 0 < len(name) < 128 and name.isprintable()
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 def _entry_problem(name: str, entry: Any) -> str | None:

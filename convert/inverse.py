@@ -87,6 +87,9 @@ def collapse(row_scale: np.ndarray, shape: tuple[int, ...], name: str) -> np.nda
 def _joined(leaves: Sequence[Leaf], arrays: Sequence[np.ndarray], per: int, name: str) -> np.ndarray:
     """One component of the weight, an element for `per` inputs, from that of every leaf."""
     out, total = leaves[0].source_shape
+    first = leaves[0]
+    if first.cut is None and (total == first.shape[-1] or first.shape[-1] % per == 0):
+        return arrays[0].reshape(out, -1)
     whole = np.empty((out, -(-total // per)), arrays[0].dtype)
     filled = np.zeros(whole.shape[1], bool)
     for leaf, array in zip(leaves, arrays, strict=True):

@@ -1,22 +1,24 @@
 """What `dsv32 inspect`, `verify` and `export` print. Names come from files: none reaches the terminal unescaped."""
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsv32_jax.errors import printable
 
-from .export import Exported
-from .inspection import Inspection
 from .names import ranges
 from .progress import size_text
-from .tree import Branch
-from .verify import Report
+
+if TYPE_CHECKING:
+    from .export import Exported
+    from .inspection import Inspection
+    from .tree import Branch
+    from .verify import Report
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
 
 
-def inspection(found: Inspection) -> str:
+def inspection(found: "Inspection") -> str:
     """Tree, sizes by kind and format, total and notes."""
     lines = [f"{found.folder} ({found.layout}): {found.title}", ""]
     width = max((len(row.name) for branch in found.tree for row in branch.rows), default=0) + 2
@@ -53,7 +55,7 @@ def statistics(row: dict[str, Any]) -> str:
     return printable("\n".join(lines))
 
 
-def report(found: Report) -> str:
+def report(found: "Report") -> str:
     """The outcome of a verification that found nothing wrong."""
     lines = [
         f"verified: {found.folder} ({found.level})",
@@ -73,7 +75,7 @@ def report(found: Report) -> str:
     return printable("\n".join([*lines, *(f"ignored: {text}" for text in found.ignored)]))
 
 
-def exported(found: Exported) -> str:
+def exported(found: "Exported") -> str:
     """What an export wrote."""
     what = f"{found.tensors} tensors, {size_text(found.nbytes)}, {found.files} files"
     lines = [f"written: {found.folder} ({found.family}): {what}"]
@@ -82,7 +84,7 @@ def exported(found: Exported) -> str:
     return printable("\n".join([*lines, *(f"note: {note}" for note in found.notes)]))
 
 
-def _branch(branch: Branch, width: int) -> Iterator[str]:
+def _branch(branch: "Branch", width: int) -> Iterator[str]:
     indent = ""
     if branch.layers is not None:
         yield f"layers {ranges(branch.layers)}" if len(branch.layers) > 1 else f"layer {branch.layers[0]}"

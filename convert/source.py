@@ -176,11 +176,13 @@ class Source:
         names = {name for name in weight_map.values() if isinstance(name, str)}
         good = {name for name in names if name == os.path.basename(name) and name.isprintable() and "\\" not in name}
         good -= {"", ".", ".."}
-        if wrong := sorted({ascii(name) for name in weight_map.values() if name not in good}):
+        if len(good) == len(names) and set(map(type, weight_map.values())) == {str}:
+            return weight_map
+        if wrong := sorted({ascii(name) for name in weight_map.values() if type(name) is not str or name not in good}):
             self._problems.append(
                 f"{INDEX} names {len(wrong)} shards that are not files of this folder: {listing(wrong)}"
             )
-        return {tensor: name for tensor, name in weight_map.items() if name in good}
+        return {tensor: name for tensor, name in weight_map.items() if type(name) is str and name in good}
 
     def _shards(self, weight_map: dict[str, str]) -> list[Path]:
         """What the index names and what is called like a shard; without either, every safetensors file."""

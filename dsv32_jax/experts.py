@@ -67,5 +67,9 @@ def in_blocks(expert_tX: jax.Array, experts: int) -> Blocks:
 
 
 def _pick(bank: Weight, expert: jax.Array) -> Weight:
-    """One expert's matrix, in its own format."""
+    """One expert's matrix, in its own format.
+
+    The barrier keeps XLA from converting the scales of all experts before it picks one.
+    """
+    bank, expert = jax.lax.optimization_barrier((bank, expert))
     return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False), bank)

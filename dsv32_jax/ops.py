@@ -33,7 +33,22 @@ def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32."""
-    return dot(spec, x, dequantize(w, x.dtype))
+    return dot(*_join_contracted(spec, x, dequantize(w, x.dtype)))
+
+
+def _join_contracted(spec: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
+    """The same product with the last axes of both, where they are contracted together, joined to one.
+
+    XLA's CPU dot copies a weight that is contracted over two axes: 30 times the time of the product for W^O.
+    """
+    left, right, out = spec.replace("->", ",").split(",")
+    count = 0
+    while left[-count - 1 :] == right[-count - 1 :] and left[-count - 1] not in out and count < len(right) - 1:
+        count += 1
+    if count < 2:
+        return spec, x, w
+    joined = f"{left[:-count]}z,{right[:-count]}z->{out}"
+    return joined, x.reshape(*x.shape[:-count], -1), w.reshape(*w.shape[:-count], -1)
 
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:

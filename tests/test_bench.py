@@ -3,11 +3,13 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dsv32_jax import bench, bench_load, measure, random_weights
 from dsv32_jax.errors import CheckpointError
+from dsv32_jax.experts import apply_experts
 from dsv32_jax.formats import NVFP4, dequantize
 from dsv32_jax.layout import leaves
 from dsv32_jax.moe import MoE
@@ -117,3 +119,21 @@ def test_tables_fit(rows):
     heading, *lines = measure.table(bench.COLUMNS, rows)
     assert {len(line) for line in lines} == {len(heading)}
     assert heading.split("  ")[0] == "part"
+
+
+def test_temporaries_do_not_grow_with_the_experts():
+    """What the program needs besides the bank is the same for 16 and 64 experts: it picks before it converts."""
+
+    def temporaries(experts: int) -> int:
+        codes = jax.ShapeDtypeStruct((experts, 64, 48), jnp.uint8)
+        scale = jax.ShapeDtypeStruct((experts, 64, 6), jnp.float8_e4m3fn)
+        wide = NVFP4(codes, scale, jax.ShapeDtypeStruct((experts, 1, 1), jnp.float32))
+        codes = jax.ShapeDtypeStruct((experts, 96, 32), jnp.uint8)
+        scale = jax.ShapeDtypeStruct((experts, 96, 4), jnp.float8_e4m3fn)
+        tall = NVFP4(codes, scale, jax.ShapeDtypeStruct((experts, 1, 1), jnp.float32))
+        x = jax.ShapeDtypeStruct((1, 96), jnp.bfloat16)
+        ids, gates = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.ShapeDtypeStruct((1, 4), jnp.float32)
+        lowered = jax.jit(apply_experts).lower(x, ids, gates, wide, wide, tall)
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries(64) <= temporaries(16) + 1024
