@@ -23,7 +23,7 @@ from .store import Reader
 LEVELS = (None, "quick", "full")
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
 
-GROUP_BYTES = 256 << 20
+GROUP_BYTES = 64 << 20
 """Small leaves are read together: a read costs tens of milliseconds whatever its size."""
 
 ABSORBED = ("w_uk_HNC", "w_uv_HPC")
@@ -35,7 +35,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
 
     `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
     (axes among data, model, expert) each device reads its own part. At most the model and one leaf (or
-    256 MiB of small ones) are in memory.
+    64 MiB of small ones) are in memory.
     `verify`: "quick" compares the files with the manifest before anything is loaded, "full" also the SHA-256 of every
     array that was loaded; None trusts the disk.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or

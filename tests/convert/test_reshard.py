@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert
+from convert.inspection import inspect
 from convert.reshard import reshard
 from convert.verify import verify
 from dsv32_jax import chunks, cli, pieces
@@ -47,6 +48,7 @@ def test_the_content_is_the_same_and_the_chunks_are_not(converted, resharded, sm
     before, after = Manifest.read(converted["nvfp4"]), Manifest.read(resharded)
     assert after.digest == before.digest and after.storage["mesh"] == MESH and not before.storage["mesh"]
     assert verify(resharded).lossless
+    assert "laid out for the mesh expert=4, model=2" in inspect(resharded).notes
     table = {leaf.path: leaf for leaf in leaves(Config.from_dict(after.config))}
     cut = 0
     for (path, name), info in Arrays(resharded).stored.items():

@@ -257,6 +257,25 @@ def test_loading_verifies_as_asked(copy):
         ds.load(copy, verify="quick")
 
 
+@pytest.mark.parametrize(
+    "command, state",
+    [
+        ("verify {} --level quick", "Nothing was changed."),
+        ("export {} {out}/a --format bf16", "HF_DIR was not made; run the same command again to start over."),
+        ("reshard {} {out}/b", "What was written is kept; run the same command again to continue."),
+    ],
+)
+def test_a_signal_is_answered_with_the_state_of_things(command, state, converted, tmp_path, monkeypatch, capsys):
+    from dsv32_jax.convert import interrupts
+
+    heard = []
+    ending = interrupts.ending
+    monkeypatch.setattr(interrupts, "ending", lambda words: heard.append(words("SIGTERM", 75)) or ending(words))
+    assert cli.main([part.format(converted["bf16"], out=tmp_path) for part in command.split()]) == 0
+    assert heard == [f"\nSIGTERM: stopped. {state}\n".encode()]
+    assert capsys.readouterr().out
+
+
 def test_verifying_needs_no_jax(converted):
     code = "import sys; from dsv32_jax import cli; sys.exit(cli.main(sys.argv[1:]) or 'jax' in sys.modules)"
     command = [sys.executable, "-W", "error", "-c", code, "verify", str(converted["fp8"]), "--json"]
