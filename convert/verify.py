@@ -88,7 +88,7 @@ def _opened(folder: Path) -> Converted:
     try:
         converted = Converted(folder)
     except CheckpointError as error:
-        if (folder / FILE).exists():
+        if (folder / FILE).exists() and not isinstance(error.__cause__, PermissionError):
             raise VerificationError(str(error)) from error
         raise
     require_manifest(folder)

@@ -149,6 +149,9 @@ def test_a_missing_part_names_its_arrays(converted, copy):
     entries = Manifest.read(converted["nvfp4"]).leaves
     names = {f"{path}.{name}" for path, entry in entries.items() for name in entry.arrays}
     assert {name for name in missing if not name.startswith("weights/")} == names
+    shutil.rmtree(copy / "weights")
+    with pytest.raises(VerificationError, match="weights cannot be read: .*No such file"):
+        verify(copy)
 
 
 def test_a_part_without_its_root_names_part_and_arrays(copy):
