@@ -57,7 +57,12 @@ def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capac
         )
     if capacity is None:
         capacity = bucket(bucket(longest) + max_new_tokens)
-    return Request(rows, max_new_tokens, capacity, knobs(sampling or Sampling(), len(rows), model.cfg.vocab_size))
+    return Request(
+        rows,
+        max_new_tokens,
+        capacity,
+        knobs(Sampling() if sampling is None else sampling, len(rows), model.cfg.vocab_size),
+    )
 
 
 def bucket(size: int) -> int:
