@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .command import main as main
     from .command import program as program
-    from .job import Progress as Progress
-    from .job import convert as convert
+    from .meter import Progress as Progress
+    from .write.job import convert as convert
 
-_HOME = {"main": "command", "program": "command", "Progress": "job", "convert": "job"}
+_HOME = {"main": "command", "program": "command", "Progress": "meter", "convert": "write.job"}
 
 
 def __getattr__(name: str) -> Any:

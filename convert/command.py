@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from dsv32_jax.errors import CapacityError, DsvError, StorageError
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize_search import SCALINGS
+from dsv32_jax.storage.manifest import Manifest
 
-from . import interrupts, outlook, text
-from .detect import BECOMES
-from .job import convert
-from .policy import PRESETS, TENSOR_SCALES
-from .prepare import Options, prepare
+from . import interrupts, text
+from .plan import outlook
+from .plan.policy import PRESETS, TENSOR_SCALES
+from .plan.prepare import Options, prepare
 from .progress import Bar, JsonLines, Lines, Watcher
+from .read.detect import BECOMES
+from .write.job import convert
 
 EPILOG = """exit codes: 0 done, 2 usage, 3 input damaged or unsupported, 5 not enough disk, memory or devices,
 6 output exists or is locked, 74 I/O error, 75 stopped by a signal, 130 Ctrl-C. After 5, 74, 75 and 130 the same

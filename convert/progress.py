@@ -7,7 +7,8 @@ import sys
 import time
 from typing import Any, NamedTuple, Protocol
 
-from .job import Progress
+from .meter import Progress
+from .quantities import duration_text, size_text
 
 INTERVAL = 10.0
 """Seconds between two lines of a log."""
@@ -129,21 +130,6 @@ class Bar(Lines):
 
     def close(self) -> None:
         self._stack.close()
-
-
-def size_text(count: float) -> str:
-    """Bytes in decimal units."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
-
-
-def duration_text(seconds: float) -> str:
-    """Seconds as 0:04, 12:30 or 1:02:03."""
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def resident() -> int:

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 from dsv32_jax.errors import printable
 
 from .names import ranges
-from .progress import size_text
+from .quantities import amount, size_text
 
 if TYPE_CHECKING:
-    from .export import Exported
-    from .inspection import Inspection
-    from .tree import Branch
-    from .verify import Report
+    from .back.verify import Report
+    from .export.export import Exported
+    from .inspect.inspection import Inspection
+    from .inspect.tree import Branch
 
 BAR = 40
 """Characters of the longest bar of a histogram."""
@@ -99,14 +99,6 @@ def _branch(branch: "Branch", width: int) -> Iterator[str]:
 def _size(kind: str, format: str, parameters: int, nbytes: int) -> str:
     bits = f"{8 * nbytes / parameters:.2f}" if parameters else ""
     return f"{kind:20}{format:16}{amount(parameters):>12}{size_text(nbytes):>12}{bits:>8}"
-
-
-def amount(count: int) -> str:
-    """A number of parameters."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return str(count)
 
 
 def _bars(counts: dict[str, int]) -> Iterator[str]:

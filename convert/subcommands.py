@@ -83,7 +83,8 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     from dsv32_jax.errors import UsageError
 
-    from . import inspection, listing, show
+    from . import show
+    from .inspect import inspection, listing
 
     if arguments.stats and not arguments.tensors:
         raise UsageError("--stats reads whole tensors: say which with --tensors GLOB ('*' for all)")
@@ -105,7 +106,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from . import show
-    from .verify import verify
+    from .back.verify import verify
 
     with _watcher("Nothing was changed.") as watcher:
         report = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=watcher)
@@ -115,7 +116,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _export(arguments: argparse.Namespace) -> int:
     from . import show
-    from .export import export
+    from .export.export import export
 
     with _watcher("HF_DIR was not made; run the same command again to start over.") as watcher:
         exported = export(
@@ -131,7 +132,7 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _reshard(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from .reshard import reshard
+    from .back.reshard import reshard
 
     with _watcher("What was written is kept; run the same command again to continue.") as watcher:
         manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=watcher)

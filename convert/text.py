@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .progress import duration_text, size_text
+from .quantities import duration_text, size_text
 
 SIZES = ("would_read", "would_write", "peak_memory", "memory_limit", "disk_free", "largest_leaf")
 SPEEDS = ("read_speed", "write_speed")

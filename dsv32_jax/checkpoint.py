@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from . import integrity, sharding, vocabulary
-from .arrays import Key
+from . import sharding, vocabulary
 from .compilation import keep_on_disk
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
 from .formats import NVFP4, Fp8Block, Weight, dequantize
 from .layout import Leaf, leaves
-from .manifest import LeafEntry, Manifest
 from .model import Model, build
-from .store import Reader
+from .storage import integrity
+from .storage.arrays import Key
+from .storage.manifest import LeafEntry, Manifest
+from .storage.store import Reader
 
 LEVELS = (None, "quick", "full")
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}

@@ -77,21 +77,21 @@ def _convert(argv: list[str]) -> int:
 
 
 def _bench_layer(_: argparse.Namespace) -> int:
-    from . import bench
+    from .bench.layer import print_layer
 
-    bench.print_layer()
+    print_layer()
     return 0
 
 
 def _bench_load(arguments: argparse.Namespace) -> int:
-    from . import bench
+    from .bench.load import print_load
 
-    bench.print_load(arguments.checkpoint)
+    print_load(arguments.checkpoint)
     return 0
 
 
 def _bench_quantize(_: argparse.Namespace) -> int:
-    from . import bench_quantize
+    from .bench.quantize import print_rows
 
-    bench_quantize.print_rows()
+    print_rows()
     return 0

@@ -2,8 +2,8 @@
 
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from . import pieces
 from .layout import Leaf
+from .storage import pieces
 
 
 def of_leaf(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> NamedSharding:

@@ -53,7 +53,7 @@ def mistake(name: str, tests: str, file: str, *texts: str, also: tuple[Edit, ...
 
 OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
 MOE, MODEL, LAYOUT, CONFIG = (f"dsv32_jax/{name}.py" for name in ("moe", "model", "layout", "config"))
-FORMATS, CHECKPOINT, WEIGHTS = "dsv32_jax/formats.py", "dsv32_jax/checkpoint.py", "convert/weights.py"
+FORMATS, CHECKPOINT, WEIGHTS = "dsv32_jax/formats.py", "dsv32_jax/checkpoint.py", "convert/read/weights.py"
 
 UNITS, GOLDEN = "tests/test_units.py::test_", "tests/test_golden.py::test_"
 GATE, YARN, BYTES = UNITS + "gate", UNITS + "yarn_table_of_the_paper", UNITS + "every_byte"
@@ -223,7 +223,7 @@ MISTAKES = (
         GLOBAL, ".reshape(w.shape)",
     ),
     mistake(
-        "input_scale_multiplied", V2, "convert/source.py",
+        "input_scale_multiplied", V2, "convert/read/source.py",
         READ, READ.replace("return", "value =")
         + '        beside = self.tensors.get(tensor.name.replace("weight_scale_2", "input_scale"))\n'
         "        if beside is None or beside is tensor:\n            return value\n"

@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax import bench, bench_load, measure, random_weights
+from dsv32_jax import random_weights
+from dsv32_jax.bench import layer as bench
+from dsv32_jax.bench import load as bench_load
+from dsv32_jax.bench import measure
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.experts import apply_experts
 from dsv32_jax.formats import NVFP4, dequantize

@@ -5,6 +5,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,14 +13,14 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors chunks compilation measure",
-    "yarn quantize arrays bands",
+    "errors storage.chunks compilation bench.measure",
+    "yarn quantize storage.arrays storage.bands",
     "config quantize_search",
     "layout vocabulary",
-    "passport pieces random_checkpoint",
-    "manifest_text formats",
-    "manifest",
-    "integrity store",
+    "storage.passport storage.pieces random_checkpoint",
+    "storage.manifest_text formats",
+    "storage.manifest",
+    "storage.integrity storage.store",
     "ops random_weights",
     "sharding cache",
     "mla indexer experts",
@@ -31,51 +32,56 @@ FLOORS = (
     "sampling checkpoint",
     "request",
     "generation",
-    "bench_load",
-    "bench bench_quantize demo",
+    "bench.load bench.layer bench.quantize demo",
     "cli",
-    "__main__ __init__",
+    "__main__",
 )
 """From the ground up; a floor's files do not import each other."""
 
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 WITHOUT_JAX = (
-    "errors chunks measure config quantize arrays bands layout vocabulary quantize_search passport pieces "
-    "random_checkpoint manifest integrity cli demo bench_quantize"
+    "errors config quantize layout vocabulary quantize_search random_checkpoint cli demo storage.chunks storage.arrays "
+    "storage.bands storage.passport storage.pieces storage.manifest storage.integrity bench.measure bench.quantize"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 
 CONVERT_MAY_IMPORT = {
-    name for name in FLOOR if FLOOR[name] <= FLOOR["store"] and name not in ("formats", "random_checkpoint")
+    name for name in FLOOR if FLOOR[name] <= FLOOR["storage.store"] and name not in ("formats", "random_checkpoint")
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"dsv32_jax.cli", "dsv32_jax.demo", "dsv32_jax.bench", "dsv32_jax.bench_load"}
+ENTRANCES = {"cli", "demo", "bench.layer", "bench.load"}
 """Where the library calls `convert` and reads `configs`."""
 
 
-def imports(file: Path, package: str) -> set[str]:
-    """The modules that `file` imports, anywhere in it, with relative ones spelled out."""
+def files(package: str) -> dict[str, Path]:
+    """Every file of `package` but the rooms' `__init__`, by its dotted name within the package."""
+    folder = REPOSITORY / package
+    found = {".".join(file.relative_to(folder).with_suffix("").parts): file for file in sorted(folder.rglob("*.py"))}
+    return {name: file for name, file in found.items() if not name.endswith("__init__")}
+
+
+def imports(text: str, module: str) -> set[str]:
+    """The modules that `text`, the file of `module`, imports anywhere in it, with relative ones spelled out."""
     found = set()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(part for part in (package if node.level else "", node.module) if part)
-            assert node.level <= 1, f"{file} reaches above its package"
+            above = module.split(".")[: -node.level] if node.level else []
+            assert above or not node.level, f"{module} reaches above its package"
+            base = ".".join([*above, *([node.module] if node.module else [])])
             found |= {base} | {f"{base}.{alias.name}" for alias in node.names}
     return found
 
 
-def siblings(file: Path, package: str, known) -> set[str]:
-    """The files of `package` among what `file` imports."""
+def siblings(text: str, package: str, name: str, known) -> set[str]:
+    """The files of `package` among what `text`, its file `name`, imports."""
     prefix = package + "."
-    return {name.split(".")[1] for name in imports(file, package) if name.startswith(prefix)} & set(known)
-
-
-def files(package: str) -> dict[str, Path]:
-    return {file.stem: file for file in sorted((REPOSITORY / package).glob("*.py"))}
+    return {found.removeprefix(prefix) for found in imports(text, prefix + name) if found.startswith(prefix)} & set(
+        known
+    )
 
 
 def test_every_file_has_a_floor():
@@ -85,9 +91,9 @@ def test_every_file_has_a_floor():
 
 @pytest.mark.parametrize("name", sorted(FLOOR))
 def test_a_file_imports_only_from_lower_floors(name):
-    """Imports inside functions count; `__init__` names the files it loads lazily in its table."""
-    above = {other for other in siblings(files("dsv32_jax")[name], "dsv32_jax", FLOOR) if FLOOR[other] >= FLOOR[name]}
-    assert not above
+    """Imports inside functions count; an `__init__` names the files it loads lazily in its table."""
+    used = siblings(files("dsv32_jax")[name].read_text(), "dsv32_jax", name, FLOOR)
+    assert not {other for other in used if FLOOR[other] >= FLOOR[name]}
 
 
 @pytest.mark.parametrize("name", sorted(FLOOR))
@@ -95,45 +101,68 @@ def test_only_entrances_call_the_converter(name):
     """The library loads what the converter wrote and does not know how it came about."""
     outward = {
         module
-        for module in imports(files("dsv32_jax")[name], "dsv32_jax")
+        for module in imports(files("dsv32_jax")[name].read_text(), f"dsv32_jax.{name}")
         if module.split(".")[0] in ("convert", "configs", "tests")
         or module.split(".")[:2] in (["dsv32_jax", "convert"], ["dsv32_jax", "configs"])
     }
-    assert not outward or f"dsv32_jax.{name}" in ENTRANCES
+    assert not outward or name in ENTRANCES
 
 
 @pytest.mark.parametrize("name", sorted(files("convert")))
 def test_the_converter_knows_only_names_and_formats(name):
     """convert/ imports the lower floors, and neither JAX nor the model nor the presets."""
-    used = imports(files("convert")[name], "convert")
-    below = {module.split(".")[1] for module in used if module.startswith("dsv32_jax.")}
-    assert below & set(FLOOR) <= CONVERT_MAY_IMPORT and "convert" not in below
+    used = imports(files("convert")[name].read_text(), f"convert.{name}")
+    below = {module.removeprefix("dsv32_jax.") for module in used if module.startswith("dsv32_jax.")}
+    assert below & set(FLOOR) <= CONVERT_MAY_IMPORT
+    assert not {module for module in used if module.startswith("dsv32_jax.convert")}
     assert not {module for module in used if module.split(".")[0] in ("jax", "flax", "orbax", "configs", "tests")}
 
 
+def in_order(needs: dict[str, set[str]]) -> list[str]:
+    """The keys so that each comes after all it needs; AssertionError where they go in circles."""
+    order: list[str] = []
+    while len(order) < len(needs):
+        ready = sorted(name for name, needed in needs.items() if name not in order and not needed - set(order))
+        assert ready, f"import each other: {sorted(needs.keys() - set(order))}"
+        order += ready
+    return order
+
+
 def test_the_converter_has_no_cycles():
-    """Its files can be put in an order in which each builds on earlier ones."""
-    known = files("convert")
-    waiting = {name: siblings(file, "convert", known) for name, file in known.items() if name != "__main__"}
-    while waiting:
-        ready = {name for name, needed in waiting.items() if not needed & waiting.keys()}
-        assert ready, f"import each other: {waiting}"
-        waiting = {name: needed for name, needed in waiting.items() if name not in ready}
+    """Its files, and its rooms too, can be put in an order in which each builds on earlier ones."""
+    known = {name: file for name, file in files("convert").items() if name != "__main__"}
+    used = {name: siblings(file.read_text(), "convert", name, known) for name, file in known.items()}
+    in_order(used)
+    rooms: dict[str, set[str]] = {name.partition(".")[0]: set() for name in used if "." in name}
+    for name, needed in used.items():
+        if "." in name:
+            rooms[name.partition(".")[0]] |= {other.partition(".")[0] for other in needed if "." in other}
+    in_order({room: needed - {room} for room, needed in rooms.items()})
+
+
+def test_every_room_is_in_the_wheel():
+    """The build lists its packages by name: one that is not there would be missing after `pip install`."""
+    listed = set(tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    for package in ("dsv32_jax", "convert"):
+        for folder in {file.parent.relative_to(REPOSITORY) for file in (REPOSITORY / package).rglob("*.py")}:
+            name = ".".join(folder.parts)
+            assert (name if package == "dsv32_jax" else f"dsv32_jax.{name}") in listed
 
 
 def test_configs_import_nothing_of_the_package():
     """The presets are data."""
-    modules = imports(REPOSITORY / "configs" / "__init__.py", "configs")
+    modules = imports((REPOSITORY / "configs" / "__init__.py").read_text(), "configs.__init__")
     assert not {name for name in modules if name.startswith(("dsv32_jax", "convert", "jax"))}
 
 
-def test_an_upward_import_is_seen(tmp_path):
-    """The check can fail: plain, relative, and inside a function."""
-    file = tmp_path / "ops.py"
+def test_an_upward_import_is_seen():
+    """The check can fail: plain, relative, from a room, and inside a function."""
     for line in ("from .model import Model", "import dsv32_jax.model", "from . import model"):
         for text in (line, f"def late():\n    {line}"):
-            file.write_text(text)
-            assert siblings(file, "dsv32_jax", FLOOR) == {"model"}, text
+            assert siblings(text, "dsv32_jax", "ops", FLOOR) == {"model"}, text
+    assert siblings("from ..model import Model", "dsv32_jax", "storage.store", FLOOR) == {"model"}
+    assert siblings("from .. import model", "dsv32_jax", "storage.store", FLOOR) == {"model"}
+    assert siblings("from . import arrays", "dsv32_jax", "storage.store", FLOOR) == {"storage.arrays"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

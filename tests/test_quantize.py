@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import bench_quantize, quantize
+from dsv32_jax import quantize
+from dsv32_jax.bench import quantize as bench_quantize
 from dsv32_jax.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.quantize_search import SCALINGS, SquaredError, rounding_error
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.header import DTYPES, Tensor, read_header
-from convert.source import Source
+from convert.read.header import DTYPES, Tensor, read_header
+from convert.read.source import Source
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

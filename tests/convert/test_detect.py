@@ -4,8 +4,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import weights
-from convert.detect import MissingTensors, detect
+from convert.read import weights
+from convert.read.detect import MissingTensors, detect
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize, nvfp4_quantize
 

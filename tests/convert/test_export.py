@@ -16,16 +16,17 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import convert
-from convert import sharing_scales, weights
-from convert.detect import detect
-from convert.export import export
-from convert.header import DTYPES
-from convert.quantization import named, regexes
-from convert.source import Source
+from convert.export import sharing_scales
+from convert.export.export import export
+from convert.export.quantization import named, regexes
+from convert.read import weights
+from convert.read.detect import detect
+from convert.read.header import DTYPES
+from convert.read.source import Source
 from dsv32_jax import cli, random_checkpoint
 from dsv32_jax.errors import OutputExistsError, UsageError, VerificationError
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize import nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.storage.manifest import Manifest
 
 from . import fakes
 
@@ -385,7 +386,7 @@ def test_a_damaged_checkpoint_is_not_exported(converted, tmp_path):
 
 
 def test_an_interrupted_export_leaves_nothing_that_looks_complete(converted, tmp_path, monkeypatch):
-    from convert import shards
+    from convert.export import shards
 
     with monkeypatch.context() as patch:
         patch.setattr(shards.ShardsWriter, "add", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import convert
-from convert.detect import MissingTensors, detect
-from convert.outcome import relative_rms
-from convert.recast import Recaster
+from convert.leaves.outcome import relative_rms
+from convert.leaves.recast import Recaster
+from convert.read.detect import MissingTensors, detect
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantize import nvfp4_dequantize, nvfp4_quantize
 

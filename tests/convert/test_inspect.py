@@ -12,16 +12,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import inspection, listing
-from convert.header import Tensor
-from convert.inspection import inspect, of_source
-from convert.source import Source
+from convert.inspect import inspection, listing
+from convert.inspect.inspection import inspect, of_source
+from convert.read.header import Tensor
+from convert.read.source import Source
 from dsv32_jax import cli
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError, printable
 from dsv32_jax.layout import leaves
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize import E2M1, nvfp4_dequantize
+from dsv32_jax.storage.manifest import Manifest
 
 from . import fakes
 from .conftest import STORAGES

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert import cut, inverse
-from convert.verify import verify
+from convert.back import inverse
+from convert.back.verify import verify
+from convert.leaves import cut
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Cut, Leaf, leaves
-from dsv32_jax.passport import SourceTensor
+from dsv32_jax.storage.passport import SourceTensor
 
 from . import fakes
 from .test_cut import Sources, dense, fp8, nvfp4, nvfp4_bs32
@@ -99,7 +100,7 @@ def test_every_tensor_comes_back(encode, width, tiny):
 
 
 def _vector(sources: Sources, leaf: Leaf):
-    from convert.detect import detect
+    from convert.read.detect import detect
 
     name = leaf.sources[0]
     sources.arrays[name] = sources.rng.standard_normal(leaf.source_shape, np.float32)

@@ -13,15 +13,16 @@ import numpy as np
 import pytest
 
 import convert
-from convert import cut, output
-from convert.detect import Stored
-from convert.header import Tensor
+from convert.leaves import cut
+from convert.plan import output
+from convert.read.detect import Stored
+from convert.read.header import Tensor
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize
-from dsv32_jax.store import Reader
+from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.storage.store import Reader
 
 from . import fakes
 from .conftest import STORAGES

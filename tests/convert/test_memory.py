@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from convert import memory
-from convert.prepare import prepare
+from convert.plan import memory
+from convert.plan.prepare import prepare
 from dsv32_jax import random_checkpoint
 from dsv32_jax.errors import CapacityError, UsageError
 

@@ -15,9 +15,9 @@ import convert
 import dsv32_jax as ds
 from convert import text
 from convert.progress import duration_text
-from dsv32_jax.arrays import Arrays
 from dsv32_jax.layout import leaves
-from dsv32_jax.manifest import Manifest
+from dsv32_jax.storage.arrays import Arrays
+from dsv32_jax.storage.manifest import Manifest
 
 from . import fakes
 

@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert import memory
 from convert.names import grouped
-from convert.plan import plan
-from convert.source import Source
+from convert.plan import memory, plan
+from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves

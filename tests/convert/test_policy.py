@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from convert.detect import Stored
-from convert.header import Tensor
-from convert.plan import plan
-from convert.policy import DEFAULTS, LINEARS, PRESETS, Chooser, Policy, policy, recipe
+from convert.plan.plan import plan
+from convert.plan.policy import DEFAULTS, LINEARS, PRESETS, Chooser, Policy, policy, recipe
+from convert.read.detect import Stored
+from convert.read.header import Tensor
 from dsv32_jax.config import Config
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves

@@ -11,16 +11,16 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert import cut
-from convert.detect import Stored, detect
-from convert.policy import LINEARS
-from convert.recast import Recaster, partners
-from convert.source import Source
+from convert.leaves import cut
+from convert.leaves.recast import Recaster, partners
+from convert.plan.policy import LINEARS
+from convert.read.detect import Stored, detect
+from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.quantize_search import SCALINGS
+from dsv32_jax.storage.manifest import Manifest
 from tests import golden
 from tests.conftest import DATA
 from tests.golden import having, routed, sets

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 import convert
-from convert import cut
-from convert.detect import detect
-from convert.outcome import relative_rms, summary
-from convert.recast import Outcome
+from convert.leaves import cut
+from convert.leaves.outcome import relative_rms, summary
+from convert.leaves.recast import Outcome
+from convert.read.detect import detect
 from dsv32_jax.errors import CheckpointError, OutputExistsError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantize import fp8_quantize

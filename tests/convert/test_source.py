@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from convert import header
-from convert.source import Source
+from convert.read import header
+from convert.read.source import Source
 from dsv32_jax.errors import CheckpointError, StorageError
 
 from . import fakes

@@ -14,12 +14,13 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert.amax import amax
-from convert.verify import verify
-from dsv32_jax import cli, integrity
+from convert.back.verify import verify
+from convert.leaves.amax import amax
+from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
-from dsv32_jax.manifest import Manifest
 from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.storage import integrity
+from dsv32_jax.storage.manifest import Manifest
 
 from . import fakes
 from .conftest import STORAGES

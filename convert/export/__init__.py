@@ -1,0 +1,1 @@
+"""A converted checkpoint as Hugging Face safetensors for other software."""

@@ -1,0 +1,1 @@
+"""From the weights of the source to the leaves of the model."""

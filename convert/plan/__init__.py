@@ -1,0 +1,1 @@
+"""What a conversion will do, checked before a weight is read."""

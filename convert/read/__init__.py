@@ -1,0 +1,1 @@
+"""The source: safetensors headers, how each weight is stored, and its bytes."""

@@ -1,0 +1,1 @@
+"""The conversion itself: read, cut, hash, write, note."""

@@ -1,0 +1,63 @@
+"""The end of a conversion: the manifest, which makes a folder a converted checkpoint."""
+
+import collections
+import importlib.metadata
+import platform
+from typing import Any
+
+from dsv32_jax.storage.integrity import files
+from dsv32_jax.storage.manifest import Manifest
+
+from ..leaves.outcome import odd_scales, summary
+from ..plan.output import copy_companions
+from ..plan.prepare import Prepared
+from .journal import Journal
+
+
+def complete(prepared: Prepared, journal: Journal) -> Manifest:
+    """Write the manifest of everything that `journal` says is on disk."""
+    planned, source, dst = prepared.plan, prepared.source, prepared.dst
+    written = {path: entry for part in journal.leaves.values() for path, entry in part.items()}
+    leaves = {leaf.leaf.path: written[leaf.leaf.path] for leaf in planned.leaves}
+    counts: collections.Counter[str] = collections.Counter({"nan_scale_bytes": 0, "zero_blocks": 0})
+    for part in (*journal.facts.values(), odd_scales(journal.outcomes)):
+        counts.update(part)
+    report = {
+        "formats": planned.formats,
+        "notes": list(planned.notes),
+        "ignored": planned.ignored,
+        "conversions": planned.conversions,
+        "errors": summary(journal.outcomes),
+        "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
+        "companions": copy_companions(source.folder, dst),
+        **counts,
+    }
+    storage = {"files": files(dst), "mesh": prepared.mesh}
+    manifest = Manifest(planned.config, leaves, _origin(prepared), report, _versions(), storage)
+    manifest.write(dst)
+    journal.file.unlink()
+    return manifest
+
+
+def _origin(prepared: Prepared) -> dict[str, Any]:
+    """What the checkpoint was made from."""
+    weights = {s.values.name: s.kind for leaf in prepared.plan.leaves for s in leaf.sources}
+    return {
+        "folder": prepared.source.folder.name,
+        "files": prepared.basis["files"],
+        "quantization_config": prepared.source.config.get("quantization_config"),
+        "stored": dict(sorted(collections.Counter(weights.values()).items())),
+        "recipe": prepared.basis["recipe"],
+        "plan": prepared.digest,
+    }
+
+
+def _versions() -> dict[str, str]:
+    """The versions of everything that had a hand in the bytes."""
+    versions = {"python": platform.python_version()}
+    for package in ("dsv32-jax", "numpy", "ml_dtypes", "orbax-checkpoint"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions

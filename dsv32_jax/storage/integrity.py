@@ -1,0 +1,98 @@
+"""Whether the files of a converted checkpoint are those that were written. Nothing here needs JAX.
+
+The manifest lists every file with its size. Small ones, which hold the structure, are listed with their SHA-256 too;
+in large ones lie the arrays, each of which has its own.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import VerificationError, listing
+from .arrays import Key, raw
+from .manifest import FILE, JOURNAL, LeafEntry, Manifest
+from .manifest_text import is_sealed
+
+SMALL = 1 << 20
+"""Bytes of the largest file that is listed with its SHA-256."""
+
+WEIGHTS = "weights/"
+OWN = (FILE, FILE + ".tmp", JOURNAL, ".lock")
+"""What lies beside the checkpoint and is not part of it."""
+
+
+def files(folder: str | Path) -> dict[str, list]:
+    """Every file below `folder` by its path: size, and SHA-256 of a small one or None."""
+    return {name: [size, _sha256(file) if size <= SMALL else None] for name, file, size in _walk(Path(folder))}
+
+
+def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
+    """What is wrong with the files of `folder`, measured against `manifest`; reads only small ones."""
+    folder, recorded = Path(folder), manifest.storage.get("files", {})
+    problems = []
+    found = {name: (file, size) for name, file, size in _walk(folder)}
+    for name in sorted(set(recorded) | set(found)):
+        if name not in found:
+            problems.append(f"{name} is missing")
+        elif name in recorded:
+            problems += _differences(name, *found[name], *recorded[name])
+        elif name.startswith(WEIGHTS):
+            problems.append(f"{name} does not belong to the checkpoint")
+    return problems
+
+
+def require_manifest(folder: str | Path) -> None:
+    """Raise VerificationError where manifest.json is not, byte for byte, what was written."""
+    if not is_sealed((Path(folder) / FILE).read_bytes().decode(errors="replace")):
+        raise VerificationError(
+            f"{Path(folder) / FILE} has changed since it was written, and everything is measured against it. "
+            "Nothing else was looked at; copy the folder again, or convert again"
+        )
+
+
+def require_files(folder: str | Path, manifest: Manifest) -> None:
+    """Raise VerificationError that lists every file which is not what `manifest`, or the manifest's own line, says."""
+    require_manifest(folder)
+    if problems := damaged_files(folder, manifest):
+        raise VerificationError(
+            f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: "
+            f"{listing(problems, len(problems))}. Copy the folder again, or convert again"
+        )
+
+
+def require_arrays(folder: str | Path, entries: Mapping[str, LeafEntry], arrays: Mapping[Key, Any]) -> None:
+    """Raise VerificationError that lists every loaded array whose bytes are not those of its leaf's entry."""
+    changed = [
+        f"{path}.{name}"
+        for (path, name), array in arrays.items()
+        if hashlib.sha256(raw(array)).hexdigest() != entries[path].arrays[name].sha256
+    ]
+    if changed:
+        raise VerificationError(
+            f"{len(changed)} arrays of {folder} have changed since they were written; nothing was loaded: "
+            f"{listing(changed, len(changed))}. Copy the folder again, or convert again"
+        )
+
+
+def _differences(name: str, file: Path, size: int, recorded_size: int, sha256: str | None) -> list[str]:
+    if size != recorded_size:
+        return [f"{name} has {size} bytes instead of {recorded_size}"]
+    if sha256 is not None and _sha256(file) != sha256:
+        return [f"{name} has changed"]
+    return []
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, Path, int]]:
+    for root, _, names in os.walk(folder):
+        for name in names:
+            file = Path(root, name)
+            relative = file.relative_to(folder).as_posix()
+            if relative not in OWN:
+                yield relative, file, file.stat().st_size
+
+
+def _sha256(file: Path) -> str:
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

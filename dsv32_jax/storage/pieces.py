@@ -1,0 +1,82 @@
+"""Which mesh axis splits which letter, in plain numbers. A leaf's name is its sharding rule.
+
+    data    B rows of a batch, and with them the cache
+    model   H heads, F and M feed-forward sizes, V vocabulary
+    expert  E the stacked experts (the router, a few MB, is everywhere)
+
+The indexer is on every device: all of them must select the same tokens. `sharding` makes JAX shardings of this; the
+converter cuts chunks by it, so that a device reads its own bytes and little else.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+
+from ..errors import CapacityError, UsageError, listing
+from ..layout import Leaf
+
+AXES = {"B": "data", "H": "model", "F": "model", "M": "model", "V": "model", "E": "expert"}
+NAMES = ("data", "model", "expert")
+
+Mesh = Mapping[str, int]
+"""Devices along each mesh axis."""
+
+
+def parse(text: str) -> dict[str, int]:
+    """The mesh written as "expert=8,model=2". Raises UsageError."""
+    found: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, size = item.strip().partition("=")
+        if name not in NAMES or not re.fullmatch("[1-9][0-9]{0,4}", size) or name in found:
+            raise UsageError(
+                f"--mesh {text!r} is not understood at {item.strip()!r}: write for example expert=8,model=2, "
+                f"each of {', '.join(NAMES)} at most once"
+            )
+        found[name] = int(size)
+    return found
+
+
+def axes(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The mesh axis that splits each axis of one stored component of `leaf`, None where none does.
+
+    `shape` has 1 where the component does not vary along an axis.
+    """
+    named = [AXES.get(letter) for letter in leaf.letters]
+    if not leaf.stacked:
+        named = [None if axis == "expert" else axis for axis in named]
+    return tuple(axis if axis in mesh and size > 1 else None for axis, size in zip(named, shape, strict=True))
+
+
+def split(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of the piece that one device of `mesh` holds of a component; `check` has passed."""
+    parts = (1 if axis is None else mesh[axis] for axis in axes(mesh, leaf, shape))
+    return tuple(size // count for size, count in zip(shape, parts, strict=True))
+
+
+def by_mesh(mesh: Mesh, leaves: Iterable[Leaf]) -> Callable[[tuple[str, str], tuple[int, ...]], tuple[int, ...]]:
+    """What `store.Writer` lays chunks by: from an array's key (leaf path, component) and shape to the piece's shape."""
+    table = {leaf.path: leaf for leaf in leaves}
+    return lambda key, shape: split(mesh, table[key[0]], shape)
+
+
+def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> None:
+    """Raise CapacityError with a table of everything that the mesh does not divide evenly, layers folded."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for leaf, shape in components:
+        whole = zip(leaf.letters, leaf.shape, shape, axes(mesh, leaf, shape), strict=True)
+        for letter, logical, size, axis in whole:
+            if axis is not None and size % mesh[axis]:
+                pattern = re.sub(r"layers\.\d+\.", "layers.*.", leaf.path)
+                what = f"{letter} {logical}" if size == logical else f"{letter} {logical} in {size} blocks"
+                why = f"{what} over {axis}={mesh[axis]} (possible: {listing(_divisors(size), 6)})"
+                found.setdefault((pattern, why), set()).add(leaf.path)
+    if found:
+        lines = [f"{len(paths):4} x {pattern}: {why}" for (pattern, why), paths in sorted(found.items())]
+        shown = ", ".join(f"{name}={size}" for name, size in mesh.items())
+        raise CapacityError(
+            f"the mesh {shown} does not divide {len(set().union(*found.values()))} leaves evenly. "
+            "Nothing was read; choose axis sizes that divide these:\n  " + "\n  ".join(lines)
+        )
+
+
+def _divisors(size: int) -> list[int]:
+    return [count for count in range(1, size + 1) if size % count == 0]
