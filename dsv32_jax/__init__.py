@@ -12,36 +12,53 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from . import chat as chat
     from .checkpoint import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
-    from .generation import Generation as Generation
+    from .generation import astream as astream
     from .generation import generate as generate
     from .generation import stream as stream
     from .model import Model as Model
     from .model import Output as Output
     from .model import forward as forward
+    from .result import Generation as Generation
     from .sampling import Sampling as Sampling
+    from .scoring import Score as Score
+    from .scoring import score as score
+    from .sessions import Session as Session
+    from .sessions import load_session as load_session
+    from .sessions import session as session
 
 _HOME = {
     "Config": "config",
     "DsvError": "errors",
-    "Generation": "generation",
+    "Generation": "result",
     "Model": "model",
     "Output": "model",
     "Sampling": "sampling",
+    "Score": "scoring",
+    "Session": "sessions",
+    "astream": "generation",
     "forward": "model",
     "generate": "generation",
     "load": "checkpoint",
+    "load_session": "sessions",
+    "score": "scoring",
+    "session": "sessions",
     "stream": "generation",
 }
 
-__all__ = sorted(_HOME)
+_ROOMS = ("chat",)
+
+__all__ = sorted([*_HOME, *_ROOMS])
 
 
 def __getattr__(name: str):
-    if name not in _HOME:
+    if name not in _HOME and name not in _ROOMS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _ROOMS:
+        return importlib.import_module(f".{name}", __name__)
     value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
     globals()[name] = value
     return value

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from . import mla as forms
 from .cache import LayerCache
 from .config import Config
-from .indexer import Indexer, index_scores, select, select_all
+from .indexer import KEYS, Indexer, scores_of_cache, select, select_all
 from .mla import MLA
 from .ops import over_tokens, rotation
 
@@ -33,12 +33,12 @@ def attention(
         position_BT,
     )
     fits = cache.capacity <= cfg.index_topk
-    block = _queries_at_once(cfg, *cache.k_index_BSJ.shape[:2])
+    block = _queries_at_once(cfg, len(position_BT), cache.capacity)
 
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
-        visible_BTS = jnp.arange(cache.capacity) <= position_BT[..., None]
-        score_BTS = index_scores(q_index_BTIJ, w_BTI, cache.k_index_BSJ, visible_BTS)
+        score_BTS = scores_of_cache(q_index_BTIJ, w_BTI, cache, position_BT)
         if fits:
+            visible_BTS = jnp.arange(cache.capacity) <= position_BT[..., None]
             form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
             return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
         selected_BTk = select(score_BTS, cfg.index_topk)
@@ -51,5 +51,6 @@ def attention(
 def _queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
     """How many queries keep index scores, attention scores and gathered latents within LARGEST_TEMPORARY."""
     seen = min(capacity, cfg.index_topk)
-    each = max(cfg.index_n_heads * capacity, cfg.num_attention_heads * seen, seen * cfg.kv_lora_rank)
+    scored = max(cfg.index_n_heads * min(capacity, KEYS), capacity)
+    each = max(scored, cfg.num_attention_heads * seen, seen * cfg.kv_lora_rank)
     return max(1, LARGEST_TEMPORARY // (batch * each))

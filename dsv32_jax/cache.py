@@ -5,8 +5,14 @@ from typing import Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from . import fp8_rows
 from .config import Config
+from .errors import UsageError
+from .fp8_rows import Rows
+
+DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
 
 
 @jax.tree_util.register_dataclass
@@ -17,23 +23,29 @@ class LayerCache:
     c_kv_BSC     the latent c^KV of MLA, after its norm
     k_r_BSR      the key part that carries the position, rotated (interleaved pairs), shared by all heads
     k_index_BSJ  the lightning indexer's key: normed, rotated and Hadamard-transformed
+
+    In an FP8 cache latents and index keys are FP8 and rotated keys bfloat16: 656 + 132 bytes a token of the real model.
     """
 
-    c_kv_BSC: jax.Array
-    k_r_BSR: jax.Array
-    k_index_BSJ: jax.Array
+    c_kv_BSC: Rows
+    k_r_BSR: Rows
+    k_index_BSJ: Rows
 
     @property
     def capacity(self) -> int:
         """The number of slots."""
-        return self.c_kv_BSC.shape[1]
+        return self.k_r_BSR.shape[1]
 
     def write(self, position_BT: jax.Array, c_kv_BTC: jax.Array, k_r_BTR: jax.Array, k_index_BTJ: jax.Array) -> Self:
         """A cache that also holds these tokens. A position beyond the capacity is dropped."""
         row_B1 = jnp.arange(position_BT.shape[0])[:, None]
 
-        def put(slots, new):
-            return slots.at[row_B1, position_BT].set(new.astype(slots.dtype), mode="drop")
+        def put(slots: Rows, new: jax.Array) -> Rows:
+            return jax.tree.map(
+                lambda slot, row: slot.at[row_B1, position_BT].set(row, mode="drop"),
+                slots,
+                fp8_rows.stored_as(slots, new),
+            )
 
         return dataclasses.replace(
             self,
@@ -41,6 +53,21 @@ class LayerCache:
             k_r_BSR=put(self.k_r_BSR, k_r_BTR),
             k_index_BSJ=put(self.k_index_BSJ, k_index_BTJ),
         )
+
+    def latents(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """c^KV [B, S, C] and k^R [B, S, R] of every slot."""
+        return fp8_rows.read(self.c_kv_BSC, dtype), fp8_rows.read(self.k_r_BSR, dtype)
+
+    def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+        """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
+        row_B11 = jnp.arange(slot_BTk.shape[0])[:, None, None]
+        at = jax.tree.map(lambda slots: slots[row_B11, slot_BTk], (self.c_kv_BSC, self.k_r_BSR))
+        return fp8_rows.read(at[0], dtype), fp8_rows.read(at[1], dtype)
+
+    def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
+        """The index keys [B, count, J] of the slots from `start`."""
+        part = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, count, axis=1), self.k_index_BSJ)
+        return fp8_rows.read(part, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -59,11 +86,28 @@ class Cache:
 
 def empty_layer(cfg: Config, batch: int, capacity: int, dtype) -> LayerCache:
     """A layer's cache with nothing in it."""
-    sizes = (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.index_head_dim)
-    return LayerCache(*(jnp.zeros((batch, capacity, size), dtype) for size in sizes))
+    rotated = jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
+    return LayerCache(
+        fp8_rows.empty((batch, capacity, cfg.kv_lora_rank), dtype),
+        fp8_rows.empty((batch, capacity, cfg.qk_rope_head_dim), rotated),
+        fp8_rows.empty((batch, capacity, cfg.index_head_dim), dtype),
+    )
 
 
 def empty(cfg: Config, batch: int, capacity: int, dtype) -> Cache:
-    """A cache for `batch` rows of at most `capacity` tokens, in the compute dtype."""
+    """A cache for `batch` rows of at most `capacity` tokens, in bfloat16, float32 or float8_e4m3fn."""
     layers = tuple(empty_layer(cfg, batch, capacity, dtype) for _ in range(cfg.num_hidden_layers))
     return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def dtype_of(cache_dtype, compute_dtype) -> np.dtype:
+    """The storage that `cache_dtype` names: a dtype or its name, "fp8", or None for the compute dtype."""
+    if cache_dtype is None:
+        return np.dtype(compute_dtype)
+    try:
+        found = np.dtype(DTYPES["float8_e4m3fn"] if cache_dtype == "fp8" else DTYPES.get(cache_dtype, cache_dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise UsageError(f'cache_dtype must be bfloat16, float32 or "fp8" (float8_e4m3fn), not {cache_dtype!r}')
+    return found

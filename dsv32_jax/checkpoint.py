@@ -15,7 +15,7 @@ from .config import Config
 from .errors import CheckpointError, UsageError, listing
 from .formats import NVFP4, Fp8Block, Weight, dequantize
 from .layout import Leaf, leaves
-from .model import Model, build
+from .model import Model, Origin, build
 from .storage import integrity
 from .storage.arrays import Key
 from .storage.manifest import LeafEntry, Manifest
@@ -54,7 +54,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     _compare(folder, table, manifest.leaves)
-    vocabulary.check(folder, cfg)
+    origin = Origin(manifest.digest, vocabulary.check(folder, cfg))
     if mesh is not None:
         stored = [
             (table[path], array.shape) for path, entry in manifest.leaves.items() for array in entry.arrays.values()
@@ -68,7 +68,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
         if verify == "full":
             integrity.require_arrays(folder, entries, arrays)
         found |= _weights(entries, arrays, dtype)
-    return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path])
+    return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path], origin)
 
 
 def _groups(entries: dict[str, LeafEntry]) -> Iterator[list[str]]:

@@ -79,6 +79,19 @@ def counts(count_B: Any, batch: int, new: int) -> jax.Array | np.ndarray:
     return array.astype(np.int32)
 
 
+def length(tokens: int, most: int) -> int:
+    """`tokens`, where a row may be as long."""
+    if tokens > most:
+        raise UsageError(f"a row has {tokens} tokens, but the model's longest context is {most}; nothing was run")
+    return tokens
+
+
+def whole(name: str, value: Any, least: int, most: int) -> None:
+    """`value` is a whole number in the range."""
+    if type(value) is not int or not least <= value <= most:
+        raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}; nothing was run")
+
+
 def capacity(slots: Any, count_B: Any) -> int:
     """`slots`, where it is a size that holds the new tokens of every row."""
     need = 1 if isinstance(count_B, Tracer) else int(np.max(count_B))

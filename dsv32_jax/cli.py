@@ -59,6 +59,12 @@ def parser() -> argparse.ArgumentParser:
     load.set_defaults(run=_bench_load)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)
+    conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
+    conversion.add_argument("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (1+1: 12 GB in FP8)")
+    conversion.add_argument("--source", choices=("fp8", "nvfp4"), action="append", help="formats to start from (both)")
+    conversion.add_argument("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (8GiB)")
+    conversion.add_argument("--folder", help="where the checkpoints are written (default: the temporary folder)")
+    conversion.set_defaults(run=_bench_convert)
     return root
 
 
@@ -94,4 +100,11 @@ def _bench_quantize(_: argparse.Namespace) -> int:
     from .bench.quantize import print_rows
 
     print_rows()
+    return 0
+
+
+def _bench_convert(arguments: argparse.Namespace) -> int:
+    from .bench.convert import print_convert
+
+    print_convert(arguments.layers, arguments.source or ["fp8", "nvfp4"], arguments.max_memory, arguments.folder)
     return 0

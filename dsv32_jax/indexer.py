@@ -13,11 +13,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from .cache import LayerCache
 from .config import Config
 from .formats import Weight
 from .ops import dot, einsum, einsum32, hadamard, layer_norm, rotate_halves
 
 LAYER_NORM_EPS = 1e-6
+
+KEYS = 4096
+"""Slots of a long cache that are scored at once."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,6 +56,31 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_
     match_BTIS = jax.nn.relu(dot("BTIJ,BSJ->BTIS", q_BTIJ, k_BSJ))
     score_BTS = dot("BTI,BTIS->BTS", w_BTI, match_BTIS)
     return jnp.where(visible_BTS, score_BTS, -jnp.inf)
+
+
+def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
+    """`index_scores` over all slots of the cache for queries at `position_BT`.
+
+    A long cache is scored KEYS slots at a time and only as far as the latest query sees.
+    """
+    capacity = cache.capacity
+    keys = min(capacity, KEYS)
+
+    def part(start):
+        slot_s = start + jnp.arange(keys)
+        k_BsJ = cache.index_keys(start, keys, q_BTIJ.dtype)
+        return index_scores(q_BTIJ, w_BTI, k_BsJ, slot_s <= position_BT[..., None])
+
+    if keys == capacity:
+        return part(0)
+
+    def fill(i, score_BTS):
+        start = jnp.minimum(i * keys, capacity - keys)
+        return jax.lax.dynamic_update_slice_in_dim(score_BTS, part(start), start, axis=2)
+
+    nothing_BTS = jnp.full((*position_BT.shape, capacity), -jnp.inf, jnp.float32)
+    reached = jnp.minimum(jnp.max(position_BT) // keys + 1, -(-capacity // keys))
+    return jax.lax.fori_loop(0, reached, fill, nothing_BTS)
 
 
 def select(score_BTS: jax.Array, topk: int) -> jax.Array:

@@ -59,9 +59,10 @@ def expanded(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
     """Attention with a key and a value of each head for every cached token. Returns o [B, T, H, P]."""
-    k_c_BSHN = einsum("BSC,HNC->BSHN", cache.c_kv_BSC, mla.w_uk_HNC)
-    v_BSHP = einsum("BSC,HPC->BSHP", cache.c_kv_BSC, mla.w_uv_HPC)
-    score_BTHS = dot("BTHN,BSHN->BTHS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BTHS", q_r_BTHR, cache.k_r_BSR)
+    c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
+    k_c_BSHN = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC)
+    v_BSHP = einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
+    score_BTHS = dot("BTHN,BSHN->BTHS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
     weight_BTHS = _softmax(mla.cfg, score_BTHS, visible_BTS).astype(v_BSHP.dtype)
     return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
 
@@ -70,18 +71,17 @@ def absorbed(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
     """The same, with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
+    c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, cache.c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, cache.k_r_BSR)
+    score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
     weight_BTHS = _softmax(mla.cfg, score_BTHS, visible_BTS).astype(q_c_BTHC.dtype)
-    o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS, cache.c_kv_BSC).astype(q_c_BTHC.dtype)
+    o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS, c_kv_BSC).astype(q_c_BTHC.dtype)
     return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
 
 
 def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array) -> jax.Array:
     """`absorbed` over each query's selected positions only (-1: none). Returns o [B, T, H, P]."""
-    row_B11 = jnp.arange(selected_BTk.shape[0])[:, None, None]
-    slot_BTk = jnp.maximum(selected_BTk, 0)
-    c_kv_BTkC, k_r_BTkR = cache.c_kv_BSC[row_B11, slot_BTk], cache.k_r_BSR[row_B11, slot_BTk]
+    c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHk = dot("BTHC,BTkC->BTHk", q_c_BTHC, c_kv_BTkC) + dot("BTHR,BTkR->BTHk", q_r_BTHR, k_r_BTkR)
     weight_BTHk = _softmax(mla.cfg, score_BTHk, selected_BTk >= 0).astype(q_c_BTHC.dtype)

@@ -22,12 +22,22 @@ from .mtp import MTP
 from .ops import einsum32, rms_norm
 
 
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: the digest of its checkpoint's manifest, and how many ids its tokenizer has (None: as
+    many as the vocabulary). All are equal, so that models that differ in nothing else share their programs."""
+
+    digest: str = dataclasses.field(default="", compare=False)
+    tokens: int | None = dataclasses.field(default=None, compare=False)
+
+
 @dataclasses.dataclass(eq=False)
 class Model(nnx.Module):
     """The whole model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
 
     cfg: Config
     dtype: np.dtype
+    origin: Origin
     embed_VD: jax.Array = nnx.data()
     layers: tuple[Block, ...] = nnx.data()
     norm_D: jax.Array = nnx.data()
@@ -94,7 +104,7 @@ def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Arra
     return Output(model.logits(h_BTD), cache, h_BTD, seen)
 
 
-def build(cfg: Config, dtype, leaf: Callable[[str], Any]) -> Model:
+def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origin()) -> Model:
     """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
     dtype = np.dtype(dtype)
 
@@ -118,4 +128,4 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any]) -> Model:
     if cfg.num_nextn_predict_layers:
         drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
         mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer)
-    return Model(cfg, dtype, **weights(Model, ""), layers=layers, mtp=mtp)
+    return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp)

@@ -1,42 +1,134 @@
 """A generation request: checked on the host, and rounded up to shapes that many requests share."""
 
 import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any, TypedDict
 
+import jax
 import numpy as np
 
-from . import checks
+from . import cache, checks, memory
 from .compilation import keep_on_disk
+from .decoding import Task
 from .errors import UsageError
 from .model import Model
-from .sampling import Knobs, Sampling, knobs
+from .sampling import Sampling, bias, knobs, of_rows, token_ids
 
 SMALLEST_BUCKET = 16
+CHUNK = 512
+"""Tokens of a prompt that are processed at once: longer prompts are read chunk by chunk, with one program."""
+
+MOST_TOP_LOGPROBS = 20
+MOST_DRAFTS = 16
+
+
+class Options(TypedDict, total=False):
+    """What `generate`, `generate.layerwise`, `stream` and sessions understand beside prompts and sampling.
+
+    max_new_tokens  at most so many a row (64); None: until the capacity, or the model's longest context, is used
+    min_new_tokens  no end token is chosen before (0)
+    stop_token_ids  tokens that end a row, beside the model's own end tokens
+    stop            strings that end a row; needs a tokenizer; text and tokens end before the string
+    n               continuations of each prompt, which is read once; the i-th has seed + i (1)
+    top_logprobs    how many of the likeliest tokens to report at each place, 20 at most (0)
+    draft           tokens to draft and verify at each step with the drafting layer (MTP); the result is the same (0)
+    cache_dtype     bfloat16, float32 or "fp8"; by default the compute dtype
+    capacity        tokens a row's cache holds, prompt included; by default what is needed, rounded up
+    batch_size      rows at once; by default as many as the free memory holds
+    tokenizer       anything with the methods of `chat.Tokenizer`: adds text to the result
+    progress        called with (prompt tokens read, of all) while prompts are read
+    """
+
+    max_new_tokens: int | None
+    min_new_tokens: int
+    stop_token_ids: Collection[int]
+    stop: str | Sequence[str]
+    n: int
+    top_logprobs: int
+    draft: int
+    cache_dtype: Any
+    capacity: int | None
+    batch_size: int | None
+    tokenizer: Any
+    progress: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked request: the prompts, how many tokens may be made, and the shapes that were chosen."""
+    """A checked request. `samplings` has one for each row: prompt 0 n times, prompt 1 n times, ..."""
 
     prompts: list[list[int]]
+    samplings: list[Sampling]
     limit: int
+    least: int
+    ends: list[int]
     capacity: int
-    knobs: Knobs
+    cache_dtype: np.dtype
+    n: int
+    top_logprobs: int
+    draft: int
+    batch_size: int
 
     @property
-    def arguments(self) -> tuple:
-        """The arguments of `prefill`."""
-        count_B = np.array([len(row) for row in self.prompts], np.int32)
-        tokens_BT = np.zeros((len(count_B), bucket(count_B.max())), np.int32)
-        for row, prompt in zip(tokens_BT, self.prompts, strict=True):
-            row[: len(prompt)] = prompt
-        return self.knobs, tokens_BT, count_B, np.int32(self.limit), bucket(self.limit), self.capacity
+    def groups(self) -> list[list[int]]:
+        """The prompts that are continued together: alike in length, as many as `batch_size` allows."""
+        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
+        each = max(1, self.batch_size // self.n)
+        return [order[start : start + each] for start in range(0, len(order), each)]
 
 
-def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capacity: int | None) -> Request:
+def plan(
+    model: Model,
+    prompts: Any,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    *,
+    max_new_tokens: int | None = 64,
+    min_new_tokens: int = 0,
+    stop_token_ids: Collection[int] = (),
+    n: int = 1,
+    top_logprobs: int = 0,
+    draft: int = 0,
+    cache_dtype: Any = None,
+    capacity: int | None = None,
+    batch_size: int | None = None,
+) -> Request:
     """Check a request and choose its shapes; nothing is compiled here."""
     keep_on_disk()
-    rows = checks.prompts(prompts, model.cfg.vocab_size)
-    longest = max(map(len, rows))
+    cfg = model.cfg
+    rows = checks.prompts(prompts, cfg.vocab_size)
+    checks.whole("n", n, 1, 1024)
+    checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    checks.whole("draft", draft, 0, MOST_DRAFTS)
+    if draft and model.mtp is None:
+        raise UsageError(
+            f"draft={draft} needs the drafting layer (MTP), which this checkpoint does not have; use draft=0"
+        )
+    limit, capacity = _room(model, max(map(len, rows)), max_new_tokens, capacity)
+    checks.whole("min_new_tokens", min_new_tokens, 0, limit)
+    stored = cache.dtype_of(cache_dtype, model.dtype)
+    samplings = of_rows(sampling, len(rows), n)
+    ends = [*cfg.eos_token_id, *token_ids("stop_token_ids", stop_token_ids, cfg.vocab_size)]
+    for one in samplings[::n]:
+        _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
+    if batch_size is not None:
+        checks.whole("batch_size", batch_size, n, 1 << 20)
+    return Request(
+        rows,
+        samplings,
+        limit,
+        min_new_tokens,
+        ends,
+        capacity,
+        stored,
+        n,
+        top_logprobs,
+        draft,
+        memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft) if batch_size is None else batch_size,
+    )
+
+
+def _room(model: Model, longest: int, max_new_tokens: Any, capacity: Any) -> tuple[int, int]:
+    """How many tokens a row may make, and the capacity."""
     largest = model.cfg.max_position_embeddings
     if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= largest):
         raise UsageError(
@@ -56,15 +148,66 @@ def plan(model: Model, prompts, max_new_tokens, sampling: Sampling | None, capac
             f"{available + longest}; {' or '.join(remedies)}"
         )
     if capacity is None:
-        capacity = bucket(bucket(longest) + max_new_tokens)
-    return Request(
-        rows,
-        max_new_tokens,
-        capacity,
-        knobs(Sampling() if sampling is None else sampling, len(rows), model.cfg.vocab_size),
+        read = bucket(longest) if longest <= CHUNK else longest
+        capacity = bucket(read + max_new_tokens)
+    return max_new_tokens, capacity
+
+
+def _require_choice(bias_V: np.ndarray, ends: list[int], least: int) -> None:
+    """Before the first `least` tokens are made there is something else to choose than an end token."""
+    others_V = np.isfinite(bias_V)
+    others_V[ends] = False
+    if least and not others_V.any():
+        raise UsageError(f"min_new_tokens={least}, but only tokens that end a row may be chosen")
+
+
+def used(model: Model) -> int:
+    """How many ids stand for a token: those of the checkpoint's tokenizer, or of the vocabulary without one."""
+    return model.origin.tokens or model.cfg.vocab_size
+
+
+def task(model: Model, request: Request, rows: Sequence[int], batch: int) -> Task:
+    """What the given rows of the request want, and nothing for the rows that fill up the batch."""
+    vocab_size = model.cfg.vocab_size
+    samplings = [request.samplings[row] for row in rows] + [Sampling()] * (batch - len(rows))
+    end_BV = np.zeros((batch, vocab_size), bool)
+    end_BV[:, request.ends] = True
+    most_B = np.zeros(batch, np.int32)
+    most_B[: len(rows)] = request.limit
+    return Task(
+        knobs(samplings, vocab_size, used(model)),
+        jax.device_put(end_BV),
+        jax.device_put(np.full(batch, request.least, np.int32)),
+        jax.device_put(most_B),
     )
+
+
+def occurring(prompts: Sequence[Sequence[int]], batch: int, vocab_size: int) -> np.ndarray:
+    """Which tokens occur in the prompt of each row, [B, V] bool."""
+    found_BV = np.zeros((batch, vocab_size), bool)
+    for row_V, prompt in zip(found_BV, prompts, strict=False):
+        row_V[list(prompt)] = True
+    return found_BV
+
+
+def chunks(prompts: Sequence[Sequence[int]], batch: int):
+    """The prompts CHUNK tokens at a time: (tokens [B, T], the token after each, how many are real)."""
+    longest = max(map(len, prompts))
+    size = min(CHUNK, bucket(longest))
+    for start in range(0, longest, size):
+        tokens_BT, next_BT = np.zeros((batch, size), np.int32), np.zeros((batch, size), np.int32)
+        for b, prompt in enumerate(prompts):
+            part, after = prompt[start : start + size], prompt[start + 1 : start + size + 1]
+            tokens_BT[b, : len(part)], next_BT[b, : len(after)] = part, after
+        count_B = np.array([len(prompt[start : start + size]) for prompt in prompts], np.int32)
+        yield tokens_BT, next_BT, np.pad(count_B, (0, batch - len(prompts)))
 
 
 def bucket(size: int) -> int:
     """The next power of two, at least SMALLEST_BUCKET."""
     return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
+
+
+def rows_bucket(rows: int) -> int:
+    """The next power of two."""
+    return 1 << (rows - 1).bit_length()

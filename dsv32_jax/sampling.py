@@ -1,43 +1,63 @@
-"""From logits to the next token: greedy, or drawn at a temperature from the top-k and top-p of the distribution.
-
-Every parameter is a traced value, so changing one compiles nothing. Truncation needs no sort of the vocabulary: the
-smallest kept logit is found by bisection over the 2^32 ordered float32 values, exactly.
-"""
+"""How tokens are to be chosen: what the user says, checked, and brought into the form that `choice` works on."""
 
 import dataclasses
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from .errors import UsageError
+from .choice import Knobs
+from .errors import UsageError, listing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are chosen; the defaults are greedy. Raises UsageError on values that make no sense.
 
-    temperature  0 is greedy; at most 5
-    top_k        keep the k largest logits (all that tie with the k-th); 0 keeps all
-    top_p        keep the fewest largest logits whose probability reaches p (all that tie with the last); 1 keeps all
-    seed         one for all rows or one a row. A row's tokens depend on its seed, prompt and positions, never on the
-                 batch around it; equal prompts with equal seeds give equal tokens.
+    temperature         0 is greedy; at most 5
+    top_k               keep the k largest logits (all that tie with the k-th); 0 keeps all
+    top_p               keep the fewest largest whose probability reaches p (all that tie with the last); 1 keeps all
+    min_p               then drop what is less likely than min_p times the likeliest; 0 drops nothing
+    repetition_penalty  above 1 makes tokens that occurred, in the prompt too, less likely; 1 is neutral
+    presence_penalty    taken from the logit of every token that was made; frequency_penalty: once each time it was
+    logit_bias          {token id: what is added to its logit}
+    allowed_ids         only these may be chosen; forbidden_ids: these may not
+    seed                one for all rows or one a row. A row's tokens depend on its seed, prompt and positions, never on
+                        the batch around it; equal prompts with equal seeds give equal tokens.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
+    allowed_ids: Collection[int] | None = None
+    forbidden_ids: Collection[int] = ()
     seed: int | Sequence[int] = 0
 
     def __post_init__(self):
-        if not (_is_number(self.temperature) and 0 <= self.temperature <= 5):
-            raise UsageError(f"temperature must be from 0 (greedy) to 5, not {self.temperature!r}")
+        _require(self.temperature, 0, 5, "temperature must be from 0 (greedy) to 5")
         if type(self.top_k) is not int or not 0 <= self.top_k < 2**31:
             raise UsageError(f"top_k must be a whole number, 0 for no limit, not {self.top_k!r}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UsageError(f"top_p must be above 0 and at most 1 (no limit), not {self.top_p!r}")
+        _require(self.min_p, 0, 1, "min_p must be from 0 (no limit) to 1")
+        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100):
+            raise UsageError(f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty!r}")
+        _require(self.presence_penalty, -100, 100, "presence_penalty must be from -100 to 100")
+        _require(self.frequency_penalty, -100, 100, "frequency_penalty must be from -100 to 100")
+        if not isinstance(self.logit_bias, Mapping) or not all(map(_is_number, self.logit_bias.values())):
+            raise UsageError(f"logit_bias must give a finite number for each token id, not {self.logit_bias!r}")
+        for name in ("allowed_ids", "forbidden_ids"):
+            ids = getattr(self, name)
+            if ids is not None and (isinstance(ids, str | bytes) or not isinstance(ids, Collection)):
+                raise UsageError(f"{name} must be a list of token ids, not {ids!r}")
         try:
             seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
         except TypeError:
@@ -46,84 +66,101 @@ class Sampling:
             raise UsageError(f"seed must be a whole number below 2^63, or one a row, not {self.seed!r}")
 
 
-def _is_number(value) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Knobs:
-    """A Sampling as traced values, with a random key a row."""
-
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    key_B: jax.Array
+def _require(value: Any, least: float, most: float, rule: str) -> None:
+    if not (_is_number(value) and least <= value <= most):
+        raise UsageError(f"{rule}, not {value!r}")
 
 
-def knobs(sampling: Sampling, batch: int, vocab_size: int) -> Knobs:
-    """The traced form of `sampling` for `batch` rows. Raises UsageError where it does not fit them."""
-    if not isinstance(sampling, Sampling):
-        raise UsageError(f"sampling must be a Sampling(temperature=..., seed=...), not {sampling!r}")
-    seeds = [sampling.seed] * batch if isinstance(sampling.seed, int) else list(sampling.seed)
-    if len(seeds) != batch:
-        raise UsageError(f"there are {len(seeds)} seeds for {batch} prompts; give one for all or one each")
-    if sampling.top_k > vocab_size:
-        raise UsageError(f"top_k is {sampling.top_k}, but the vocabulary has {vocab_size} tokens")
+def of_rows(sampling: Any, rows: int, n: int) -> list[Sampling]:
+    """One Sampling for each of `n` continuations of `rows` prompts: `sampling` is None, one for all, or a list of them.
+
+    The i-th continuation of a prompt has its seed + i.
+    """
+    each = (
+        list(sampling) if isinstance(sampling, list | tuple) else [Sampling() if sampling is None else sampling] * rows
+    )
+    for one in each:
+        if not isinstance(one, Sampling):
+            raise UsageError(f"sampling must be a Sampling(temperature=..., seed=...), or one a prompt, not {one!r}")
+    if len(each) != rows:
+        raise UsageError(f"there are {len(each)} samplings for {rows} prompts; give one for all or one each")
+    seeds = [_seed(one, row, rows) for row, one in enumerate(each)]
+    return [
+        dataclasses.replace(one, seed=(seed + i) % 2**63)
+        for one, seed in zip(each, seeds, strict=True)
+        for i in range(n)
+    ]
+
+
+def _seed(one: Sampling, row: int, rows: int) -> int:
+    if isinstance(one.seed, int):
+        return one.seed
+    if len(one.seed) != rows:
+        raise UsageError(f"there are {len(one.seed)} seeds for {rows} prompts; give one for all or one each")
+    return one.seed[row]
+
+
+def knobs(samplings: Sequence[Sampling], vocab_size: int, used: int) -> Knobs:
+    """The form that is traced, of one Sampling a row; nothing is compiled for it. Ids from `used` on are never chosen:
+    they stand for no token."""
+    bias_BV = np.stack([bias(one, vocab_size, used) for one in samplings])
+
+    def column(name: str) -> jax.Array:
+        return jax.device_put(np.asarray([getattr(one, name) for one in samplings], np.float32))
+
     return Knobs(
-        jnp.float32(sampling.temperature),
-        jnp.int32(sampling.top_k or vocab_size),
-        jnp.float32(sampling.top_p),
-        jax.vmap(jax.random.wrap_key_data)(_key_data(seeds)),
+        column("temperature"),
+        jax.device_put(np.asarray([one.top_k or vocab_size for one in samplings], np.int32)),
+        column("top_p"),
+        column("min_p"),
+        column("repetition_penalty"),
+        column("presence_penalty"),
+        column("frequency_penalty"),
+        jax.device_put(bias_BV),
+        _keys([one.seed for one in samplings]),
     )
 
 
-def _key_data(seeds: list[int]) -> jax.Array:
+def bias(one: Sampling, vocab_size: int, used: int) -> np.ndarray:
+    """What `one` adds to each logit, [V]. Raises UsageError where its ids are not in the vocabulary."""
+    if one.top_k > vocab_size:
+        raise UsageError(f"top_k is {one.top_k}, but the vocabulary has {vocab_size} tokens")
+    bias_V = np.zeros(vocab_size, np.float32)
+    for token, added in zip(token_ids("logit_bias", one.logit_bias, vocab_size), one.logit_bias.values(), strict=True):
+        bias_V[token] = added
+    forbidden_V = np.arange(vocab_size) >= used
+    if one.allowed_ids is not None:
+        allowed_V = np.zeros(vocab_size, bool)
+        allowed_V[token_ids("allowed_ids", one.allowed_ids, vocab_size)] = True
+        forbidden_V |= ~allowed_V
+    forbidden_V[token_ids("forbidden_ids", one.forbidden_ids, vocab_size)] = True
+    if forbidden_V.all():
+        raise UsageError("allowed_ids and forbidden_ids leave no token to choose")
+    bias_V[forbidden_V] = -np.inf
+    return bias_V
+
+
+def token_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
+    """`ids` as whole numbers in the vocabulary."""
+    wrong = [token for token in ids if isinstance(token, bool) or not _is_id(token, vocab_size)]
+    if wrong:
+        raise UsageError(
+            f"{name} holds {len(wrong)} ids outside the vocabulary of 0..{vocab_size - 1}: {listing(wrong, 5)}"
+        )
+    return [operator.index(token) for token in ids]
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    try:
+        return 0 <= operator.index(token) < vocab_size
+    except TypeError:
+        return False
+
+
+def _keys(seeds: list[Any]) -> jax.Array:
     """Threefry keys of 64-bit seeds, which JAX itself would truncate to 32 bits."""
-    return jnp.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], jnp.uint32)
-
-
-def choose(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The next token of each row, at `position_B`, and its log-probability under the untempered distribution."""
-    token_B = jax.lax.cond(
-        knobs.temperature > 0, _draw, lambda _, logit_BV, __: jnp.argmax(logit_BV, axis=-1), knobs, logit_BV, position_B
-    ).astype(jnp.int32)
-    logprob_BV = jax.nn.log_softmax(logit_BV, axis=-1)
-    return token_B, jnp.take_along_axis(logprob_BV, token_B[:, None], axis=-1)[:, 0]
-
-
-def _draw(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
-    logit_BV = truncate(logit_BV / knobs.temperature, knobs.top_k, knobs.top_p)
-    key_B = jax.vmap(jax.random.fold_in)(knobs.key_B, position_B)
-    return jax.vmap(jax.random.categorical)(key_B, logit_BV)
-
-
-def truncate(logit_BV: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """-inf for every logit outside the top k, then for those outside the top p of what is left."""
-    one_BV = jnp.ones_like(logit_BV)
-    kept_BV = logit_BV >= _smallest_kept(logit_BV, one_BV, top_k.astype(jnp.float32))
-    logit_BV = jnp.where(kept_BV, logit_BV, -jnp.inf)
-    probability_BV = jax.nn.softmax(logit_BV, axis=-1)
-    kept_BV = (logit_BV >= _smallest_kept(logit_BV, probability_BV, top_p)) | (top_p >= 1)
-    return jnp.where(kept_BV, logit_BV, -jnp.inf)
-
-
-def _smallest_kept(logit_BV: jax.Array, weight_BV: jax.Array, target: jax.Array) -> jax.Array:
-    """[B, 1]: the largest logit such that those not below it weigh at least `target` in sum."""
-    rank_BV = _ordered(logit_BV)
-    low_B1 = jnp.full((*logit_BV.shape[:-1], 1), np.iinfo(np.uint32).min, jnp.uint32)
-
-    def halve(bit, low_B1):
-        middle_B1 = low_B1 | (jnp.uint32(1) << (31 - bit).astype(jnp.uint32))
-        weight_B1 = jnp.sum(jnp.where(rank_BV >= middle_B1, weight_BV, 0), axis=-1, keepdims=True)
-        return jnp.where(weight_B1 >= target, middle_B1, low_B1)
-
-    low_B1 = jax.lax.fori_loop(0, 32, halve, low_B1)
-    return jnp.min(jnp.where(rank_BV >= low_B1, logit_BV, jnp.inf), axis=-1, keepdims=True)
-
-
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 values."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
+    return jax.device_put(np.asarray([[seed >> 32, seed & 0xFFFFFFFF] for seed in seeds], np.uint32))

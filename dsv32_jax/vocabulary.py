@@ -9,11 +9,14 @@ from .errors import CheckpointError
 LARGEST_FILE = 64 << 20
 
 
-def check(folder: Path, cfg: Config) -> None:
-    """Compare the ids of `folder`/tokenizer.json, where there is one, with the config. Raises CheckpointError."""
+def check(folder: Path, cfg: Config) -> int | None:
+    """Compare the ids of `folder`/tokenizer.json, where there is one, with the config. Raises CheckpointError.
+
+    Returns how many ids it has, counted up to the largest; None without a tokenizer.
+    """
     file = folder / "tokenizer.json"
     if not file.exists():
-        return
+        return None
     if file.stat().st_size > LARGEST_FILE:
         raise CheckpointError(f"{file} has {file.stat().st_size} bytes; no tokenizer is larger than {LARGEST_FILE}")
     try:
@@ -36,3 +39,4 @@ def check(folder: Path, cfg: Config) -> None:
             f"{file} does not belong to this model: {'; '.join(problems)}. Put the same checkpoint's tokenizer.json "
             "there, or remove it to use token ids only"
         )
+    return largest + 1

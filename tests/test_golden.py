@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import dsv32_jax as ds
-from dsv32_jax import quantize
+from dsv32_jax import cache, quantize
 from dsv32_jax.formats import dequantize
 from dsv32_jax.layout import leaves
 from dsv32_jax.ops import hadamard, rms_norm
@@ -41,7 +41,7 @@ NOT_COMPARED = {
     r"mtp\.block_out": "the stream before the norm, which the MTP layer does not hand out; its logits are compared",
     r"mtp\.logits_pos0_embed_zeroed": "a variant of another engine",
     r"nvfp4\.dequant\..*": "the exact bytes and all probes are compared",
-    r"fp8sim\..*": "the FP8 cache does not exist yet",
+    r"fp8sim\..*": "inside of FP8 products, which are not computed here; logits are compared",
 }
 
 # ------------------------------------------------------------------------------------------------------------ weights
@@ -206,6 +206,31 @@ def test_mtp(case):
             case.close(f"MTP {name}", got, case[f"mtp.{name}"], GATES if name == "gate_weights" else HIDDEN)
 
 
+@having("mtp.draft_ids")
+def test_speculation(case):
+    """The golden continuation again, in as many steps as the golden drafts that are right allow."""
+    chosen, drafted = case["decode.gen_ids"], case["mtp.draft_ids"]
+    count = chosen.shape[1]
+    result = ds.generate(case.model, case.ids.tolist(), max_new_tokens=count, draft=1, stop_token_ids=())
+    assert result.tokens == chosen.tolist()
+    steps = 0
+    for row, drafts in zip(chosen, drafted, strict=True):
+        made = 1
+        while made < count:
+            made += 2 if drafts[made - 1] == row[made] else 1
+            steps += 1
+    right = int((drafted[:, :-1] == chosen[:, 1:]).sum())
+    case.record("drafts that are right", right)
+    assert result.stats.steps == steps and result.stats.new_tokens == 2 * count
+
+
+@having("mtp.draft_ids")
+def test_longer_drafts(case):
+    """Three tokens drafted at once change nothing but the number of steps."""
+    result = ds.generate(case.model, case.ids.tolist(), max_new_tokens=case["decode.gen_ids"].shape[1], draft=3)
+    assert result.tokens == case["decode.gen_ids"].tolist()
+
+
 def test_mtp_is_there_where_the_checkpoint_has_it(case):
     """A config may announce a layer that the file lacks; a file that has it gives the model one."""
     layer = f"model.layers.{case.cfg.num_hidden_layers}."
@@ -267,6 +292,24 @@ def test_bfloat16(case):
 
 
 test_bfloat16.needs = lambda folder: folder.name != "p1_sparse_yarn"  # chaotic in bfloat16, the reference as well
+
+
+def test_fp8_cache(case):
+    """With latents and index keys cached in FP8: the medians that an FP8 engine is allowed."""
+    model = ds.load(case.converted, dtype=jnp.bfloat16)
+    empty = cache.empty(model.cfg, *case.ids.shape, jnp.float8_e4m3fn)
+    out = ds.forward(model, case.ids, cache=empty)
+    assert out.cache.layers[0].c_kv_BSC.values.dtype == jnp.float8_e4m3fn
+    off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
+    assert case.record("FP8 cache logits (median)", np.median(off)) <= 1.5
+    first = np.asarray(out.seen[1].x_BTD)
+    assert case.record("FP8 cache hidden.1 (median rel.)", np.median(relative(first, case["hidden.1"]))) <= 0.06
+    if "fp8sim.logits" in case.tensors:
+        median = np.median(np.abs(np.asarray(out.logits) - case["fp8sim.logits"]).max(axis=-1))
+        assert case.record("FP8 cache, fp8sim logits (median)", median) <= 1.5
+
+
+test_fp8_cache.needs = test_bfloat16.needs
 
 
 def relative(got: np.ndarray, want: np.ndarray) -> np.ndarray:

@@ -13,26 +13,34 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors storage.chunks compilation bench.measure",
+    "errors host storage.chunks compilation bench.measure",
     "yarn quantize storage.arrays storage.bands",
     "config quantize_search",
-    "layout vocabulary",
-    "storage.passport storage.pieces random_checkpoint",
+    "layout vocabulary chat.template chat.faults chat.stops",
+    "chat.messages chat.byte_level",
+    "chat.dialogue chat.parsing chat.tokenizer_file",
+    "chat.encoding chat.lenient chat.tokenizer",
+    "chat.detokenizer chat.prompts",
+    "chat.conversation",
+    "storage.passport storage.pieces storage.orbax_habits random_checkpoint",
     "storage.manifest_text formats",
     "storage.manifest",
     "storage.integrity storage.store",
-    "ops random_weights",
+    "ops random_weights fp8_rows choice",
     "sharding cache",
     "mla indexer experts",
     "moe",
     "attention",
     "block",
-    "mtp checks",
+    "mtp checks memory",
     "model",
-    "sampling checkpoint",
-    "request",
-    "generation",
-    "bench.load bench.layer bench.quantize demo",
+    "sampling checkpoint decoding diagnosis",
+    "speculation request transcript result",
+    "batch session_file",
+    "run scoring",
+    "generation sessions",
+    "bench.load bench.layer bench.quantize bench.wide_source demo",
+    "bench.convert",
     "cli",
     "__main__",
 )
@@ -41,8 +49,9 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 WITHOUT_JAX = (
-    "errors config quantize layout vocabulary quantize_search random_checkpoint cli demo storage.chunks storage.arrays "
-    "storage.bands storage.passport storage.pieces storage.manifest storage.integrity bench.measure bench.quantize"
+    "errors host config quantize layout vocabulary quantize_search random_checkpoint cli demo chat "
+    "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity bench.measure bench.quantize "
+    "chat.encoding chat.parsing chat.tokenizer chat.conversation"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 
@@ -51,7 +60,7 @@ CONVERT_MAY_IMPORT = {
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"cli", "demo", "bench.layer", "bench.load"}
+ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert"}
 """Where the library calls `convert` and reads `configs`."""
 
 

@@ -1,5 +1,6 @@
 """Every array's name tells its axes, in every function of the model."""
 
+import dataclasses
 import functools
 import importlib
 from pathlib import Path
@@ -9,20 +10,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import dsv32_jax
-from dsv32_jax import cache, checks, generation, model, sampling
+import dsv32_jax as ds
+from dsv32_jax import cache, checks, decoding, indexer, model, sampling, scoring, speculation
+from dsv32_jax import request as request_of
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
-MODULES = "ops cache mla indexer experts moe attention block mtp model sampling request generation checks".split()
+MODULES = (
+    "ops cache mla indexer experts moe attention block mtp model checks choice sampling decoding speculation "
+    "request batch scoring"
+).split()
 
 
 @pytest.fixture(scope="module")
-def watching(tiny):
+def watching(tiny, tmp_path_factory):
     """What the check saw while every public function was traced, nothing being compiled but the host's own code."""
     with watched(tiny.dims) as shapes:
         _trace(tiny)
-        _run(tiny)
+        _run(tiny, tmp_path_factory.mktemp("names"))
     return shapes
 
 
@@ -36,11 +41,26 @@ def _trace(cfg) -> None:
         jax.eval_shape(_forward, weights, tokens_BT, empty, jax.ShapeDtypeStruct((batch,), jnp.int32))
         h_BTD = jax.ShapeDtypeStruct((batch, count, cfg.hidden_size), jnp.float32)
         jax.eval_shape(_draft, weights, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
-    knobs = sampling.knobs(sampling.Sampling(temperature=1.0), 11, cfg.vocab_size)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(indexer, "KEYS", 8)
+        _trace_generation(cfg, weights)
+
+
+def _trace_generation(cfg, weights) -> None:
+    """Prefill, scoring, and decoding with and without drafts."""
+    request = request_of.plan(weights, [[5, 6, 7]] * 11, sampling.Sampling(temperature=1.0), draft=3, top_logprobs=4)
+    task = request_of.task(weights, request, range(11), 11)
     tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
-    prefill = functools.partial(generation.prefill, slots=9, capacity=37)
-    state = jax.eval_shape(prefill, weights, knobs, tokens_BT, count_B, jax.ShapeDtypeStruct((), jnp.int32))
-    jax.eval_shape(generation.decode, weights, knobs, state)
+    in_prompt_BV = jax.ShapeDtypeStruct((11, cfg.vocab_size), bool)
+    for drafts, dtype, step in ((0, jnp.float8_e4m3fn, decoding.step), (3, jnp.float32, speculation.step)):
+        blank = functools.partial(decoding.blank, cfg, np.dtype(jnp.float32), 11, 37, np.dtype(dtype), drafts)
+        context = jax.eval_shape(decoding.read, weights, jax.eval_shape(blank), tokens_BT, tokens_BT, count_B)
+        context = jax.eval_shape(decoding.spread, context, jax.ShapeDtypeStruct((11,), jnp.int32))
+        begin = functools.partial(decoding.begin, slots=9, width=4, drafts=drafts)
+        state = jax.eval_shape(begin, weights, task, context, in_prompt_BV)
+        state = jax.eval_shape(functools.partial(decoding.decode, step), weights, task, state, 5)
+        jax.eval_shape(lambda state: decoding.rewound(decoding.resumed(weights, state), 3), state)
+        jax.eval_shape(functools.partial(scoring.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
 
 
 def _forward(weights, tokens_BT, filled, count_B):
@@ -52,11 +72,16 @@ def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
     return weights.mtp.logits(h_BTD), layer_cache, seen
 
 
-def _run(cfg) -> None:
+def _run(cfg, folder) -> None:
     """What works on numbers rather than on shapes."""
     assert checks.capacity(5, np.array([3, 2])) == 5
     checks.room(cache.empty(cfg, 2, 5, jnp.float32), checks.counts(np.array([3, 2]), 2, 3))
-    assert generation.plan(models.abstract(cfg), [[5, 6, 7], [8]], 4, None, None).arguments[1].shape[0] == 2
+    one_row = dataclasses.replace(cfg, num_hidden_layers=1, num_nextn_predict_layers=0)
+    session = ds.session(models.random_model(one_row), capacity=32)
+    session.generate([5, 6, 7], max_new_tokens=2)
+    session.save(folder / "session")
+    assert ds.load_session(session.model, folder / "session").tokens == session.tokens
+    ds.score(session.model, [[5, 6, 7]])
 
 
 def test_names_tell_the_truth(watching):
@@ -75,7 +100,7 @@ def test_every_function_was_watched(watching, name):
 
 def test_other_modules_have_no_suffixed_names():
     """A module with suffixed names is on the list above."""
-    folder = Path(dsv32_jax.__file__).parent
+    folder = Path(ds.__file__).parent
     names = {".".join(file.relative_to(folder).with_suffix("").parts) for file in folder.rglob("*.py")}
     others = {name for name in names if not name.endswith(("__init__", "__main__"))} - set(MODULES)
     named = {name for name in others if suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))}

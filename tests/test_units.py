@@ -1,28 +1,30 @@
 """Operators at the real sizes, and NVFP4 as the real tools write it.
 
-The vectors of what does not exist yet are LATER; `test_no_vector_is_forgotten` holds the list to that.
+`test_no_vector_is_forgotten` holds the lists of vectors to what is there.
 """
 
 import dataclasses
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dsv32_jax import mla, ops, quantize
+from dsv32_jax import cache, fp8_rows, mla, ops, quantize
 from dsv32_jax.cache import LayerCache
 from dsv32_jax.formats import NVFP4, dequantize, quantize_nvfp4
 from dsv32_jax.indexer import index_scores, select, select_all
 from dsv32_jax.moe import gate
 
-LATER = tuple(
-    "actq. gemm. kv.dequant_float kv.latent kv.packed kv.pe index.k_pages index.weights_folded mla.lse".split()
-)
-"""FP8 activations, FP8 products and packed caches; and the log-sum-exp, which attention does not return."""
+OTHERS = tuple("actq.float gemm. kv.dequant_float kv.packed_float index.weights_folded mla.lse".split())
+"""FP8 products, scales that are no powers of two, and the log-sum-exp: other engines' choices, not computed here."""
 
 USED = (
+    "actq.in_bf16 actq.ue8m0.q_u8 actq.ue8m0.scale kv.latent_bf16 kv.packed_ue8m0_u8 kv.pe_bf16 index.k_pages_u8 "
     "gate.bias gate.ids gate.logits gate.weights hadamard.in_bf16 hadamard.out_bf16 index.k_bf16 index.k_fp8_u8 "
     "index.k_scale index.q_bf16 index.q_fp8_u8 index.q_scale index.score_f32 index.top64 index.top64_margin "
     "index.weights_proj_out_f32 kv.dequant_ue8m0_bf16 mla.indices mla.out_f32 mla.q_bf16 rope.interleaved "
@@ -33,8 +35,8 @@ USED = (
 
 
 def test_no_vector_is_forgotten(units):
-    """Every vector is compared below or belongs to what does not exist yet."""
-    assert {name for name in units if not name.startswith(LATER)} == set(USED)
+    """Every vector is compared below or is of something that this code does not compute."""
+    assert {name for name in units if not name.startswith(OTHERS)} == set(USED)
 
 
 def test_yarn_table(units, real):
@@ -146,6 +148,52 @@ def test_index_inputs_of_the_reference(units):
         exact = np.asarray(ops.hadamard(jnp.asarray(units[f"index.{name}_bf16"])), np.float32)
         stored = _fp8(units, f"index.{name}_fp8_u8") * units[f"index.{name}_scale"][..., None]
         assert np.linalg.norm(stored - exact) < 0.04 * np.linalg.norm(exact)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
+def test_fp8_rows(units, compiled):
+    """Values and scales of the reference's activation quantizer: zeros, 448 and 449, tiny and huge rows."""
+    quantize_rows = jax.jit(fp8_rows.quantize) if compiled else fp8_rows.quantize
+    got = quantize_rows(jnp.asarray(units["actq.in_bf16"]))
+    np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), units["actq.ue8m0.q_u8"])
+    np.testing.assert_array_equal(got.scale, units["actq.ue8m0.scale"])
+
+
+def test_fp8_cache_bytes(units, real):
+    """The cache of a layer holds byte for byte FlashMLA's 656 a token and DeepGEMM's pages of index keys."""
+    count = len(units["kv.latent_bf16"])
+    empty = cache.empty_layer(real, 1, count, jnp.float8_e4m3fn)
+    position = jnp.arange(count)[None]
+    latent, rotated = (jnp.asarray(units[name])[None] for name in ("kv.latent_bf16", "kv.pe_bf16"))
+    filled = empty.write(position, latent, rotated, jnp.zeros((1, count, 128), jnp.bfloat16))
+    parts = (filled.c_kv_BSC.values, filled.c_kv_BSC.scale, filled.k_r_BSR)
+    packed = np.concatenate([np.ascontiguousarray(part[0]).view(np.uint8) for part in parts], axis=1)
+    np.testing.assert_array_equal(packed, units["kv.packed_ue8m0_u8"])
+    read = np.concatenate([np.asarray(part[0]) for part in filled.latents(jnp.bfloat16)], axis=1)
+    np.testing.assert_array_equal(read.view(np.uint16), units["kv.dequant_ue8m0_bf16"].view(np.uint16))
+    some = jnp.asarray([[[5, 129, 0]]])
+    np.testing.assert_array_equal(filled.latents_at(some, jnp.bfloat16)[0][0, 0], read[[5, 129, 0], :512])
+
+    keys = ops.hadamard(jnp.asarray(units["index.k_bf16"]))
+    page = 64
+    stored = cache.empty_layer(real, 1, len(keys), jnp.float8_e4m3fn)
+    zeros = jnp.zeros((1, len(keys), 512), jnp.bfloat16)
+    stored = stored.write(jnp.arange(len(keys))[None], zeros, zeros[..., :64], keys[None]).k_index_BSJ
+    values, scales = (np.asarray(part[0]).reshape(-1, page * part.shape[-1]) for part in (stored.values, stored.scale))
+    pages = np.concatenate([values.view(np.uint8), scales.view(np.uint8)], axis=1)
+    np.testing.assert_array_equal(pages, units["index.k_pages_u8"])
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=1, max_size=300))
+def test_fp8_rows_of_anything(numbers):
+    """Within half a step of E4M3 of the value, relative to the tile's largest; never infinite, never not a number."""
+    x = np.array(numbers, np.float32)
+    tiles = [x[i : i + 128] for i in range(0, len(x), 128)]
+    got = np.asarray(fp8_rows.read(fp8_rows.quantize(jnp.asarray(x)), jnp.float32))
+    for tile, back in zip(tiles, [got[i : i + 128] for i in range(0, len(x), 128)], strict=True):
+        largest = max(float(np.abs(tile).max()), fp8_rows.SMALLEST_AMAX)
+        step = np.maximum(np.abs(tile.astype(np.float64)) / 16, largest / 448 * 2**-9)
+        assert (np.abs(back - tile.astype(np.float64)) <= step * 1.01).all()
 
 
 def _fp8(units, name: str) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError, StorageError
@@ -78,13 +79,18 @@ class Arrays:
     def slab_rows(self, key: Key) -> int:
         """How many rows of the first axis a slab has."""
         info = self.stored[key]
-        row = math.prod(info.shape[1:]) * np.dtype(_numpy(info.dtype)).itemsize
+        row = math.prod(info.shape[1:]) * dtype_of(info.dtype).itemsize
         return info.chunk[0] * max(1, SLAB_BYTES // max(1, row * info.chunk[0]))
 
 
 def raw(array: np.ndarray) -> memoryview:
     """The bytes of `array` in C order; a copy only where they do not lie so."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def dtype_of(dtype: Any) -> np.dtype:
+    """The NumPy dtype of a name, which NumPy alone knows of few, or of what already is one."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype)
 
 
 def parts(folder: Path) -> list[str]:
@@ -124,12 +130,6 @@ def _open(part: Path, key: Key):
 
 def _kvstore(part: Path) -> dict[str, Any]:
     return {"driver": "ocdbt", "base": {"driver": "file", "path": f"{part / STATE}/"}}
-
-
-def _numpy(name: str) -> Any:
-    import ml_dtypes
-
-    return getattr(ml_dtypes, name, name)
 
 
 def _first_line(error: BaseException) -> str:

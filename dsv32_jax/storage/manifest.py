@@ -6,6 +6,7 @@ A folder with a manifest is complete; one without is unfinished or something els
 import dataclasses
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,9 @@ from .manifest_text import problems, sealed
 from .passport import Passport
 
 FILE = "manifest.json"
+LARGEST = 1 << 30
+"""Bytes of a manifest that are read; that of the real model in NVFP4 has about 40 MB."""
+
 JOURNAL = "journal.jsonl"
 """What a conversion in progress has done so far (`convert` writes it and removes it when the manifest stands)."""
 
@@ -70,6 +74,9 @@ class Manifest:
         """The manifest of the converted checkpoint `folder`. Raises CheckpointError that says what the folder is."""
         file = Path(folder) / FILE
         try:
+            status = file.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
+                raise ValueError(f"not a regular file of at most {LARGEST} bytes")
             raw = json.loads(file.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(_absent(Path(folder))) from None

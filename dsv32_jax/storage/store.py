@@ -1,4 +1,4 @@
-"""Arrays on disk: the only file that knows Orbax.
+"""Arrays on disk: this file and `orbax_habits` are the only ones that know Orbax.
 
 FOLDER/weights holds one Orbax checkpoint for each part (a group of consecutive leaves), a nested dict of arrays keyed
 by the pieces of the leaf's path and the component's name: {"layers": {"3": {"mla": {"w_uq_HNQ": {"codes": ...}}}}}.
@@ -7,24 +7,21 @@ one growing Orbax checkpoint rises with the square of what is already there (60 
 first, 1.7 s for the fiftieth, 17 s to finalize; as parts: 80 ms each).
 """
 
-import contextlib
-import logging
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from orbax.checkpoint import v1 as ocp
-from orbax.checkpoint._src.arrays import subchunking
-from orbax.checkpoint._src.serialization.type_handlers import NumpyHandler
 
 from ..errors import CheckpointError, listing, writing_failed
-from . import bands, chunks
-from .arrays import FOLDER, UNFINISHED, Key, parts
+from . import chunks
+from .arrays import FOLDER, UNFINISHED, Arrays, Key, dtype_of
 from .manifest import sync_folder
+from .orbax_habits import chunk_shapes_as_given, quiet, written_in_bands
 
 Piece = Callable[[Key, tuple[int, ...]], tuple[int, ...]]
 """The shape of what one device holds of the array of that key and shape."""
@@ -73,7 +70,7 @@ class Writer:
         try:
             if target.exists():
                 shutil.rmtree(target)
-            with _quiet(), _chunk_shapes_as_given(), _written_in_bands(), context:
+            with quiet(), chunk_shapes_as_given(), written_in_bands(), context:
                 ocp.save(str(target), _nested(group))
             _sync(target)
         except (OSError, ValueError) as error:
@@ -93,16 +90,18 @@ class Writer:
 
 
 class Reader:
-    """Reads arrays from FOLDER/weights, each straight into its target sharding."""
+    """Reads arrays from FOLDER/weights, each straight into its target sharding.
+
+    What is there is asked of TensorStore: of a part it tells in 1 ms, Orbax in 25. Raises CheckpointError where a part
+    cannot be read.
+    """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).absolute() / FOLDER
-        self.stored: dict[Key, jax.ShapeDtypeStruct] = {}
-        self.part: dict[Key, str] = {}
-        for part in parts(self.folder):
-            for key, array in _contents(self.folder / part).items():
-                self.stored[key] = array
-                self.part[key] = part
+        arrays = Arrays(folder)
+        self.folder, self.stored = arrays.folder, arrays.stored
+        if arrays.problems:
+            found = listing(f"{part} ({why})" for part, why in sorted(arrays.problems.items()))
+            raise CheckpointError(f"{self.folder} is damaged or cannot be read: {found}")
 
     def read(self, items: Mapping[Key, jax.ShapeDtypeStruct | None]) -> dict[Key, jax.Array]:
         """The arrays of `items`, and nothing else, in the shardings given (None, or none given: one device).
@@ -111,8 +110,8 @@ class Reader:
         """
         self._check(items)
         found: dict[Key, jax.Array] = {}
-        for part in sorted({self.part[key] for key in items}):
-            targets = {key: self._target(key, items[key]) for key in items if self.part[key] == part}
+        for part in sorted({self.stored[key].part for key in items}):
+            targets = {key: self._target(key, items[key]) for key in items if self.stored[key].part == part}
             found |= _load(self.folder / part, targets)
         return {key: found[key] for key in items}
 
@@ -135,7 +134,7 @@ class Reader:
         sharding = None if expected is None else expected.sharding
         if sharding is None:
             sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-        return jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(stored.shape, dtype_of(stored.dtype), sharding=sharding)
 
 
 def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key, jax.Array]:
@@ -143,22 +142,10 @@ def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
-        with _quiet(), context:
+        with quiet(), context:
             return _flat(ocp.load(str(folder), _nested(targets)))
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
-
-
-def _contents(folder: Path) -> dict[Key, jax.ShapeDtypeStruct]:
-    """Shape and dtype of every array of one part."""
-    try:
-        with _quiet():
-            tree = ocp.metadata(str(folder)).metadata
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
-    if not isinstance(tree, Mapping):
-        raise CheckpointError(f"{folder} is damaged: it has no metadata. Convert again")
-    return {key: jax.ShapeDtypeStruct(array.shape, array.dtype) for key, array in _flat(tree).items()}
 
 
 def _nested(group: Mapping[Key, Any]) -> dict[str, Any]:
@@ -187,58 +174,9 @@ def _sync(folder: Path) -> None:
     sync_folder(folder.parent)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Orbax tells every step through absl's logger; errors still pass."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
-def _chunk_shapes_as_given() -> Iterator[None]:
-    """Orbax derives the shape of chunks from a size in bytes and axes to cut; here the "axes" are the shape itself."""
-    derived = subchunking.choose_chunk_shape
-    subchunking.choose_chunk_shape = lambda *_, shard_axes, **__: shard_axes
-    try:
-        yield
-    finally:
-        subchunking.choose_chunk_shape = derived
-
-
-@contextlib.contextmanager
-def _written_in_bands() -> Iterator[None]:
-    """Orbax hands whole arrays to TensorStore, which copies each before it writes the first byte of it."""
-    whole_arrays = NumpyHandler._open_and_write
-    write = bands.writer()
-
-    async def in_bands(self: NumpyHandler, value: np.ndarray, tspec: dict[str, Any], ts_context: Any) -> None:
-        await write(value, _values_apart(tspec), ts_context)
-
-    NumpyHandler._open_and_write = in_bands
-    try:
-        yield
-    finally:
-        NumpyHandler._open_and_write = whole_arrays
-
-
-def _values_apart(spec: dict[str, Any]) -> dict[str, Any]:
-    """`spec` with the nodes of OCDBT's tree in files of their own, named as Orbax names them.
-
-    Otherwise outdated nodes lie among the values, where no SHA-256 of an array and none of a small file covers them.
-    """
-    nodes = ("btree_node_data_prefix", "version_tree_node_data_prefix")
-    prefixes = {"value_data_prefix": "ocdbt_data/", **dict.fromkeys(nodes, "ocdbt_meta/")}
-    return {**spec, "kvstore": {**spec["kvstore"], **prefixes}}
-
-
 def _name(key: Key) -> str:
     return f"{key[0]}.{key[1]}"
 
 
 def _text(array: Any) -> str:
-    return f"{np.dtype(array.dtype).name} {list(array.shape)}"
+    return f"{dtype_of(array.dtype).name} {list(array.shape)}"

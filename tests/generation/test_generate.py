@@ -1,21 +1,24 @@
 """Generation: what comes out, when it stops, what it compiles, and what it refuses."""
 
+import asyncio
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
+import configs
 import convert
 import dsv32_jax as ds
-from dsv32_jax import random_checkpoint, sampling
+from dsv32_jax import indexer, memory, random_checkpoint, request
+from dsv32_jax.batch import Batch
 from dsv32_jax.compilation import metered
-from dsv32_jax.errors import CheckpointError, DsvError, UsageError
-from dsv32_jax.request import bucket
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
+from dsv32_jax.request import bucket, plan
 from tests import models
 
 NEW = 12
@@ -158,63 +161,9 @@ def test_stats(greedy):
     """Tokens are counted as they are, and rates follow from them."""
     stats = greedy.stats
     assert (stats.prompt_tokens, stats.new_tokens, stats.rows) == (23, sum(map(len, greedy.tokens)), 3)
-    assert stats.capacity == 32 and stats.compiles == 2 and stats.compile_seconds > 0
+    assert stats.capacity == 32 and stats.compiles == 4 and stats.compile_seconds > 0
     assert stats.prefill_tokens_per_second == stats.prompt_tokens / stats.prefill_seconds
     assert stats.decode_tokens_per_second == (stats.new_tokens - 3) / stats.decode_seconds
-
-
-# ----------------------------------------------------------------------------------------------------------- sampling
-
-VOCABULARY = 12
-
-
-def oracle(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
-    """Which logits are kept: those not below the k-th, then those not below the one that completes p."""
-    kept = logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
-    if top_p >= 1:
-        return kept
-    weights = np.where(kept, np.exp((logits - logits.max()).astype(np.float64)), 0)
-    weights /= weights.sum()
-    for smallest in np.unique(logits[kept])[::-1]:
-        if weights[logits >= smallest].sum() >= top_p:
-            return kept & (logits >= smallest)
-    return kept
-
-
-_truncate = jax.jit(sampling.truncate)
-
-
-@given(
-    st.lists(st.floats(-20, 20, width=32), min_size=VOCABULARY, max_size=VOCABULARY),
-    st.integers(1, VOCABULARY),
-    st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.77, 0.9, 1.0]),
-)
-def test_truncation(logits, top_k, top_p):
-    """top_k and top_p keep what a sort in float64 keeps, wherever the sum is not within rounding of p."""
-    logits = np.array([logits, logits[::-1]], np.float32)
-    got = np.asarray(_truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(top_p)))
-    for row, kept in zip(logits, np.isfinite(got), strict=True):
-        bounds = [oracle(row, top_k, p) for p in (max(top_p - 1e-5, 1e-9), min(top_p + 1e-5, 0.99999 + (top_p == 1)))]
-        assert (bounds[0] <= kept).all() and (kept <= bounds[1] | bounds[0]).all(), (row, kept)
-    np.testing.assert_array_equal(got[np.isfinite(got)], logits[np.isfinite(got)])
-
-
-@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=VOCABULARY, max_size=VOCABULARY), st.integers(1, 12))
-def test_truncation_keeps_all_that_tie(logits, top_k):
-    """Equal logits are kept or dropped together, by top_k as by a tiny top_p."""
-    logits = np.array([logits, logits[::-1]], np.float32)
-    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(top_k), jnp.float32(1)))
-    np.testing.assert_array_equal(got, [oracle(row, top_k, 1.0) for row in logits])
-    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(VOCABULARY), jnp.float32(1e-6)))
-    np.testing.assert_array_equal(got, logits == logits.max())
-
-
-@pytest.mark.parametrize("extreme", [3e38, 1e-36, 0.0])
-def test_truncation_of_extreme_logits(extreme):
-    """Any normal float32 can be the smallest that is kept."""
-    logits = np.linspace(-1, 1, VOCABULARY, dtype=np.float32)[None].repeat(2, 0) * np.float32(extreme)
-    got = np.isfinite(_truncate(jnp.asarray(logits), jnp.int32(3), jnp.float32(1)))
-    np.testing.assert_array_equal(got, [oracle(row, 3, 1.0) for row in logits])
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 1}, {"top_p": 1e-6}, {"temperature": 1e-6}], ids=str)
@@ -224,28 +173,153 @@ def test_narrowest_settings_are_greedy(model, greedy, settings):
     assert ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings).tokens == greedy.tokens
 
 
-def test_temperature_zero_is_greedy_without_division(model):
-    """No infinity, no NaN, whatever the logits; and the lowest id of those that tie."""
-    logits = jnp.asarray([[1e30, -1e30, 0.0, 1e30], [0.0, 0.0, 0.0, 0.0], [-1e-30, 0.0, 1e-30, 0.0]])
-    knobs = sampling.knobs(ds.Sampling(top_k=2, top_p=0.5), 3, 4)
-    tokens, logprobs = jax.jit(sampling.choose)(knobs, logits, jnp.zeros(3, jnp.int32))
-    assert tokens.tolist() == [0, 0, 2] and np.isfinite(logprobs).all()
+# ------------------------------------------------------------------------------------------------------------ options
 
 
-def test_frequencies():
-    """Drawn tokens are as frequent as the truncated, tempered distribution says."""
-    rows, logits = 20_000, np.array([2.0, 1.5, 1.0, 0.0, -1.0, 3.0], np.float32)
-    settings = ds.Sampling(temperature=2.0, top_k=5, top_p=0.9, seed=range(rows))
-    knobs = sampling.knobs(settings, rows, 6)
-    batch = jnp.broadcast_to(jnp.asarray(logits), (rows, 6))
-    tokens, logprobs = jax.jit(sampling.choose)(knobs, batch, jnp.full(rows, 7, jnp.int32))
-    kept = oracle(logits / 2, 5, 0.9)
-    weights = np.where(kept, np.exp(logits / 2), 0)
-    expected = rows * weights / weights.sum()
-    counts = np.bincount(tokens, minlength=6)
-    assert kept.sum() == 4 and (counts[~kept] == 0).all()
-    assert (((counts - expected)[kept] ** 2) / expected[kept]).sum() < 20
-    np.testing.assert_allclose(logprobs, np.asarray(jax.nn.log_softmax(logits))[tokens], atol=1e-6)
+def test_several_continuations(model):
+    """The prompt is read once; the i-th continuation is what seed + i gives alone."""
+    hot = ds.Sampling(temperature=1.5, seed=20)
+    three = ds.generate(model, PROMPTS[:2], max_new_tokens=NEW, sampling=hot, n=3)
+    assert three.stats.prompt_tokens == sum(map(len, PROMPTS[:2])) and three.stats.rows == 6
+    for row in range(6):
+        own = dataclasses.replace(hot, seed=20 + row % 3)
+        alone = ds.generate(model, [PROMPTS[row // 3]], max_new_tokens=NEW, sampling=own)
+        assert alone.tokens[0] == three.tokens[row]
+
+
+def test_more_prompts_than_fit_at_once(model, greedy, drawn):
+    """In groups of one or two, of prompts alike in length, the results are in the prompts' order."""
+    for size in (1, 2):
+        grouped = ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=HOT, batch_size=size)
+        assert grouped.tokens == drawn.tokens and grouped.finish_reason == drawn.finish_reason
+    assert ds.generate(model, PROMPTS, max_new_tokens=NEW, batch_size=2).tokens == greedy.tokens
+
+
+def test_a_cache_that_does_not_fit(model, monkeypatch):
+    """Known before anything is allocated; where only some rows fit, they go one group after the other."""
+    one = memory.row_bytes(model.cfg, 32, np.dtype(np.float32), 0)
+    monkeypatch.setattr(memory, "available", lambda: int(one * 2.6))
+    assert plan(model, PROMPTS, max_new_tokens=NEW).groups == [[1, 0], [2]]
+    monkeypatch.setattr(memory, "available", lambda: one)
+    refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=NEW), CapacityError, "1 rows of 32", "free", "fp8")
+    refused(lambda: ds.session(model, capacity=4096), CapacityError, "4096")
+
+
+def test_end_tokens_of_ones_own(model, greedy):
+    """stop_token_ids end a row like the model's own; min_new_tokens keeps all of them away until then."""
+    row = next(tokens for tokens in greedy.tokens if len(tokens) == NEW)
+    prompt = PROMPTS[greedy.tokens.index(row)]
+    ended = ds.generate(model, [prompt], max_new_tokens=NEW, stop_token_ids=[row[5]])
+    assert ended.tokens[0] == row[: row.index(row[5]) + 1] and ended.finish_reason == ["stop"]
+    later = ds.generate(model, [prompt], max_new_tokens=NEW, stop_token_ids=[row[2]], min_new_tokens=8)
+    assert len(later.tokens[0]) >= 9 or later.finish_reason == ["length"]
+    assert later.tokens[0][:2] == row[:2] and row[2] not in later.tokens[0][:8]
+
+
+def test_the_likeliest_tokens(model, greedy):
+    """As many as asked for, the best first, their log-probabilities those of a forward."""
+    got = ds.generate(model, PROMPTS, max_new_tokens=NEW, top_logprobs=3)
+    assert got.tokens == greedy.tokens and greedy.top_logprobs is None
+    for tokens, tops in zip(got.tokens, got.top_logprobs, strict=True):
+        assert [top[0][0] for top in tops] == tokens and all(len(top) == 3 for top in tops)
+    logits = ds.forward(model, [PROMPTS[2]]).logits[0, -1]
+    best = np.argsort(-np.asarray(logits))[:3]
+    assert [token for token, _ in got.top_logprobs[2][0]] == best.tolist()
+    np.testing.assert_allclose([p for _, p in got.top_logprobs[2][0]], jax.nn.log_softmax(logits)[best], atol=2e-5)
+
+
+def test_chunks_are_the_whole(model, greedy, monkeypatch):
+    """A prompt read four tokens at a time, rows ending in different chunks; progress is told after each."""
+    told = []
+    monkeypatch.setattr(request, "CHUNK", 4)
+    got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda done, total: told.append((done, total)))
+    assert got.tokens == greedy.tokens
+    assert told == [(11, 23), (18, 23), (22, 23), (23, 23)]
+
+
+def test_a_long_cache_is_scored_in_parts(tiny, monkeypatch):
+    """Slots scored eight at a time, the last part overlapping, as far as the queries see: forward as in one piece."""
+    cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
+    model, tokens = models.random_model(cfg), models.tokens(cfg, 3, 21)
+    whole = ds.forward(model, tokens, capacity=29)
+    monkeypatch.setattr(indexer, "KEYS", 8)
+    parts = ds.forward(model, tokens[:2], capacity=29)
+    np.testing.assert_allclose(parts.logits, whole.logits[:2], atol=1e-4)
+    np.testing.assert_array_equal(parts.seen[0].selected_BTk, whole.seen[0].selected_BTk[:2])
+    np.testing.assert_allclose(parts.seen[0].index_score_BTS, whole.seen[0].index_score_BTS[:2], atol=1e-4)
+
+
+def test_the_fp8_cache_is_close(model, greedy):
+    """The first token sees only its own prompt's rounding; the cache takes the bytes that the real one would."""
+    got = ds.generate(model, PROMPTS, max_new_tokens=1, cache_dtype="fp8", top_logprobs=20)
+    for tops, tokens in zip(got.top_logprobs, greedy.tokens, strict=True):
+        assert tokens[0] in [token for token, _ in tops[0]]
+    real = Config.from_json(configs.path("deepseek_v32"))
+    tokens = memory.row_bytes(real, 1024, np.dtype(jnp.float8_e4m3fn), 0) - real.vocab_size * memory.ROW_OF_VOCABULARY
+    assert tokens == 1024 * 61 * 788
+
+
+def test_ctrl_c_returns_what_is_there(model, greedy, monkeypatch):
+    """The rows made so far, "interrupted" where they had not ended; the handler is put back."""
+    advance = Batch.advance
+
+    def advance_and_press(self, steps=None):
+        advance(self, 3)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Batch, "advance", advance_and_press)
+    before = signal.getsignal(signal.SIGINT)
+    got = ds.generate(model, PROMPTS, max_new_tokens=NEW)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert got.tokens == [tokens[:4] for tokens in greedy.tokens] and got.finish_reason == ["interrupted"] * 3
+
+    monkeypatch.setattr(request, "CHUNK", 4)
+    got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda *_: signal.raise_signal(signal.SIGINT))
+    assert got.tokens == [[], [], []] and got.finish_reason == ["interrupted"] * 3
+
+
+def test_an_asynchronous_stream(model, greedy):
+    """The same tokens, and the event loop runs meanwhile."""
+
+    async def collect():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        tokens = [event.token async for event in ds.astream(model, PROMPTS[0], max_new_tokens=NEW)]
+        ticking.cancel()
+        return tokens, ticks
+
+    tokens, ticks = asyncio.run(collect())
+    assert tokens == greedy.tokens[0] and ticks > NEW
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"n": 0}, "n must be"),
+        ({"n": True}, "n must be"),
+        ({"top_logprobs": 21}, "top_logprobs must be a whole number from 0 to 20"),
+        ({"min_new_tokens": 5}, "min_new_tokens must be a whole number from 0 to 4"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"batch_size": 2, "n": 3}, "batch_size must be a whole number from 3"),
+        ({"stop_token_ids": [400]}, "stop_token_ids holds 1 ids"),
+        ({"cache_dtype": "int4"}, "cache_dtype must be"),
+        ({"stop": "x"}, "give the tokenizer"),
+        ({"sampling": ds.Sampling(allowed_ids=[1]), "min_new_tokens": 1}, "only tokens that end a row"),
+    ],
+    ids=str,
+)
+def test_wrong_options(model, options, said):
+    """Refused with the value and what is allowed, and nothing is compiled."""
+    refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=4, **options), UsageError, said)
+    with pytest.raises(UsageError, match="one row"):
+        ds.stream(model, PROMPTS[0], n=2)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
@@ -259,7 +333,7 @@ def test_fifty_lengths_share_three_buckets(tiny):
     buckets = {bucket(length) for length in lengths}
     assert buckets == {16, 32, 64}
     compiled = [ds.generate(model, [[5] * length], max_new_tokens=1 + length % 2).stats.compiles for length in lengths]
-    assert sum(compiled) <= 2 * len(buckets)
+    assert sum(compiled) <= 4 * len(buckets)
     assert [length for length, count in zip(lengths, compiled, strict=True) if count] == [1, 17, 33]
 
 
@@ -277,6 +351,23 @@ def test_changing_a_sampling_parameter_compiles_nothing(model, greedy):
             ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings)
         ds.generate(model, [[5], [6, 7], [8] * 16], max_new_tokens=16)
         ds.generate(model, PROMPTS, max_new_tokens=1)
+    assert compiled.count == 0
+
+
+def test_a_mixed_workload_compiles_nothing_after_warming_up(model):
+    """Lengths, batch sizes, continuations, samplings, ends: shapes are few, and once seen they are there."""
+    lengths, rng = (1, 3, 9, 16), np.random.default_rng(5)
+    for rows in (1, 2, 4):
+        ds.generate(model, [[5] * 16] * rows, max_new_tokens=12)
+    with metered() as compiled:
+        for rows in (1, 2, 3, 4, 3, 1):
+            prompts = [[7] * int(rng.choice(lengths)) for _ in range(rows)]
+            settings = ds.Sampling(
+                temperature=float(rng.uniform(0, 2)), top_k=int(rng.integers(0, 9)), min_p=0.1,
+                repetition_penalty=1.2, forbidden_ids=[3], logit_bias={4: 1.0}, seed=int(rng.integers(99)),
+            )  # fmt: skip
+            options = {"max_new_tokens": int(rng.integers(9, 13)), "stop_token_ids": [8], "min_new_tokens": 2}
+            ds.generate(model, prompts, sampling=settings, **options)
     assert compiled.count == 0
 
 

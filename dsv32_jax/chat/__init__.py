@@ -1,0 +1,54 @@
+"""Text in, text out: DeepSeek-V3.2's message format, its tokenizer, and conversations.
+
+text    = chat.encode(messages, thinking=True)             # messages -> the prompt, byte for byte the reference's
+message = chat.parse(completion, thinking=True)            # the model's text -> an assistant message, strictly
+message, forgiven = chat.parse_lenient(completion, thinking=True)
+
+tokenizer = chat.Tokenizer.load("checkpoint", model.cfg)   # needs the extra [text]
+prompt    = chat.prepare(messages, tokenizer, thinking=True)
+generate(model, [prompt.ids])
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .conversation import Conversation as Conversation
+    from .detokenizer import Detokenizer as Detokenizer
+    from .encoding import encode as encode
+    from .faults import EncodingError as EncodingError
+    from .faults import ParsingError as ParsingError
+    from .lenient import parse_lenient as parse_lenient
+    from .parsing import parse as parse
+    from .prompts import Prompt as Prompt
+    from .prompts import prepare as prepare
+    from .stops import StopStrings as StopStrings
+    from .tokenizer import Tokenizer as Tokenizer
+
+_HOME = {
+    "Conversation": "conversation",
+    "Detokenizer": "detokenizer",
+    "EncodingError": "faults",
+    "ParsingError": "faults",
+    "Prompt": "prompts",
+    "StopStrings": "stops",
+    "Tokenizer": "tokenizer",
+    "encode": "encoding",
+    "parse": "parsing",
+    "parse_lenient": "lenient",
+    "prepare": "prompts",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

@@ -1,0 +1,42 @@
+"""Bytes of a cache, and how many rows of one the free memory holds: known before anything is allocated."""
+
+import jax
+import numpy as np
+
+from . import cache, host
+from .config import Config
+from .errors import CapacityError
+
+SHARE = 0.8
+"""Of the free memory, the share that caches may take: steps need room for what they make on their way."""
+
+ROW_OF_VOCABULARY = 4 * 6
+"""Bytes that a row keeps for each token of the vocabulary: bias, counts, ends, logits."""
+
+
+def row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) -> int:
+    """Bytes of one row: its cache, and its place in what penalties, bias and log-probabilities need."""
+    layer = jax.eval_shape(lambda: cache.empty_layer(cfg, 1, capacity, dtype))
+    each = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(layer))
+    return each * (cfg.num_hidden_layers + (drafts > 0)) + cfg.vocab_size * ROW_OF_VOCABULARY
+
+
+def available() -> int:
+    """Bytes that can still be allocated where JAX computes: on its first device, or in the machine's memory."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] - stats["bytes_in_use"]
+    return host.available()
+
+
+def rows_at_once(cfg: Config, rows: int, each: int, capacity: int, dtype: np.dtype, drafts: int) -> int:
+    """How many of `rows` fit in memory together; CapacityError where not even `each` of them do."""
+    one, free = row_bytes(cfg, capacity, dtype, drafts), available()
+    fitting = int(free * SHARE) // one
+    if fitting < each:
+        smaller = "" if dtype.itemsize == 1 else ', or cache_dtype="fp8"'
+        raise CapacityError(
+            f"the cache of {each} rows of {capacity} tokens takes {each * one / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
+            f"are free; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
+        )
+    return min(rows, fitting)

@@ -1,0 +1,96 @@
+"""A request under way: its batches one after the other, what became of its rows, and how long it took."""
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+
+from .batch import Batch, Programs
+from .compilation import metered
+from .decoding import Context
+from .model import Model
+from .request import plan
+from .result import Generation, Stats
+from .transcript import Token, Transcript
+
+
+class Run:
+    """Checks a request, then runs it. `stop`, `tokenizer` and `progress` are those of `request.Options`."""
+
+    def __init__(
+        self, programs: Programs, model: Model, prompts, sampling, *, tokenizer=None, stop=(), progress=None, **options
+    ):
+        self.request = plan(model, prompts, sampling, **options)
+        self._programs, self._model, self._tokenizer = programs, model, tokenizer
+        self._transcripts = [
+            Transcript(self.request.ends, self.request.limit, tokenizer, stop) for _ in self.request.samplings
+        ]
+        self._progress = progress
+        self._read = self._steps = self._compiles = 0
+        self._seconds: dict[str, float] = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+
+    def batches(self) -> Iterator[Batch]:
+        """The rows in the groups that are continued together; none where no token is asked for."""
+        for group in self.request.groups if self.request.limit else ():
+            yield Batch(self._programs, self._model, self.request, group, self._transcripts)
+
+    def tokens(
+        self,
+        batch: Batch,
+        steps: int | None = None,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+        context: Context | None = None,
+        known: int = 0,
+    ) -> Generator[tuple[int, Token], None, None]:
+        """Continue a batch to its end, telling (row, token) every `steps` steps, or every half second."""
+        with self._timed("prefill"):
+            batch.read(self._told, asked_to_stop, context, known)
+        if batch.held is None:
+            return
+        yield from batch.news()
+        while not (batch.done or asked_to_stop()):
+            with self._timed("decode"):
+                batch.advance(steps)
+            yield from batch.news()
+        self._steps += batch.steps
+
+    def result(self) -> Generation:
+        """What was generated; rows that have not ended were interrupted."""
+        for one in self._transcripts:
+            if one.finish_reason is None:
+                one.interrupt()
+        stats = Stats(
+            rows=len(self._transcripts),
+            compile_seconds=self._seconds["compile"],
+            compiles=self._compiles,
+            prefill_seconds=self._seconds["prefill"],
+            decode_seconds=self._seconds["decode"],
+            prompt_tokens=self._read,
+            new_tokens=sum(len(one.tokens) for one in self._transcripts),
+            capacity=self.request.capacity,
+            steps=self._steps,
+            drafts=self.request.draft,
+        )
+        return Generation(
+            [one.tokens for one in self._transcripts],
+            [one.logprobs for one in self._transcripts],
+            [str(one.finish_reason) for one in self._transcripts],
+            stats,
+            None if self._tokenizer is None else [str(one.text) for one in self._transcripts],
+            [one.top for one in self._transcripts] if self.request.top_logprobs else None,
+        )
+
+    def _told(self, count: int) -> None:
+        self._read += count
+        if self._progress is not None:
+            self._progress(self._read, sum(map(len, self.request.prompts)))
+
+    @contextlib.contextmanager
+    def _timed(self, part: str) -> Iterator[Any]:
+        """Add the seconds of the `with` to `part`, but those of compilation to their own account."""
+        start = time.perf_counter()
+        with metered() as compiled:
+            yield
+        self._compiles += compiled.count
+        self._seconds["compile"] += compiled.seconds
+        self._seconds[part] += max(0.0, time.perf_counter() - start - compiled.seconds)

@@ -1,0 +1,146 @@
+"""A conversation that keeps its cache: what the model has read is not read again.
+
+Latents and index keys lie in one cache and move together; the drafting layer's cache goes with them.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self, Unpack
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from . import cache as caches
+from . import checks, memory, session_file
+from .batch import WHOLE, Batch
+from .decoding import Context, blank, resumed, rewound
+from .errors import UsageError
+from .host import interruptible
+from .model import Model
+from .request import Options
+from .result import Generation
+from .run import Run
+from .sampling import Sampling
+from .transcript import Token
+
+OWN = ("capacity", "cache_dtype", "draft")
+"""Options that a session has for all its turns."""
+
+
+class Session:
+    """One row's cache over many turns.
+
+    A turn gives the whole conversation so far as token ids, as a chat template makes it; what it has in common with
+    `tokens`, those that the cache holds, is not read again. Made by `session`.
+    """
+
+    def __init__(self, model: Model, capacity: int, cache_dtype: np.dtype, draft: int):
+        self.model, self.capacity, self.cache_dtype, self.draft = model, capacity, cache_dtype, draft
+        self.tokens: list[int] = []
+        self._context: Context | None = None
+        self._drafted = 0
+
+    def generate(
+        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
+    ) -> Generation:
+        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
+        run = self._run(tokens, sampling, options)
+        with interruptible() as asked_to_stop:
+            for _ in self._turn(run, None, asked_to_stop):
+                pass
+        return run.result()
+
+    def stream(
+        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
+    ) -> Iterator[Token]:
+        """The same, token by token. A stream that is left early keeps what was read and made until then."""
+        return self._turn(self._run(tokens, sampling, options), 1, lambda: False)
+
+    def fork(self) -> Self:
+        """Another session that holds the same tokens and goes its own way."""
+        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft)
+        other.tokens, other._drafted = list(self.tokens), self._drafted
+        other._context = jax.tree.map(jnp.copy, self._context)
+        return other
+
+    def save(self, file: str | Path) -> None:
+        """Write the session to one file (safetensors); `load_session` continues it with the same model."""
+        settings = {
+            "capacity": self.capacity,
+            "cache_dtype": self.cache_dtype.name,
+            "draft": self.draft,
+            "drafted": self._drafted,
+            "tokens": self.tokens,
+        }
+        session_file.write(Path(file), self.model, settings, self._context)
+
+    def _run(self, tokens: Sequence[int], sampling: Any, options: Options) -> Run:
+        if given := [name for name in OWN if name in options]:
+            raise UsageError(f"{given[0]} belongs to the session: give it to ds.session(...)")
+        if options.get("n", 1) != 1:
+            raise UsageError(f"a session has one row, not n={options.get('n')}; fork it")
+        own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
+        return Run(WHOLE, self.model, [tokens], sampling, **options, **own)
+
+    def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
+        """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
+        for batch in run.batches():
+            (prompt,) = run.request.prompts
+            known, context = self._known(prompt), self._context
+            context = None if context is None else rewound(context, known)
+            self.tokens, self._context, self._drafted = [], None, 0
+            with contextlib.closing(run.tokens(batch, steps, asked_to_stop, context, known)) as tokens:
+                try:
+                    for _, token in tokens:
+                        yield token
+                finally:
+                    self._keep(prompt, batch)
+
+    def _known(self, prompt: list[int]) -> int:
+        """How many tokens need not be read: the last one always is, for its logits. A slot of the drafting layer knows
+        the token after it, so where there are drafts one more token has to be common."""
+        common = 0
+        while common < min(len(self.tokens), len(prompt)) and self.tokens[common] == prompt[common]:
+            common += 1
+        known = min(common, len(prompt) - 1)
+        return known if not self.draft else max(0, min(known, common - 1, self._drafted))
+
+    def _keep(self, prompt: list[int], batch: Batch) -> None:
+        """Hold what `batch` has read and made; nothing where it did not get that far."""
+        state = batch.held
+        if state is None:
+            return
+        length = int(np.asarray(state.cache.length_B)[0])
+        made = np.asarray(state.tokens_Bn)[0, : int(np.asarray(state.made_B)[0])].tolist()
+        self.tokens = (prompt + made)[:length]
+        self._context = resumed(self.model, state)
+        self._drafted = 0 if state.fresh is None else length - int(np.asarray(state.fresh.count_B)[0])
+
+
+def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:
+    """A session of at most `capacity` tokens (by default 4096 or the model's longest context, if that is less)."""
+    longest = model.cfg.max_position_embeddings
+    capacity = min(4096, longest) if capacity is None else capacity
+    checks.whole("capacity", capacity, 1, longest)
+    checks.whole("draft", draft, 0, 16)
+    stored = caches.dtype_of(cache_dtype, model.dtype)
+    memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft)
+    return Session(model, capacity, stored, draft)
+
+
+def load_session(model: Model, file: str | Path) -> Session:
+    """The session in `file`, for the model it was saved with. Raises UsageError where that is another one,
+    CheckpointError where the file is damaged."""
+    file = Path(file)
+    saved = session_file.read_settings(file, model)
+    loaded = session(model, capacity=saved["capacity"], cache_dtype=saved["cache_dtype"], draft=saved["draft"])
+    tokens = saved["tokens"]
+    if tokens:
+        (tokens,) = checks.prompts([tokens], model.cfg.vocab_size)
+        checks.whole("the number of its tokens", len(tokens), 1, loaded.capacity)
+        context = blank(model.cfg, model.dtype, 1, loaded.capacity, loaded.cache_dtype, loaded.draft)
+        loaded._context = session_file.read_into(file, context, len(tokens))
+    loaded.tokens, loaded._drafted = tokens, saved["drafted"]
+    return loaded

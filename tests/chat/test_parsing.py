@@ -1,0 +1,182 @@
+"""A message comes back from its encoding; text with mistakes is read as far as it can be, and never silently."""
+
+import json
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from dsv32_jax import chat
+from dsv32_jax.chat import template
+from dsv32_jax.errors import DsvError, UsageError
+from tests.chat.dialogues import answers, decoded, texts
+
+USER = [{"role": "user", "content": "go"}]
+EOS = template.EOS
+OPEN, CLOSE = "\n\n<｜DSML｜function_calls>\n", "\n</｜DSML｜function_calls>"
+HEAD, TAIL = '<｜DSML｜invoke name="f">\n', "\n</｜DSML｜invoke>"
+X = '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>'
+Y = '<｜DSML｜parameter name="y" string="true">a\nb</｜DSML｜parameter>'
+F = ("f", {"x": 1})
+WHOLE = f"r</think>c{OPEN}{HEAD}{X}\n{Y}{TAIL}\n{HEAD}{X}{TAIL}{CLOSE}{EOS}"
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+@given(st.data())
+def test_a_message_comes_back(thinking, data):
+    """Reasoning, content, names and arguments, escapes and all; and nothing has to be forgiven."""
+    message = data.draw(answers(thinking))
+    text = chat.encode([message], thinking=thinking, context=USER)
+    found = chat.parse(text, thinking=thinking)
+    assert decoded(found) == decoded(message)
+    assert chat.parse_lenient(text, thinking=thinking) == (found, [])
+
+
+def test_the_arguments_are_exact():
+    """Big whole numbers stay whole, and the JSON text keeps the format's spaces."""
+    function = {"name": "f", "arguments": '{"a":123456789012345678901234567890,"b":[1,"é"],"c":1e-7}'}
+    message = {"role": "assistant", "content": "", "tool_calls": [{"function": function}]}
+    found = chat.parse(chat.encode([message], thinking=False, context=USER), thinking=False)
+    arguments = found["tool_calls"][0]["function"]["arguments"]
+    assert arguments == '{"a": 123456789012345678901234567890, "b": [1, "é"], "c": 1e-07}'
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "position"),
+    [
+        ("Hello", "invalid_summary", 5),
+        (f"</think>hi{EOS}", "special_token_in_content", 0),
+        (f"hi <｜DSML｜x{EOS}", "special_token_in_content", 4),
+        (f"c{OPEN}{HEAD}{X}{TAIL}{CLOSE}{EOS}{EOS}", "content_at_end", None),
+        (f"c{OPEN}<｜DSML｜invoke name=f>\n{TAIL}", "tool_name_format", None),
+        (f"c{OPEN}oops", "tool_call_format", None),
+        (f"c{OPEN}", "missing_special_token", None),
+    ],
+)
+def test_what_the_strict_parser_refuses(text, code, position):
+    """With a code, and where it was."""
+    with pytest.raises(chat.ParsingError, match="parse_lenient") as caught:
+        chat.parse(text, thinking=False)
+    assert isinstance(caught.value, DsvError) and caught.value.exit_code == 3
+    assert caught.value.code == code and position in (None, caught.value.position)
+
+
+def test_line_breaks_that_the_reference_overlooks():
+    """One before the end of a tag's name or of a parameter's tag is not part of what they hold."""
+    text = f"{OPEN}{HEAD}\n{X.replace('1</', '1<' + chr(10) + '/')}{TAIL}{CLOSE}{EOS}"
+    assert functions(chat.parse(text, thinking=False)) == [F]
+
+
+@pytest.mark.parametrize("parse", [chat.parse, chat.parse_lenient])
+def test_what_is_no_completion(parse):
+    """Bytes, token ids, and a mode by its name."""
+    for text, thinking in ((b"x", True), ([1, 2], True), (None, True), ("x", "thinking")):
+        with pytest.raises(UsageError):
+            parse(text, thinking=thinking)
+
+
+def functions(message: dict) -> list:
+    return decoded(message)["tool_calls"]
+
+
+LOOSE = [
+    ("r</think>c", "r", "c", [], ["without the end-of-sentence"]),
+    ("r", "r", "", [], ["not closed: there is no answer"]),
+    (f"r{EOS}", "r", "", [], ["not closed: there is no answer"]),
+    (f"<think>r</think>c{EOS}", "r", "c", [], ["opens the thinking"]),
+    (f"r</think>c{EOS}xyz", "r", "c", [], ["3 characters after"]),
+    (f"r</think>a</think>b{EOS}", "r", "a</think>b", [], ["holds </think>"]),
+    (f"r{OPEN}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "", [F], ["not closed before the tool calls"]),
+    (f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}</think>c{EOS}", f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "c", [], ["holds ｜DSML｜"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "r", "c", [F], ["without the end-of-sentence"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["calls are not closed"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}\n{HEAD}{X}", "r", "c", [F], ["tool call 1 (f) is cut off and was left out"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{Y[:-20]}", "r", "c", [], ["tool call 0 (f) is cut off"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE} done{EOS}", "r", "c done", [F], ["put behind the content"]),
+    (f"r</think>c{OPEN[1:]}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["do not begin as the format has it"]),
+    (f"r</think>c\n\n{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["do not begin", "are not closed"]),
+    (f"r</think>c{OPEN}  {HEAD} {X} {TAIL} {CLOSE}{EOS}", "r", "c", [F], ["spacing"]),
+    (f'r</think>c{OPEN}{HEAD}{{"x": 1}}{TAIL}{CLOSE}{EOS}', "r", "c", [F], ["as a JSON object"]),
+    (f"r</think>c{OPEN}{HEAD}oops{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
+    (f"r</think>c{OPEN}{HEAD}[1]{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
+    (f"r</think>c{OPEN}<｜DSML｜invoke>\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["has no name"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["gives 'x' twice"]),
+    (f"r</think>c{OPEN}{HEAD}{X} and{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text behind 'x'"]),
+    (f"r</think>c{OPEN}{HEAD}so {X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text outside of its parameters"]),
+    (f"r</think>c{OPEN}{HEAD}{X.replace('1', 'one')}{TAIL}{CLOSE}{EOS}", "r", "c", [("f", {"x": "one"})], ["not JSON"]),
+    (f"r</think>c{OPEN}{HEAD}{X.replace('false', 'no')}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["whether 'x' is a string"]),
+    (f"r</think>c{OPEN}{HEAD}{X.replace(' name=', ' id=')}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["not named"]),
+    (f"r</think>c{OPEN}{HEAD}{X.removesuffix('</｜DSML｜parameter>')}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["not closed"]),
+]
+
+
+@pytest.mark.parametrize(("text", "reasoning", "content", "calls", "said"), LOOSE)
+def test_what_is_forgiven(text, reasoning, content, calls, said):
+    """What a model gets wrong, what is made of it, and the words for it."""
+    message, forgiven = chat.parse_lenient(text, thinking=True)
+    assert (message["reasoning_content"], message["content"], functions(message)) == (reasoning, content, calls)
+    assert all(any(part in words for words in forgiven) for part in said), forgiven
+
+
+@pytest.mark.parametrize(
+    ("text", "reasoning", "content", "said"),
+    [
+        (f"</think>c{EOS}", "", "c", "closes the thinking"),
+        (f"<think>r</think>c{EOS}", "r", "c", "unasked"),
+        (f"use <｜DSML｜function_calls> so{EOS}", "", "use <｜DSML｜function_calls> so", "holds ｜DSML｜"),
+        ("", "", "", "without the end-of-sentence"),
+    ],
+)
+def test_what_is_forgiven_in_chat_mode(text, reasoning, content, said):
+    message, forgiven = chat.parse_lenient(text, thinking=False)
+    assert (message["reasoning_content"], message["content"], message["tool_calls"]) == (reasoning, content, [])
+    assert said in "; ".join(forgiven)
+
+
+@pytest.mark.parametrize("length", range(len(WHOLE)))
+def test_text_that_ends_by_length(length):
+    """Cut anywhere, it gives only whole calls, and says that it was cut."""
+    message, forgiven = chat.parse_lenient(WHOLE[:length], thinking=True)
+    whole = [("f", {"x": 1, "y": "a\nb"}), F]
+    assert functions(message) == whole[: WHOLE[:length].count("</｜DSML｜invoke")]
+    assert forgiven and message["reasoning_content"][:1] == "r"[:length]
+
+
+fragments = st.sampled_from(
+    [
+        EOS,
+        "</think>",
+        "<think>",
+        OPEN,
+        CLOSE,
+        HEAD,
+        TAIL,
+        X,
+        Y,
+        "｜DSML｜",
+        "<｜DSML｜invoke",
+        "</｜DSML｜parameter>",
+        "\n",
+    ]
+)
+
+
+@given(st.lists(st.one_of(fragments, texts), max_size=12).map("".join), st.booleans())
+@example(WHOLE.replace("1", "one"), True)
+def test_any_text_can_be_read(text, thinking):
+    """All arguments are JSON objects, and where nothing is forgiven it is what the strict parser reads."""
+    message, forgiven = chat.parse_lenient(text, thinking=thinking)
+    assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in message["tool_calls"])
+    if not forgiven:
+        assert chat.parse(text, thinking=thinking) == message
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["<", "\n", " ", '"', EOS, OPEN, HEAD, X, '<｜DSML｜parameter name="', '" string="true">', "</｜DSML｜invoke>"],
+)
+@pytest.mark.parametrize("start", ["", OPEN + HEAD, OPEN + HEAD + '<｜DSML｜parameter name="'])
+def test_long_text_is_read_once(part, start):
+    """Both parsers come to an end: no text makes them search it again and again, which takes hours here."""
+    text = start + part * (2_000_000 // len(part))
+    assert chat.parse_lenient(text, thinking=False).forgiven

@@ -1,0 +1,63 @@
+"""Stop strings across the borders of pieces."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dsv32_jax.chat import Detokenizer, StopStrings
+from dsv32_jax.errors import UsageError
+
+letters = st.text("ab<é", max_size=20)
+stops_lists = st.lists(st.text("ab<é", min_size=1, max_size=4), max_size=4)
+
+
+def naive(text: str, stops: list[str]) -> tuple[str, str | None]:
+    """The first place where a stop string is complete, character by character."""
+    for end in range(len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            longest = max(found, key=len)
+            return text[: end - len(longest)], longest
+    return text, None
+
+
+def run(pieces, stops) -> tuple[str, str | None]:
+    """All the text that is given for `pieces`, and the stop string that was hit."""
+    cut = StopStrings(stops)
+    return "".join([cut.add(piece) for piece in pieces] + [cut.end()]), cut.hit
+
+
+@given(st.lists(letters, max_size=8), stops_lists)
+def test_g11_pieces_do_not_matter(pieces, stops):
+    """However the text is cut, it ends before the stop string that is complete first."""
+    assert run(pieces, stops) == naive("".join(pieces), stops)
+
+
+@given(letters, stops_lists)
+def test_text_is_held_back_no_longer_than_needed(text, stops):
+    """What is held back is the beginning of a stop string."""
+    cut = StopStrings(stops)
+    given = "".join(cut.add(letter) for letter in text)
+    if cut.hit is None:
+        held = text[len(given) :]
+        assert not held or any(stop.startswith(held) and stop != held for stop in stops)
+
+
+def test_g11_a_stop_string_over_tokens(tokenizer):
+    """It is found where it begins and ends inside tokens and its characters are spread over several."""
+    text = "One 😀😀\n\nUser: two"
+    ids, detokenizer, cut = tokenizer.encode(text), Detokenizer(tokenizer), StopStrings(["😀\n\nUs", "two"])
+    shown = [cut.add(detokenizer.add([i])) for i in ids]
+    assert "".join(shown) == "One 😀" and cut.hit == "😀\n\nUs"
+    assert cut.add("more") == "" and cut.end() == ""
+
+
+def test_one_string_is_one_stop():
+    assert run(["Hello wor", "ld"], "lo w") == ("Hel", "lo w")
+    assert run(["Hello"], []) == ("Hello", None)
+
+
+@pytest.mark.parametrize("stops", ["", ["a", ""], [5], [None], [b"a"]])
+def test_g35_what_is_no_stop_string(stops):
+    with pytest.raises(UsageError, match="stop string"):
+        StopStrings(stops)

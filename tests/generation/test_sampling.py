@@ -1,0 +1,175 @@
+"""How a token is chosen: truncation, penalties, bias, and the draw itself."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dsv32_jax as ds
+from dsv32_jax import choice, sampling
+from dsv32_jax.choice import Tally
+from dsv32_jax.errors import UsageError
+
+VOCABULARY = 12
+
+
+def oracle(logits: np.ndarray, top_k: int, top_p: float) -> np.ndarray:
+    """Which logits are kept: those not below the k-th, then those not below the one that completes p."""
+    kept = logits >= np.sort(logits)[::-1][min(top_k, len(logits)) - 1]
+    if top_p >= 1:
+        return kept
+    weights = np.where(kept, np.exp((logits - logits.max()).astype(np.float64)), 0)
+    weights /= weights.sum()
+    for smallest in np.unique(logits[kept])[::-1]:
+        if weights[logits >= smallest].sum() >= top_p:
+            return kept & (logits >= smallest)
+    return kept
+
+
+_truncate_jit = jax.jit(choice.truncate)
+
+
+def _truncate(logits, top_k, top_p, min_p=0.0):
+    rows = len(logits)
+    columns = (np.full(rows, top_k, np.int32), np.full(rows, top_p, np.float32), np.full(rows, min_p, np.float32))
+    return _truncate_jit(jnp.asarray(logits), *map(jnp.asarray, columns))
+
+
+@given(
+    st.lists(st.floats(-20, 20, width=32), min_size=VOCABULARY, max_size=VOCABULARY),
+    st.integers(1, VOCABULARY),
+    st.sampled_from([1e-6, 0.1, 0.3, 0.5, 0.77, 0.9, 1.0]),
+)
+def test_truncation(logits, top_k, top_p):
+    """top_k and top_p keep what a sort in float64 keeps, wherever the sum is not within rounding of p."""
+    logits = np.array([logits, logits[::-1]], np.float32)
+    got = np.asarray(_truncate(logits, top_k, top_p))
+    for row, kept in zip(logits, np.isfinite(got), strict=True):
+        bounds = [oracle(row, top_k, p) for p in (max(top_p - 1e-5, 1e-9), min(top_p + 1e-5, 0.99999 + (top_p == 1)))]
+        assert (bounds[0] <= kept).all() and (kept <= bounds[1] | bounds[0]).all(), (row, kept)
+    np.testing.assert_array_equal(got[np.isfinite(got)], logits[np.isfinite(got)])
+
+
+@given(st.lists(st.sampled_from([-1.0, 0.0, 0.5, 2.0]), min_size=VOCABULARY, max_size=VOCABULARY), st.integers(1, 12))
+def test_truncation_keeps_all_that_tie(logits, top_k):
+    """Equal logits are kept or dropped together, by top_k as by a tiny top_p."""
+    logits = np.array([logits, logits[::-1]], np.float32)
+    got = np.isfinite(_truncate(logits, top_k, 1))
+    np.testing.assert_array_equal(got, [oracle(row, top_k, 1.0) for row in logits])
+    got = np.isfinite(_truncate(logits, VOCABULARY, 1e-6))
+    np.testing.assert_array_equal(got, logits == logits.max())
+
+
+@pytest.mark.parametrize("extreme", [3e38, 1e-36, 0.0])
+def test_truncation_of_extreme_logits(extreme):
+    """Any normal float32 can be the smallest that is kept."""
+    logits = np.linspace(-1, 1, VOCABULARY, dtype=np.float32)[None].repeat(2, 0) * np.float32(extreme)
+    got = np.isfinite(_truncate(logits, 3, 1))
+    np.testing.assert_array_equal(got, [oracle(row, 3, 1.0) for row in logits])
+
+
+def test_temperature_zero_is_greedy_without_division():
+    """No infinity, no NaN, whatever the logits; and the lowest id of those that tie."""
+    logits = jnp.asarray([[1e30, -1e30, 0.0, 1e30], [0.0, 0.0, 0.0, 0.0], [-1e-30, 0.0, 1e-30, 0.0]])
+    knobs = sampling.knobs(sampling.of_rows(ds.Sampling(top_k=2, top_p=0.5), 3, 1), 4, 4)
+    assert jax.jit(choice.choose)(knobs, logits, jnp.zeros(3, jnp.int32)).tolist() == [0, 0, 2]
+
+
+def test_frequencies():
+    """Drawn tokens are as frequent as the truncated, tempered distribution says."""
+    rows, logits = 20_000, np.array([2.0, 1.5, 1.0, 0.0, -1.0, 3.0], np.float32)
+    settings = ds.Sampling(temperature=2.0, top_k=5, top_p=0.9, seed=range(rows))
+    knobs = sampling.knobs(sampling.of_rows(settings, rows, 1), 6, 6)
+    batch = jnp.broadcast_to(jnp.asarray(logits), (rows, 6))
+    tokens = jax.jit(choice.choose)(knobs, batch, jnp.full(rows, 7, jnp.int32))
+    kept = oracle(logits / 2, 5, 0.9)
+    weights = np.where(kept, np.exp(logits / 2), 0)
+    expected = rows * weights / weights.sum()
+    counts = np.bincount(tokens, minlength=6)
+    assert kept.sum() == 4 and (counts[~kept] == 0).all()
+    assert (((counts - expected)[kept] ** 2) / expected[kept]).sum() < 20
+
+
+@given(st.lists(st.floats(-9, 9, width=32), min_size=VOCABULARY, max_size=VOCABULARY), st.floats(0.01, 1.0))
+def test_min_p(logits, min_p):
+    """What is less likely than min_p times the likeliest is dropped, whatever else is kept."""
+    logits = np.array([logits], np.float32)
+    ratio = np.exp(logits[0].astype(np.float64) - logits.max())
+    kept = np.isfinite(_truncate(logits, VOCABULARY, 1.0, min_p))[0]
+    assert (kept | (ratio < min_p * 1.001)).all() and (~kept | (ratio > min_p * 0.999)).all()
+
+
+def test_penalties_and_bias():
+    """Repetition looks at the prompt too, presence and frequency at made tokens alone; neutral values do nothing."""
+    logits = np.array([[2.0, -2.0, 1.0, 0.5, 0.25, -1.0]] * 2, np.float32)
+    in_prompt = np.array([[1, 1, 0, 0, 0, 0]] * 2, bool)
+    made = np.array([[0, 0, 1, 3, 0, 0]] * 2, np.int32)
+    one = ds.Sampling(
+        repetition_penalty=2.0, presence_penalty=0.125, frequency_penalty=0.25, logit_bias={4: 8.0}, forbidden_ids=[5]
+    )
+    knobs = sampling.knobs([ds.Sampling(), one], 6, 6)
+    got = choice.weighed(knobs, Tally(jnp.asarray(in_prompt), jnp.asarray(made)), jnp.asarray(logits))
+    np.testing.assert_array_equal(got[0], logits[0])
+    np.testing.assert_array_equal(got[1], [1.0, -4.0, 0.5 - 0.375, 0.25 - 0.875, 8.25, -np.inf])
+
+
+def test_each_row_has_its_own_settings():
+    """A greedy row beside a drawn one beside one that may only choose a single token; unused ids are never chosen."""
+    rows = [ds.Sampling(), ds.Sampling(temperature=5.0, seed=3), ds.Sampling(temperature=5.0, allowed_ids=[2])]
+    knobs = sampling.knobs(rows, 6, 4)
+    nothing = Tally(jnp.zeros((3, 6), bool), jnp.zeros((3, 6), jnp.int32))
+    logits = choice.weighed(knobs, nothing, jnp.asarray([[1.0, 3.0, 2.0, 0.0, 9.0, 9.0]] * 3))
+    drawn = np.array([choice.choose(knobs, logits, jnp.full(3, i, jnp.int32)) for i in range(40)])
+    assert set(drawn[:, 0]) == {1} and set(drawn[:, 1]) == {0, 1, 2, 3} and set(drawn[:, 2]) == {2}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty"),
+        ({"presence_penalty": float("inf")}, "presence_penalty"),
+        ({"frequency_penalty": "much"}, "frequency_penalty"),
+        ({"logit_bias": {3: float("-inf")}}, "logit_bias"),
+        ({"logit_bias": [3]}, "logit_bias"),
+        ({"allowed_ids": "abc"}, "allowed_ids"),
+        ({"forbidden_ids": 3}, "forbidden_ids"),
+    ],
+    ids=str,
+)
+def test_wrong_settings(wrong, said):
+    """Refused when the Sampling is made, with the value."""
+    with pytest.raises(UsageError, match=said):
+        ds.Sampling(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"logit_bias": {6: 1.0}}, "logit_bias holds 1 ids outside the vocabulary of 0..5: 6"),
+        ({"allowed_ids": [0, -1, 99]}, "allowed_ids holds 2 ids"),
+        ({"forbidden_ids": [True]}, "forbidden_ids holds 1 ids"),
+        ({"forbidden_ids": [1.5]}, "1.5"),
+        ({"allowed_ids": []}, "no token to choose"),
+        ({"allowed_ids": [2], "forbidden_ids": [2]}, "no token to choose"),
+        ({"allowed_ids": [5]}, "no token to choose"),
+    ],
+    ids=str,
+)
+def test_ids_that_no_vocabulary_has(wrong, said):
+    """Refused when the vocabulary is known; id 5 has a row but no token."""
+    with pytest.raises(UsageError, match=said):
+        sampling.knobs([ds.Sampling(**wrong)], 6, 5)
+
+
+def test_one_sampling_a_prompt():
+    """As many as prompts; the continuations of a prompt have the seeds that follow."""
+    rows = sampling.of_rows([ds.Sampling(seed=7), ds.Sampling(temperature=1.0, seed=2**63 - 1)], 2, 2)
+    assert [row.seed for row in rows] == [7, 8, 2**63 - 1, 0] and [row.temperature for row in rows] == [0, 0, 1, 1]
+    assert sampling.of_rows(None, 3, 1) == [ds.Sampling()] * 3
+    with pytest.raises(UsageError, match="2 samplings for 3 prompts"):
+        sampling.of_rows([ds.Sampling()] * 2, 3, 1)

@@ -1,0 +1,173 @@
+"""Sessions: what was read is not read again, and nothing else changes."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+import dsv32_jax as ds
+from dsv32_jax.errors import CheckpointError, UsageError
+from dsv32_jax.model import Origin
+from tests import models
+
+FIRST = [0, 31, 31, 200, 64, 65, 66, 67, 68, 69, 70, 71, 72]
+SETTINGS = {"fp8, plain": {"cache_dtype": "fp8"}, "drafts": {"draft": 2}}
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return models.random_model(dataclasses.replace(tiny, num_hidden_layers=1, eos_token_id=(1,)))
+
+
+@pytest.fixture(scope="module", params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+def alone(model, tokens, settings, count=5):
+    """What `generate` makes of the whole conversation."""
+    return ds.generate(model, [tokens], max_new_tokens=count, capacity=64, **settings).tokens
+
+
+def test_turns(model, settings):
+    """A second turn reads what is new, a changed one what changed, and each gives what the whole would."""
+    session = ds.session(model, capacity=64, **settings)
+    one = session.generate(FIRST, max_new_tokens=5)
+    assert one.tokens == alone(model, FIRST, settings) and one.stats.prompt_tokens == len(FIRST)
+    assert session.tokens[: len(FIRST)] == FIRST and len(session.tokens) >= len(FIRST) + 4
+
+    longer = FIRST + one.tokens[0] + [9, 8, 7]
+    again = session.fork()
+    two = session.generate(longer, max_new_tokens=5)
+    assert two.tokens == alone(model, longer, settings) and two.stats.prompt_tokens <= 5
+    other = longer[:10] + [111] + longer[11:]
+    assert session.generate(other, max_new_tokens=5).tokens == alone(model, other, settings)
+    assert session.generate(FIRST, max_new_tokens=5).tokens == one.tokens
+
+    forked = again.generate(longer, max_new_tokens=5)
+    assert forked.tokens == two.tokens and forked.stats.prompt_tokens == two.stats.prompt_tokens
+
+
+def test_a_stream_that_is_left(model, settings):
+    """What was read and made until then stays; the same stream taken up again goes on as if nothing had happened."""
+    session = ds.session(model, capacity=64, **settings)
+    stream = session.stream(FIRST, max_new_tokens=5)
+    seen = [next(stream).token, next(stream).token]
+    stream.close()
+    assert len(session.tokens) >= len(FIRST)
+    whole = alone(model, FIRST, settings)[0]
+    assert seen == whole[:2]
+    rest = session.generate(FIRST + seen, max_new_tokens=3)
+    assert rest.tokens[0] == whole[2:] and rest.stats.prompt_tokens <= 4
+
+
+def test_saved_and_loaded(model, settings, tmp_path):
+    """The file goes on where the session was."""
+    session = ds.session(model, capacity=64, **settings)
+    made = session.generate(FIRST, max_new_tokens=5).tokens[0]
+    session.save(tmp_path / "session")
+    loaded = ds.load_session(model, tmp_path / "session")
+    assert (loaded.tokens, loaded.capacity, loaded.draft) == (session.tokens, 64, session.draft)
+    longer = FIRST + made + [3]
+    got = loaded.generate(longer, max_new_tokens=5)
+    assert got.tokens == session.generate(longer, max_new_tokens=5).tokens and got.stats.prompt_tokens <= 4
+    assert not (tmp_path / "session.unfinished").exists()
+
+
+def test_an_empty_session(model, tmp_path):
+    """Nothing read, nothing to save but what it is."""
+    session = ds.session(model, capacity=64)
+    assert session.fork().tokens == []
+    session.save(tmp_path / "session")
+    assert ds.load_session(model, tmp_path / "session").tokens == []
+
+
+def test_a_session_of_another_model(model, tiny, tmp_path):
+    """Refused by the digests of both."""
+    session = ds.session(dataclasses.replace(model, origin=Origin("abc")), capacity=64)
+    session.save(tmp_path / "session")
+    with pytest.raises(UsageError, match="belongs to another model .*abc.*def"):
+        ds.load_session(dataclasses.replace(model, origin=Origin("def")), tmp_path / "session")
+    with pytest.raises(UsageError, match="belongs to another model"):
+        ds.load_session(models.abstract(tiny), tmp_path / "session")
+
+
+@pytest.mark.parametrize("fault", ["text", "truncated", "other kind", "a smaller array", "tokens", "no settings"])
+def test_files_that_are_no_sessions(model, tmp_path, fault):
+    """Each is refused with the file's name, and nothing of it is used."""
+    file = tmp_path / "session"
+    session = ds.session(model, capacity=64)
+    session.generate(FIRST, max_new_tokens=2)
+    session.save(file)
+    with safe_open(file, "numpy") as opened:
+        about = opened.metadata()
+        arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+    if fault == "text":
+        file.write_text("hello")
+    elif fault == "truncated":
+        file.write_bytes(file.read_bytes()[:-7])
+    elif fault == "other kind":
+        save_file(arrays, file, {**about, "kind": "something else"})
+    elif fault == "no settings":
+        save_file(arrays, file, {"kind": about["kind"]})
+    elif fault == "tokens":
+        settings = {**json.loads(about["settings"]), "tokens": [5, -1]}
+        save_file(arrays, file, {**about, "settings": json.dumps(settings)})
+    else:
+        name = min(arrays)
+        save_file({**arrays, name: arrays[name][:-1].copy()}, file, about)
+    with pytest.raises((CheckpointError, UsageError), match="session|token ids"):
+        ds.load_session(model, file)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"capacity": 0}, "capacity must be a whole number from 1"),
+        ({"capacity": 1 << 40}, "capacity must be a whole number from 1"),
+        ({"cache_dtype": "int8"}, "cache_dtype must be bfloat16, float32"),
+        ({"cache_dtype": jnp.float16}, "cache_dtype must be bfloat16, float32"),
+        ({"draft": -1}, "draft must be a whole number"),
+    ],
+    ids=str,
+)
+def test_wrong_sessions(model, options, said):
+    with pytest.raises(UsageError, match=said):
+        ds.session(model, **options)
+
+
+def test_wrong_turns(model):
+    """What belongs to the session, several rows, and a turn that does not fit."""
+    session = ds.session(model, capacity=16)
+    for options, said in (
+        ({"draft": 1}, "draft belongs to the session"),
+        ({"n": 2}, "one row"),
+        ({"capacity": 9}, "cap"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            session.generate(FIRST, max_new_tokens=1, **options)
+    with pytest.raises(UsageError, match="max_new_tokens=3 or less"):
+        session.generate(FIRST, max_new_tokens=4)
+    assert session.tokens == []
+
+
+def test_scores(model):
+    """`score` gives generate's own log-probabilities, and forward's, for rows of any lengths, one at a time or all."""
+    made = ds.generate(model, [FIRST, [0, 9]], max_new_tokens=4)
+    rows = [FIRST + made.tokens[0], [0, 9] + made.tokens[1], [7]]
+    got = ds.score(model, rows, top_logprobs=3)
+    for row, scores, logprobs in zip(rows, got.logprobs, made.logprobs, strict=False):
+        assert len(scores) == len(row) - 1
+        np.testing.assert_allclose(scores[-4:], logprobs, atol=1e-4)
+    assert got.logprobs[2] == [] and got.top_logprobs[2] == []
+    assert [top[0][0] for top in got.top_logprobs[0][-4:]] == made.tokens[0]
+    assert all(len(top) == 3 and top[0][1] >= top[1][1] >= top[2][1] for top in got.top_logprobs[0])
+    single = ds.score(model, rows, batch_size=1)
+    for row, want in zip(single.logprobs, got.logprobs, strict=True):
+        np.testing.assert_allclose(row, want, atol=1e-4)
+    with pytest.raises(UsageError, match="top_logprobs"):
+        ds.score(model, rows, top_logprobs=21)
