@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from . import decoding, speculation
+from . import decoding, memory, speculation
 from .decoding import Context, State
 from .diagnosis import not_finite
 from .model import Model
@@ -125,6 +125,13 @@ class Batch:
         """What `held` is: nothing before the prompts are read, nor where a step was broken off."""
         assert self.held is not None
         return self.held
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the caches of all rows, filled up to a power of two."""
+        request = self._request
+        each = memory.row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
+        return each * rows_bucket(len(self.rows))
 
     @property
     def done(self) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand. Returns the exit code: 0 ok, 1 bug, 2 usage, 3 input damaged or unsupported, 4 verification
     failed, 5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    logging.basicConfig(format="%(message)s")
     try:
         if argv[:1] == ["convert"]:
             return _convert(argv[1:])
@@ -38,9 +40,9 @@ def parser() -> argparse.ArgumentParser:
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
-        "demo", help="make, convert, load and run a small random model: two minutes, no download"
+        "demo", help="convert, load and run the small trained model that is shipped: a minute, no download"
     )
-    demo.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens to generate a prompt (16)")
+    demo.add_argument("--new-tokens", type=int, default=80, metavar="N", help="tokens to generate at most (80)")
     demo.set_defaults(run=_demo)
 
     convert = commands.add_parser(

@@ -2,11 +2,15 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+
+LOG = logging.getLogger("dsv32_jax")
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -18,7 +22,7 @@ def keep_on_disk() -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "dsv32_jax" / "compiled"))
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Meter:
     """Programs compiled while the meter ran, and the seconds they took (from disk they take less)."""
 
@@ -26,23 +30,47 @@ class Meter:
     seconds: float = 0.0
 
 
-_running: list[Meter] = []
+class _Running(threading.local):
+    """The meters of one thread, which compiles what it calls."""
+
+    def __init__(self):
+        self.meters: list[Meter] = []
+
+
+_running = _Running()
 
 
 @contextlib.contextmanager
 def metered() -> Iterator[Meter]:
     """Count what is compiled inside the `with`."""
     meter = Meter()
-    _running.append(meter)
+    _running.meters.append(meter)
     try:
         yield meter
     finally:
-        _running.remove(meter)
+        _running.meters.remove(meter)
+
+
+@contextlib.contextmanager
+def announced(what: str, meter: Meter, after: float = 2.0) -> Iterator[None]:
+    """Log `what` where the `with` is still at it after some seconds and something is being compiled."""
+
+    def say() -> None:
+        if meter.seconds:
+            LOG.warning("compiling %s; programs are kept on disk for next time", what)
+
+    timer = threading.Timer(after, say)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _listen(event: str, duration_secs: float, **_) -> None:
     if event.startswith("/jax/core/compile/"):
-        for meter in _running:
+        for meter in _running.meters:
             meter.seconds += duration_secs
             meter.count += event == _EVENT
 

@@ -1,45 +1,62 @@
-"""`dsv32 demo`: the whole way from a Hugging Face folder to tokens, on a small model with random weights."""
+"""`dsv32 demo`: the whole way from a Hugging Face folder to text, with the small trained model that is shipped."""
 
+import math
 import tempfile
 import time
 from pathlib import Path
 
-from . import random_checkpoint
-from .config import Config
+CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 
-PROMPTS = [[0, 17, 42, 7, 99, 5, 23], [0, 250, 8]]
+PROMPT = '''def read_lines(path):
+    """Return the lines of a text file without their line breaks."""
+'''
+PASSAGE = ("class BaseProcess(object):", "    def terminate(")
+"""The held-out paragraph: from the first mark to the second."""
 
 
 def run(new_tokens: int) -> None:
-    """Write, convert, load and run the preset `tiny`; print what happened and how long it took."""
-    from dsv32_jax import configs, convert
+    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print what happened and how long."""
+    from dsv32_jax import convert
 
-    cfg = Config.from_json(configs.path("tiny"))
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
-        source, target = Path(scratch, "hf"), Path(scratch, "converted")
-        with _timed("wrote a random NVFP4 checkpoint in Hugging Face layout") as done:
-            random_checkpoint.write(source, cfg)
-            size = sum(file.stat().st_size for file in source.iterdir())
-            done(f"{cfg.num_hidden_layers} layers + MTP, {size / 1e6:.1f} MB")
-        with _timed("converted it to an Orbax checkpoint") as done:
-            manifest = convert.convert(source, target)
-            done(f"{len(manifest.leaves)} leaves")
+        target = Path(scratch, "converted")
+        with _timed("converted a Hugging Face checkpoint") as done:
+            manifest = convert.convert(CHECKPOINT, target)
+            size = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
+            done(f"{size / 1e6:.1f} MB of FP8 and BF16, {len(manifest.leaves)} leaves, every byte kept")
         with _timed("imported JAX and loaded the model") as done:
+            from . import chat
             from .checkpoint import load
             from .generation import generate
+            from .sampling import Sampling
+            from .scoring import score
 
             model = load(target)
-            done(f"compute in {model.dtype}")
-        with _timed(f"generated for {len(PROMPTS)} ragged prompts") as done:
-            generation = generate(model, PROMPTS, max_new_tokens=new_tokens)
-            stats = generation.stats
+            tokenizer = chat.Tokenizer.load(target, model.cfg)
+            done(f"{model.cfg.num_hidden_layers} layers + MTP, computing in {model.dtype}")
+        with _timed("generated text") as done:
+            ids = chat.prepare(PROMPT, tokenizer).ids
+            sampling = Sampling(temperature=0.7, top_p=0.95, seed=5)
+            made = generate(
+                model,
+                [ids],
+                max_new_tokens=new_tokens,
+                sampling=sampling,
+                tokenizer=tokenizer,
+                stop=["\ndef", "\nclass", "\n```"],
+            )
+            stats = made.stats
             done(f"{stats.compile_seconds:.1f} s of it compiling {stats.compiles} programs, kept for the next run")
-    for prompt, tokens, reason in zip(PROMPTS, generation.tokens, generation.finish_reason, strict=True):
-        print(f"  {prompt} -> {tokens} ({reason})")
+        print(PROMPT + (made.text or [""])[0])
+        with _timed("read a paragraph that it was not trained on") as done:
+            text = (CHECKPOINT / "heldout.txt").read_text(encoding="utf-8")
+            ids = chat.prepare(text[text.index(PASSAGE[0]) : text.index(PASSAGE[1])], tokenizer).ids
+            (logprobs,) = score(model, [ids]).logprobs
+            perplexity = math.exp(-sum(logprobs) / len(logprobs))
+            done(f"perplexity {perplexity:.1f} over {len(logprobs)} tokens of a vocabulary of {model.cfg.vocab_size}")
     print(
-        f"prefill {stats.prefill_tokens_per_second:.0f} tokens/s, decode {stats.decode_tokens_per_second:.0f} tokens/s"
+        "13 million parameters, trained for nine minutes: the text is often wrong; the path is that of the real model."
     )
-    print("The weights are random, so the tokens mean nothing; the path is that of the real model.")
 
 
 class _timed:

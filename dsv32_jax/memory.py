@@ -1,5 +1,7 @@
 """Bytes of a cache, and how many rows of one the free memory holds: known before anything is allocated."""
 
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -40,3 +42,15 @@ def rows_at_once(cfg: Config, rows: int, each: int, capacity: int, dtype: np.dty
             f"are free; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
         )
     return min(rows, fitting)
+
+
+def exhausted(model: Any, cache_bytes: int, error: Exception) -> Exception:
+    """What to raise for `error`: a CapacityError where the device has run out of memory, else the error itself."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        return error
+    weights = sum(part.nbytes for part in jax.tree.leaves(model))
+    return CapacityError(
+        f"the device has no memory left: the weights take {weights / 1e9:.2f} GB, the caches of this batch "
+        f"{cache_bytes / 1e9:.2f} GB, the rest is what a step makes on its way. The model stays usable. Use a smaller "
+        f'batch_size, a smaller capacity, or cache_dtype="fp8" ({str(error).splitlines()[0][:200]})'
+    )

@@ -3,10 +3,12 @@
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import Any
 
+import jax
+
+from . import memory
 from .batch import Batch, Programs
-from .compilation import metered
+from .compilation import announced, metered
 from .decoding import Context
 from .model import Model
 from .request import plan
@@ -43,13 +45,13 @@ class Run:
         known: int = 0,
     ) -> Generator[tuple[int, Token], None, None]:
         """Continue a batch to its end, telling (row, token) every `steps` steps, or every half second."""
-        with self._timed("prefill"):
+        with self._timed("prefill", batch):
             batch.read(self._told, asked_to_stop, context, known)
         if batch.held is None:
             return
         yield from batch.news()
         while not (batch.done or asked_to_stop()):
-            with self._timed("decode"):
+            with self._timed("decode", batch):
                 batch.advance(steps)
             yield from batch.news()
         self._steps += batch.steps
@@ -86,11 +88,17 @@ class Run:
             self._progress(self._read, sum(map(len, self.request.prompts)))
 
     @contextlib.contextmanager
-    def _timed(self, part: str) -> Iterator[Any]:
-        """Add the seconds of the `with` to `part`, but those of compilation to their own account."""
-        start = time.perf_counter()
-        with metered() as compiled:
-            yield
+    def _timed(self, part: str, batch: Batch) -> Iterator[None]:
+        """Add the seconds of the `with` to `part`, but those of compilation to their own account.
+
+        Raises CapacityError where the device has no memory left.
+        """
+        start, what = time.perf_counter(), f"{part} of {len(batch.rows)} rows, {self.request.capacity} tokens each"
+        with metered() as compiled, announced(what, compiled):
+            try:
+                yield
+            except jax.errors.JaxRuntimeError as error:
+                raise memory.exhausted(self._model, batch.bytes, error) from error
         self._compiles += compiled.count
         self._seconds["compile"] += compiled.seconds
         self._seconds[part] += max(0.0, time.perf_counter() - start - compiled.seconds)

@@ -4,6 +4,7 @@ Latents and index keys lie in one cache and move together; the drafting layer's 
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
@@ -41,6 +42,7 @@ class Session:
         self.tokens: list[int] = []
         self._context: Context | None = None
         self._drafted = 0
+        self._turns = threading.Lock()
 
     def generate(
         self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
@@ -86,6 +88,14 @@ class Session:
 
     def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
         """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
+        if not self._turns.acquire(blocking=False):
+            raise UsageError("this session is in the middle of another turn; wait for it, close its stream, or fork")
+        try:
+            yield from self._continued(run, steps, asked_to_stop)
+        finally:
+            self._turns.release()
+
+    def _continued(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
         for batch in run.batches():
             (prompt,) = run.request.prompts
             known, context = self._known(prompt), self._context

@@ -50,7 +50,8 @@ FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.spl
 
 WITHOUT_JAX = (
     "errors host config quantize layout vocabulary quantize_search random_checkpoint cli demo chat "
-    "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity bench.measure bench.quantize "
+    "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity "
+    "bench.measure bench.quantize "
     "chat.encoding chat.parsing chat.tokenizer chat.conversation"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""

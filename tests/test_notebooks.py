@@ -24,6 +24,6 @@ def test_pair(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
 def test_runs(path):
-    """Every cell runs within a minute, and prints what is committed unless it depends on the machine."""
+    """Every cell runs within a minute."""
     notebook = jupytext.read(path)
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()

@@ -1,9 +1,11 @@
 """Generation: what comes out, when it stops, what it compiles, and what it refuses."""
 
 import asyncio
+import concurrent.futures
 import dataclasses
 import json
 import signal
+import time
 
 import jax
 import jax.numpy as jnp
@@ -13,13 +15,14 @@ import pytest
 import configs
 import convert
 import dsv32_jax as ds
-from dsv32_jax import indexer, memory, random_checkpoint, request
+from dsv32_jax import compilation, indexer, memory, random_checkpoint, request
 from dsv32_jax.batch import Batch
 from dsv32_jax.compilation import metered
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
 from dsv32_jax.request import bucket, plan
-from tests import models
+from dsv32_jax.transcript import Transcript
+from tests import models, oracle
 
 NEW = 12
 PROMPTS = [[0, 17, 42, 7, 99, 5, 23], [0, 250, 8], [0, 31, 31, 200, 64, 65, 66, 67, 68, 69, 70, 71, 72]]
@@ -144,17 +147,20 @@ def test_layerwise_is_generate(model, greedy, drawn):
         np.testing.assert_allclose(np.concatenate(got.logprobs), np.concatenate(want.logprobs), atol=2e-5)
 
 
-def test_around_index_topk(model):
-    """Prompts just below, at and above index_topk go on as one forward over the result says."""
-    lengths = [model.cfg.index_topk + beyond for beyond in (-1, 0, 1)]
-    prompts = [row[:length].tolist() for row, length in zip(models.tokens(model.cfg, 3, 24), lengths, strict=True)]
-    result = ds.generate(model, prompts, max_new_tokens=3)
-    longer = np.zeros((3, 24), np.int32)
-    for row, prompt, tokens in zip(longer, prompts, result.tokens, strict=True):
-        row[: len(prompt + tokens)] = prompt + tokens
-    logits = np.asarray(ds.forward(model, longer).logits)
-    for row, (length, tokens) in enumerate(zip(lengths, result.tokens, strict=True)):
-        assert logits[row, length - 1 : length - 1 + len(tokens)].argmax(-1).tolist() == tokens
+def test_every_edge_is_the_oracle(model):
+    """Prompts of 1 token and around index_topk, rows that fill the cache to its last slot or one before it, and each
+    engine: the greedy tokens of a float64 NumPy model that computes everything anew."""
+    lengths = [1, model.cfg.index_topk - 1, model.cfg.index_topk, model.cfg.index_topk + 1]
+    prompts = [row[:length].tolist() for row, length in zip(models.tokens(model.cfg, 4, 24), lengths, strict=True)]
+    want = [oracle.greedy(model, prompt, 6) for prompt in prompts]
+    assert ds.generate(model, prompts, max_new_tokens=6).tokens == want
+    longest = prompts[-1]
+    for capacity, made in ((len(longest) + 5, 5), (len(longest) + 6, 6), (len(longest) + 7, 6)):
+        got = ds.generate(model, [longest], max_new_tokens=made, capacity=capacity)
+        assert got.tokens == [want[-1][:made]]
+    np.testing.assert_allclose(
+        ds.forward(model, [longest]).logits[0], oracle.logits(model, longest), atol=2e-4, rtol=1e-4
+    )
 
 
 def test_stats(greedy):
@@ -214,6 +220,91 @@ def test_end_tokens_of_ones_own(model, greedy):
     later = ds.generate(model, [prompt], max_new_tokens=NEW, stop_token_ids=[row[2]], min_new_tokens=8)
     assert len(later.tokens[0]) >= 9 or later.finish_reason == ["length"]
     assert later.tokens[0][:2] == row[:2] and row[2] not in later.tokens[0][:8]
+
+
+class Letters:
+    """A tokenizer of one letter a token; token 5 is half of an e acute, token 6 the other half."""
+
+    def bytes_of(self, ids):
+        return b"".join({5: b"\xc3", 6: b"\xa9"}.get(token, bytes([97 + token % 26])) for token in ids)
+
+
+def test_text_and_stop_strings(model, greedy):
+    """A string across tokens ends its row where it is complete, the text before it; other rows go on."""
+    told = ds.generate(model, PROMPTS, max_new_tokens=NEW, tokenizer=Letters())
+    assert told.tokens == greedy.tokens and greedy.text is None
+    row = next(row for row in range(3) if len(greedy.tokens[row]) == NEW)
+    text = told.text[row]
+    assert text == Letters().bytes_of(greedy.tokens[row]).decode()
+    stop = text[3:6]
+    end = text.index(stop) + 3
+    stopped = ds.generate(model, PROMPTS, max_new_tokens=NEW, tokenizer=Letters(), stop=[stop, "never"])
+    assert stopped.tokens[row] == greedy.tokens[row][:end] and stopped.finish_reason[row] == "stop"
+    assert stopped.text[row] == text[: end - 3]
+    others = [other for other in range(3) if stop not in told.text[other]]
+    assert others and all(stopped.tokens[other] == greedy.tokens[other] for other in others)
+    events = list(ds.stream(model, PROMPTS[row], max_new_tokens=NEW, tokenizer=Letters(), stop=stop))
+    assert "".join(event.text for event in events) == stopped.text[row] and events[-1].finish_reason == "stop"
+
+
+def test_g11_half_a_character_waits(model):
+    """The first half gives no text, the second the whole character; at the end what is left is marked."""
+    halves = [ds.Sampling(logit_bias={5: 1e9}), ds.Sampling(logit_bias={6: 1e9})]
+    first = ds.generate(model, PROMPTS[:2], max_new_tokens=1, sampling=halves, tokenizer=Letters())
+    assert first.tokens == [[5], [6]] and first.text == ["\ufffd", "\ufffd"]
+    told = Transcript([], 3, Letters(), ())
+    assert [told.add(token, 0.0, ()).text for token in (5, 6, 7)] == ["", "\u00e9", "h"]
+
+
+@pytest.mark.parametrize("stop", ["", [""], [3], ["a", None]], ids=repr)
+def test_g35_wrong_stop_strings(model, stop):
+    refused(lambda: ds.generate(model, PROMPTS, tokenizer=Letters(), stop=stop), UsageError, "stop string")
+
+
+def test_g03_a_long_compilation_says_so(caplog):
+    """After some seconds, once, where something is compiled; never where nothing is."""
+    with metered() as meter, compilation.announced("prefill of 1 rows", meter, after=0.05):
+        jax.jit(lambda x: x + 41)(1)
+        time.sleep(0.3)
+    assert [record.message for record in caplog.records] == [
+        "compiling prefill of 1 rows; programs are kept on disk for next time"
+    ]
+    with metered() as meter, compilation.announced("nothing", meter, after=0.01):
+        time.sleep(0.1)
+    assert len(caplog.records) == 1
+
+
+def test_g05_a_device_without_memory(model, greedy, monkeypatch):
+    """What takes how much and three remedies; the next call works. Other errors of the device stay what they are."""
+
+    def fail(message):
+        def advance(self, steps=None):
+            raise jax.errors.JaxRuntimeError(message)
+
+        return advance
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Batch, "advance", fail("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"))
+        with pytest.raises(CapacityError, match=r"weights take .* caches of this batch .*batch_size.*capacity.*fp8"):
+            ds.generate(model, PROMPTS, max_new_tokens=NEW)
+        patch.setattr(Batch, "advance", fail("INTERNAL: something else"))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+            ds.generate(model, PROMPTS, max_new_tokens=NEW)
+    assert ds.generate(model, PROMPTS, max_new_tokens=NEW).tokens == greedy.tokens
+
+
+def test_g28_many_threads(model, greedy):
+    """Calls from several threads at once give each its own result; a session takes one turn at a time."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: ds.generate(model, PROMPTS, max_new_tokens=NEW).tokens, range(8)))
+    assert results == [greedy.tokens] * 8
+    session = ds.session(model, capacity=32)
+    stream = session.stream(PROMPTS[0], max_new_tokens=4)
+    next(stream)
+    with pytest.raises(UsageError, match="in the middle of another turn"):
+        session.generate(PROMPTS[0], max_new_tokens=4)
+    stream.close()
+    assert session.generate(PROMPTS[0], max_new_tokens=4).tokens[0] == greedy.tokens[0][:4]
 
 
 def test_the_likeliest_tokens(model, greedy):
