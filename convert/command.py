@@ -17,7 +17,8 @@ from .plan import outlook
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .plan.prepare import Options, prepare
 from .progress import Bar, JsonLines, Lines, Watcher
-from .read.detect import BECOMES
+from .read import waiting
+from .read.stored import BECOMES
 from .write.job import convert
 
 EPILOG = """exit codes: 0 done, 2 usage, 3 input damaged or unsupported, 5 not enough disk, memory or devices,
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
             code,
         )
 
-    with interrupts.ending(last_words):
+    with interrupts.ending(last_words), waiting.told(watcher.warning):
         try:
             _run(options, watcher)
             return 0
@@ -75,7 +76,7 @@ def _run(options: argparse.Namespace, watcher: Watcher) -> None:
     if options.dry_run:
         prepared = prepare(options.src, options.dst, how)
         print(show(outlook.expected(prepared)), flush=True)
-        outlook.require_space(prepared)
+        outlook.require_room(prepared)
         return
     watcher.event("start", source=str(options.src), output=str(options.dst))
     manifest = convert(options.src, options.dst, progress=watcher, **how)
@@ -106,6 +107,7 @@ def _result(dst: Path, manifest: Manifest) -> dict[str, Any]:
         "largest_errors": report["errors"]["worst"],
         "nan_scale_bytes": report["nan_scale_bytes"],
         "zero_blocks": report["zero_blocks"],
+        "pairs_of_different_tensor_scales": report["pairs_of_different_tensor_scales"],
         "digest": manifest.digest,
     }
 
@@ -129,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", metavar="0-N", help="only the first N + 1 layers, as a small model of its own (without MTP)")
     add("--mesh", metavar="AXES", help="lay out chunks for these devices, for example expert=8,model=2")
     add("--strict-index", action="store_true", help="refuse an index that does not list every tensor of the shards")
+    add("--verify-source", action="store_true", help="first compare the shards with the SHA-256 that the hub says")
     add("--log-format", choices=("text", "json"), default="text", help="how stdout and stderr are written")
     _add_formats(parser)
     _add_limits(parser)

@@ -29,6 +29,8 @@ class Watcher(Protocol):
 
     def event(self, name: str, **facts: Any) -> None: ...
 
+    def warning(self, message: str) -> None: ...
+
     def error(self, message: str, code: int) -> None: ...
 
     def last_words(self, message: str, code: int) -> bytes: ...
@@ -41,12 +43,12 @@ class Lines:
 
     def __init__(self):
         self._began = self._said = time.monotonic()
-        self._ready: int | None = None
+        self._ready, self._total = 0, -1
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if self._ready is None:
-            self._ready = progress.done
+        if self._total != progress.total:
+            self._ready, self._total, self._began = progress.done, progress.total, now
             self._begin(progress)
         if now - self._said >= INTERVAL or progress.done == progress.total:
             self._said = now
@@ -57,7 +59,7 @@ class Lines:
             self._write(f"continuing: {size_text(progress.done)} of {size_text(progress.total)} are there")
 
     def _pace(self, progress: Progress, now: float) -> Pace:
-        rate = (progress.done - (self._ready or 0)) / max(now - self._began, 1e-3)
+        rate = (progress.done - self._ready) / max(now - self._began, 1e-3)
         left = (progress.total - progress.done) / rate if rate > 0 else None
         return Pace(rate, left, resident())
 
@@ -71,6 +73,10 @@ class Lines:
 
     def event(self, name: str, **facts: Any) -> None:
         """What happened besides progress: of interest to programs."""
+
+    def warning(self, message: str) -> None:
+        """What a person may want to look after while the work goes on."""
+        self._write(f"warning: {message}")
 
     def error(self, message: str, code: int) -> None:
         self._write(f"error: {message}")
@@ -98,6 +104,9 @@ class JsonLines(Lines):
     def _say(self, progress: Progress, pace: Pace) -> None:
         self.event("progress", **progress._asdict(), **pace._asdict())
 
+    def warning(self, message: str) -> None:
+        self.event("warning", message=message)
+
     def error(self, message: str, code: int) -> None:
         self.event("error", message=message, code=code)
 
@@ -118,7 +127,14 @@ class Bar(Lines):
             self._bar = self._stack.enter_context(_rich_bar())
             self._task = self._bar.add_task("", total=progress.total, completed=progress.done, memory="")
         memory = f"memory {size_text(resident())}"
-        self._bar.update(self._task, completed=progress.done, description=progress.leaf, memory=memory)
+        done = {"completed": progress.done, "total": progress.total, "description": progress.leaf}
+        self._bar.update(self._task, **done, memory=memory)
+
+    def warning(self, message: str) -> None:
+        if self._bar is None:
+            super().warning(message)
+        else:
+            self._bar.console.print(_ascii(f"warning: {message}"), markup=False, highlight=False)
 
     def error(self, message: str, code: int) -> None:
         self.close()

@@ -145,10 +145,15 @@ def _watcher(after_signal: str) -> "Iterator[Watcher]":
     """What shows progress on stderr; a signal ends the process with what `after_signal` says."""
     from . import interrupts
     from .progress import Bar, Lines
+    from .read import waiting
 
     watcher = Bar() if sys.stderr.isatty() else Lines()
+
+    def last_words(name: str, code: int) -> bytes:
+        return watcher.last_words(f"{name}: stopped. {after_signal}", code)
+
     try:
-        with interrupts.ending(lambda name, code: watcher.last_words(f"{name}: stopped. {after_signal}", code)):
+        with interrupts.ending(last_words), waiting.told(watcher.warning):
             yield watcher
     finally:
         watcher.close()

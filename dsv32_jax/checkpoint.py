@@ -1,7 +1,9 @@
 """From a converted checkpoint to a Model: leaf by leaf, straight to where each leaf belongs."""
 
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -47,28 +49,60 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
         raise UsageError(f"dtype must be bfloat16 or float32, not {np.dtype(dtype)}; weights keep their own formats")
     if verify not in LEVELS:
         raise UsageError(f"verify must be one of {listing(LEVELS)}, not {verify!r}")
-    folder = Path(folder).expanduser().resolve()
-    manifest = Manifest.read(folder)
-    if verify is not None:
-        integrity.require_files(folder, manifest)
-    cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
-    table = {leaf.path: leaf for leaf in leaves(cfg)}
-    _compare(folder, table, manifest.leaves)
-    origin = Origin(manifest.digest, vocabulary.check(folder, cfg))
+    stored = Checkpoint.open(folder, verify)
+    origin = Origin(stored.manifest.digest, vocabulary.check(stored.folder, stored.cfg))
     if mesh is not None:
-        stored = [
-            (table[path], array.shape) for path, entry in manifest.leaves.items() for array in entry.arrays.values()
-        ]
-        sharding.check(mesh, stored)
-    reader = Reader(folder)
+        sharding.check(mesh, stored.shapes())
     found: dict[str, Weight] = {}
-    for group in _groups(manifest.leaves):
-        entries = {path: manifest.leaves[path] for path in group}
-        arrays = _read(reader, entries, table, mesh)
+    for group in _groups(stored.manifest.leaves):
+        found |= stored.weights(group, dtype, mesh, verify)
+    return build(stored.cfg, dtype, lambda path: found[stored.home(path)], origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A converted checkpoint whose manifest holds the leaves of its config; they are read as they are asked for."""
+
+    folder: Path
+    manifest: Manifest
+    cfg: Config
+    table: dict[str, Leaf]
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: str | None = None) -> "Checkpoint":
+        """Read the manifest only, and with `verify` compare the files with it. Raises as `load` does."""
+        folder = Path(folder).expanduser().resolve()
+        manifest = Manifest.read(folder)
+        if verify is not None:
+            integrity.require_files(folder, manifest)
+        cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
+        table = {leaf.path: leaf for leaf in leaves(cfg)}
+        _compare(folder, table, manifest.leaves)
+        return cls(folder, manifest, cfg, table)
+
+    @cached_property
+    def reader(self) -> Reader:
+        """What reads its arrays."""
+        return Reader(self.folder)
+
+    def home(self, path: str) -> str:
+        """The leaf that holds the arrays of `path`: the same one, or the one it is a copy of."""
+        return self.manifest.leaves[path].same_as or path
+
+    def shapes(self) -> list[tuple[Leaf, tuple[int, ...]]]:
+        """Every stored array: its leaf and its shape."""
+        entries = self.manifest.leaves.items()
+        return [(self.table[path], array.shape) for path, entry in entries for array in entry.arrays.values()]
+
+    def weights(
+        self, paths: Collection[str], dtype, mesh: Mesh | None = None, verify: str | None = None
+    ) -> dict[str, Weight]:
+        """The weights of `paths`, none of which is a copy of another leaf, for a model that computes in `dtype`."""
+        entries = {path: self.manifest.leaves[path] for path in paths}
+        arrays = _read(self.reader, entries, self.table, mesh)
         if verify == "full":
-            integrity.require_arrays(folder, entries, arrays)
-        found |= _weights(entries, arrays, dtype)
-    return build(cfg, dtype, lambda path: found[manifest.leaves[path].same_as or path], origin)
+            integrity.require_arrays(self.folder, entries, arrays)
+        return _weights(entries, arrays, dtype)
 
 
 def _groups(entries: dict[str, LeafEntry]) -> Iterator[list[str]]:

@@ -113,6 +113,19 @@ def rewound(context: Context, count: int) -> Context:
     return dataclasses.replace(context, cache=dataclasses.replace(context.cache, length_B=length_B))
 
 
+def grown(context: Context, capacity: int) -> Context:
+    """The context with room for `capacity` tokens a row."""
+    more = capacity - context.cache.capacity
+    if not more:
+        return context
+
+    def pad(layer: LayerCache) -> LayerCache:
+        return jax.tree.map(lambda slots: jnp.pad(slots, [(0, 0), (0, more), (0, 0)]), layer)
+
+    cache = dataclasses.replace(context.cache, layers=tuple(pad(layer) for layer in context.cache.layers))
+    return Context(cache, context.h_BD, None if context.drafting is None else pad(context.drafting))
+
+
 def resumed(model: Model, state: State) -> Context:
     """What the rows have read, for more to be read; the hidden vectors of their last tokens are not kept."""
     h_BD = jnp.zeros((len(state.token_B), model.cfg.hidden_size), model.dtype)

@@ -4,6 +4,7 @@ Latents and index keys lie in one cache and move together; the drafting layer's 
 """
 
 import contextlib
+import dataclasses
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,11 +17,11 @@ import numpy as np
 from . import cache as caches
 from . import checks, memory, session_file
 from .batch import WHOLE, Batch
-from .decoding import Context, blank, resumed, rewound
+from .decoding import Context, blank, grown, resumed, rewound
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
-from .request import Options
+from .request import Options, bucket
 from .result import Generation
 from .run import Run
 from .sampling import Sampling
@@ -37,7 +38,7 @@ class Session:
     `tokens`, those that the cache holds, is not read again. Made by `session`.
     """
 
-    def __init__(self, model: Model, capacity: int, cache_dtype: np.dtype, draft: int):
+    def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int):
         self.model, self.capacity, self.cache_dtype, self.draft = model, capacity, cache_dtype, draft
         self.tokens: list[int] = []
         self._context: Context | None = None
@@ -84,7 +85,12 @@ class Session:
         if options.get("n", 1) != 1:
             raise UsageError(f"a session has one row, not n={options.get('n')}; fork it")
         own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
-        return Run(WHOLE, self.model, [tokens], sampling, **options, **own)
+        run = Run(WHOLE, self.model, [tokens], sampling, **options, **own)
+        if self._context is not None:
+            run.request = dataclasses.replace(
+                run.request, capacity=max(run.request.capacity, self._context.cache.capacity)
+            )
+        return run
 
     def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
         """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
@@ -99,7 +105,8 @@ class Session:
         for batch in run.batches():
             (prompt,) = run.request.prompts
             known, context = self._known(prompt), self._context
-            context = None if context is None else rewound(context, known)
+            if context is not None:
+                context = rewound(grown(context, run.request.capacity), known)
             self.tokens, self._context, self._drafted = [], None, 0
             with contextlib.closing(run.tokens(batch, steps, asked_to_stop, context, known)) as tokens:
                 try:
@@ -130,13 +137,13 @@ class Session:
 
 
 def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:
-    """A session of at most `capacity` tokens (by default 4096 or the model's longest context, if that is less)."""
+    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two."""
     longest = model.cfg.max_position_embeddings
-    capacity = min(4096, longest) if capacity is None else capacity
-    checks.whole("capacity", capacity, 1, longest)
     checks.whole("draft", draft, 0, 16)
     stored = caches.dtype_of(cache_dtype, model.dtype)
-    memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft)
+    if capacity is not None:
+        checks.whole("capacity", capacity, 1, longest)
+        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft)
     return Session(model, capacity, stored, draft)
 
 
@@ -149,8 +156,9 @@ def load_session(model: Model, file: str | Path) -> Session:
     tokens = saved["tokens"]
     if tokens:
         (tokens,) = checks.prompts([tokens], model.cfg.vocab_size)
-        checks.whole("the number of its tokens", len(tokens), 1, loaded.capacity)
-        context = blank(model.cfg, model.dtype, 1, loaded.capacity, loaded.cache_dtype, loaded.draft)
+        slots = loaded.capacity or bucket(len(tokens))
+        checks.whole("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
+        context = blank(model.cfg, model.dtype, 1, slots, loaded.cache_dtype, loaded.draft)
         loaded._context = session_file.read_into(file, context, len(tokens))
     loaded.tokens, loaded._drafted = tokens, saved["drafted"]
     return loaded

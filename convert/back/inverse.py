@@ -14,8 +14,9 @@ from dsv32_jax.errors import CheckpointError
 from dsv32_jax.layout import Leaf
 from dsv32_jax.storage.passport import SourceTensor
 
-from ..read.detect import FP8_BLOCK, Stored, detect
+from ..read.detect import detect
 from ..read.header import DTYPES, Tensor
+from ..read.stored import FP8_BLOCK, Stored
 
 Components = Mapping[str, np.ndarray]
 

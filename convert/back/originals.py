@@ -2,14 +2,10 @@
 
 import hashlib
 
-from dsv32_jax.storage.arrays import raw
 from dsv32_jax.storage.passport import SourceTensor
 
 from ..read.header import Tensor
 from ..read.source import Source
-
-SLAB_BYTES = 64 << 20
-"""Bytes of a tensor that are read together."""
 
 
 def difference(source: Source, noted: SourceTensor) -> str | None:
@@ -23,10 +19,7 @@ def difference(source: Source, noted: SourceTensor) -> str | None:
 
 
 def _sha256(source: Source, tensor: Tensor) -> str:
-    if tensor.nbytes <= SLAB_BYTES:
-        return hashlib.sha256(raw(source.read(tensor))).hexdigest()
-    found, rows = hashlib.sha256(), tensor.shape[0]
-    step = max(1, SLAB_BYTES * rows // tensor.nbytes)
-    for start in range(0, rows, step):
-        found.update(raw(source.read_rows(tensor, start, min(start + step, rows))))
+    found = hashlib.sha256()
+    for piece in source.pieces(tensor):
+        found.update(piece.data)
     return found.hexdigest()

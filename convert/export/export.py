@@ -65,6 +65,8 @@ def export(
     work = _Export(converted, family, share_scales)
     shards = deal((target.tensors for target in work.targets.values()), shard_bytes)
     unfinished = out.parent / f".{out.name}.unfinished"
+    if unfinished.is_dir() and os.listdir(unfinished) and not (unfinished / LOCK).exists():
+        raise OutputExistsError(f"{unfinished} is in the way and not from an export; nothing was touched")
     with locked(unfinished):
         _empty(unfinished)
         require_space(unfinished, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
@@ -142,7 +144,7 @@ class _Export:
     def _target(self, weight: Weight) -> Target:
         formats = self.converted.formats(weight)
         dtype = self.converted.dtype(weight) if set(formats) == {"dense"} else ""
-        target = choose(weight, self.family, formats, dtype)
+        target = choose(weight, self.family, formats, dtype, bool(self.nvfp4))
         return target.renewed(target.block) if weight.name in self.sharing.shared else target
 
     def _one_block(self) -> list[str]:

@@ -21,17 +21,17 @@ Targets = Mapping[str, Target]
 
 
 def modelopt(targets: Targets) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """(quantization_config of config.json, hf_quant_config.json) of ModelOpt; DeepSeek's own where all is FP8."""
+    """(quantization_config of config.json, hf_quant_config.json) of ModelOpt; DeepSeek's own where all is FP8.
+
+    The algorithm is the one of weights alone: there are no activation scales, and a reader that is told NVFP4 computes
+    with whatever it has in their place (vLLM: uninitialized memory).
+    """
     kinds = {target.kind for target in targets.values()}
     if "modelopt-nvfp4" not in kinds:
         return (dict(DEEPSEEK) if "deepseek-fp8" in kinds else None), None
-    quantized = {name for name, target in targets.items() if target.kind != "dense"}
-    excluded = named(set(targets) - quantized, targets)
+    excluded = named({name for name, target in targets.items() if target.kind == "dense"}, targets)
     block = min(target.block for target in targets.values() if target.kind == "modelopt-nvfp4")
-    quantization: dict[str, Any] = {"quant_algo": "NVFP4", "kv_cache_quant_algo": None, "group_size": block}
-    if "deepseek-fp8" in kinds:
-        quantization["quant_algo"] = "MIXED_PRECISION"
-        quantization["quantized_layers"] = _algorithms(targets)
+    quantization = {"quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": None, "group_size": block}
     producer = {"name": "modelopt", "version": f"dsv32-jax {importlib.metadata.version('dsv32-jax')}"}
     config = {"quant_method": "modelopt", "producer": producer, **quantization, "ignore": excluded}
     return config, {"producer": producer, "quantization": {**quantization, "exclude_modules": excluded}}
@@ -107,23 +107,6 @@ def _regex(head: str, middle: str, rest: str, layers: dict[str, set[int]]) -> li
         number = f"({'|'.join(map(str, sorted(experts)))})" if experts else ""
         texts.append(f"re:^{re.escape(head)}({'|'.join(chosen)}){re.escape(middle)}{number}{re.escape(rest)}$")
     return texts
-
-
-def _algorithms(targets: Targets) -> dict[str, dict[str, Any]]:
-    """ModelOpt's quantized_layers: by module, or once for all experts of a layer that are alike."""
-    banks: dict[str, set[tuple[str, int]]] = {}
-    for name, target in targets.items():
-        if match := EXPERTS.match(name):
-            banks.setdefault(match[1], set()).add((target.kind, target.block))
-    found: dict[str, dict[str, Any]] = {}
-    for name, target in targets.items():
-        if target.kind == "dense":
-            continue
-        match = EXPERTS.match(name)
-        alike = match is not None and len(banks[match[1]]) == 1
-        algorithm = "NVFP4" if target.kind == "modelopt-nvfp4" else "FP8_PB_WO"
-        found[match[1] if match and alike else name] = {"quant_algo": algorithm, "group_size": target.block}
-    return found
 
 
 def _ignored(names: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from dsv32_jax.storage.arrays import raw
 from dsv32_jax.storage.manifest import sync_folder
 
 from ..read.header import DTYPES
-from ..read.source import INDEX
+from ..read.index import NAME as INDEX
 from .targets import Written
 
 SHARD_BYTES = 5_000_000_000

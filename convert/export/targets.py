@@ -10,7 +10,7 @@ from dsv32_jax.quantize import FP8_BLOCK, NVFP4_BLOCK
 
 from ..back import inverse
 from ..back.converted import Weight
-from ..read.detect import Stored
+from ..read.stored import Stored
 
 FAMILIES = ("modelopt", "compressed-tensors", "bf16")
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
@@ -50,8 +50,10 @@ class Target(NamedTuple):
         return self._replace(block=block, tensors=tensors, as_stored=None)
 
 
-def choose(weight: Weight, family: str, formats: tuple[str, ...], dtype: str) -> Target:
-    """The Target of `weight` in `family`: `formats` are its leaves' in the manifest, `dtype` of dense ones NumPy's."""
+def choose(weight: Weight, family: str, formats: tuple[str, ...], dtype: str, beside_nvfp4: bool) -> Target:
+    """The Target of `weight` in `family`: `formats` are its leaves' in the manifest, `dtype` of dense ones NumPy's;
+    `beside_nvfp4`: whether there are weights in NVFP4.
+    """
     stored = None
     if weight.sources and not weight.change:
         stored = inverse.described(weight.name, weight.sources)
@@ -63,6 +65,8 @@ def choose(weight: Weight, family: str, formats: tuple[str, ...], dtype: str) ->
         return _dense(weight, "BF16", None, f"its parts are stored as {_names(formats)}")
     if formats[0] == "nvfp4":
         return _nvfp4(weight, family, stored)
+    if family == "modelopt" and beside_nvfp4:
+        return _dense(weight, "BF16", None, "FP8 blocks beside NVFP4 are not read under ModelOpt's names")
     return _fp8(weight, family, stored)
 
 

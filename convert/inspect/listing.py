@@ -13,9 +13,10 @@ from dsv32_jax.storage.manifest import FILE
 
 from ..back.converted import Converted, Group, nbytes_of, raise_damaged
 from ..read import weights
-from ..read.detect import Stored, detect
+from ..read.detect import detect
 from ..read.header import Tensor
 from ..read.source import Source
+from ..read.stored import Stored
 from .statistics import Tally
 
 

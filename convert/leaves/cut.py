@@ -14,8 +14,8 @@ import numpy as np
 
 from dsv32_jax.layout import Leaf
 
-from ..read.detect import FOLDED, Stored
 from ..read.header import BY_NAME
+from ..read.stored import FOLDED, Stored
 from ..read.weights import Read
 from .recast import Recaster
 

@@ -15,7 +15,7 @@ from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantize import FP8_BLOCK, RTN, Scaling, fp8_quantize, largest, nvfp4_quantize
 
 from ..read import weights
-from ..read.detect import Stored
+from ..read.stored import Stored
 from ..read.weights import Read
 from . import facts
 
@@ -102,8 +102,8 @@ def _blaming(stored: Stored) -> Iterator[None]:
 
 
 def partners(stored: Iterable[Stored]) -> dict[str, tuple[Stored, ...]]:
-    """For each weight that is to become NVFP4, the others that are computed together with it and become NVFP4 too."""
-    found = {one.name: one for one in stored if one.wanted == "nvfp4"}
+    """For each of the weights, by name, the others among them that are computed together with it."""
+    found = {one.name: one for one in stored}
     result = {}
     for name in found:
         stem, _, last = name.removesuffix(".weight").rpartition(".")

@@ -8,13 +8,13 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.host import available
 from dsv32_jax.storage.chunks import LARGEST as BAND_BYTES
 
-from ..read.detect import Stored
+from ..read.stored import Stored
 from .plan import PlannedLeaf
 
 PROGRAM = 448 << 20
@@ -27,7 +27,6 @@ SHARE = 0.8
 """Of the memory that is available, the share that a conversion takes when it is not told."""
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
 
 Group = tuple[PlannedLeaf, ...]
 
@@ -63,18 +62,6 @@ def parse(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
-def available(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/meminfo")) -> int:
-    """Bytes that this process can still take: what the machine has, or what its control group leaves of that."""
-    (free,) = re.findall(r"^MemAvailable:\s+(\d+) kB$", meminfo.read_text(), re.MULTILINE)
-    found = int(free) * 1024
-    for limit, usage in CGROUP:
-        try:
-            found = min(found, int((root / limit).read_text()) - int((root / usage).read_text()))
-        except (OSError, ValueError):
-            continue
-    return max(found, 0)
-
-
 def working_bytes(leaf: PlannedLeaf) -> int:
     """What one worker has in hand beside the leaf itself: one weight as it is read, in between, and as it is stored."""
     most = max((_reading(stored) + _converting(stored) for stored in leaf.sources), default=0)
@@ -97,6 +84,16 @@ def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
             f"{limit / 2**30:.2f} GiB of memory are too little: {too_large} alone takes "
             f"{need(largest) / 2**30:.2f} GiB while it is converted. Nothing was written. "
             f"The smallest limit that works is --max-memory {smallest}MiB"
+        )
+
+
+def require_free(peak: int) -> None:
+    """Raise CapacityError when `peak` bytes are more than this process can take: it would be killed on the way."""
+    free = available()
+    if peak > free:
+        raise CapacityError(
+            f"the conversion takes up to {peak / 2**30:.2f} GiB of memory, and {free / 2**30:.2f} GiB are free here. "
+            f"Nothing new was written; free some, or give a limit: --max-memory {int(free * SHARE) >> 20}MiB"
         )
 
 

@@ -4,6 +4,8 @@ import os
 import shutil
 from typing import Any
 
+from dsv32_jax.storage import pieces
+
 from .. import text
 from ..quantities import size_text
 from . import disk, memory, output
@@ -12,7 +14,7 @@ from .prepare import Prepared
 
 
 def expected(prepared: Prepared) -> dict[str, Any]:
-    """Bytes, memory, time at the speed of the disks, and every leaf with its format and shapes.
+    """Bytes, memory, time at the speed of the disks, and every leaf with its format, shapes and pieces of the mesh.
 
     Measures the disks for about a second; what it writes for that has no name and is gone afterwards.
     """
@@ -24,8 +26,9 @@ def expected(prepared: Prepared) -> dict[str, Any]:
     return {
         "would_read": to_read,
         "would_write": planned.nbytes,
-        "peak_memory": memory.peak(prepared.groups(list(planned.leaves)), budget),
+        "peak_memory": prepared.peak,
         "memory_limit": budget.limit,
+        "memory_free": memory.available(),
         "largest_leaf": max(leaf.nbytes for leaf in planned.leaves),
         "workers": budget.workers,
         "disk_free": shutil.disk_usage(folder).free,
@@ -35,18 +38,23 @@ def expected(prepared: Prepared) -> dict[str, Any]:
         "mesh": prepared.mesh,
         **text.summary(planned.config, planned.formats, list(planned.notes), planned.ignored),
         "conversions": planned.conversions,
-        "leaves": {leaf.leaf.path: _arrays(leaf) for leaf in planned.leaves},
+        "leaves": {leaf.leaf.path: _arrays(leaf, prepared.mesh) for leaf in planned.leaves},
     }
 
 
-def require_space(prepared: Prepared) -> None:
-    """Raise CapacityError when what is not yet written does not fit on the disk."""
+def require_room(prepared: Prepared) -> None:
+    """Raise CapacityError when there is too little memory, or what is not yet written does not fit on the disk."""
+    memory.require_free(prepared.peak)
     there = sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(prepared.dst) for name in names)
     output.require_space(disk.existing(prepared.dst), max(0, prepared.plan.nbytes - there))
 
 
-def _arrays(leaf: PlannedLeaf) -> str:
+def _arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
+    """Format, bytes, and of each array dtype, shape, and what one device of the mesh holds where that is less."""
     if leaf.same_as is not None:
         return f"= {leaf.same_as}"
-    sizes = ", ".join(f"{name} {dtype} {list(shape)}" for name, (dtype, shape) in leaf.arrays.items())
-    return f"{leaf.form.format}, {size_text(leaf.nbytes)}: {sizes}"
+    texts = []
+    for name, (dtype, shape) in leaf.arrays.items():
+        piece = pieces.split(mesh, leaf.leaf, shape)
+        texts.append(f"{name} {dtype} {list(shape)}" + (f" in pieces of {list(piece)}" if piece != shape else ""))
+    return f"{leaf.form.format}, {size_text(leaf.nbytes)}: {', '.join(texts)}"

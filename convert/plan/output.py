@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from dsv32_jax.errors import CapacityError, OutputExistsError, StorageError, UsageError, listing
+from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, StorageError, UsageError, listing
 from dsv32_jax.storage.manifest import FILE, JOURNAL
 
 LOCK = ".lock"
@@ -72,7 +72,7 @@ def locked(dst: Path) -> Iterator[None]:
     """Hold the kernel's lock on `dst`, which goes with the process. Raises OutputExistsError when another has it."""
     try:
         dst.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(dst / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(dst / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
     except OSError as error:
         raise StorageError(f"{dst} cannot be written: {error}; nothing was written") from error
     try:
@@ -91,6 +91,15 @@ def locked(dst: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def require_companions(src: Path) -> None:
+    """Raise CheckpointError where a file that is to be copied is there and cannot be: a dangling link, a pipe."""
+    if wrong := [name for name in COMPANIONS if os.path.lexists(src / name) and not (src / name).is_file()]:
+        raise CheckpointError(
+            f"{src}: {listing(wrong)} should be files and are not (links that lead nowhere?); nothing was written. "
+            "Download them again, or remove them"
+        )
 
 
 def copy_companions(src: Path, dst: Path) -> list[str]:

@@ -11,9 +11,10 @@ from dsv32_jax.layout import COPIES, Leaf, leaves
 from dsv32_jax.storage.manifest import FORMAT_VERSION, digest
 
 from ..leaves.cut import Form, arrays, choose
-from ..read.detect import Stored
+from ..read import announced
 from ..read.header import BY_NAME
 from ..read.source import Source
+from ..read.stored import Stored
 from .policy import Chooser, Recipe
 from .survey import Survey
 
@@ -21,7 +22,7 @@ SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f
 """Names of formats and dtypes as users write them."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PlannedLeaf:
     """One leaf: where it comes from and what is stored of it.
 
@@ -96,6 +97,8 @@ def plan(source: Source, recipe: Recipe | None = None) -> Plan:
     kept = [leaf for leaf in planned if leaf is not None]
     by_path = {leaf.leaf.path: leaf for leaf in kept}
     kept = tuple(_share(leaf, by_path) for leaf in kept)
+    stored = {s.name: s for leaf in kept for s in leaf.sources}
+    notes += announced.disagreements(source.config, source.quantization, stored.values())
     lossy = [leaf for leaf in kept if leaf.form.dequantized]
     notes += [f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}" for leaf in lossy]
     if recipe.policy.file is not None:

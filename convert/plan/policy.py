@@ -23,8 +23,8 @@ from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.quantize import NVFP4_BLOCK
 from dsv32_jax.quantize_search import SCALINGS
 
-from ..read.detect import BECOMES, Stored
-from ..read.header import strict_json
+from ..read.stored import BECOMES, Stored
+from ..read.strict_json import strict_json
 
 KEEP = "keep"
 TO = "to"

@@ -1,6 +1,7 @@
 """What the user asks for, checked and planned: everything that can be known before a byte of a tensor is read."""
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -12,7 +13,7 @@ from ..read.layers import first_layers
 from ..read.source import Source
 from . import memory
 from .memory import Budget
-from .output import require_apart
+from .output import require_apart, require_companions
 from .plan import Plan, PlannedLeaf, plan
 from .policy import recipe
 
@@ -29,6 +30,7 @@ class Options(TypedDict, total=False):
     max_memory    bytes, or "8GiB"; by default 80 % of what is free
     workers       threads that read and convert; by default one for each core
     strict_index  refuse a source whose index does not list every tensor of its shards
+    verify_source first compare every shard with the SHA-256 that `hf download` left beside it
     group_bytes   small leaves are saved together, about so many bytes at a time
     """
 
@@ -41,6 +43,7 @@ class Options(TypedDict, total=False):
     max_memory: str | int | None
     workers: int | None
     strict_index: bool
+    verify_source: bool
     group_bytes: int
 
 
@@ -65,6 +68,11 @@ class Prepared:
         """Equal for two runs that write the same bytes, whatever memory and workers they are given."""
         return digest([self.plan.digest, self.mesh]) if self.mesh else self.plan.digest
 
+    @functools.cached_property
+    def peak(self) -> int:
+        """Bytes of memory that will be taken at most."""
+        return memory.peak(self.groups(list(self.plan.leaves)), self.budget)
+
     def groups(self, leaves: list[PlannedLeaf]) -> list[memory.Group]:
         """`leaves` as they are saved together."""
         return list(memory.groups(leaves, self.budget.limit, self.group_bytes))
@@ -83,6 +91,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
     mesh = pieces.parse(mesh) if isinstance(mesh, str) else dict(mesh)
     require_apart(src, dst)
     source = Source(src)
+    require_companions(src)
     if options.get("strict_index"):
         source.require_index()
     if (layers := options.get("layers")) is not None:

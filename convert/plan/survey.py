@@ -7,8 +7,9 @@ from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.layout import Leaf
 
 from ..names import grouped, with_detail
-from ..read.detect import BESIDE, MissingTensors, Stored, detect
+from ..read.detect import BESIDE, MissingTensors, detect
 from ..read.header import Tensor
+from ..read.stored import Stored
 from .policy import Chooser
 
 IGNORED = (
@@ -70,9 +71,9 @@ class Survey:
     def ignored(self) -> dict[str, int]:
         """How many tensors each reason of IGNORED covers; they are claimed from now on."""
         counts: collections.Counter[str] = collections.Counter()
-        for name in self.tensors:
+        for name in [name for name in self.tensors if name not in self.claimed]:
             reason = next((why for pattern, why in IGNORED if re.fullmatch(pattern, name)), None)
-            if name not in self.claimed and reason is not None:
+            if reason is not None:
                 self.claimed.add(name)
                 counts[reason] += 1
         return dict(counts)

@@ -4,7 +4,6 @@ Stricter than the safetensors library (which allows duplicate keys): whatever is
 """
 
 import functools
-import json
 import math
 import operator
 import os
@@ -18,6 +17,7 @@ import numpy as np
 from dsv32_jax.errors import CheckpointError, listing
 
 from .magic import what_it_is
+from .strict_json import Limits, strict_json
 
 LARGEST_HEADER = 100_000_000
 LARGEST_COUNT = 200_000
@@ -73,8 +73,9 @@ def read_header(descriptor: int, file: Path, size: int) -> Header:
     start = os.pread(descriptor, 64, 0)
     try:
         text = _header_text(descriptor, start, size)
-        tensors, problems = _tensors(_json(text), file, 8 + len(text), size)
-    except _Malformed as malformed:
+        limits = Limits(LARGEST_COUNT + 2, 2 * LARGEST_COUNT, 6 * LARGEST_COUNT)
+        tensors, problems = _tensors(strict_json(text, limits), file, 8 + len(text), size)
+    except CheckpointError as malformed:
         known = what_it_is(start)
         raise CheckpointError(f"{file} is {known}" if known else f"{file}: {malformed}") from None
     if problems:
@@ -82,71 +83,20 @@ def read_header(descriptor: int, file: Path, size: int) -> Header:
     return Header(tensors, text)
 
 
-class _Malformed(Exception):
-    pass
-
-
-def strict_json(text: bytes) -> Any:
-    """`text` as JSON: UTF-8, no duplicate keys, no NaN. Raises CheckpointError."""
-    try:
-        return _json(text)
-    except _Malformed as malformed:
-        raise CheckpointError(str(malformed)) from None
-
-
-def _json(text: bytes) -> Any:
-    """`text` parsed by the fast parser, and once more with its slow hooks where a count says that keys may be doubled.
-
-    Without a backslash in the text, every `":` follows a key and no string holds one.
-    """
-    try:
-        decoded = text.decode("utf-8")
-        if "\\" not in decoded and "-0" not in decoded:
-            parsed = json.loads(decoded, parse_constant=_no_constant)
-            if _keys(parsed) == decoded.count('":'):
-                return parsed
-        return json.loads(decoded, object_pairs_hook=_no_duplicates, parse_constant=_no_constant, parse_int=_integer)
-    except (ValueError, RecursionError) as error:
-        raise _Malformed(f"not valid JSON: {error}") from None
-
-
-def _keys(parsed: Any) -> int:
-    """How many keys `parsed` and the objects in it have; what is nested deeper is not counted."""
-    if not isinstance(parsed, dict):
-        return 0
-    return len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        doubled = sorted({key for key in keys if keys.count(key) > 1}) if len(keys) <= 1000 else ["(a large object)"]
-        raise ValueError(f"keys that appear twice: {listing(map(ascii, doubled))}")
-    return found
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"the number {text} is not JSON")
-
-
-def _integer(text: str) -> int | float:
-    """-0 is a float to the safetensors library."""
-    return -0.0 if text == "-0" else int(text)
-
-
 def _header_text(descriptor: int, start: bytes, size: int) -> bytes:
     if size < 10:
-        raise _Malformed(f"{size} bytes long, too short for a safetensors file" if size else "empty (0 bytes)")
+        raise CheckpointError(f"{size} bytes long, too short for a safetensors file" if size else "empty (0 bytes)")
     (length,) = struct.unpack("<Q", start[:8])
     if length > min(LARGEST_HEADER, size - 8):
         limit = "the file's" if length > size - 8 else "the limit of"
-        raise _Malformed(f"its header claims {length} bytes, {limit} {min(LARGEST_HEADER, size)} bytes are exceeded")
+        raise CheckpointError(
+            f"its header claims {length} bytes, {limit} {min(LARGEST_HEADER, size)} bytes are exceeded"
+        )
     text = os.pread(descriptor, length, 8)
     if len(text) != length:
-        raise _Malformed(f"only {len(text)} of the header's {length} bytes could be read")
+        raise CheckpointError(f"only {len(text)} of the header's {length} bytes could be read")
     if not text.startswith(b"{"):
-        raise _Malformed("its header does not start with {")
+        raise CheckpointError("its header does not start with {")
     return text
 
 

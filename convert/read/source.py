@@ -1,46 +1,36 @@
-"""A checkpoint in Hugging Face layout: config.json and safetensors shards, whose headers are the truth.
-
-The index is a hint: NVIDIA's own NVFP4 checkpoints leave the scale tensors out of it. Files are read with pread, never
-mapped (a mapped file that shrinks kills the process), and each must be the file it was when its header was read.
-"""
+"""A checkpoint in Hugging Face layout: config.json and safetensors shards, whose headers are the truth."""
 
 import contextlib
-import errno
 import fnmatch
 import gc
 import hashlib
 import os
 import stat
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, StorageError, listing
 from dsv32_jax.storage.manifest import FILE
 
-from .header import DTYPES, LARGEST_HEADER, Tensor, read_header, strict_json
+from . import announced, hub, index, reading
+from .header import DTYPES, LARGEST_HEADER, Tensor, read_header
+from .reading import FileId
+from .strict_json import strict_json
+from .waiting import waiting
 
-INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 SHARD = "model*.safetensors"
 STRAY = ("consolidated*", "*.incomplete", "*.aria2", "._*", "*.tmp")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
-PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-WAITS = (0.5, 3.0)
-"""Errors of network disks that often pass, and the seconds to wait before a read is tried again."""
+LARGEST_COUNT = 2_000_000
+"""Tensors of all shards together; the real model has 180,000 in NVFP4."""
 
-
-class FileId(NamedTuple):
-    """What tells a file from another one of the same name."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
+PIECE = 64 << 20
+"""Bytes of a tensor that are compared together."""
 
 
 class Source:
@@ -64,11 +54,14 @@ class Source:
                 f"{self.folder} is a converted checkpoint already: `dsv32_jax.load` reads it as it is"
             )
         self.config = self._read_config()
+        self.quantization = self._read_json(announced.FILE)
         with _no_collection():
-            weight_map = self._read_index()
-            for file in self._shards(weight_map):
+            self._weight_map, problems = self._read_index()
+            self._problems += problems
+            for file in self._shards():
                 self._open(file)
-            self._compare(weight_map)
+            self._compare()
+        self.notes += hub.notes(self.files)
         if self._problems:
             raise CheckpointError(
                 f"{self.folder} cannot be converted; nothing was written. {len(self._problems)} problems:\n  "
@@ -79,8 +72,8 @@ class Source:
         """Raise CheckpointError when the index is absent or does not list every tensor of the shards."""
         if self.unlisted:
             raise CheckpointError(
-                f"{self.folder}: {len(self.unlisted)} tensors are in the shards but not in {INDEX}, and --strict-index "
-                f"is given; nothing was written: {listing(self.unlisted, 20)}"
+                f"{self.folder}: {len(self.unlisted)} tensors are in the shards but not in {index.NAME}, and "
+                f"--strict-index is given; nothing was written: {listing(self.unlisted, 20)}"
             )
 
     @property
@@ -93,56 +86,14 @@ class Source:
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """The whole tensor. Raises StorageError when the file changed since its header was read."""
-        raw = self._bytes(tensor, tensor.offset, tensor.nbytes)
-        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        return self._bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
-    def read_rows(self, tensor: Tensor, start: int, stop: int) -> np.ndarray:
-        """The rows start..stop-1 of the tensor's first axis."""
-        row = tensor.nbytes // tensor.shape[0]
-        raw = self._bytes(tensor, tensor.offset + start * row, (stop - start) * row)
-        return raw.view(DTYPES[tensor.dtype]).reshape(stop - start, *tensor.shape[1:])
+    def pieces(self, tensor: Tensor) -> Iterator[np.ndarray]:
+        """The bytes of the tensor, PIECE at a time."""
+        return (self._bytes(tensor, at, min(PIECE, tensor.nbytes - at)) for at in range(0, tensor.nbytes, PIECE))
 
-    def _bytes(self, tensor: Tensor, offset: int, count: int) -> np.ndarray:
-        """The bytes, after some patience where a disk does not give them at once."""
-        for wait in (*WAITS, None):
-            try:
-                raw, done = self._try(tensor.file, offset, count)
-            except StorageError:
-                raise
-            except OSError as error:
-                if wait is not None and error.errno in PASSING:
-                    time.sleep(wait)
-                    continue
-                raise StorageError(
-                    f"{tensor.file} cannot be read at {offset}, tensor {tensor.name}: {error}. "
-                    "What was written before is kept; run the same command again to continue"
-                ) from error
-            if done < count:
-                raise StorageError(f"{tensor.file} ends at {offset + done}, in tensor {tensor.name}")
-            return raw
-        raise AssertionError("the last attempt returns or raises")
-
-    def _try(self, file: Path, offset: int, count: int) -> tuple[np.ndarray, int]:
-        """One attempt: the bytes, and how many of them there were."""
-        raw, done = np.empty(count, np.uint8), 0
-        descriptor = os.open(file, os.O_RDONLY)
-        try:
-            self._require_unchanged(descriptor, file)
-            while done < count:
-                if not (got := os.preadv(descriptor, [raw.data[done:]], offset + done)):
-                    break
-                done += got
-            self._require_unchanged(descriptor, file)
-        finally:
-            os.close(descriptor)
-        return raw, done
-
-    def _require_unchanged(self, descriptor: int, file: Path) -> None:
-        if _identity(os.fstat(descriptor)) != self.files[file]:
-            raise StorageError(
-                f"{file} changed while it was being read (is it still downloading?). "
-                "What was written before is kept; convert again when the file is complete"
-            )
+    def _bytes(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
+        return reading.read(tensor.file, self.files[tensor.file], tensor.offset + start, count, tensor.name)
 
     def _read_config(self) -> dict[str, Any]:
         config = self._read_json(CONFIG)
@@ -162,42 +113,26 @@ class Source:
             return strict_json(file.read_bytes())
         except (OSError, CheckpointError) as error:
             self._problems.append(f"{name} cannot be read: {error}")
-            return None if name == INDEX else {}
+            return {} if name == CONFIG else None
 
-    def _read_index(self) -> dict[str, str]:
-        """The index's map from tensor to shard; only plain names of files in this folder survive."""
-        index = self._read_json(INDEX)
-        if index is None:
-            return {}
-        weight_map = index.get("weight_map") if isinstance(index, dict) else None
-        if not isinstance(weight_map, dict):
-            self._problems.append(f"{INDEX} has no weight_map")
-            return {}
-        names = {name for name in weight_map.values() if isinstance(name, str)}
-        good = {name for name in names if name == os.path.basename(name) and name.isprintable() and "\\" not in name}
-        good -= {"", ".", ".."}
-        if len(good) == len(names) and set(map(type, weight_map.values())) == {str}:
-            return weight_map
-        if wrong := sorted({ascii(name) for name in weight_map.values() if type(name) is not str or name not in good}):
-            self._problems.append(
-                f"{INDEX} names {len(wrong)} shards that are not files of this folder: {listing(wrong)}"
-            )
-        return {tensor: name for tensor, name in weight_map.items() if type(name) is str and name in good}
+    def _read_index(self) -> tuple[dict[str, str], list[str]]:
+        found = self._read_json(index.NAME)
+        return ({}, []) if found is None else index.weight_map(found)
 
-    def _shards(self, weight_map: dict[str, str]) -> list[Path]:
+    def _shards(self) -> list[Path]:
         """What the index names and what is called like a shard; without either, every safetensors file."""
         try:
             names = sorted(os.listdir(self.folder))
         except OSError as error:
             raise StorageError(f"{self.folder} cannot be listed: {error}") from error
         candidates = [name for name in names if name.endswith(".safetensors") and not _matches(name, STRAY)]
-        listed = set(weight_map.values())
+        listed = set(self._weight_map.values())
         chosen = [name for name in candidates if name in listed or fnmatch.fnmatch(name, SHARD)]
         chosen = chosen or candidates
         ignored = [name for name in names if _matches(name, STRAY)] + sorted(set(candidates) - set(chosen))
         if ignored:
             self.notes.append(f"{len(ignored)} files are no shards and were ignored: {listing(ignored)}")
-        if not chosen and not weight_map:
+        if not chosen and not self._weight_map:
             pickles = [name for name in names if _matches(name, (*PICKLES, "*.gguf"))]
             other = f"; {listing(pickles)}: pickles and GGUF are not read" if pickles else ""
             self._problems.append(f"there are no safetensors files{other}")
@@ -206,12 +141,11 @@ class Source:
     def _open(self, file: Path) -> None:
         """Take in the tensors of one shard; whatever is wrong with it becomes a problem."""
         try:
-            if not stat.S_ISREG(os.stat(file).st_mode):
-                raise CheckpointError(f"{file} is not a regular file")
-            descriptor = os.open(file, os.O_RDONLY)
+            descriptor = reading.open_regular(file)
             try:
-                identity = _identity(os.fstat(descriptor))
-                header = read_header(descriptor, file, identity.size)
+                identity = reading.identity(descriptor)
+                with waiting(str(file)):
+                    header = read_header(descriptor, file, identity.size)
             finally:
                 os.close(descriptor)
         except (OSError, CheckpointError) as error:
@@ -220,30 +154,35 @@ class Source:
         self.files[file] = identity
         self.header_sha256[file] = hashlib.sha256(header.text).hexdigest()
         found = {tensor.name: tensor for tensor in header.tensors}
-        if twice := sorted(found.keys() & self.tensors.keys()):
-            others = sorted({self.tensors[name].file.name for name in twice})
-            where = f"both in {file.name} and in {listing(others)}"
-            self._problems.append(f"{len(twice)} tensors are {where}: {listing(twice)}")
+        self._require_same([(self.tensors[name], found[name]) for name in sorted(found.keys() & self.tensors.keys())])
         self.tensors |= found
 
-    def _compare(self, weight_map: dict[str, str]) -> None:
-        """What the index and the headers disagree about."""
-        absent = [name for name in sorted(set(weight_map.values())) if not (self.folder / name).exists()]
-        for shard in absent:
-            lacking = [name for name, file in weight_map.items() if file == shard]
-            self._problems.append(
-                f"shard {shard} is missing; the index says it holds {len(lacking)} tensors: {listing(lacking, 4)}"
-            )
-        if weight_map.keys() == self.tensors.keys():
+    def _require_same(self, twice: list[tuple[Tensor, Tensor]]) -> None:
+        """Tensors that are in two shards must be equal; then either of them will do."""
+        if not twice:
             return
-        unread = {name for name in set(weight_map.values()) if self.folder / name not in self.files}
-        gone = [name for name, file in weight_map.items() if name not in self.tensors and file not in unread]
-        if gone:
-            self._problems.append(f"{len(gone)} tensors of the index are in no shard: {listing(gone)}")
-        self.unlisted = [name for name in self.tensors if name not in weight_map]
-        if weight_map and self.unlisted:
+        others = listing(sorted({first.file.name for first, _ in twice}))
+        where = f"both in {twice[0][1].file.name} and in {others}"
+        if differing := [first.name for first, second in twice if not self._equal(first, second)]:
+            self._problems.append(f"{len(differing)} tensors are {where}, and differ: {listing(differing)}")
+        else:
+            self.notes.append(f"{len(twice)} tensors are {where}, and equal: {listing((t.name for t, _ in twice), 3)}")
+
+    def _equal(self, first: Tensor, second: Tensor) -> bool:
+        if (first.dtype, first.shape) != (second.dtype, second.shape):
+            return False
+        return all(map(np.array_equal, self.pieces(first), self.pieces(second)))
+
+    def _compare(self) -> None:
+        """What the index and the headers disagree about."""
+        if len(self.tensors) > LARGEST_COUNT:
+            self._problems.append(f"{len(self.tensors)} tensors, at most {LARGEST_COUNT} are allowed")
+        found = index.compare(self._weight_map, self.tensors, self.folder, self.files)
+        self._problems += found.problems
+        self.unlisted = found.unlisted
+        if self._weight_map and self.unlisted:
             few = listing(self.unlisted, 3)
-            self.notes.append(f"{len(self.unlisted)} tensors are in the shards but not in {INDEX}: {few}")
+            self.notes.append(f"{len(self.unlisted)} tensors are in the shards but not in {index.NAME}: {few}")
 
 
 @contextlib.contextmanager
@@ -256,10 +195,6 @@ def _no_collection() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _identity(status: os.stat_result) -> FileId:
-    return FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

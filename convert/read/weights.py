@@ -8,8 +8,8 @@ import numpy as np
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize
 
-from .detect import FP8_BLOCK, Stored
 from .header import Tensor
+from .stored import FP8_BLOCK, Stored
 
 Read = Callable[[Tensor], np.ndarray]
 

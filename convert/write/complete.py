@@ -3,13 +3,16 @@
 import collections
 import importlib.metadata
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 from dsv32_jax.storage.integrity import files
-from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.storage.manifest import LeafEntry, Manifest
 
 from ..leaves.outcome import odd_scales, summary
+from ..leaves.recast import partners
 from ..plan.output import copy_companions
+from ..plan.plan import Plan
 from ..plan.prepare import Prepared
 from .journal import Journal
 
@@ -29,6 +32,7 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
         "conversions": planned.conversions,
         "errors": summary(journal.outcomes),
         "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
+        "pairs_of_different_tensor_scales": _apart(planned, written),
         "companions": copy_companions(source.folder, dst),
         **counts,
     }
@@ -37,6 +41,15 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
     manifest.write(dst)
     journal.file.unlink()
     return manifest
+
+
+def _apart(planned: Plan, written: Mapping[str, LeafEntry]) -> int:
+    """How many pairs of gate and up, or q_a and kv_a, have different tensor scales in the source."""
+    noted = {t.name: t.sha256 for leaf in written.values() if leaf.passport for t in leaf.passport.sources}
+    stored = {s.name: s for leaf in planned.leaves for s in leaf.sources if s.tensor_scale is not None}
+    scales = {name: noted[s.tensor_scale.name] for name, s in stored.items() if s.tensor_scale is not None}
+    pairs = {frozenset((name, s.name)) for name, others in partners(stored.values()).items() for s in others}
+    return sum(len({scales[name] for name in pair}) > 1 for pair in pairs)
 
 
 def _origin(prepared: Prepared) -> dict[str, Any]:

@@ -11,10 +11,11 @@ from dsv32_jax.storage.manifest import FILE, JOURNAL, Manifest
 
 from ..leaves.recast import Recaster, partners
 from ..meter import Meter, Progress, no_progress
+from ..plan import memory
 from ..plan.output import locked, require_files, require_ours, require_space
 from ..plan.plan import Plan, PlannedLeaf
 from ..plan.prepare import Options, Prepared, prepare
-from ..read import weights
+from ..read import hub, weights
 from ..read.source import Source
 from .complete import complete
 from .identity import basis_of, differences, require_same_bytes
@@ -35,7 +36,12 @@ def convert(
     prepared = prepare(src, dst, options)
     require_ours(prepared.dst)
     with locked(prepared.dst):
-        return _finished(prepared) or _run(prepared, progress)
+        if (finished := _finished(prepared)) is not None:
+            return finished
+        memory.require_free(prepared.peak)
+        if options.get("verify_source"):
+            hub.require_intact(prepared.source.files, prepared.budget.workers, progress)
+        return _run(prepared, progress)
 
 
 def _finished(prepared: Prepared) -> Manifest | None:
@@ -93,7 +99,7 @@ def _recaster(planned: Plan) -> Recaster:
     """What quantizes and dequantizes as the plan's recipe says."""
     together = {}
     if planned.recipe.tensor_scales == "shared":
-        together = partners(stored for leaf in planned.leaves for stored in leaf.sources)
+        together = partners(s for leaf in planned.leaves for s in leaf.sources if s.wanted == "nvfp4")
     return Recaster(SCALINGS[planned.recipe.scales], together)
 
 

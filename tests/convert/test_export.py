@@ -78,7 +78,7 @@ def test_golden_checkpoints_come_back_byte_for_byte(case, tmp_path):
 
 
 @pytest.mark.parametrize("storage, family", [("nvfp4", "compressed-tensors"), ("compressed-tensors", "modelopt"),
-                                             ("fp8", "compressed-tensors"), ("quantized", "modelopt"),
+                                             ("fp8", "compressed-tensors"),
                                              ("quantized", "compressed-tensors")])  # fmt: skip
 def test_another_layout_has_the_same_values(storage, family, originals, converted, tmp_path):
     exported = export(converted[storage], tmp_path / "hf", family)
@@ -134,6 +134,19 @@ def exported_whole(converted, tmp_path) -> Path:
     return tmp_path / "whole"
 
 
+def test_fp8_beside_nvfp4_becomes_bf16_in_modelopt(converted, tmp_path):
+    """Readers of ModelOpt's names take what is neither NVFP4 nor plain for plain, without its scales."""
+    exported = export(converted["quantized"], tmp_path / "hf", "modelopt")
+    ((why, names),) = exported.changed.items()
+    assert "FP8 blocks beside NVFP4" in why and any("self_attn.kv_b_proj" in name for name in names)
+    assert {tensor.dtype for tensor in Source(tmp_path / "hf").tensors.values()} == {"U8", "F8_E4M3", "F32", "BF16"}
+    assert all("_scale" in name for name, t in Source(tmp_path / "hf").tensors.items() if t.dtype == "F8_E4M3")
+    export(converted["quantized"], tmp_path / "other", "compressed-tensors")
+    found, want = values(tmp_path / "hf"), values(tmp_path / "other")
+    assert found.keys() == want.keys()
+    assert all((found[name] == want[name]).all() for name in found if "kv_b_proj" in name)
+
+
 @pytest.mark.parametrize("storage", ["nvfp4", "quantized", "fp8"])
 def test_modelopt_excludes_exactly_what_is_not_quantized(storage, converted, tmp_path):
     export(converted[storage], tmp_path / "hf", "modelopt")
@@ -141,7 +154,6 @@ def test_modelopt_excludes_exactly_what_is_not_quantized(storage, converted, tmp
     matrices = {name: t for name, t in source.tensors.items() if name.endswith(".weight") and len(t.shape) == 2}
     modules = {name.removesuffix(".weight") for name in matrices}
     nvfp4 = {name for name in modules if source.tensors[name + ".weight"].dtype == "U8"}
-    fp8 = {name for name in modules if source.tensors[name + ".weight"].dtype == "F8_E4M3"}
     if not nvfp4:
         assert source.config["quantization_config"] == {
             "activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128],
@@ -152,19 +164,12 @@ def test_modelopt_excludes_exactly_what_is_not_quantized(storage, converted, tmp
     quantization = config["quantization"]
     excluded = quantization["exclude_modules"]
     matched = {name for name in modules if any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)}
-    assert matched == modules - nvfp4 - fp8
+    assert matched == modules - nvfp4
     assert (config["producer"]["name"], quantization["group_size"]) == ("modelopt", 16)
     assert source.config["quantization_config"]["quant_method"] == "modelopt"
     assert source.config["quantization_config"]["ignore"] == excluded
-    if not fp8:
-        assert quantization["quant_algo"] == "NVFP4" and "quantized_layers" not in quantization
-        return
-    assert quantization["quant_algo"] == "MIXED_PRECISION"
-    layers = quantization["quantized_layers"]
-    for name in nvfp4 | fp8:
-        told = layers.get(name) or layers[re.sub(r"(\.experts)\..*", r"\1", name)]
-        algorithm, size = ("NVFP4", 16) if name in nvfp4 else ("FP8_PB_WO", 128)
-        assert told == {"quant_algo": algorithm, "group_size": size}
+    assert quantization["quant_algo"] == source.config["quantization_config"]["quant_algo"] == "W4A16_NVFP4"
+    assert not any("input_scale" in name for name in source.tensors)
 
 
 @pytest.mark.parametrize("storage", ["compressed-tensors", "quantized", "fp8", "bf16"])
@@ -352,10 +357,12 @@ def test_copies_are_written_as_the_source_had_them(originals, small, tmp_path):
 
 def test_companions_go_along(originals, tmp_path):
     source = shutil.copytree(originals["bf16"], tmp_path / "a")
-    (source / "tokenizer.json").write_text("{}")
+    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
+    for name in names:
+        (source / name).write_text(name)
     convert.convert(source, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "hf", "bf16")
-    assert (tmp_path / "hf" / "tokenizer.json").read_text() == "{}"
+    assert [(tmp_path / "hf" / name).read_text() for name in names] == list(names)
 
 
 def test_existing_output_is_never_touched(converted, tmp_path, capsys):
@@ -372,6 +379,14 @@ def test_existing_output_is_never_touched(converted, tmp_path, capsys):
         export(converted["bf16"], converted["bf16"] / "hf", "bf16")
     with pytest.raises(UsageError, match="format must be one of"):
         export(converted["bf16"], tmp_path / "hf", "gguf")
+
+
+def test_what_an_export_would_clear_is_its_own(converted, tmp_path):
+    (tmp_path / ".hf.unfinished").mkdir()
+    (tmp_path / ".hf.unfinished" / "thesis.tex").write_text("precious")
+    with pytest.raises(OutputExistsError, match="in the way"):
+        export(converted["bf16"], tmp_path / "hf", "bf16")
+    assert [file.name for file in (tmp_path / ".hf.unfinished").iterdir()] == ["thesis.tex"]
 
 
 def test_a_damaged_checkpoint_is_not_exported(converted, tmp_path):

@@ -3,8 +3,10 @@
 ELSEWHERE names the tests of the other faults, and says which cannot be made on one machine.
 """
 
+import contextlib
 import errno
 import fcntl
+import hashlib
 import io
 import json
 import os
@@ -12,6 +14,8 @@ import re
 import resource
 import shutil
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +23,11 @@ import pytest
 
 import convert
 from convert.leaves import facts
+from convert.meter import Progress
 from convert.plan import memory, output
-from convert.read import source
+from convert.progress import Bar, Lines
+from convert.read import reading, waiting
+from convert.read.hub import METADATA
 from convert.read.source import Source
 from dsv32_jax import random_checkpoint
 
@@ -40,9 +47,8 @@ ELSEWHERE = {
     "F26": "test_kills.py",
     "F27": "test_kills.py",
     "F28": "test_manifest.py::test_a_folder_without_one_is_called_what_it_is",
-    "F30": "nothing in the files tells revisions of the same shapes apart",
     "F31": "test_source.py::test_strays_are_ignored_and_noted",
-    "F32": "test_source.py::test_a_tensor_in_two_shards_is_refused",
+    "F32": "test_source.py::test_a_tensor_in_two_shards_is_noted_where_equal_and_refused_where_not",
     "F33": "test_job.py::test_values_that_are_not_finite_stop_it",
     "F34": "test_job.py::test_values_that_are_not_finite_stop_it",
     "F35": "test_job.py::test_odd_scales_are_kept_and_counted; test_detect.py",
@@ -54,11 +60,10 @@ ELSEWHERE = {
     "F41": "test_job.py::test_golden_checkpoints_convert_to_the_values_of_the_reference",
     "F42": "test_cut.py::test_experts_that_are_stored_differently_become_bfloat16",
     "F43": "test_formats.py",
-    "F46": "test_source.py cannot see it: `dsv32 verify --against` does",
-    "F47": "the tests of verify",
+    "F47": "test_verify.py::test_a_flipped_bit_anywhere_is_named",
     "F48": "test_store.py::test_what_is_not_as_expected_is_refused",
     "F49": "test_manifest.py::test_a_malformed_one_is_refused",
-    "F50": "the tests of vocabulary",
+    "F50": "no text is read or written here",
     "F53": "test_kills.py::test_everything_is_flushed_before_the_manifest",
     "F57": "test_source.py::test_a_malformed_shard_is_refused_by_name",
     "F58": "test_source.py::test_a_malformed_shard_is_refused_by_name",
@@ -154,6 +159,7 @@ ROWS = {
     ),
     "F18": (nothing, ["--mesh", "expert=5"], 5, ["expert=5", "w_gate_EMD", "E 12", "possible: 1, 2, 3, 4, 6, 12"]),
     "F21": (dangling, [], 3, [SHARD]),
+    "F21 beside": (lambda f: (f / "tokenizer.json").symlink_to("nowhere"), [], 3, ["tokenizer.json", "lead nowhere"]),
     "F29": (tensor_bytes(NAME, b"\0"), [], 3, [NAME, "zero throughout", "download them again"]),
     "F29 scale": (tensor_bytes(NAME + "_scale", b"\0"), [], 3, [NAME + "_scale", "zero throughout"]),
     "F63": (changed_json("config.json", lambda raw: raw.update({"\x1b[31mred": 1})), [], 3, ["[31mred"]),
@@ -196,8 +202,26 @@ def test_fault(fault, folder, tmp_path, capsys):
 
 
 def test_every_fault_has_a_test():
+    folder = Path(__file__).parent
+    for text in ELSEWHERE.values():
+        file = re.match(r"(test_\w+\.py)", text)
+        named = re.findall(r"\btest_\w+(?!\w|\.py)", text) if file else []
+        assert file is None or [name for name in named if f"def {name}(" not in _text(folder, file[1])] == [], text
     here = {fault.split()[0] for fault in ROWS} | set(re.findall(r"def test_(f\d\d)", Path(__file__).read_text()))
     assert {name.upper() for name in here if name[1:].isdigit()} | set(ELSEWHERE) == {f"F{n:02}" for n in range(1, 73)}
+
+
+def _text(folder: Path, name: str) -> str:
+    return next(file for file in (folder / name, folder.parent / name) if file.exists()).read_text()
+
+
+def test_f04_too_little_memory_for_what_is_allowed(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(memory, "available", lambda: 400 << 20)
+    for options in (["--max-memory", "1GiB", "--dry-run"], ["--max-memory", "1GiB"]):
+        assert run(folder, tmp_path / "out", *options) == 5
+        printed = capsys.readouterr()
+        assert "0.39 GiB are free here" in printed.err and "--max-memory 320MiB" in printed.err
+        assert ("memory free: 419.43 MB" in printed.out) == ("--dry-run" in options)
 
 
 def test_f05_a_disk_that_fills_up(folder, tmp_path, capsys):
@@ -247,6 +271,63 @@ def test_f25_another_conversion_in_the_same_place(folder, tmp_path, capsys, tiny
     assert bytes_of(tmp_path / "out") == before
 
 
+def hub(folder: Path, revisions: dict[str, str], damaged: str = "") -> None:
+    """What `hf download` leaves beside the shards it downloads."""
+    (folder / METADATA).mkdir(parents=True)
+    for name, revision in revisions.items():
+        sha256 = hashlib.sha256((folder / name).read_bytes()).hexdigest() if name != damaged else "0" * 64
+        (folder / METADATA / f"{name}.metadata").write_text(f"{revision}\n{sha256}\n1761000000.0\n")
+
+
+def test_f30_shards_of_several_revisions(folder, tmp_path, capsys):
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    hub(folder, {**dict.fromkeys(shards, "a" * 40), SHARD: "b" * 40})
+    assert run(folder, tmp_path / "out", "--dry-run") == 0
+    said = f"2 revisions of the repository: aaaaaaaaaaaa ({shards[0]}, {shards[2]}), bbbbbbbbbbbb ({SHARD})"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("layout", ["folder", "cache"])
+def test_f46_bit_rot_in_the_source(layout, folder, tmp_path, capsys):
+    shards = sorted(file.name for file in folder.glob("*.safetensors"))
+    assert run(folder, tmp_path / "out", "--verify-source") == 2
+    assert "the SHA-256 of 3 shards is not known here" in capsys.readouterr().err
+    if layout == "folder":
+        hub(folder, dict.fromkeys(shards, "a" * 40))
+    for file in folder.glob("*.safetensors") if layout == "cache" else []:
+        file.symlink_to(file.rename(tmp_path / hashlib.sha256(file.read_bytes()).hexdigest()))
+    tensor = Source(folder).tensors[NAME]
+    with open(tensor.file, "r+b") as file:
+        os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, tensor.offset)[0] ^ 1]), tensor.offset)
+    assert run(folder, tmp_path / "out", "--verify-source") == 3
+    printed = capsys.readouterr().err
+    assert f"1 shards do not have the SHA-256 that the hub says: {tensor.file.name}. Nothing new" in printed
+    with open(tensor.file, "r+b") as file:
+        os.pwrite(file.fileno(), bytes([os.pread(file.fileno(), 1, tensor.offset)[0] ^ 1]), tensor.offset)
+    assert run(folder, tmp_path / "out", "--verify-source") == 0
+
+
+def test_f44_a_disk_that_hangs(folder, tmp_path, monkeypatch, capsys):
+    """The read answers only once a person has been told, twice."""
+    preadv, warning, heard, said = os.preadv, Lines.warning, threading.Event(), []
+
+    def hanging(*arguments):
+        assert heard.wait(30)
+        return preadv(*arguments)
+
+    def hear(self, message):
+        warning(self, message)
+        said.append(message)
+        if len(said) == 2:
+            heard.set()
+
+    monkeypatch.setattr(waiting, "PATIENCE", 0.1)
+    monkeypatch.setattr(os, "preadv", hanging)
+    monkeypatch.setattr(Lines, "warning", hear)
+    assert run(folder, tmp_path / "out", "--workers", "1") == 0
+    assert re.search(rf"warning: no bytes of {folder}/model-\S+ for \d+ s: .*Still waiting", capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("times, code", [(2, 0), (99, 74)])
 def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatch, capsys):
     preadv, calls = os.preadv, []
@@ -258,7 +339,7 @@ def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatc
         return preadv(*arguments)
 
     monkeypatch.setattr(os, "preadv", failing)
-    monkeypatch.setattr(source, "WAITS", (0, 0))
+    monkeypatch.setattr(reading, "WAITS", (0, 0))
     assert run(folder, tmp_path / "out", "--workers", "1") == code
     assert code == 0 or re.search(
         r"model-\S+ cannot be read at \d+, tensor \S+: .*Input/output", capsys.readouterr().err
@@ -317,6 +398,35 @@ def test_f55_consoles_of_every_kind(folder, tmp_path, monkeypatch):
     console.flush()
     printed = console.buffer.getvalue()
     assert b"100.0 %" in printed and rb"\u6f22 is not a folder" in printed
+
+
+def _until_closed(master: int) -> Iterator[bytes]:
+    """What is written to a terminal; at its end Linux calls it broken."""
+    with contextlib.suppress(OSError):
+        while piece := os.read(master, 1 << 16):
+            yield piece
+
+
+def test_f55_a_terminal(folder, tmp_path, monkeypatch):
+    """One bar, warnings above it, and the cursor is back in the end."""
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+    said = []
+    reader = threading.Thread(target=lambda: said.extend(_until_closed(master)))
+    reader.start()
+    with open(slave, "w", encoding="utf-8") as terminal:
+        monkeypatch.setattr(sys, "stderr", terminal)
+        assert run(folder, tmp_path / "out") == 0
+        bar = Bar()
+        for progress in (Progress(0, 100, "a"), Progress(50, 100, "b"), Progress(0, 200, "another")):
+            bar(progress)
+            bar.warning(f"[/x] at \x1b[31m{progress.leaf}")
+        bar.error("lost", 1)
+    reader.join()
+    os.close(master)
+    text = b"".join(said).decode()
+    assert "memory" in text and "0/200" in text and text.count("\x1b[?25h") == text.count("\x1b[?25l") > 0
+    assert "warning: [/x] at \\x1b[31manother" in text and text.rstrip().endswith("error: lost")
 
 
 def test_f56_a_file_system_without_locks(folder, tmp_path, monkeypatch, capsys):

@@ -15,8 +15,8 @@ import pytest
 import convert
 from convert.leaves import cut
 from convert.plan import output
-from convert.read.detect import Stored
 from convert.read.header import Tensor
+from convert.read.stored import Stored
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
@@ -143,6 +143,17 @@ def test_odd_scales_are_kept_and_counted(checkpoints, tmp_path):
     assert kept.tobytes() == scale.tobytes()
 
 
+def test_tensor_scales_that_differ_within_a_pair_are_counted(checkpoints, tmp_path, capsys):
+    config, arrays = json.loads((checkpoints["nvfp4"] / "config.json").read_text()), fakes.load(checkpoints["nvfp4"])
+    scales = {name: array for name, array in arrays.items() if name.endswith("_scale_2")}
+    arrays |= {name: np.full_like(array, 0.001) for name, array in scales.items()}
+    for name in ("0.mlp.up_proj", "2.mlp.experts.3.gate_proj", "0.mlp.down_proj", "1.self_attn.q_a_proj"):
+        arrays[f"model.layers.{name}.weight_scale_2"] = np.array(0.0005, np.float32)
+    source = fakes.write_checkpoint(tmp_path / "hf", config, arrays)
+    assert convert.main([str(source), str(tmp_path / "out")]) == 0
+    assert "pairs of different tensor scales: 3\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("storage, name", [("bf16", "lm_head.weight"), ("fp8", "model.layers.0.mlp.up_proj.weight")])
 def test_values_that_are_not_finite_stop_it(storage, name, checkpoints, tmp_path):
     config, arrays = json.loads((checkpoints[storage] / "config.json").read_text()), fakes.load(checkpoints[storage])
@@ -163,9 +174,13 @@ def test_inverted_scales_are_all_told_before_anything_is_written(checkpoints, tm
 
 
 def test_a_finished_folder_is_left_as_it_is(checkpoints, converted, tmp_path):
-    before = (converted["fp8"] / "manifest.json").stat()
+    def files() -> dict[Path, tuple[int, int]]:
+        found = {file: file.stat() for file in converted["fp8"].rglob("*") if file.name != output.LOCK}
+        return {file: (status.st_ino, status.st_mtime_ns) for file, status in found.items()}
+
+    before = files()
     assert convert.convert(checkpoints["fp8"], converted["fp8"], group_bytes=GROUP) == Manifest.read(converted["fp8"])
-    assert (converted["fp8"] / "manifest.json").stat() == before
+    assert files() == before
 
 
 @pytest.mark.parametrize("content", ["foreign", "another", "another unfinished", "file", "damaged journal"])
@@ -215,10 +230,14 @@ def test_too_little_disk_is_told_before_the_work(checkpoints, tmp_path, monkeypa
 
 def test_companions_are_copied(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
-    (source / "tokenizer.json").write_text("{}")
+    names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
+    for name in names:
+        (source / name).write_text(name)
+    (source / "modeling_deepseek.py").write_text("import os")
     manifest = convert.convert(source, tmp_path / "out")
-    assert manifest.report["companions"] == ["tokenizer.json"]
-    assert (tmp_path / "out" / "tokenizer.json").read_text() == "{}"
+    assert manifest.report["companions"] == names
+    assert [(tmp_path / "out" / name).read_text() for name in names] == names
+    assert not (tmp_path / "out" / "modeling_deepseek.py").exists()
 
 
 def run(*arguments, code: str = "") -> subprocess.CompletedProcess:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from convert.names import grouped
-from convert.plan import memory, plan
+from convert.plan import memory
+from convert.plan.plan import plan
 from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError

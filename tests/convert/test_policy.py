@@ -10,8 +10,8 @@ import pytest
 
 from convert.plan.plan import plan
 from convert.plan.policy import DEFAULTS, LINEARS, PRESETS, Chooser, Policy, policy, recipe
-from convert.read.detect import Stored
 from convert.read.header import Tensor
+from convert.read.stored import Stored
 from dsv32_jax.config import Config
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
@@ -39,7 +39,9 @@ def as_shipped(cfg: Config) -> types.SimpleNamespace:
                 grid = (-(-size // 128) for size in leaf.source_shape)
                 tensors[name + "_scale_inv"] = tensor(name + "_scale_inv", "F32", *grid)
     folder = Path("deepseek")
-    return types.SimpleNamespace(config=cfg.to_dict(), tensors=tensors, notes=[], folder=folder, identity=[])
+    return types.SimpleNamespace(
+        config=cfg.to_dict(), tensors=tensors, notes=[], folder=folder, identity=[], quantization=None
+    )
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,9 @@ import dsv32_jax as ds
 from convert.leaves import cut
 from convert.leaves.recast import Recaster, partners
 from convert.plan.policy import LINEARS
-from convert.read.detect import Stored, detect
+from convert.read.detect import detect
 from convert.read.source import Source
+from convert.read.stored import Stored
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize

@@ -28,6 +28,9 @@ from dsv32_jax.storage.manifest import Manifest
 from dsv32_jax.storage.store import Writer
 
 REPOSITORY = Path(__file__).parents[2]
+OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
+"""A Python of another version with another JAX, given by hand or by .ci/run."""
+
 MESH = {"expert": 4, "model": 2}
 
 
@@ -106,23 +109,51 @@ print(json.dumps(result))
 """
 
 
+def loaded(python: str, devices: int, *folders: Path) -> dict[str, list]:
+    """By folder and mesh, the digest of the model that a process of its own loads, and how many leaves it splits."""
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    environment = {**os.environ, **flags, "PYTHONPATH": str(REPOSITORY)}
+    command = [python, "-c", LOAD, *map(str, folders)]
+    return json.loads(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
+
+
 def test_any_checkpoint_loads_on_any_number_of_devices(converted, resharded):
     """On 1, 2, 4 and 8 devices, each in a process of its own: the same model, bit for bit."""
-
-    def load(count: int) -> str:
-        flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}"}
-        command = [sys.executable, "-c", LOAD, str(converted["nvfp4"]), str(resharded)]
-        environment = {**os.environ, **flags, "PYTHONPATH": str(REPOSITORY)}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-
     digests = set()
     with ThreadPoolExecutor() as pool:
         counts = (1, 2, 4, 8)
-        for count, out in zip(counts, pool.map(load, counts), strict=True):
-            for digest, split in json.loads(out).values():
+        models = pool.map(lambda count: loaded(sys.executable, count, converted["nvfp4"], resharded), counts)
+        for count, found in zip(counts, models, strict=True):
+            for digest, split in found.values():
                 digests.add(digest)
                 assert (split >= 18) == (count > 1)
     assert len(digests) == 1
+
+
+CONVERT = """
+import sys
+import convert
+print(convert.convert(*sys.argv[1:]).digest)
+"""
+
+
+@pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON=path names no other Python with another JAX")
+def test_other_python_reads_what_this_one_wrote_and_the_reverse(converted, resharded, originals, tmp_path):
+    """On 1, 2, 4 and 8 devices too."""
+    other = os.path.abspath(OTHER_PYTHON)
+    version = "import jax, sys; print(jax.__version__, *sys.version_info[:2])"
+    versions = [subprocess.run([python, "-c", version], capture_output=True) for python in (sys.executable, other)]
+    assert len({done.stdout for done in versions}) == 2 and not any(done.returncode for done in versions)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    for storage in ("nvfp4", "fp8"):
+        command = [other, "-c", CONVERT, str(originals[storage]), str(tmp_path / storage)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == Manifest.read(converted[storage]).digest
+    for here, theirs in ((converted["nvfp4"], tmp_path / "nvfp4"), (converted["fp8"], tmp_path / "fp8")):
+        ((expected, _),) = loaded(sys.executable, 1, theirs).values()
+        folders = (here, resharded) if theirs.name == "nvfp4" else (here,)
+        for count in (1, 2, 4, 8):
+            assert {digest for digest, _ in loaded(other, count, *folders).values()} == {expected}
 
 
 def test_a_mesh_that_does_not_divide_is_a_table_before_anything_is_read(converted, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import struct
+import tracemalloc
 
 import ml_dtypes
 import numpy as np
@@ -36,6 +37,9 @@ MALFORMED = {
     "space before the brace": (fakes.file_bytes(b" {}"), "does not start with {"),
     "list": (fakes.file_bytes(b"[]"), "does not start with {"),
     "deep": (fakes.file_bytes(b'{"a":' + b"[" * 100_000), "not valid JSON"),
+    "many lists": (fakes.file_bytes(b'{"a":[' + b"[]," * 2_000_000 + b"[]]}"), "2000002 lists, at most 400000"),
+    "many objects": (fakes.file_bytes(b'{"a":[' + b"{}," * 2_000_000 + b"{}]}"), "2000002 objects, at most 200002"),
+    "many numbers": (fakes.file_bytes(b'{"a":[' + b"999," * 4_000_000 + b"9]}"), "4000000 commas, at most 1200000"),
     "NaN": (fakes.file_bytes(b'{"a": NaN}'), "NaN"),
     "duplicate keys": (fakes.file_bytes(b'{"a": 1, "a": 2}'), "twice: 'a'"),
     "duplicate shape": (fakes.file_bytes(b'{"a": {"dtype": "U8", "shape": [4], "shape": [4]}}'), "twice: 'shape'"),
@@ -81,17 +85,30 @@ MALFORMED = {
 def test_a_malformed_shard_is_refused_by_name(kind, tmp_path):
     content, message = MALFORMED[kind]
     (tmp_path / "model-1.safetensors").write_bytes(content)
+    tracemalloc.start()
     with pytest.raises(CheckpointError, match=message) as caught:
         fakes.header_of(tmp_path / "model-1.safetensors")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
     assert "model-1.safetensors" in str(caught.value)
+    assert peak < len(content) + MOST_BYTES
+
+
+MOST_BYTES = 100_000_000
+"""Memory that reading a header may take beyond the size of the file, whatever it claims."""
 
 
 def test_the_number_of_tensors_is_limited(tmp_path, monkeypatch):
     monkeypatch.setattr(header, "LARGEST_COUNT", 3)
-    empty = {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}
-    (tmp_path / "a.safetensors").write_bytes(fakes.file_bytes(dict.fromkeys("abcd", empty)))
+    (tmp_path / "a.safetensors").write_bytes(fakes.file_bytes(dict.fromkeys("abcd")))
     with pytest.raises(CheckpointError, match="4 tensors, at most 3"):
         fakes.header_of(tmp_path / "a.safetensors")
+
+
+def test_the_number_of_tensors_of_all_shards_is_limited(folder, monkeypatch):
+    count = len(Source(folder).tensors)
+    monkeypatch.setattr("convert.read.source.LARGEST_COUNT", count - 1)
+    assert f"{count} tensors, at most {count - 1} are allowed" in problems(folder)
 
 
 JSON = st.recursive(
@@ -138,7 +155,7 @@ def test_what_is_accepted_the_safetensors_library_accepts_too(raw, tmp_path_fact
                 assert tuple(reference.get_slice(tensor.name).get_shape()) == tensor.shape
 
 
-def test_every_dtype_is_read_as_it_was_written(tmp_path):
+def test_every_dtype_is_read_as_it_was_written(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     raw = rng.integers(0, 2, 48, np.uint8)
     arrays = {name: raw.view(dtype).reshape(2, -1) for name, dtype in fakes.DTYPES.items()}
@@ -148,8 +165,9 @@ def test_every_dtype_is_read_as_it_was_written(tmp_path):
     for name, array in arrays.items():
         read = source.read(source.tensors[name])
         assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
-    rows = source.read_rows(source.tensors["F32"], 1, 2)
-    assert rows.tobytes() == arrays["F32"][1:2].tobytes()
+    monkeypatch.setattr("convert.read.source.PIECE", 7)
+    pieces = list(source.pieces(source.tensors["F32"]))
+    assert b"".join(pieces) == arrays["F32"].tobytes() and len(pieces) == 7
 
 
 @pytest.fixture
@@ -199,10 +217,19 @@ def test_headers_win_over_the_index(folder):
     assert "1 tensors of the index are in no shard: model.layers.9.x" in problems(folder)
 
 
-def test_a_tensor_in_two_shards_is_refused(folder):
-    shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-extra.safetensors")
-    text = problems(folder)
-    assert "both in model-extra.safetensors and in model-00001-of-00003.safetensors" in text
+def test_a_tensor_in_two_shards_is_noted_where_equal_and_refused_where_not(folder):
+    extra = shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-extra.safetensors")
+    count = len(Source(folder).tensors)
+    where = "both in model-extra.safetensors and in model-00001-of-00003.safetensors"
+    assert any(where in note and "and equal" in note for note in Source(folder).notes)
+    with open(extra, "r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read(1)[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 1]))
+    assert f"1 tensors are {where}, and differ: " in problems(folder)
+    fakes.write_shard(extra, {"model.norm.weight": np.ones(3, np.float32)})
+    assert "and differ: model.norm.weight" in problems(folder) and count > 100
 
 
 def test_strays_are_ignored_and_noted(folder):

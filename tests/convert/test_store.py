@@ -85,6 +85,10 @@ def test_damage_is_an_error(tmp_path):
     for file in (tmp_path / "weights").rglob("_METADATA"):
         file.write_text("{")
     with pytest.raises(CheckpointError, match="damaged"):
+        reader.read(dict.fromkeys(OTHER))
+    for file in (tmp_path / "weights").rglob("manifest.ocdbt"):
+        file.write_text("{")
+    with pytest.raises(CheckpointError, match="damaged.*00000"):
         Reader(tmp_path)
 
 

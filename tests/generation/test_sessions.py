@@ -52,6 +52,16 @@ def test_turns(model, settings):
     assert forked.tokens == two.tokens and forked.stats.prompt_tokens == two.stats.prompt_tokens
 
 
+def test_a_cache_that_grows(model, settings):
+    """Without a capacity the cache doubles when a turn needs it, and keeps what it holds; saved, it does so later."""
+    session = ds.session(model, **settings)
+    made = session.generate(FIRST, max_new_tokens=3)
+    longer = FIRST + made.tokens[0] + models.tokens(model.cfg, 1, 20)[0].tolist()
+    grown = session.generate(longer, max_new_tokens=5)
+    assert (made.stats.capacity, grown.stats.capacity) == (32, 128) and grown.stats.prompt_tokens <= 32
+    assert grown.tokens == ds.generate(model, [longer], max_new_tokens=5, **settings).tokens
+
+
 def test_a_stream_that_is_left(model, settings):
     """What was read and made until then stays; the same stream taken up again goes on as if nothing had happened."""
     session = ds.session(model, capacity=64, **settings)
