@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from . import chat as chat
+    from . import evaluation as evaluation
     from .checkpoint import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from .sessions import Session as Session
     from .sessions import load_session as load_session
     from .sessions import session as session
+    from .sharding import mesh as mesh
 
 _HOME = {
     "Config": "config",
@@ -44,12 +46,13 @@ _HOME = {
     "generate": "generation",
     "load": "checkpoint",
     "load_session": "sessions",
+    "mesh": "sharding",
     "score": "scoring",
     "session": "sessions",
     "stream": "generation",
 }
 
-_ROOMS = ("chat",)
+_ROOMS = ("chat", "evaluation")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from . import decoding, memory, speculation
+from . import decoding, memory, sharding, speculation
 from .decoding import Context, State
 from .diagnosis import not_finite
 from .model import Model
@@ -82,6 +82,7 @@ class Batch:
             request, model = self._request, self._model
             dtype, drafts = request.cache_dtype, request.draft
             context = decoding.blank(model.cfg, model.dtype, batch, request.capacity, dtype, drafts)
+            context = sharding.by_rows(model.mesh, context)
         for tokens_BT, next_BT, count_B in chunks([prompt[known:] for prompt in self._prompts], batch):
             if asked_to_stop():
                 return

@@ -38,14 +38,10 @@ class LayerCache:
 
     def write(self, position_BT: jax.Array, c_kv_BTC: jax.Array, k_r_BTR: jax.Array, k_index_BTJ: jax.Array) -> Self:
         """A cache that also holds these tokens. A position beyond the capacity is dropped."""
-        row_B1 = jnp.arange(position_BT.shape[0])[:, None]
 
         def put(slots: Rows, new: jax.Array) -> Rows:
-            return jax.tree.map(
-                lambda slot, row: slot.at[row_B1, position_BT].set(row, mode="drop"),
-                slots,
-                fp8_rows.stored_as(slots, new),
-            )
+            one_row = jax.vmap(lambda slots, at, new: slots.at[at].set(new, mode="drop"))
+            return jax.tree.map(lambda a, b: one_row(a, position_BT, b), slots, fp8_rows.stored_as(slots, new))
 
         return dataclasses.replace(
             self,
@@ -60,9 +56,9 @@ class LayerCache:
 
     def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
-        row_B11 = jnp.arange(slot_BTk.shape[0])[:, None, None]
-        at = jax.tree.map(lambda slots: slots[row_B11, slot_BTk], (self.c_kv_BSC, self.k_r_BSR))
-        return fp8_rows.read(at[0], dtype), fp8_rows.read(at[1], dtype)
+        one_row = jax.vmap(lambda slots, at: slots[at])
+        c_kv, k_r = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
+        return fp8_rows.read(c_kv, dtype), fp8_rows.read(k_r, dtype)
 
     def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
         """The index keys [B, count, J] of the slots from `start`."""

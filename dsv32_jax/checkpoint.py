@@ -56,7 +56,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     found: dict[str, Weight] = {}
     for group in _groups(stored.manifest.leaves):
         found |= stored.weights(group, dtype, mesh, verify)
-    return build(stored.cfg, dtype, lambda path: found[stored.home(path)], origin)
+    return build(stored.cfg, dtype, lambda path: found[stored.home(path)], origin, mesh)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from . import block, checks
 from .block import Block, Seen
@@ -43,6 +44,7 @@ class Model(nnx.Module):
     norm_D: jax.Array = nnx.data()
     head_VD: Weight = nnx.data()
     mtp: MTP | None = nnx.data()
+    mesh: Mesh | None = None
 
     def __call__(
         self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
@@ -104,7 +106,7 @@ def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Arra
     return Output(model.logits(h_BTD), cache, h_BTD, seen)
 
 
-def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origin()) -> Model:
+def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origin(), mesh: Mesh | None = None) -> Model:
     """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
     dtype = np.dtype(dtype)
 
@@ -113,14 +115,19 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origi
         return {name: leaf(prefix + name) for name in names if name.rpartition("_")[2].isupper()}
 
     def decoder_layer(prefix: str, i: int) -> Block:
-        feed_forward = MLP if i < cfg.first_k_dense_replace else MoE
+        prefix_ffn = prefix + "ffn."
+        ffn = (
+            MLP(cfg, **weights(MLP, prefix_ffn))
+            if i < cfg.first_k_dense_replace
+            else MoE(cfg, **weights(MoE, prefix_ffn), mesh=mesh)
+        )
         return Block(
             cfg,
             dtype,
             **weights(Block, prefix),
             mla=MLA(cfg, **weights(MLA, prefix + "mla.")),
             indexer=Indexer(cfg, **weights(Indexer, prefix + "indexer.")),
-            ffn=feed_forward(cfg, **weights(feed_forward, prefix + "ffn.")),
+            ffn=ffn,
         )
 
     layers = tuple(decoder_layer(f"layers.{i}.", i) for i in range(cfg.num_hidden_layers))
@@ -128,4 +135,4 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origi
     if cfg.num_nextn_predict_layers:
         drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
         mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer)
-    return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp)
+    return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp, mesh=mesh)

@@ -1,13 +1,15 @@
 """Feed-forward layers: dense, and the mixture of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 
 from .config import Config
-from .experts import apply_experts
+from .experts import apply_experts, over_mesh
 from .formats import Weight
 from .ops import einsum32, swiglu
 
@@ -48,13 +50,15 @@ class MoE(nnx.Module):
     shared_gate_MD: Weight = nnx.data()
     shared_up_MD: Weight = nnx.data()
     shared_down_DM: Weight = nnx.data()
+    mesh: Mesh | None = None
 
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, Routing]:
         """float32 [B, T, D]: routed and shared experts are summed before anything is rounded."""
         routing = self.route(h_BTD)
         h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
         expert_tX, gate_tX = (part.reshape(-1, part.shape[-1]) for part in (routing.expert_BTX, routing.gate_BTX))
-        y_tD = apply_experts(h_tD, expert_tX, gate_tX, self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM)
+        experts = apply_experts if self.mesh is None else partial(over_mesh, self.mesh)
+        y_tD = experts(h_tD, expert_tX, gate_tX, self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM)
         shared_BTD = swiglu(h_BTD, self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM)
         return y_tD.reshape(h_BTD.shape) + shared_BTD, routing
 

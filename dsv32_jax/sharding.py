@@ -1,7 +1,13 @@
-"""Shardings from the letters of a leaf's name: `pieces` says which mesh axis splits which letter."""
+"""Meshes, and shardings from the letters of a leaf's name: `pieces` says which mesh axis splits which letter."""
 
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from collections.abc import Mapping
+from typing import Any
 
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from .errors import CapacityError
 from .layout import Leaf
 from .storage import pieces
 
@@ -14,3 +20,31 @@ def of_leaf(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> NamedSharding:
 def check(mesh: Mesh, components: list[tuple[Leaf, tuple[int, ...]]]) -> None:
     """Raise CapacityError that lists every leaf the mesh does not divide evenly."""
     pieces.check(mesh.shape, components)
+
+
+def mesh(sizes: str | Mapping[str, int]) -> Mesh:
+    """A mesh over the first devices, written as "expert=4,model=2" or as a mapping; axes are data, model and expert.
+
+    Raises UsageError where it is not understood, CapacityError where there are not as many devices.
+    """
+    sizes = pieces.parse(sizes if isinstance(sizes, str) else ",".join(f"{k}={v}" for k, v in sizes.items()))
+    needed, devices = int(np.prod(list(sizes.values()))), jax.devices()
+    if needed > len(devices):
+        raise CapacityError(
+            f"the mesh {', '.join(f'{name}={size}' for name, size in sizes.items())} needs {needed} devices, but there "
+            f"are {len(devices)} ({devices[0].platform})"
+        )
+    kinds = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:needed])
+
+
+def by_rows(mesh: Mesh | None, tree: Any) -> Any:
+    """`tree`, whose arrays have a row of the batch each, with the rows split over "data" where it divides them."""
+    if mesh is None:
+        return tree
+
+    def place(x: jax.Array) -> jax.Array:
+        split = "data" in mesh.shape and len(x) % mesh.shape["data"] == 0
+        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data" if split else None)))
+
+    return jax.tree.map(place, tree)

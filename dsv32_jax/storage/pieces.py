@@ -40,9 +40,13 @@ def axes(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> tuple[str | None, ..
 
     `shape` has 1 where the component does not vary along an axis.
     """
-    named = [AXES.get(letter) for letter in leaf.letters]
-    if not leaf.stacked:
-        named = [None if axis == "expert" else axis for axis in named]
+    found = axes_of(mesh, leaf.letters, shape)
+    return found if leaf.stacked else tuple(None if axis == "expert" else axis for axis in found)
+
+
+def axes_of(mesh: Mesh, letters: str, shape: tuple[int, ...]) -> tuple[str | None, ...]:
+    """The same for an array whose axes have these letters."""
+    named = (AXES.get(letter) for letter in letters)
     return tuple(axis if axis in mesh and size > 1 else None for axis, size in zip(named, shape, strict=True))
 
 

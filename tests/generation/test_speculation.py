@@ -17,66 +17,68 @@ HOT = ds.Sampling(temperature=0.7, top_p=0.95, seed=3)
 
 
 @pytest.fixture(scope="module")
-def case(scratch):
+def checkpoint(scratch):
     return golden.case(DATA / "golden/p2_noyarn_mtp_latesparse", scratch)
 
 
 @pytest.fixture(scope="module")
-def prompts(case):
+def prompts(checkpoint):
     """Ragged, and the longest goes over index_topk (56) while tokens are drafted."""
-    return [case.ids[0].tolist(), case.ids[1, :29].tolist(), case.ids[1, 5:7].tolist()]
+    return [checkpoint.ids[0].tolist(), checkpoint.ids[1, :29].tolist(), checkpoint.ids[1, 5:7].tolist()]
 
 
 @pytest.mark.parametrize("settings", [None, HOT], ids=["greedy", "drawn"])
-def test_drafts_change_nothing(case, prompts, settings):
+def test_drafts_change_nothing(checkpoint, prompts, settings):
     """Ragged rows, two drafts at once: token for token what one by one gives."""
-    plain = ds.generate(case.model, prompts, max_new_tokens=NEW, sampling=settings)
-    drafted = ds.generate(case.model, prompts, max_new_tokens=NEW, sampling=settings, draft=DRAFTS)
+    plain = ds.generate(checkpoint.model, prompts, max_new_tokens=NEW, sampling=settings)
+    drafted = ds.generate(checkpoint.model, prompts, max_new_tokens=NEW, sampling=settings, draft=DRAFTS)
     assert drafted.tokens == plain.tokens and drafted.finish_reason == plain.finish_reason
     for got, want in zip(drafted.logprobs, plain.logprobs, strict=True):
         np.testing.assert_allclose(got, want, atol=1e-4)
     assert drafted.stats.steps < plain.stats.steps and 0.1 < drafted.stats.acceptance < 1
 
 
-def test_penalties_and_ends_with_drafts(case, prompts):
+def test_penalties_and_ends_with_drafts(checkpoint, prompts):
     """Penalties count tokens as they are accepted; a row that ends in the middle of a step ends there."""
     settings = ds.Sampling(temperature=0.5, repetition_penalty=1.3, frequency_penalty=0.4, seed=8)
-    plain = ds.generate(case.model, prompts, max_new_tokens=NEW, sampling=settings)
+    plain = ds.generate(checkpoint.model, prompts, max_new_tokens=NEW, sampling=settings)
     ends = [plain.tokens[0][7], plain.tokens[1][4], plain.tokens[2][11]]
     options = {"max_new_tokens": NEW, "sampling": settings, "stop_token_ids": ends, "min_new_tokens": 3}
-    plain = ds.generate(case.model, prompts, **options)
-    drafted = ds.generate(case.model, prompts, draft=DRAFTS, **options)
+    plain = ds.generate(checkpoint.model, prompts, **options)
+    drafted = ds.generate(checkpoint.model, prompts, draft=DRAFTS, **options)
     assert drafted.tokens == plain.tokens and drafted.finish_reason == plain.finish_reason
     assert "stop" in plain.finish_reason and min(map(len, plain.tokens)) > 3
 
 
-def test_up_to_the_last_slot(case, prompts):
+def test_up_to_the_last_slot(checkpoint, prompts):
     """Drafts beyond the capacity are dropped, and the cache is used to its last slot."""
     count = len(prompts[1])
-    plain = ds.generate(case.model, [prompts[1]], max_new_tokens=None, capacity=count + 9)
-    drafted = ds.generate(case.model, [prompts[1]], max_new_tokens=None, capacity=count + 9, draft=DRAFTS)
+    plain = ds.generate(checkpoint.model, [prompts[1]], max_new_tokens=None, capacity=count + 9)
+    drafted = ds.generate(checkpoint.model, [prompts[1]], max_new_tokens=None, capacity=count + 9, draft=DRAFTS)
     assert drafted.tokens == plain.tokens and len(plain.tokens[0]) == 9
 
 
-def test_a_stream_with_drafts(case, prompts):
+def test_a_stream_with_drafts(checkpoint, prompts):
     """Tokens of one step come one after the other."""
-    plain = ds.generate(case.model, [prompts[1]], max_new_tokens=NEW)
-    events = list(ds.stream(case.model, prompts[1], max_new_tokens=NEW, draft=DRAFTS))
+    plain = ds.generate(checkpoint.model, [prompts[1]], max_new_tokens=NEW)
+    events = list(ds.stream(checkpoint.model, prompts[1], max_new_tokens=NEW, draft=DRAFTS))
     assert [event.token for event in events] == plain.tokens[0]
     assert [event.finish_reason for event in events] == [None] * (NEW - 1) + plain.finish_reason
 
 
-def test_the_distribution_with_drafts(case):
+def test_the_distribution_with_drafts(checkpoint):
     """1024 continuations with seeds of their own are distributed as the model says: chi-squared with 5 degrees of
     freedom is below 20.5 (p = 0.001). Were 0.15 of the probability elsewhere, the statistic would have a noncentrality
     of at least 1024 * 0.3^2 = 92 and stay below 20.5 less than once in a thousand times."""
     allowed, count = [11, 23, 42, 77, 101, 140], 1024
-    prompt = case.ids[0, :20].tolist()
+    prompt = checkpoint.ids[0, :20].tolist()
     settings = ds.Sampling(temperature=2.0, allowed_ids=allowed, seed=1000)
-    drawn = ds.generate(case.model, [prompt], max_new_tokens=3, sampling=settings, n=count, draft=DRAFTS)
+    drawn = ds.generate(checkpoint.model, [prompt], max_new_tokens=3, sampling=settings, n=count, draft=DRAFTS)
     assert drawn.stats.steps < 2 * count
     contexts = [(a, b) for a in allowed for b in allowed]
-    logits = np.asarray(ds.forward(case.model, [prompt + list(pair) for pair in contexts]).logits)[:, -3:, allowed]
+    logits = np.asarray(ds.forward(checkpoint.model, [prompt + list(pair) for pair in contexts]).logits)[
+        :, -3:, allowed
+    ]
     chance = np.asarray(jax.nn.softmax(jnp.asarray(logits) / 2.0, axis=-1), np.float64)
     expected = np.zeros(6)
     for i, (a, b) in enumerate(contexts):

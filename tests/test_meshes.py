@@ -1,0 +1,142 @@
+"""Sharded is unsharded: the golden checkpoint on eight virtual devices, cut along experts, heads and rows.
+
+MESHES=all goes through every mesh that divides it.
+"""
+
+import itertools
+import math
+import os
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv32_jax as ds
+from dsv32_jax import batch, decoding, request, sharding
+from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.experts import apply_experts, over_mesh
+from dsv32_jax.storage import pieces
+from tests import golden
+from tests.conftest import DATA
+
+MESHES = ["expert=4,model=2", "data=2,expert=2,model=2"]
+if os.environ.get("MESHES") == "all":
+    sizes = [(data, expert, model) for data, expert, model in itertools.product((1, 2, 4), (1, 2, 4, 8), (1, 2))]
+    MESHES = [f"data={d},expert={e},model={m}" for d, e, m in sizes if 1 < d * e * m <= 8]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(scratch):
+    return golden.case(DATA / "golden_nvfp4/v2_modelopt_mlp_oproj_mtp", scratch)
+
+
+@pytest.fixture(scope="module", params=MESHES)
+def sharded(checkpoint, request):
+    """The model on a mesh."""
+    return ds.load(checkpoint.converted, dtype=jnp.float32, mesh=ds.mesh(request.param))
+
+
+def test_forward_and_generate(checkpoint, sharded):
+    """Logits within rounding, the same sets, experts and tokens, with drafts too."""
+    out = ds.forward(sharded, checkpoint.ids)
+    np.testing.assert_allclose(out.logits, checkpoint["logits"], atol=1e-3)
+    scale = np.abs(checkpoint["logits"]).max()
+    alone = ds.forward(checkpoint.model, checkpoint.ids)
+    assert np.abs(np.asarray(out.logits) - np.asarray(alone.logits)).max() <= 1e-5 * scale
+    for seen, want in zip(out.seen, alone.seen, strict=True):
+        assert golden.sets(seen.selected_BTk) == golden.sets(want.selected_BTk)
+        if seen.routing:
+            np.testing.assert_array_equal(seen.routing.expert_BTX, want.routing.expert_BTX)
+    made = ds.generate(sharded, checkpoint.ids.tolist(), max_new_tokens=16, draft=1)
+    assert made.tokens == checkpoint["decode.gen_ids"].tolist()
+
+
+def test_a_device_holds_its_part(checkpoint, sharded):
+    """Every array is cut as its letters say, and a device has no more than its pieces."""
+    mesh = sharded.mesh.shape
+    held = dict.fromkeys(sharded.mesh.devices.flat, 0)
+    expected = 0
+    for path, part in jax.tree_util.tree_leaves_with_path(sharded):
+        shards = part.addressable_shards
+        assert len(shards) == sharded.mesh.size, path
+        for shard in shards:
+            held[shard.device] += shard.data.nbytes
+        expected += math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize
+    assert set(held.values()) == {expected}
+    moe = sharded.layers[-1].ffn
+    assert moe.w_gate_EMD.codes.sharding.spec == jax.sharding.PartitionSpec(
+        *(axis if axis in mesh else None for axis in ("expert", "model", None))
+    )
+    whole = sum(part.nbytes for part in jax.tree.leaves(checkpoint.model))
+    assert expected < whole and expected / whole < 1.6 / (mesh.get("expert", 1) * mesh.get("model", 1)) + 0.45
+
+
+def test_no_weight_is_gathered(checkpoint, sharded):
+    """The compiled decode loop moves activations between devices: nothing as large as the smallest cut weight."""
+    rows = 4
+    asked = request.plan(sharded, [[5, 6, 7]] * rows, capacity=64, max_new_tokens=16)
+    blank = decoding.blank(checkpoint.cfg, np.dtype(np.float32), rows, 64, asked.cache_dtype, 0)
+    context = sharding.by_rows(sharded.mesh, blank)
+    task = request.task(sharded, asked, range(rows), rows)
+    nothing = np.zeros((rows, checkpoint.cfg.vocab_size), bool)
+    state = batch.WHOLE.begin(sharded, task, context, nothing, slots=16, width=0, drafts=0)
+    program = batch.WHOLE.decode.lower(sharded, task, state, 5).compile().as_text()
+    moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)(?:-start)?\(", program)
+    largest = max((math.prod(map(int, shape.split(","))) for shape in moved if shape), default=0)
+    assert "all-reduce" in program and largest <= rows * checkpoint.cfg.num_attention_heads * 64
+
+
+def test_experts_over_a_mesh():
+    """Any assignment, many tokens and few: the sum over devices is the sum over experts; no expert is missed."""
+    rng = np.random.default_rng(0)
+    banks = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((8, 6, 16), (8, 6, 16), (8, 16, 6))]
+    mesh = ds.mesh("expert=4,model=2")
+    for tokens in (1, 3, 40):
+        h = jnp.asarray(rng.standard_normal((tokens, 16), np.float32))
+        experts = jnp.asarray(np.argsort(rng.random((tokens, 8)))[:, :3].astype(np.int32))
+        gates = jnp.asarray(rng.random((tokens, 3), np.float32))
+        want = apply_experts(h, experts, gates, *banks)
+        got = over_mesh(mesh, h, experts, gates, *banks)
+        np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+        none = apply_experts(h, jnp.full_like(experts, 8), gates, *banks)
+        assert not np.asarray(none).any()
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "said"),
+    [
+        ("expert=16", CapacityError, "needs 16 devices, but there are 8"),
+        ("experts=2", UsageError, "experts=2"),
+        ("expert=0", UsageError, "expert=0"),
+        ("", UsageError, "not understood"),
+        ({"tensor": 2}, UsageError, "tensor=2"),
+    ],
+    ids=str,
+)
+def test_g20_wrong_meshes(text, kind, said):
+    """Unknown axes and more devices than there are, by name and number."""
+    with pytest.raises(kind, match=said):
+        ds.mesh(text)
+
+
+def test_a_mesh_that_does_not_divide(checkpoint):
+    """A table of the leaves, and what would do."""
+    with pytest.raises(CapacityError, match=r"expert=3.*possible: 1, 2"):
+        ds.load(checkpoint.converted, mesh=ds.mesh("expert=3"))
+
+
+def test_g19_rows_that_do_not_divide(checkpoint, sharded):
+    """Three prompts on any mesh: rows are filled up, and the results are three."""
+    prompts = [checkpoint.ids[0, :5].tolist(), checkpoint.ids[1, :3].tolist(), checkpoint.ids[0, :9].tolist()]
+    want = ds.generate(checkpoint.model, prompts, max_new_tokens=4).tokens
+    assert ds.generate(sharded, prompts, max_new_tokens=4).tokens == want
+
+
+def test_letters_and_components():
+    """An axis that a component does not have is never cut."""
+    mesh = {"expert": 2, "model": 2}
+    assert pieces.axes_of(mesh, "EMD", (8, 1, 1)) == ("expert", None, None)
+    assert pieces.axes_of(mesh, "EDM", (8, 32, 4)) == ("expert", None, "model")
+    assert pieces.axes_of({"data": 2}, "EDM", (8, 32, 4)) == (None, None, None)
