@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 
 from .errors import DsvError, StorageError, printable
+from .evaluation import command as evaluation
+from .terminal import subcommands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,6 +54,10 @@ def parser() -> argparse.ArgumentParser:
     convert.set_defaults(run=_convert)
 
     importlib.import_module(".convert.subcommands", __package__).add(commands)
+    subcommands.add(commands)
+    evaluation.add(commands)
+
+    _add_fit(commands)
 
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
     layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
@@ -59,6 +65,11 @@ def parser() -> argparse.ArgumentParser:
     load = bench.add_parser("load", help="loading a checkpoint against a plain read of its bytes")
     load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
     load.set_defaults(run=_bench_load)
+    context = bench.add_parser("context", help="what a long context costs, part by part (needs 4 GB)")
+    context.add_argument("--section", choices=("decode", "prefill", "batch"), action="append", help="what to do (all)")
+    context.add_argument("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (8192)")
+    context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
+    context.set_defaults(run=_bench_context)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)
     conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
@@ -68,6 +79,32 @@ def parser() -> argparse.ArgumentParser:
     conversion.add_argument("--folder", help="where the checkpoints are written (default: the temporary folder)")
     conversion.set_defaults(run=_bench_convert)
     return root
+
+
+def _add_fit(commands) -> None:
+    fit = commands.add_parser(
+        "fit",
+        help="whether weights, cache and activations fit in memory",
+        description="Predict what a model takes on each device, without loading it. Exit code 5 when it does not fit.",
+    )
+    fit.add_argument("path", metavar="CHECKPOINT", help="a converted checkpoint, or a config.json")
+    fit.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a row, prompt included (4096)")
+    fit.add_argument("--batch", type=int, default=1, metavar="B", help="rows at once (1)")
+    fit.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (one device)")
+    fit.add_argument("--cache-dtype", choices=("bf16", "fp32", "fp8"), help="storage of the cache (as --dtype)")
+    fit.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="what is computed in (bf16)")
+    fit.add_argument("--draft", type=int, default=0, metavar="K", help="tokens drafted at each step (0)")
+    fit.add_argument("--format", choices=("nvfp4", "fp8", "bf16"), help="of a config.json's matrices (nvfp4)")
+    fit.add_argument("--device-memory", metavar="SIZE", help="for example 141GB (what is free here)")
+    fit.add_argument("--json", action="store_true", help="print one JSON object")
+    fit.set_defaults(run=_fit)
+
+
+def _fit(arguments: argparse.Namespace) -> int:
+    from .fit import fit, print_fit
+
+    options = {name: value for name, value in vars(arguments).items() if name not in ("path", "json", "run")}
+    return print_fit(fit(arguments.path, **options), arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -95,6 +132,13 @@ def _bench_load(arguments: argparse.Namespace) -> int:
     from .bench.load import print_load
 
     print_load(arguments.checkpoint)
+    return 0
+
+
+def _bench_context(arguments: argparse.Namespace) -> int:
+    from .bench.context import SECTIONS, print_context
+
+    print_context(arguments.section or SECTIONS, arguments.prefill, arguments.layers)
     return 0
 
 

@@ -30,6 +30,13 @@ def apply_experts(
     h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, w_gate_EMD: Weight, w_up_EMD: Weight, w_down_EDM: Weight
 ) -> jax.Array:
     """sum over k of gate[t, k] * expert[t, k](h[t]), in float32 [t, D]; the id E stands for no expert."""
+    return jnp.sum(gate_tX[..., None] * each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM), axis=1)
+
+
+def each_expert(
+    h_tD: jax.Array, expert_tX: jax.Array, w_gate_EMD: Weight, w_up_EMD: Weight, w_down_EDM: Weight
+) -> jax.Array:
+    """expert[t, k](h[t]), in float32 [t, X, D]: what each of a token's experts makes of it."""
     experts = w_gate_EMD.shape[0]
     blocks = in_blocks(expert_tX, experts)
 
@@ -45,8 +52,7 @@ def apply_experts(
         return None, jax.lax.cond(expert < experts, run, nothing, expert, token_b)
 
     _, y_nbD = jax.lax.scan(visit, None, (blocks.expert_n, blocks.token_nb))
-    y_tXD = y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
-    return jnp.sum(gate_tX[..., None] * y_tXD, axis=1)
+    return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
 def over_mesh(

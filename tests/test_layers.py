@@ -13,11 +13,11 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host storage.chunks compilation bench.measure",
-    "yarn quantize storage.arrays storage.bands",
-    "config quantize_search",
+    "errors host storage.chunks compilation bench.measure evaluation.windows evaluation.estimate",
+    "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.wrapping terminal.arguments",
+    "config quantize_search terminal.keyboard",
     "layout vocabulary chat.template chat.faults chat.stops",
-    "chat.messages chat.byte_level",
+    "chat.messages chat.byte_level terminal.parts",
     "chat.dialogue chat.parsing chat.tokenizer_file",
     "chat.encoding chat.lenient chat.tokenizer",
     "chat.detokenizer chat.prompts",
@@ -35,12 +35,18 @@ FLOORS = (
     "mtp checks memory",
     "model",
     "sampling checkpoint decoding diagnosis",
-    "speculation request transcript result",
-    "batch session_file",
-    "run scoring",
-    "generation sessions",
-    "bench.load bench.layer bench.quantize bench.wide_source demo",
-    "bench.convert",
+    "speculation inventory request transcript result terminal.opening",
+    "batch session_file terminal.answer terminal.asking terminal.doctor",
+    "run scoring activations",
+    "generation sessions evaluation.variant evaluation.passages terminal.generating",
+    "evaluation.reading terminal.saving terminal.talk",
+    "evaluation.loss evaluation.layer_errors terminal.commands",
+    "evaluation.divergence evaluation.layerwise evaluation.lm_eval_adapter terminal.chatting",
+    "evaluation.show terminal.subcommands",
+    "evaluation.command",
+    "bench.load bench.layer bench.quantize bench.wide_source bench.parts fit demo",
+    "bench.convert bench.reading",
+    "bench.context",
     "cli",
     "__main__",
 )
@@ -52,7 +58,8 @@ WITHOUT_JAX = (
     "errors host config quantize layout vocabulary quantize_search random_checkpoint cli demo chat "
     "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity "
     "bench.measure bench.quantize "
-    "chat.encoding chat.parsing chat.tokenizer chat.conversation"
+    "chat.encoding chat.parsing chat.tokenizer chat.conversation "
+    "terminal.subcommands terminal.screen terminal.keyboard terminal.parts terminal.wrapping"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 
@@ -61,7 +68,7 @@ CONVERT_MAY_IMPORT = {
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert"}
+ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert", "bench.context"}
 """Where the library calls `convert` and reads `configs`."""
 
 
@@ -190,7 +197,10 @@ def test_what_needs_no_jax_does_not_import_it():
     assert done.stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", ["dsv32_jax --help", "convert --help"])
+@pytest.mark.parametrize(
+    "command",
+    ["dsv32_jax --help", "convert --help", *(f"dsv32_jax {name} --help" for name in ("generate", "chat", "doctor"))],
+)
 def test_help_does_not_import_jax(command):
     """`--help` answers at once: -X importtime lists what was imported."""
     done = run("-X", "importtime", "-m", *command.split())

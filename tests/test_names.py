@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax import cache, checks, decoding, indexer, model, sampling, scoring, speculation
+from dsv32_jax import cache, checks, decoding, indexer, model, random_checkpoint, sampling, scoring, speculation
 from dsv32_jax import request as request_of
+from dsv32_jax.evaluation import layer_errors, layerwise
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
     "ops cache mla indexer experts moe attention block mtp model checks choice sampling decoding speculation "
-    "request batch scoring"
+    "request batch scoring evaluation.reading evaluation.divergence evaluation.layerwise evaluation.layer_errors"
 ).split()
 
 
@@ -41,6 +43,9 @@ def _trace(cfg) -> None:
         jax.eval_shape(_forward, weights, tokens_BT, empty, jax.ShapeDtypeStruct((batch,), jnp.int32))
         h_BTD = jax.ShapeDtypeStruct((batch, count, cfg.hidden_size), jnp.float32)
         jax.eval_shape(_draft, weights, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+        layer = weights.layers[-1]
+        jax.eval_shape(layer_errors.outputs, layer, layer, h_BTD, empty.layers[0], tokens_BT)
+        jax.eval_shape(layerwise._drafting, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexer, "KEYS", 8)
         _trace_generation(cfg, weights)
@@ -82,6 +87,10 @@ def _run(cfg, folder) -> None:
     session.save(folder / "session")
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
     ds.score(session.model, [[5, 6, 7]])
+    ds.evaluation.kl(session.model, session.model, [[5, 6, 7]])
+    random_checkpoint.write(folder / "hf", one_row, "bf16")
+    convert(folder / "hf", folder / "converted")
+    assert len(list(ds.evaluation.layers(folder / "converted", folder / "converted", [[5, 6, 7]]))) == 3
 
 
 def test_names_tell_the_truth(watching):

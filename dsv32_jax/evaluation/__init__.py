@@ -1,0 +1,48 @@
+"""Quality, measured: perplexity, divergence between two models, and where in the layers an error arises.
+
+perplexity("converted")                            # of the held-out text that is shipped
+perplexity(model, texts, tokenizer=tokenizer)
+kl("bf16", "nvfp4")                                # how far the second's predictions are from the first's
+kl("nvfp4", "nvfp4:fp8-cache")                     # one checkpoint, two ways to compute
+for layer in layers("bf16", "nvfp4"): ...          # one layer of each in memory at a time
+
+`LmEval` runs lm-evaluation-harness (extra [eval]) on a checkpoint.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .divergence import Divergence as Divergence
+    from .divergence import kl as kl
+    from .layerwise import LayerError as LayerError
+    from .layerwise import layers as layers
+    from .lm_eval_adapter import LmEval as LmEval
+    from .loss import Perplexity as Perplexity
+    from .loss import perplexity as perplexity
+    from .variant import Variant as Variant
+
+_HOME = {
+    "Divergence": "divergence",
+    "LayerError": "layerwise",
+    "LmEval": "lm_eval_adapter",
+    "Perplexity": "loss",
+    "Variant": "variant",
+    "kl": "divergence",
+    "layers": "layerwise",
+    "perplexity": "loss",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

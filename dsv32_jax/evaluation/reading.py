@@ -1,0 +1,73 @@
+"""Hidden vectors of a text, window by window: all that a model's predictions are made of, beside its head."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..compilation import keep_on_disk
+from ..decoding import Context, blank
+from ..formats import Weight
+from ..model import Model
+from ..request import bucket, chunks, rows_bucket
+from .passages import Passages
+from .variant import Variant
+from .windows import Window
+
+Progress = Callable[[int, int], None]
+"""Called with how many windows were read, of all."""
+
+
+def silent(done: int, count: int) -> None:
+    """Progress that nobody watches."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What a model made of the windows: the hidden vectors of each, [n, D] on the host, and its head."""
+
+    passages: Passages
+    hidden: list[np.ndarray]
+    head: Weight
+
+    def chunk(self, windows: range, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        """The vectors of `windows` from their position `start` on as an array of `shape` [B, T, D], zero beyond."""
+        h_BTD = np.zeros(shape, self.hidden[0].dtype)
+        for b, i in enumerate(windows):
+            part_tD = self.hidden[i][start : start + shape[1]]
+            h_BTD[b, : len(part_tD)] = part_tD
+        return h_BTD
+
+
+def reading(variant: Variant, read: Passages, progress: Progress = silent) -> Reading:
+    """What the model of `variant` makes of the windows; the model itself is not kept."""
+    model = variant.load()
+    hidden: list[np.ndarray] = []
+    for group in read.groups:
+        rows_BTD = np.concatenate([np.asarray(part) for part, _, _ in vectors(model, variant, group)], axis=1)
+        hidden += [rows_BTD[b, : len(window.tokens)] for b, window in enumerate(group)]
+        progress(len(hidden), len(read.windows))
+    return Reading(read, hidden, model.head_VD)
+
+
+def vectors(model: Model, variant: Variant, group: Sequence[Window]) -> Iterator[tuple[jax.Array, int, np.ndarray]]:
+    """Hidden vectors [B, T, D] of the windows in `group`, a chunk of tokens at a time, with the position of the first
+    and the token after each. B is filled up to a power of two."""
+    keep_on_disk()
+    rows = [window.tokens for window in group]
+    batch, start = rows_bucket(len(rows)), 0
+    stored: Any = variant.stored(model)
+    context = blank(model.cfg, model.dtype, batch, bucket(max(map(len, rows))), stored, 0)
+    for tokens_BT, next_BT, count_B in chunks(rows, batch):
+        h_BTD, context = _read_jit(model, context, tokens_BT, count_B)
+        yield h_BTD, start, next_BT
+        start += tokens_BT.shape[1]
+
+
+@partial(jax.jit, donate_argnames="context")
+def _read_jit(model: Model, context: Context, tokens_BT: jax.Array, count_B: jax.Array) -> tuple[jax.Array, Context]:
+    h_BTD, cache, _ = model(tokens_BT, context.cache, count_B)
+    return h_BTD, dataclasses.replace(context, cache=cache)

@@ -1,0 +1,78 @@
+"""What is evaluated: a checkpoint, and how it computes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from .. import cache
+from ..chat.tokenizer import Tokenizer
+from ..checkpoint import Checkpoint, load
+from ..config import Config
+from ..errors import UsageError, listing
+from ..model import Model
+
+COMPUTE = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
+CACHES = {"bfloat16-cache": "bfloat16", "float32-cache": "float32", "fp8-cache": "fp8"}
+
+SYNTAX = f"CKPT[:WORD,...] with one of {listing(COMPUTE)} and one of {listing(CACHES)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """A converted checkpoint, or a model in memory, with the compute dtype and the cache's storage.
+
+    `dtype` is bfloat16 by default and that of a model in memory; `cache_dtype` is the compute dtype by default.
+    """
+
+    checkpoint: Path | Model
+    dtype: Any = None
+    cache_dtype: Any = None
+
+    def __post_init__(self):
+        model, wanted = self.checkpoint, self.dtype
+        if isinstance(model, Model) and wanted is not None and jnp.dtype(wanted) != model.dtype:
+            raise UsageError(f"the model computes in {model.dtype}; load it again to compute in {jnp.dtype(wanted)}")
+
+    @classmethod
+    def of(cls, given: "Variant | Model | str | Path") -> "Variant":
+        """`given`, where text is read as CKPT[:WORD,...]: "ckpt:float32" computes in float32, "ckpt:fp8-cache" keeps
+        an FP8 cache. A folder whose whole name is the text is that folder. Raises UsageError on other words."""
+        if isinstance(given, Variant):
+            return given
+        if isinstance(given, Model):
+            return cls(given)
+        if not isinstance(given, str | Path):
+            raise UsageError(f"a checkpoint is a folder, {SYNTAX}, or a Model, not {type(given).__name__}")
+        folder, colon, words = str(given).rpartition(":")
+        if not colon or Path(given).expanduser().exists():
+            return cls(Path(given))
+        chosen = [word.strip() for word in words.split(",")]
+        if unknown := [word for word in chosen if word not in COMPUTE and word not in CACHES]:
+            raise UsageError(f"{str(given)!r}: {listing(map(repr, unknown))} cannot follow the colon; write {SYNTAX}")
+        dtypes, caches = ([table[word] for word in chosen if word in table] for table in (COMPUTE, CACHES))
+        if len(dtypes) > 1 or len(caches) > 1:
+            raise UsageError(f"{str(given)!r} names two dtypes for one thing; write {SYNTAX}")
+        return cls(Path(folder), *(one[0] if one else None for one in (dtypes, caches)))
+
+    @property
+    def cfg(self) -> Config:
+        """The model's config; of a checkpoint it is read, and its leaves compared with it."""
+        return self.checkpoint.cfg if isinstance(self.checkpoint, Model) else Checkpoint.open(self.checkpoint).cfg
+
+    def load(self) -> Model:
+        """The model, in memory."""
+        if isinstance(self.checkpoint, Model):
+            return self.checkpoint
+        return load(self.checkpoint, dtype=jnp.bfloat16 if self.dtype is None else self.dtype)
+
+    def stored(self, model: Model) -> Any:
+        """The dtype of the cache of `model`, which this variant has loaded."""
+        return cache.dtype_of(self.cache_dtype, model.dtype)
+
+    def tokenizer(self) -> Tokenizer | None:
+        """The checkpoint's tokenizer; None where it has none, and for a model in memory."""
+        if isinstance(self.checkpoint, Model) or not (self.checkpoint.expanduser() / "tokenizer.json").exists():
+            return None
+        return Tokenizer.load(self.checkpoint, self.cfg)

@@ -1,0 +1,190 @@
+"""Perplexity and divergence, against the same by hand."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import dsv32_jax as ds
+from dsv32_jax import cli
+from dsv32_jax.errors import CheckpointError, UsageError
+from dsv32_jax.evaluation import Variant, kl, perplexity
+from tests import oracle
+from tests.evaluation.conftest import Bytes
+
+TEXTS = ["def f(x):\n    return x + 1\n" * 2, "Grüße, 世界"]
+CONTEXT, STRIDE = 16, 10
+
+
+def by_hand(ids: list[int]) -> list[tuple[list[int], int]]:
+    """(window, index of the first token that is scored) of one text."""
+    found, scored = [], 1
+    for start in range(0, len(ids), STRIDE):
+        part = ids[start : start + CONTEXT]
+        if scored < len(ids):
+            found.append((part, scored - start))
+        scored = max(scored, start + len(part))
+    return found
+
+
+def ids_of(text: str) -> list[int]:
+    return [0, *Bytes().encode(text)]
+
+
+def test_perplexity(model):
+    """exp of the mean of what `score` says about each token, window by window."""
+    found = perplexity(model, TEXTS, tokenizer=Bytes(), context=CONTEXT, stride=STRIDE, batch_size=8)
+    rows, first = zip(*(part for text in TEXTS for part in by_hand(ids_of(text))), strict=True)
+    scores = ds.score(model, rows).logprobs
+    logprobs = [logprob for row, start in zip(scores, first, strict=True) for logprob in row[start - 1 :]]
+    size = sum(len(text.encode()) for text in TEXTS)
+    assert len(logprobs) == found.tokens == found.bytes == size
+    assert found.perplexity.mean == pytest.approx(math.exp(-sum(logprobs) / size), rel=1e-5)
+    assert found.bits_per_byte == pytest.approx(-sum(logprobs) / size / math.log(2), rel=1e-5)
+    assert (found.documents, found.windows, found.context, found.stride) == (2, 6, CONTEXT, STRIDE)
+    assert found.read == sum(map(len, rows))
+
+
+def test_divergence_of_a_model_from_itself(model):
+    """It is zero, at each token."""
+    found = kl(model, model, [ids_of(text) for text in TEXTS], context=CONTEXT, stride=STRIDE)
+    assert found.kl.mean == found.loss.mean == found.percentiles["100"] == 0 and found.same_top.mean == 1
+
+
+def test_divergence(model):
+    """Of a model with another head: what NumPy makes of the logits of both."""
+    noise = np.random.default_rng(1).normal(0, 0.05, model.head_VD.shape)
+    other = dataclasses.replace(model, head_VD=model.head_VD + jnp.asarray(noise, jnp.float32))
+    found = kl(model, other, TEXTS, tokenizer=Bytes(), context=CONTEXT, stride=STRIDE, batch_size=3)
+    rows = []
+    for text in TEXTS:
+        for window, first in by_hand(ids_of(text)):
+            a, b = (oracle.logits(one, window)[first - 1 : -1] for one in (model, other))
+            a, b = (x - np.log(np.exp(x).sum(axis=-1, keepdims=True)) for x in (a, b))
+            came = np.array(window[first:])[:, None]
+            loss = np.take_along_axis(a - b, came, axis=-1)[:, 0]
+            rows += zip((np.exp(a) * (a - b)).sum(-1), a.argmax(-1) == b.argmax(-1), loss, came[:, 0], strict=True)
+    expected, same, loss, came = map(np.array, zip(*rows, strict=True))
+    assert expected.max() > 0.01 and not same.all()
+    assert found.kl.mean == pytest.approx(expected.mean(), rel=1e-4)
+    assert found.percentiles == pytest.approx(
+        {f"{p:g}": np.percentile(expected, p) for p in (50, 90, 99, 99.9, 100)}, rel=1e-4
+    )
+    assert found.same_top.mean == pytest.approx(same.mean())
+    assert found.loss.mean == pytest.approx(loss.mean(), rel=1e-3)
+    ratio = found.perplexity_b.mean / found.perplexity_a.mean
+    assert math.log(ratio) == pytest.approx(found.loss.mean, rel=1e-3)
+    worst = found.worst[0]
+    assert worst.kl == pytest.approx(expected.max(), rel=1e-4)
+    document = ids_of(TEXTS[worst.document])
+    assert worst.token == Bytes().decode([document[worst.position]])
+    assert worst.before == Bytes().decode(document[max(0, worst.position - 16) : worst.position])
+    assert [one.kl for one in found.worst] == pytest.approx(sorted(expected)[: -len(found.worst) - 1 : -1], rel=1e-4)
+
+
+def test_variants(tmp_path):
+    """What stands before and after the colon."""
+    assert Variant.of("a/b:float32,fp8-cache") == Variant(Path("a/b"), jnp.float32, "fp8")
+    assert Variant.of("a:bfloat16-cache") == Variant(Path("a"), None, "bfloat16")
+    (tmp_path / "odd:fp8-cache").mkdir()
+    assert Variant.of(tmp_path / "odd:fp8-cache") == Variant(tmp_path / "odd:fp8-cache")
+
+
+def test_weights_that_are_no_numbers(model):
+    """Named by text and token, not averaged."""
+    broken = dataclasses.replace(model, head_VD=model.head_VD.at[7].set(jnp.nan))
+    rows = [[0, *range(10, 25)], [0, 8], *[[0, 9]] * 6]
+    with pytest.raises(CheckpointError, match="22 tokens are not numbers .*text 0 at token 1, text 0 at token 2, "):
+        perplexity(broken, rows, batch_size=8)
+    with pytest.raises(CheckpointError, match="22 tokens are not numbers"):
+        kl(model, broken, rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"context": 65}, r"context must be .* from 2 to 64 \(the model's longest context\), not 65"),
+        ({"context": 1}, "context must be"),
+        ({"context": 8.0}, "context must be"),
+        ({"context": 8, "stride": 8}, "stride must be .* from 1 to 7"),
+        ({"stride": 0}, "stride must be"),
+        ({"limit": 0}, "limit must be a whole number, 1 or more, not 0"),
+        ({"batch_size": 0}, "batch_size must be"),
+        ({"texts": []}, "there is no text"),
+        ({"texts": ""}, r"1 of 1 texts have fewer than two tokens.*\(counted from 0: 0\)"),
+        ({"texts": ["a", "", [0], [0, 1], []]}, r"3 of 5 texts .*: 1, 2, 4\)"),
+        ({"texts": "a", "tokenizer": None}, "text needs a tokenizer"),
+        ({"texts": [[0, 320]]}, "1 token ids are outside the vocabulary"),
+        ({"texts": [[0, 1.5]]}, "whole numbers"),
+    ],
+)
+@pytest.mark.parametrize("measure", [perplexity, lambda model, texts, **options: kl(model, model, texts, **options)])
+def test_misuse(model, measure, options, message):
+    """Every request that makes no sense is refused before anything runs."""
+    options = {"texts": "some text", "tokenizer": Bytes()} | options
+    with pytest.raises(UsageError, match=message):
+        measure(model, options.pop("texts"), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("x:fp16", "'fp16' cannot follow the colon; write CKPT"),
+        ("x:float32,bfloat16", "names two dtypes for one thing"),
+        ("x:fp8-cache,float32-cache", "names two dtypes for one thing"),
+        (7, "not int"),
+    ],
+)
+def test_misuse_of_variants(given, message):
+    """Unknown words are named."""
+    with pytest.raises(UsageError, match=message):
+        Variant.of(given)
+
+
+def test_other_vocabularies(folders, model):
+    """Predictions over different tokens are not compared."""
+    with pytest.raises(UsageError, match="vocabularies of 320 and 321 tokens; nothing was run"):
+        kl(folders / "bf16", folders / "other", [[0, 5]])
+    with pytest.raises(UsageError, match="computes in float32; load it again to compute in bfloat16"):
+        kl(model, Variant(model, jnp.bfloat16), [[0, 5]])
+
+
+def test_other_tokenizers(demo, tmp_path):
+    """Two checkpoints whose tokenizers mean different things by an id."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "other").mkdir()
+    for file in demo.iterdir():
+        if file.name != "tokenizer.json":
+            (tmp_path / "other" / file.name).symlink_to(file)
+    raw = json.loads((demo / "tokenizer.json").read_text())
+    vocab = raw["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(UsageError, match="differ in 2 of 4096 tokens"):
+        kl(demo, tmp_path / "other", ["some text"])
+
+
+def test_command_line(demo, tmp_path, capsys):
+    """dsv32 eval ppl and kl: for a person, and as JSON."""
+    pytest.importorskip("tokenizers")
+    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "import os\nimport sys\n" * 9}) + "\n")
+    words = [str(tmp_path / "text.jsonl"), "--context", "32", "--stride", "31"]
+    assert cli.main(["eval", "ppl", str(demo), *words, "--dtype", "float32", "--cache-dtype", "fp8", "--json"]) == 0
+    ppl = json.loads(capsys.readouterr().out)
+    direct = perplexity(f"{demo}:float32,fp8-cache", ["import os\nimport sys\n" * 9], context=32, stride=31)
+    assert ppl["perplexity"]["mean"] == pytest.approx(direct.perplexity.mean)
+    assert ppl["bytes"] == 189 and ppl["tokens_per_second"] > 0
+    assert cli.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity_b"]["mean"] == pytest.approx(ppl["perplexity"]["mean"], rel=1e-4)
+    assert 0 < found["kl"]["mean"] < 0.1 and found["perplexity_a"]["mean"] != found["perplexity_b"]["mean"]
+    assert cli.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words]) == 0
+    told = capsys.readouterr().out
+    assert "KL(A || B)" in told and "most different" in told and told.count("' -> '") == len(found["worst"])
+    assert cli.main(["eval", "ppl", str(demo), str(tmp_path / "nowhere")]) == 74
+    assert cli.main(["eval", "ppl", str(demo), *words[:1], "--context", "4000"]) == 2
+    assert cli.main(["eval", "kl", str(demo), str(tmp_path)]) == 3

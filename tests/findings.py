@@ -1,0 +1,185 @@
+"""What formats, caches, sparse attention and drafts cost and bring, measured on the model that is shipped.
+
+    python -m tests.findings          # about ten minutes on two cores; prints Markdown
+
+Everything is measured on the held-out text that is shipped, as `dsv32 eval kl` reads it. Losses are paired: the
+difference in nats a token between two models on the same tokens, with its standard error over windows.
+"""
+
+import itertools
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from dsv32_jax.convert import convert
+
+import dsv32_jax as ds
+from dsv32_jax import chat
+from dsv32_jax.block import Seen
+from dsv32_jax.evaluation.divergence import Compared, compare, summary
+from dsv32_jax.evaluation.estimate import Estimate, over_windows
+from dsv32_jax.evaluation.passages import Passages, passages
+from dsv32_jax.evaluation.reading import Reading, reading
+from dsv32_jax.evaluation.variant import Variant
+from dsv32_jax.ops import dot, einsum, rms_norm, rotation
+from dsv32_jax.random_checkpoint import write
+from dsv32_jax.storage.arrays import dtype_of
+from dsv32_jax.storage.manifest import Manifest
+
+SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
+
+CONVERSIONS = {
+    "bf16": {"to": "bf16"},
+    "fp8": {},
+    **{
+        f"nvfp4 {policy} {scales}": {"to": "nvfp4", "policy": policy, "scales": scales}
+        for policy in ("default", "full")
+        for scales in ("rtn", "four-over-six", "mse")
+    },
+    "nvfp4 nvidia mse": {"to": "nvfp4", "policy": "nvidia", "scales": "mse"},
+    "nvfp4 experts-only mse": {"to": "nvfp4", "policy": "experts-only", "scales": "mse"},
+}
+
+VARIANTS = {
+    **{name: name for name in CONVERSIONS},
+    "bf16, in float32": "bf16:float32",
+    "bf16, FP8 cache": "bf16:fp8-cache",
+    "nvfp4 default mse, FP8 cache": "nvfp4 default mse:fp8-cache",
+    "dense attention": "dense",
+}
+
+PAIRS = [
+    (f"nvfp4 {policy} rtn", f"nvfp4 {policy} {scales}")
+    for policy in ("default", "full")
+    for scales in ("four-over-six", "mse")
+] + [("nvfp4 full mse", "nvfp4 default mse"), ("nvfp4 default mse", "nvfp4 experts-only mse")]
+
+PROMPT, NEW, ROWS = 128, 128, 16
+"""Drafts are measured on greedy continuations of so many tokens of 16 prompts, taken from all over the text."""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        for name, options in CONVERSIONS.items():
+            convert(SOURCE, scratch / name, **options)
+        dense(scratch)
+        model = ds.load(scratch / "bf16")
+        read = passages(model.cfg, chat.Tokenizer.load(scratch / "bf16", model.cfg), None)
+        first = reading(Variant(scratch / "bf16"), read)
+        print_formats(scratch, first)
+        for line in itertools.chain(unigrams_and_noise(scratch, read), drafts(scratch, read), masses(model, read)):
+            print(line, flush=True)
+
+
+def print_formats(scratch: Path, first: Reading) -> None:
+    """One row for each variant, then the pairs."""
+    print("| | MB | perplexity | KL to BF16 | same top token | loss against BF16 |\n|---|---|---|---|---|---|")
+    found: dict[str, list[Compared]] = {}
+    for name, text in VARIANTS.items():
+        found[name] = compare(first, Variant.of(str(scratch / text)))
+        one = summary(first.passages, found[name])
+        print(
+            f"| {name} | {megabytes(scratch / text.partition(':')[0]):.1f} | {told(one.perplexity_b, '.3f')} | "
+            f"{told(one.kl, '.4f')} | {100 * one.same_top.mean:.2f} % | {told(one.loss, '+.4f')} |",
+            flush=True,
+        )
+    print("\n| paired | nats a token | in standard errors | KL |\n|---|---|---|---|")
+    for a, b in PAIRS:
+        loss = over_windows([x.logprob_b - y.logprob_b for x, y in zip(found[a], found[b], strict=True)])
+        kl = over_windows([y.kl - x.kl for x, y in zip(found[a], found[b], strict=True)])
+        print(
+            f"| {b} - {a} | {told(loss, '+.4f')} | {loss.mean / (loss.standard_error or 1):+.1f} | {told(kl, '+.4f')} |"
+        )
+    print()
+
+
+def told(value: Estimate, form: str) -> str:
+    return f"{value.mean:{form}} ± {value.standard_error:{form.lstrip('+')}}"
+
+
+def megabytes(folder: Path) -> float:
+    """Stored arrays, each once."""
+    arrays = [array for leaf in Manifest.read(folder).leaves.values() for array in leaf.arrays.values()]
+    return sum(np.prod(array.shape) * dtype_of(array.dtype).itemsize for array in arrays) / 1e6
+
+
+def dense(scratch: Path) -> None:
+    """The same weights with an index_topk that no window exceeds."""
+    shutil.copytree(SOURCE, scratch / "hf")
+    config = json.loads((SOURCE / "config.json").read_text())
+    (scratch / "hf" / "config.json").write_text(json.dumps({**config, "index_topk": 1024}))
+    convert(scratch / "hf", scratch / "dense")
+
+
+def unigrams_and_noise(scratch: Path, read: Passages) -> Iterator[str]:
+    """What knowing nothing but frequencies gives, and the architecture with random weights."""
+    tokens = np.concatenate([read.scored(window) for window in read.windows])
+    share = np.bincount(tokens) / len(tokens)
+    share = share[share > 0]
+    yield f"perplexity of the text's own unigrams: {np.exp(-np.sum(share * np.log(share))):.0f}"
+    cfg = ds.Config.from_json(SOURCE / "config.json")
+    write(scratch / "noise-hf", cfg)
+    convert(scratch / "noise-hf", scratch / "noise")
+    untrained = ds.evaluation.perplexity(scratch / "noise", read.documents, limit=8)
+    yield f"perplexity of the architecture with random weights: {untrained.perplexity.mean:.0f}"
+
+
+def drafts(scratch: Path, read: Passages) -> Iterator[str]:
+    """Greedy continuations with drafts of MTP: how many are kept, and tokens a step."""
+    starts = read.windows[:: len(read.windows) // ROWS][:ROWS]
+    prompts = [window.tokens[:PROMPT] for window in starts]
+    yield "\n| drafts a step | kept, BF16 | tokens a step | kept, NVFP4 mse | tokens a step |\n|---|---|---|---|---|"
+    models = [ds.load(scratch / name) for name in ("bf16", "nvfp4 full mse")]
+    for count in (1, 2, 3):
+        cells = []
+        for model in models:
+            stats = ds.generate(model, prompts, max_new_tokens=NEW, draft=count).stats
+            per_step = (stats.new_tokens - stats.rows) / stats.steps
+            cells += [f"{100 * stats.acceptance:.1f} %", f"{per_step:.2f}"]
+        yield f"| {count} | {' | '.join(cells)} |"
+
+
+def masses(model: ds.Model, read: Passages) -> Iterator[str]:
+    """Share of dense attention's mass on 128 tokens, from position 512 on."""
+    whole = [window.tokens for window in read.windows if len(window.tokens) == read.context][::2]
+    shares = [
+        [mass(block, seen) for block, seen in zip(model.layers, ds.forward(model, [tokens]).seen, strict=True)]
+        for tokens in whole
+    ]
+    layers = [f"layer {i}" for i in range(len(model.layers))]
+    yield f"\n| attention mass ({len(whole)} windows) | {' | '.join(layers)} | mean |\n|---|{'---|' * len(layers)}---|"
+    names = ("selected by the indexer", "the best 128", "the last 128")
+    for name, share in zip(names, np.mean(shares, axis=0).T, strict=True):
+        yield f"| {name} | {' | '.join(f'{100 * x:.1f} %' for x in (*share, share.mean()))} |"
+
+
+@jax.jit
+def mass(block, seen: Seen) -> jax.Array:
+    """How much of dense attention's weight, over positions from 512 on and all heads, lies on: the selected tokens, the
+    k tokens with the most weight, the last k tokens."""
+    cfg, mla = block.cfg, block.mla
+    h_BTD = rms_norm(seen.x_BTD, block.attn_norm_D, cfg.rms_norm_eps).astype(block.dtype)
+    positions = jnp.arange(h_BTD.shape[1])
+    angles = rotation(positions[None], cfg)
+    q_c_BTHN, q_r_BTHR = mla.queries(mla.latent_query(h_BTD), *angles)
+    c_kv_BSC, k_r_BSR = mla.keys(h_BTD, *angles)
+    score_BHTS = dot("BTHN,BSHN->BHTS", q_c_BTHN, einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC))
+    score_BHTS += dot("BTHR,BSR->BHTS", q_r_BTHR, k_r_BSR)
+    visible = positions <= positions[:, None]
+    weight_BTS = jax.nn.softmax(jnp.where(visible, score_BHTS * cfg.softmax_scale, -jnp.inf)).mean(axis=1)
+    chosen_BTk = jnp.take_along_axis(weight_BTS, jnp.maximum(seen.selected_BTk, 0), axis=-1)
+    best_BTk = jax.lax.top_k(weight_BTS, cfg.index_topk)[0]
+    recent_BTS = jnp.where(positions > positions[:, None] - cfg.index_topk, weight_BTS, 0)
+    shares = jnp.where(seen.selected_BTk >= 0, chosen_BTk, 0), best_BTk, recent_BTS
+    return jnp.stack([share.sum(-1)[:, 512:].mean() for share in shares])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,390 @@
+"""dsv32 chat: turns and commands with answers from a script, a real model through pipes, and a pseudo-terminal."""
+
+import dataclasses
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dsv32_jax import cli
+from dsv32_jax.chat import Conversation, Tokenizer, template
+from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
+from dsv32_jax.sampling import Sampling
+from dsv32_jax.sessions import session
+from dsv32_jax.terminal import saving
+from dsv32_jax.terminal.commands import FIELDS, TABLE, Commands, Leave
+from dsv32_jax.terminal.opening import Opened
+from dsv32_jax.terminal.screen import Screen
+from dsv32_jax.terminal.talk import Talk, call_text
+from dsv32_jax.transcript import Transcript
+
+TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
+CALL = """\n\n<｜DSML｜function_calls>
+<｜DSML｜invoke name="add">
+<｜DSML｜parameter name="a" string="false">1</｜DSML｜parameter>
+</｜DSML｜invoke>
+<｜DSML｜invoke name="mul\x1b[2J">
+<｜DSML｜parameter name="b" string="true">two
+lines</｜DSML｜parameter>
+</｜DSML｜invoke>
+</｜DSML｜function_calls>"""
+
+
+class Model:
+    """As much of a model as a chat looks at."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+
+
+class Script:
+    """A session whose answers are written down; those that end with EOS end by themselves."""
+
+    draft, cache_dtype = 0, np.dtype(np.float32)
+
+    def __init__(self, tokenizer, cfg, answers, capacity=2000):
+        self.model, self.capacity = Model(cfg), capacity
+        self._tokenizer, self._answers = tokenizer, iter(answers)
+        self.prompts, self.options = [], []
+
+    def stream(self, ids, *, sampling, tokenizer, max_new_tokens, progress=lambda *_: None, **options):
+        self.prompts.append(tokenizer.decode(ids))
+        self.options.append({"sampling": sampling, "max_new_tokens": max_new_tokens, **options})
+        row = Transcript(self.model.cfg.eos_token_id, max_new_tokens, tokenizer, options.get("stop", ()))
+        answer = next(self._answers)
+        for read in range(0, len(ids), 512):
+            progress(min(read + 512, len(ids)), len(ids))
+        for token in tokenizer.encode(answer, allow_special=True):
+            yield row.add(token, 0.0, ())
+            if row.finish_reason:
+                return
+            if answer.endswith("^C"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def talk(checkpoint, tiny):
+    """Makes a Talk whose answers are written down."""
+    tokenizer = Tokenizer.load(checkpoint, tiny)
+
+    def opened(*answers, capacity=2000, hides=False, options=(), **conversation):
+        said = [answer if answer.endswith("^C") else answer + template.EOS for answer in answers]
+        script = Script(tokenizer, tiny, said, capacity)
+        return Talk(Screen(), tokenizer, script, Conversation(**conversation), Sampling(), dict(options), hides=hides)
+
+    return opened
+
+
+def test_turns(talk, capsys):
+    """Each answer is shown and remembered, and the next prompt holds it."""
+    chat = talk("Hello.", "Bye.", system="Be brief.")
+    assert chat.say("Hi") and chat.say("And now?")
+    assert chat.session.prompts[1] == chat.conversation.reset().user("Hi").text() + (
+        f"Hello.{template.EOS}{template.USER}And now?{template.ASSISTANT}{template.THINK_END}"
+    )
+    out, err = capsys.readouterr()
+    assert out == "Hello.\nBye.\n" and re.search(r"\[5 tokens, [\d.]+/s, first in [\d.]+ s, read \d+", err)
+
+
+def test_calls_are_shown_and_results_asked_for(talk, capsys):
+    """One result each, in order; nothing in a name or a value steers the terminal."""
+    chat = talk("Look." + CALL, "It is 3.", tools=[TOOL])
+    chat.say("1+2?")
+    out, err = capsys.readouterr()
+    assert out == "Look.\n" and "calls add(a=1)\n" in err and 'calls mul\\x1b[2J(b="two\\nlines")' in err
+    assert chat.prompt == "result of add> "
+    assert chat.say("3") and chat.prompt == "result of mul\\x1b[2J> " and len(chat.session.prompts) == 1
+    assert chat.say("4") and chat.prompt == "> " and capsys.readouterr().out == "It is 3.\n"
+    assert "<result>3</result>\n<result>4</result>" in chat.session.prompts[1]
+
+
+def test_a_call_as_text():
+    function = {"name": "f", "arguments": json.dumps({"a": [1, None], "b\n": "\u202e"})}
+    assert call_text(function) == 'f(a=[1, null], b\\n="\\u202e")'
+
+
+def test_thinking(talk, capsys):
+    """Shown before the answer, or hidden and shown when asked; it goes to stderr, the answer to stdout."""
+    chat = talk("because</think>Yes.", "hidden</think>No.", "never closed^C", thinking=True)
+    chat.say("Is it?")
+    out, err = capsys.readouterr()
+    assert out == "Yes.\n" and err.startswith("because\n\n")
+    chat.hides = True
+    chat.say("Really?")
+    out, err = capsys.readouterr()
+    assert out == "No.\n" and "hidden" not in err and "(thought for" in err
+    commands = Commands(chat)
+    commands.do("/think show")
+    assert capsys.readouterr().err == "hidden\n"
+    commands.do("/think off")
+    assert not chat.conversation.thinking and capsys.readouterr().err == "answers at once\n"
+    for word, hides in (("hide", True), ("on", False)):
+        commands.do(f"/think {word}")
+        assert chat.conversation.thinking and chat.hides is hides
+    with pytest.raises(UsageError, match="on, off, hide or show"):
+        commands.do("/think maybe")
+
+
+def test_ctrl_c_stops_the_answer(talk, capsys):
+    """What was said so far stays in the conversation, and can be taken back."""
+    chat = talk("One two three^C", "Again.")
+    assert chat.say("Count.") is False
+    assert chat.conversation.messages[-1]["content"] == "On"
+    assert "stopped; what was said so far is kept" in capsys.readouterr().err
+    Commands(chat).do("/undo")
+    assert chat.conversation.messages == () and "taken back: Count." in capsys.readouterr().err
+    assert chat.say("Count.") is True
+
+
+def test_ctrl_c_while_the_prompt_is_read(talk, capsys, monkeypatch):
+    """No token, no turn."""
+    chat = talk("Never said.")
+    stream = chat.session.stream
+
+    def interrupted(ids, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        return stream(ids, **options)
+
+    monkeypatch.setattr(chat.session, "stream", interrupted)
+    assert chat.say("Hi") is False
+    assert chat.conversation.messages == () and "your turn was taken back" in capsys.readouterr().err
+
+
+def test_the_context_has_an_end(talk, capsys):
+    """An answer ends where it is full, and says so; a turn that does not fit is not taken."""
+    chat = talk("a" * 100, capacity=40, options={"max_new_tokens": 1000})
+    chat.say("Hi")
+    assert "the context of 40 tokens is full" in capsys.readouterr().err
+    before = chat.conversation
+    with pytest.raises(UsageError, match="44 tokens, but the context holds 40.*not taken"):
+        chat.say("")
+    assert chat.conversation is before
+    short = talk("a" * 100, options={"max_new_tokens": 3})
+    short.say("Hi")
+    assert "cut after 3 tokens by --max-new-tokens" in capsys.readouterr().err
+
+
+def test_what_is_forgiven_is_told(talk, capsys):
+    chat = talk("Look.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name=")
+    chat.say("Hi")
+    assert "(the tool calls are not closed)" in capsys.readouterr().err and not chat.conversation.waiting
+
+
+def test_commands(talk, capsys, tmp_path):
+    """What each of them changes."""
+    chat = talk("Hello.", "Read.")
+    commands = Commands(chat)
+    chat.say("Hi")
+    commands.do("/system Be kind.")
+    assert chat.conversation.system == "Be kind." and len(chat.conversation.messages) == 2
+    commands.do("/system")
+    assert "system text: Be kind." in capsys.readouterr().err
+    commands.do("/system -")
+    assert chat.conversation.system is None
+    commands.do("/reset")
+    assert chat.conversation == Conversation()
+    commands.do("/set temperature 0.5")
+    commands.do("/set")
+    assert chat.sampling == Sampling(temperature=0.5) and '{"temperature": 0.5}' in capsys.readouterr().err
+    (tmp_path / "long.txt").write_text("from a file\n", encoding="utf-8")
+    assert commands.do(f"/file {tmp_path / 'long.txt'}") is True
+    assert chat.session.options[-1]["sampling"].temperature == 0.5
+    assert chat.conversation.messages[0]["content"] == "from a file\n"
+    with pytest.raises(Leave):
+        commands.do("/quit")
+
+
+@pytest.mark.parametrize(
+    "line, error, why",
+    [
+        ("/nonsense\x1b", UsageError, r"there is no /nonsense\\x1b"),
+        ("/undo", UsageError, "nothing to take back"),
+        ("/set warmth 3", UsageError, "no 'warmth' to set"),
+        ("/set top_k many", UsageError, "needs a number or a list"),
+        ("/set top_p 7", UsageError, "top_p must be"),
+        ("/save", UsageError, "which file"),
+        ("/load", UsageError, "which file"),
+        ("/load nowhere", FileNotFoundError, "nowhere.json"),
+        ("/file nowhere.txt", FileNotFoundError, "nowhere.txt"),
+    ],
+)
+def test_commands_refuse(talk, line, error, why):
+    chat = talk()
+    with pytest.raises(error, match=why):
+        Commands(chat).do(line)
+    assert chat.conversation == Conversation() and chat.sampling == Sampling()
+
+
+def test_help_lists_every_command(talk, capsys):
+    Commands(talk()).do("/help")
+    listed = capsys.readouterr().err
+    assert all(name in listed for name in [*TABLE, "/file", '"""', "Ctrl-C", "Ctrl-D"])
+    assert max(map(len, listed.splitlines())) < 80 and set(FIELDS) == {f.name for f in dataclasses.fields(Sampling)}
+
+
+BAD_CONVERSATIONS = {
+    "not json": "not JSON",
+    "[]": "not a conversation",
+    '{"kind": "other"}': "not a conversation",
+    json.dumps({"kind": saving.KIND, "system": 3, "tools": [], "thinking": False, "messages": []}): "system",
+    json.dumps({"kind": saving.KIND, "system": "", "tools": [], "thinking": False, "messages": [{"role": "x"}]}): "'x'",
+    json.dumps(
+        {"kind": saving.KIND, "system": "", "tools": [], "thinking": False, "messages": [], "more": 1}
+    ): "and no more",
+}
+
+
+@pytest.mark.parametrize("text", BAD_CONVERSATIONS)
+def test_a_conversation_that_is_damaged(talk, tmp_path, text):
+    (tmp_path / "talk.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=BAD_CONVERSATIONS[text]):
+        saving.load(tmp_path / "talk", talk().session)
+
+
+FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
+
+
+def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
+    """Answers go to stdout, what is saved is loaded, and only what is new is read."""
+    monkeypatch.chdir(tmp_path)
+    code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
+    assert code == 0 and out.endswith("\n") and "read 5," in err and "1 turns; the last: Hi" in err
+    saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
+    assert saved["messages"][0] == {"role": "user", "content": "Hi"} and (tmp_path / "talk.safetensors").exists()
+
+    code, again, err = dsv32("chat", checkpoint, *FEW, "--load", "talk", piped="/undo\nHi\n/save talk.json\n")
+    assert code == 0 and again == out and "read 1," in err and "read again" not in err
+
+
+def test_saving(checkpoint, tmp_path):
+    """Nothing is written over; what cannot be continued is read again, and it is said why."""
+    model = Opened.of(checkpoint).outline("float32")
+    talked = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("Hi")
+    written = saving.save(tmp_path / "a.b", talked, session(model, capacity=32), replace=False)
+    assert [file.name for file in written] == ["a.b.json", "a.b.safetensors"]
+    found, continued, why = saving.load(tmp_path / "a.b.json", session(model, capacity=32))
+    assert (found, continued.capacity, why) == (talked, 32, "")
+    with pytest.raises(OutputExistsError, match="a.b.json exists already and was not touched"):
+        saving.save(tmp_path / "a.b", talked, session(model), replace=False)
+    found, other, why = saving.load(tmp_path / "a.b", session(model, capacity=64, cache_dtype="fp8"))
+    assert found == talked and (other.capacity, other.cache_dtype.name) == (64, "float8_e4m3fn")
+    assert "was saved with capacity 32, cache_dtype float32, not capacity 64, cache_dtype float8_e4m3fn" in why
+    written[1].write_bytes(b"damaged")
+    assert "is not a session" in saving.load(tmp_path / "a.b", session(model))[2]
+    written[1].unlink()
+    assert "there is no a.b.safetensors" in saving.load(tmp_path / "a.b", session(model))[2]
+
+
+MISUSE = {
+    "g35 an empty stop string": (("--stop", ""), 2, "at least one character"),
+    "g25 stop ids": (("--stop-token-ids", "999"), 2, "stop_token_ids"),
+    "no room for an answer": (("--max-new-tokens", "0"), 2, "leaves no answer"),
+    "a capacity that is none": (("--capacity", "0"), 2, "capacity must be"),
+    "too large a capacity": (("--capacity", "5000"), 2, "capacity must be"),
+    "temperature": (("--temperature", "9"), 2, "temperature must be"),
+    "tools that are not there": (("--tools", "nowhere.json"), 74, "nowhere.json"),
+    "tools that are no list": (("--tools", "object.json"), 2, "must hold a list of tools"),
+    "tools that are none": (("--tools", "list.json"), 2, "tools[0] must be an object"),
+    "tools that are no json": (("--tools", "text.json"), 3, "is not JSON"),
+    "two ways to begin": (("--load", "x", "--system", "y"), 2, "--load brings"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISUSE)
+def test_misuse(dsv32, checkpoint, monkeypatch, tmp_path, mistake):
+    """Before weights are read."""
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("object", "{}"), ("list", "[3]"), ("text", "tools")):
+        (tmp_path / f"{name}.json").write_text(text, encoding="utf-8")
+    argv, wanted, why = MISUSE[mistake]
+    code, out, err = dsv32("chat", checkpoint, *argv)
+    assert (code, out) == (wanted, "") and why in err and "loaded" not in err
+
+
+def test_piped_errors_end_it(dsv32, checkpoint):
+    """A script does not go on as if nothing had happened."""
+    for piped, why in (("/nonsense\nHi\n", "there is no /nonsense"), (b"\xff\n", "is not utf-8")):
+        code, out, err = dsv32("chat", checkpoint, *FEW, piped=piped)
+        assert code == 2 and out == "" and why in err
+
+
+TAKE_THE_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, "-m", "dsv32_jax", *sys.argv[1:]])
+"""
+
+
+class Pseudoterminal:
+    """The command `dsv32` where it believes that a person is there, and what it writes."""
+
+    def __init__(self, *argv, **environment):
+        self._master, slave = pty.openpty()
+        command = [sys.executable, "-c", TAKE_THE_TERMINAL, *map(str, argv)]
+        streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+        environment = {**os.environ, "TERM": "xterm", "NO_COLOR": "1", **environment}
+        self._process = subprocess.Popen(command, **streams, env=environment, start_new_session=True)
+        os.close(slave)
+        self._written = ""
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def wait_for(self, text: str, seconds: float = 120) -> str:
+        """What is written up to `text`."""
+        end = time.monotonic() + seconds
+        while text not in self._written:
+            assert time.monotonic() < end, f"{text!r} did not come: {self._written!r}"
+            if select.select([self._master], [], [], 0.1)[0]:
+                self._written += os.read(self._master, 4096).decode("utf-8", "replace")
+        before, _, self._written = self._written.partition(text)
+        return before
+
+    def ends(self) -> int:
+        """The exit code."""
+        try:
+            return self._process.wait(60)
+        finally:
+            self._process.kill()
+            os.close(self._master)
+
+
+def test_a_terminal(checkpoint, tmp_path):
+    """Ready, stopped by Ctrl-C in an answer and still there, several lines, completion, history, Ctrl-D."""
+    flags = f"{os.environ['XLA_FLAGS']} --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    folders = {"XDG_STATE_HOME": str(tmp_path), "XDG_CACHE_HOME": str(tmp_path)}
+    terminal = Pseudoterminal("chat", checkpoint, "--dtype", "float32", XLA_FLAGS=flags, **folders)
+    terminal.wait_for("Ctrl-D leaves")
+    terminal.wait_for("> ")
+    terminal.type("Hi there\n")
+    terminal.wait_for("Hi there\r\n")
+    terminal.wait_for("reading")
+    terminal.wait_for("\r\x1b[K")
+    terminal.type("typed ahead\x03")
+    assert "typed" not in terminal.wait_for("stopped; what was said so far is kept")
+    terminal.wait_for("> ")
+    terminal.type("\x03")
+    terminal.wait_for("(Ctrl-D or /quit leaves)")
+    terminal.wait_for("> ")
+    terminal.type("\x1b[200~/system two\nlines\x1b[201~\n")
+    terminal.wait_for("the conversation goes on under it")
+    terminal.type("/sys\t\n")
+    terminal.wait_for("system text: two\r\nlines")
+    terminal.wait_for("> ")
+    terminal.type('"""\n/und\n"""\x03')
+    terminal.wait_for("> ")
+    terminal.type("\x04")
+    assert terminal.ends() == 0
+    assert "Hi there\n" in (tmp_path / "dsv32_jax" / "chat_history").read_text(encoding="utf-8")
+
+
+def test_the_command_line_has_the_chat():
+    assert cli.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"

@@ -1,0 +1,282 @@
+"""dsv32 generate: prompts from everywhere, results for people and programs, and misuse before weights are read."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import dsv32_jax as ds
+from dsv32_jax import chat
+from dsv32_jax.chat import template
+from dsv32_jax.request import Options
+from dsv32_jax.terminal import arguments, opening
+from tests.terminal.conftest import byte_tokenizer
+
+FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
+"""Options that most tests share, and with them programs."""
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint):
+    return ds.load(checkpoint, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint, model):
+    return chat.Tokenizer.load(checkpoint, model.cfg)
+
+
+def wanted(model, tokenizer, ids, **options):
+    """What the library makes of the same."""
+    made = ds.generate(model, [ids], max_new_tokens=6, capacity=32, tokenizer=tokenizer, **options)
+    assert made.text is not None
+    return made
+
+
+def test_every_option_of_the_library_is_there():
+    """Each field of Sampling, and of Options all that a command line can say."""
+    assert set(arguments.SAMPLING) == {field.name for field in dataclasses.fields(ds.Sampling)}
+    tables = {**arguments.TURN, **arguments.BATCH, **arguments.CACHE}
+    assert set(tables) == set(Options.__annotations__) - {"tokenizer", "progress"}
+
+
+def test_g02_text_is_continued_and_chat_is_asked_for(dsv32, checkpoint, model, tokenizer):
+    """stdout has the text alone; stderr says what was made of the prompt."""
+    ids = [0, *tokenizer.encode("def f(x):")]
+    code, out, err = dsv32("generate", checkpoint, "def f(x):", *FEW)
+    assert (code, out) == (0, wanted(model, tokenizer, ids).text[0] + "\n")
+    assert "prompt: raw text, 10 tokens (--chat sends it as a message)" in err and "made 6" in err
+    ids = chat.prepare([{"role": "user", "content": "Hi"}], tokenizer).ids
+    code, out, err = dsv32("generate", checkpoint, "--chat", *FEW, "Hi", "--quiet")
+    assert (code, out, err) == (0, wanted(model, tokenizer, ids).text[0] + "\n", "")
+
+
+def test_the_prompt_comes_from_anywhere(dsv32, checkpoint, tmp_path):
+    """An argument, stdin with and without -, and a file; with --stream the same text."""
+    (tmp_path / "prompt.txt").write_text("Aé\n", encoding="utf-8")
+    _, out, _ = dsv32("generate", checkpoint, "Aé\n", *FEW)
+    assert dsv32("generate", checkpoint, *FEW, piped="Aé\n")[1] == out
+    assert dsv32("generate", checkpoint, "-", *FEW, piped="Aé\n")[1] == out
+    assert dsv32("generate", checkpoint, "--file", tmp_path / "prompt.txt", *FEW, "--stream")[1] == out
+
+
+def test_sampling_options_arrive(dsv32, checkpoint, model, tokenizer):
+    """And those of the batch: several continuations, a JSON line each, with the likeliest tokens."""
+    sampling = ds.Sampling(temperature=0.8, top_k=40, seed=7, logit_bias={70: -100.0, 71: 2.0}, forbidden_ids=[1, 80])
+    made = wanted(model, tokenizer, [0, *tokenizer.encode("ab")], sampling=sampling, n=2, top_logprobs=2)
+    flags = "--temperature .8 --top-k 40 --seed 7 --logit-bias 70=-100 --logit-bias 71=2 --forbidden-ids 1,80".split()
+    code, out, err = dsv32("generate", checkpoint, "ab", *flags, *FEW, "--n", "2", "--top-logprobs", "2", "--json")
+    results = list(map(json.loads, out.splitlines()))
+    assert code == 0 and len(results) == 2 and results[0]["tokens"] != results[1]["tokens"]
+    for sample, result in enumerate(results):
+        assert result["sample"] == sample and result["finish_reason"] == "length" and "message" not in result
+        assert (result["tokens"], result["text"]) == (made.tokens[sample], made.text[sample])
+        assert result["logprobs"] == made.logprobs[sample]
+        assert result["top_logprobs"] == [[list(pair) for pair in place] for place in made.top_logprobs[sample]]
+    assert json.loads(err.splitlines()[-1])["stats"]["new_tokens"] == 12
+
+
+def test_ids(dsv32, wordless):
+    """In and out, without a tokenizer; and streamed as JSON."""
+    made = ds.generate(ds.load(wordless, dtype="float32"), [[0, 17, 42]], max_new_tokens=6, capacity=32)
+    assert dsv32("generate", wordless, "--ids", "0,17 42", *FEW)[:2] == (0, " ".join(map(str, made.tokens[0])) + "\n")
+    assert dsv32("generate", wordless, "--ids", *FEW, "--stream", piped="[0, 17, 42]\n")[1].split() == [
+        str(token) for token in made.tokens[0]
+    ]
+    code, out, _ = dsv32("generate", wordless, "--ids", "0,17,42", *FEW, "--stream", "--json")
+    events = list(map(json.loads, out.splitlines()))
+    assert code == 0 and [event["token"] for event in events] == made.tokens[0]
+    assert [event["finish_reason"] for event in events] == [None] * 5 + ["length"]
+    code, _, err = dsv32("generate", wordless, "text")
+    assert code == 3 and "no tokenizer.json" in err and "--ids" in err
+
+
+def test_a_file_of_requests(dsv32, checkpoint, model, tokenizer, tmp_path):
+    """Each line as if it were alone, with its own sampling; results say whose they are."""
+    messages = [{"role": "user", "content": "Hi"}]
+    lines = [
+        {"id": "a", "prompt": "ab", "temperature": 0.9, "seed": 3, "logit_bias": {"70": -3}},
+        {"id": ["b"], "messages": messages, "thinking": True},
+        {"ids": [0, 17, 42]},
+        {"prompt": "abc"},
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
+    code, out, err = dsv32("generate", checkpoint, "--file", file, *FEW, "--batch-size", "1")
+    found = {result["line"]: result for result in map(json.loads, out.splitlines())}
+    assert code == 0 and sorted(found) == [1, 3, 5, 7] and "4 prompts: 2 x raw text, 1 x messages, thinking" in err
+    first = wanted(
+        model,
+        tokenizer,
+        [0, *tokenizer.encode("ab")],
+        sampling=ds.Sampling(temperature=0.9, seed=3, logit_bias={70: -3}),
+    )
+    second = wanted(model, tokenizer, chat.prepare(messages, tokenizer, thinking=True).ids)
+    assert found[1]["id"] == "a" and found[1]["tokens"] == first.tokens[0]
+    assert found[3]["id"] == ["b"] and found[3]["tokens"] == second.tokens[0]
+    assert found[3]["message"]["role"] == "assistant" and found[3]["forgiven"]
+    assert "id" not in found[5] and found[5]["tokens"] == wanted(model, tokenizer, [0, 17, 42]).tokens[0]
+
+
+BAD_LINES = {
+    "not json": "not JSON",
+    "[1]": "not an object",
+    '{"prompt": "a", "ids": [1]}': "one of prompt, messages, ids, not prompt and ids",
+    "{}": "not none",
+    '{"prompt": 3}': "prompt must be a text",
+    '{"prompt": "a", "thinking": true}': "thinking belong to messages",
+    '{"prompt": "a", "max_new_tokens": 3}': "unknown: 'max_new_tokens'",
+    '{"prompt": "a", "temperature": -1}': "temperature must be from 0",
+    '{"prompt": "a", "temperature": NaN}': "temperature must be from 0",
+    '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' for a token id",
+    '{"ids": "0,1"}': "must be a list of token ids",
+    '{"messages": "hi"}': "must be a list of messages",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "\\u001b[2Jx", "content": ""}]}': "message 1",
+    '{"messages": [{"role": "tool", "content": "1"}]}': "made 0 tool calls",
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}': "half a surrogate pair",
+    '{"messages": [{"role": "user", "content": "a"}], "thinking": 1}': "thinking must be True",
+}
+
+
+def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
+    """Counted, each with its number, escaped, and before weights are read."""
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(['{"prompt": "good"}', *BAD_LINES]), encoding="utf-8")
+    code, out, err = dsv32("generate", checkpoint, "--file", file)
+    assert (code, out) == (2, "") and f"{len(BAD_LINES)} lines" in err and "loaded" not in err and "\x1b" not in err
+    for number, why in enumerate(BAD_LINES.values(), 2):
+        assert f"line {number}: " in err and why in err, why
+
+
+MISUSE = {
+    "no prompt at all": ((), 2, "prompt must be a text with at least one character"),
+    "two prompts": (("a", "--file", "b"), 2, "both a PROMPT and a --file"),
+    "a file that is not there": (("--file", "nowhere.txt"), 74, "nowhere.txt"),
+    "thinking without messages": (("a", "--thinking"), 2, "--thinking is for messages"),
+    "text options with ids": (("0", "--ids", "--chat"), 2, "--ids takes and gives token ids"),
+    "ids that are words": (("a b", "--ids"), 2, "not a list of token ids"),
+    "g10 ids outside the vocabulary": (("0,9999", "--ids"), 2, "outside the vocabulary of 0..319"),
+    "g25 stop ids outside the vocabulary": (("a", "--stop-token-ids", "999"), 2, "stop_token_ids"),
+    "g25 bias outside the vocabulary": (("a", "--logit-bias", "320=1"), 2, "logit_bias"),
+    "a bias that is none": (("a", "--logit-bias", "3"), 2, "not ID=VALUE"),
+    "a bias given twice": (("a", "--logit-bias", "3=1", "--logit-bias", "3=2"), 2, "names a token twice"),
+    "g35 an empty stop string": (("a", "--stop", ""), 2, "at least one character"),
+    "stop strings among ids": (("0", "--ids", "--stop", "x"), 2, "give the tokenizer too"),
+    "g07 temperature": (("a", "--temperature", "nan"), 2, "temperature must be from 0 (greedy) to 5"),
+    "no number": (("a", "--top-k", "many"), 2, "invalid int value"),
+    "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use capacity=52"),
+    "g14 negative": (("a", "--max-new-tokens", "-3"), 2, "0 or more"),
+    "drafts without the layer": (("a", "--draft", "1"), 2, "does not have"),
+    "g29 too many likeliest": (("a", "--top-logprobs", "21"), 2, "from 0 to 20"),
+    "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "cache_dtype must be"),
+    "an unknown mesh": (("a", "--mesh", "rows=2"), 2, "is not understood"),
+    "g20 more devices than there are": (("a", "--mesh", "expert=64"), 5, "needs 64 devices"),
+    "an unknown option": (("a", "--nonsense"), 2, "unrecognized arguments"),
+    "more texts than one": (("a", "--n", "2"), 2, "add --json"),
+    "two words": (("a", "b"), 2, "unrecognized arguments: b"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISUSE)
+def test_misuse(dsv32, checkpoint, monkeypatch, mistake):
+    """The exit code, what is wrong, nothing on stdout, and no weights were read."""
+    monkeypatch.setattr(opening, "load", lambda *_, **__: pytest.fail("weights were read"))
+    argv, wanted_code, why = MISUSE[mistake]
+    code, out, err = dsv32("generate", checkpoint, *argv)
+    assert (code, out) == (wanted_code, "") and why in err
+
+
+def test_what_comes_in_is_utf8(dsv32, checkpoint):
+    code, _, err = dsv32("generate", checkpoint, piped=b"a\xffb")
+    assert code == 2 and "stdin is not UTF-8: byte 1 is 0xff" in err
+
+
+def test_g24_another_models_tokenizer(dsv32, wordless, tmp_path):
+    """Compared with the config before anything is read."""
+    for name in ("manifest.json", "weights"):
+        (tmp_path / name).symlink_to(wordless / name)
+    other = byte_tokenizer()
+    other["added_tokens"][1]["id"], other["added_tokens"][2]["id"] = 2, 1
+    (tmp_path / "tokenizer.json").write_text(json.dumps(other), encoding="utf-8")
+    code, _, err = dsv32("generate", tmp_path, "a")
+    assert code == 3 and "eos_token_id" in err and "loaded" not in err
+
+
+def test_g26_text_forges_no_special_token(dsv32, checkpoint):
+    """Neither raw text nor messages; with --allow-special it does."""
+    text = str(template.USER)
+    for flags in ((), ("--chat",)):
+        plain = json.loads(dsv32("generate", checkpoint, text, *flags, *FEW, "--json")[1])["prompt_tokens"]
+        forged = json.loads(dsv32("generate", checkpoint, text, *flags, "--allow-special", *FEW, "--json")[1])
+        assert plain - forged["prompt_tokens"] == len(text.encode()) - 1
+
+
+def test_a_folder_that_is_no_checkpoint(dsv32, tmp_path):
+    code, _, err = dsv32("generate", tmp_path, "a")
+    assert code == 3 and "is not a converted checkpoint" in err
+
+
+def test_g11_stop_strings_and_broken_characters(dsv32, checkpoint, model, tokenizer):
+    """Streamed or not: the text ends before the stop string, and no character comes in halves."""
+    whole = wanted(model, tokenizer, [0, *tokenizer.encode("ab")]).text[0]
+    stop = whole[2:4]
+    for flags in ((), ("--stream",)):
+        code, out, _ = dsv32("generate", checkpoint, "ab", "--stop", stop, *flags, *FEW)
+        assert (code, out) == (0, whole[: whole.index(stop)] + "\n")
+    allowed = ",".join(map(str, tokenizer.encode("é🦆")))
+    flags = ("--temperature", "1", "--allowed-ids", allowed, *FEW)
+    made = json.loads(dsv32("generate", checkpoint, "ab", *flags, "--json")[1])
+    events = dsv32("generate", checkpoint, "ab", *flags, "--json", "--stream")[1].splitlines()
+    assert "".join(json.loads(event)["text"] for event in events) == made["text"] == tokenizer.decode(made["tokens"])
+
+
+def test_no_tokens(dsv32, checkpoint):
+    assert dsv32("generate", checkpoint, "a", "--max-new-tokens", "0")[:2] == (0, "\n")
+
+
+def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
+    """Exit code 130; the partial result is there, and flagged."""
+    steps = []
+
+    def interrupt(self, *given):
+        steps.append(given)
+        if len(steps) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(self, *given)
+
+    from dsv32_jax.batch import Batch
+
+    advance = Batch.advance
+    monkeypatch.setattr(Batch, "advance", interrupt)
+    code, out, err = dsv32("generate", checkpoint, "ab", *FEW, "--json", "--stream")
+    assert code == 130 and len(out.splitlines()) == 3 and "interrupted" in err
+    steps.clear()
+    code, out, err = dsv32("generate", checkpoint, "ab", *FEW, "--stream")
+    assert code == 130 and out.endswith("\n")
+
+
+def test_weights_that_are_no_numbers(dsv32, checkpoint, monkeypatch):
+    """It is the checkpoint's fault, not a bug: exit code 3."""
+
+    def broken(*_, **__):
+        raise FloatingPointError("the logits of 1 rows are not numbers")
+
+    from dsv32_jax.terminal import generating
+
+    monkeypatch.setattr(generating._Results, "write", broken)
+    code, _, err = dsv32("generate", checkpoint, "ab", *FEW)
+    assert code == 3 and "not numbers" in err
+
+
+def test_a_reader_that_goes_away(checkpoint):
+    """`| head -1`: no traceback, exit code 0."""
+    command = [sys.executable, "-m", "dsv32_jax", "generate", str(checkpoint), "ab", "--max-new-tokens", "0"]
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
+    os.close(writing)
+    assert done.returncode == 0 and "Traceback" not in done.stderr

@@ -1,0 +1,365 @@
+"""`dsv32 fit`: what it predicts is what is there, on one device and on each of eight."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+import convert
+import dsv32_jax as ds
+from dsv32_jax import activations, cli, inventory, memory, random_checkpoint, sharding
+from dsv32_jax import fit as fitting
+from dsv32_jax.activations import Shapes
+from dsv32_jax.batch import WHOLE
+from dsv32_jax.decoding import blank
+from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.fit import Fit, amount, fit
+from dsv32_jax.request import CHUNK
+from dsv32_jax.storage.manifest import Manifest
+
+REAL = Path(__file__).parents[1] / "configs" / "deepseek_v32.json"
+BF16 = np.dtype(jnp.bfloat16)
+MESHES = (None, {"expert": 4, "model": 2}, {"data": 2, "expert": 4})
+
+
+@pytest.fixture(scope="module")
+def small(tiny):
+    """One dense layer and one of experts, and MTP, in sizes that the meshes divide."""
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
+    return dataclasses.replace(tiny, **sizes, moe_intermediate_size=64, vocab_size=96)
+
+
+@pytest.fixture(scope="module")
+def converted(small, tmp_path_factory) -> dict[str, Path]:
+    """`small` as the formats of `inventory` mean it."""
+    root = tmp_path_factory.mktemp("fit")
+    for storage in ("fp8", "bf16"):
+        random_checkpoint.write(root / "originals" / storage, small, storage)
+        convert.convert(root / "originals" / storage, root / storage)
+    convert.convert(root / "originals" / "fp8", root / "nvfp4", to="nvfp4", policy="nvidia")
+    return {format: root / format for format in inventory.FORMATS}
+
+
+@pytest.fixture(scope="module")
+def single(small, tmp_path_factory) -> Path:
+    """One dense layer, whose programs are compiled quickly."""
+    root = tmp_path_factory.mktemp("single")
+    sizes = {"num_hidden_layers": 1, "num_nextn_predict_layers": 0}
+    random_checkpoint.write(root / "original", dataclasses.replace(small, **sizes))
+    convert.convert(root / "original", root / "converted")
+    return root / "converted"
+
+
+@pytest.fixture
+def no_programs(monkeypatch):
+    """Programs that take 1 kB a row and a byte a slot beside a megabyte."""
+    monkeypatch.setattr(activations, "reading", lambda _, dtype, s: 10**6 + 1000 * s.batch + s.capacity)
+    monkeypatch.setattr(activations, "decoding", lambda *_: 0)
+
+
+def made_mesh(sizes):
+    return sizes and jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def on_each_device(tree) -> set[int]:
+    """Bytes that each device holds, of those that hold any."""
+    held: dict[int, int] = {}
+    for leaf in {id(leaf): leaf for leaf in jax.tree.leaves(tree)}.values():
+        for shard in leaf.addressable_shards:
+            held[shard.device.id] = held.get(shard.device.id, 0) + shard.data.nbytes
+    return set(held.values())
+
+
+# ------------------------------------------------------------------------------------------- predictions are the truth
+
+
+@pytest.mark.parametrize("format", inventory.FORMATS)
+def test_a_config_has_the_leaves_that_a_conversion_makes(converted, small, tmp_path, format):
+    """Every component's dtype and shape, for what NVIDIA, DeepSeek and bfloat16 checkpoints hold."""
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(small.to_dict()))
+    predicted, real = inventory.read(file, format), inventory.read(converted[format])
+    assert predicted.cfg == real.cfg and predicted.parameters == real.parameters
+
+    def shapes(found):
+        return {
+            path: (entry.format, entry.same_as, {name: (a.dtype, a.shape) for name, a in entry.arrays.items()})
+            for path, entry in found.entries.items()
+        }
+
+    assert shapes(predicted) == shapes(real)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+@pytest.mark.parametrize("sizes", MESHES)
+def test_weights_are_the_bytes_of_a_loaded_model(converted, format, sizes):
+    """On one device, and on each of eight."""
+    model = ds.load(converted[format], mesh=made_mesh(sizes))
+    assert on_each_device(model) == {sum(inventory.read(converted[format]).device_bytes(sizes or {}, BF16))}
+
+
+def test_w_uk_and_w_uv_are_of_the_compute_dtype(converted):
+    """Twice the bytes in float32, and nothing else changes."""
+    found = inventory.read(converted["fp8"])
+    (stored, half), (again, whole) = found.device_bytes({}, BF16), found.device_bytes({}, np.dtype(np.float32))
+    assert stored == again and whole == 2 * half > 0
+    assert on_each_device(ds.load(converted["fp8"], dtype=jnp.float32)) == {stored + whole}
+
+
+def test_a_mesh_that_does_not_divide_is_refused(converted):
+    with pytest.raises(CapacityError, match="E 8 over expert=3"):
+        inventory.read(converted["nvfp4"]).device_bytes({"expert": 3}, BF16)
+
+
+def cache_bytes(predicted: Fit, rows: int, vocabulary: int) -> int:
+    """Of what `fit` calls the cache, the slots."""
+    slots = predicted.cache - rows * vocabulary * memory.ROW_OF_VOCABULARY
+    assert slots == rows * predicted.capacity * predicted.token_bytes
+    return slots
+
+
+def read(folder: Path, sizes, predicted: Fit, tokens: int):
+    """The context of four rows of `tokens` tokens, and the program that read them."""
+    model = ds.load(folder, mesh=made_mesh(sizes))
+    empty = blank(model.cfg, BF16, 4, predicted.capacity, np.dtype(predicted.cache_dtype), 0)
+    row = jnp.zeros((4, tokens), jnp.int32)
+    arguments = (model, sharding.by_rows(model.mesh, empty), row, row, jnp.ones(4, jnp.int32))
+    program = WHOLE.read.lower(*arguments).compile()
+    return program(*arguments), program.memory_analysis()
+
+
+def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypatch):
+    """Three rows of 12 tokens are four of 16. Nothing but shapes was compiled for the prediction."""
+    monkeypatch.setattr(activations, "decoding", lambda *_: 0)
+    monkeypatch.setattr(fitting, "_measured", functools.partial(measured_once, fitting._Demand))
+    predicted = fit(single, context=12, batch=3, cache_dtype="fp8")
+    context, account = read(single, None, predicted, predicted.capacity)
+    assert on_each_device(context.cache.layers) == {cache_bytes(predicted, 4, 96)}
+    more = account.output_size_in_bytes - account.alias_size_in_bytes
+    assert predicted.activations == account.temp_size_in_bytes + more > 0
+
+
+def measured_once(demand, found, compute, weights, split, shapes):
+    """`fit._measured` without the programs of larger shapes."""
+    return demand(found.cfg, weights, split, shapes, activations.reading(found, compute, shapes), 0, 0)
+
+
+def test_rows_are_split_over_data(single, no_programs):
+    """After a program has run on the mesh."""
+    sizes = {"data": 2, "expert": 4}
+    predicted = fit(single, context=12, batch=3, mesh="data=2,expert=4")
+    context, _ = read(single, sizes, predicted, 1)
+    assert on_each_device(context.cache.layers) == {cache_bytes(predicted, 2, 96)}
+    assert fit(single, context=12, mesh="data=2,expert=4").cache == predicted.cache // 2
+
+
+@pytest.mark.parametrize("cache_dtype", ["bf16", "fp32", "fp8"])
+def test_the_drafting_layer_has_a_cache(converted, small, no_programs, cache_dtype):
+    predicted = fit(converted["nvfp4"], context=32, batch=2, cache_dtype=cache_dtype, draft=3)
+    context = blank(small, BF16, 2, 32, np.dtype(predicted.cache_dtype), 3)
+    assert on_each_device((context.cache.layers, context.drafting)) == {cache_bytes(predicted, 2, small.vocab_size)}
+
+
+def test_what_decodes_is_the_program_of_generate(monkeypatch, converted):
+    """With and without drafts: logits of every row, tokens and drafts among what it takes."""
+    taken = []
+    monkeypatch.setattr(activations, "_taken", lambda lowered: taken.append(lowered) or 0)
+    for draft in (0, 2):
+        activations.decoding(inventory.read(converted["nvfp4"]), BF16, Shapes(3, 32, BF16, draft))
+    plain, drafting = ({aval.shape for aval in jax.tree.leaves(lowered.in_avals)} for lowered in taken)
+    assert {(3, 96), (3, 32, 48)} <= plain and (3, 3) in drafting - plain
+
+
+def test_a_deep_model_is_continued_from_four_layers(monkeypatch):
+    """A dense layer, two of experts, and one more; the drafting layer takes part; every leaf is a shape."""
+    seen = []
+
+    def program(model, shapes):
+        seen.append(model)
+        return 1000 + 7 * len(model.layers)
+
+    monkeypatch.setattr(activations, "_reading", program)
+    found = inventory.read(REAL)
+    assert activations.reading(found, BF16, Shapes(1, 4096, BF16, 1)) == 1000 + 7 * 61
+    assert sorted([type(layer.ffn).__name__ for layer in model.layers] for model in seen) == [
+        ["MLP", "MoE", "MoE"],
+        ["MLP", "MoE", "MoE", "MoE"],
+    ]
+    assert all(model.mtp is not None for model in seen)
+    leaves = [leaf for model in seen for leaf in jax.tree.leaves(model)]
+    assert leaves and all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+
+
+# ---------------------------------------------------------------------------------------------------- the real model
+
+
+def test_the_real_model(no_programs):
+    """671 B parameters and MTP; 788 bytes a token and layer in FP8: 5.87 GiB for 128K tokens."""
+    found = fit(REAL, context=131072, cache_dtype="fp8", device_memory="1TB")
+    assert 682e9 < found.parameters < 685e9
+    assert 405e9 < found.stored < 412e9 and 2.0e9 < found.dequantized < 2.1e9
+    assert found.token_bytes == 61 * 788 == 48_068
+    assert round(found.token_bytes * found.capacity / 2**30, 2) == 5.87
+    assert fit(REAL, context=131072, cache_dtype="fp8", draft=1, device_memory="1TB").token_bytes == 48_856
+    assert fit(REAL, context=131072, device_memory="1TB").token_bytes == 61 * 2 * (512 + 64 + 128)
+    assert 680e9 < fit(REAL, format="fp8", device_memory="1TB").stored < 720e9
+    assert fit(REAL, format="bf16", device_memory="2TB").stored > 1.36e12
+    eighth = fit(REAL, mesh="expert=8,model=2", device_memory="1TB")
+    assert eighth.devices == 16 and eighth.stored < found.stored / 10 and eighth.dequantized * 2 == found.dequantized
+
+
+# --------------------------------------------------------------------------------------------------------- the verdict
+
+
+@pytest.fixture
+def verdict(converted, no_programs, monkeypatch):
+    """`fit` where a context is not rounded up, so that what is said to fit can be tried."""
+    monkeypatch.setattr(fitting, "bucket", int)
+
+    def of(**options) -> Fit:
+        return fit(converted["nvfp4"], **{"context": 100, "device_memory": "3MB", **options})
+
+    return of
+
+
+def test_the_largest_batch_fits_and_twice_that_does_not(verdict):
+    largest = verdict().largest_batch
+    assert largest > 4
+    assert verdict(batch=largest).fits and not verdict(batch=2 * largest).fits
+    assert verdict(batch=largest).largest_batch == largest
+
+
+def test_the_longest_context_fits_and_one_token_more_does_not(verdict):
+    longest = verdict(batch=4).longest_context
+    assert 100 < longest < 4096
+    assert verdict(batch=4, context=longest).fits and not verdict(batch=4, context=longest + 1).fits
+    assert verdict(device_memory="1GB").longest_context == 4096
+
+
+def test_where_nothing_fits(verdict):
+    found = verdict(device_memory="1MB")
+    assert not found.fits and found.largest_batch == found.longest_context == 0
+
+
+def test_it_says_what_generate_says(verdict, converted, monkeypatch):
+    """The cache that just fits is accepted with the weights loaded, and one row more is refused."""
+    monkeypatch.setattr(activations, "reading", lambda *_: 1000)
+    found = verdict(batch=64, device_memory="1GB")
+    weights = found.stored + found.dequantized
+    one, left = found.cache // 64, found.total - weights
+    assert found.cache + found.activations < left
+    cfg = inventory.read(converted["nvfp4"]).cfg
+    monkeypatch.setattr(memory, "available", lambda: left)
+    assert memory.rows_at_once(cfg, 80, 1, 100, BF16, 0) == 64
+    assert one == memory.row_bytes(cfg, 100, BF16, 0)
+
+
+def test_devices_of_one_host_share_its_memory(converted, no_programs, monkeypatch):
+    monkeypatch.setattr(memory, "available", lambda: 8_000_000)
+    assert fit(converted["nvfp4"]).free == 8_000_000
+    assert fit(converted["nvfp4"], mesh="expert=4,model=2").free == 1_000_000
+
+
+# --------------------------------------------------------------------------------------------------------- the command
+
+
+def run(capsys, *argv) -> tuple[int, str, str]:
+    code = cli.main(["fit", *map(str, argv)])
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_table(converted, no_programs, capsys):
+    code, out, _ = run(capsys, converted["nvfp4"], "--batch", 2, "--context", 100, "--draft", 1, "--cache-dtype", "fp8")
+    assert code == 0
+    names = [line.split("  ")[0] for line in out.splitlines()]
+    assert names[1:6] == ["weights", "W^UK, W^UV", "cache", "activations", "total"]
+    assert "on one device, cache in float8_e4m3fn, drafting 1" in out and "rows of 128 tokens" in out
+    assert "fits: 2 rows of 100 tokens" in out and "not counted:" in out and "(cpu)" in out
+
+
+def test_what_does_not_fit_ends_with_5(converted, no_programs, capsys):
+    code, out, _ = run(capsys, converted["nvfp4"], "--device-memory", "1MB", "--mesh", "expert=4,model=2")
+    assert code == 5
+    assert (
+        "on each of 8 devices" in out and "does not fit: 1 row" in out and "largest batch at this context: none" in out
+    )
+
+
+def test_json(converted, no_programs, capsys):
+    code, out, _ = run(capsys, converted["nvfp4"], "--json", "--device-memory", "1GiB")
+    facts = json.loads(out)
+    assert code == 0 and facts["fits"] and facts["free"] == 2**30
+    assert set(facts) == {field.name for field in dataclasses.fields(Fit)} | {"fits"}
+
+
+@pytest.mark.parametrize(
+    "options, code, message",
+    [
+        (["--context", "0"], 2, "context must be a whole number from 1 to 4096"),
+        (["--context", "4097"], 2, "context must be a whole number from 1 to 4096"),
+        (["--batch", "0"], 2, "batch must be a whole number"),
+        (["--draft", "17"], 2, "draft must be a whole number from 0 to 16"),
+        (["--mesh", "modle=2"], 2, "write for example expert=8,model=2"),
+        (["--mesh", "expert=3"], 5, "does not divide"),
+        (["--format", "fp8"], 2, "a format is for a config.json"),
+        (["--device-memory", "lots"], 2, "'lots' is no amount of memory"),
+    ],
+)
+def test_misuse(converted, no_programs, capsys, options, code, message):
+    found, out, err = run(capsys, converted["nvfp4"], *options)
+    assert (found, out) == (code, "") and message in err
+
+
+def test_paths_that_are_no_model(converted, small, no_programs, capsys, tmp_path):
+    """Not converted yet, damaged, absent, without the layer that is asked for."""
+    code, _, err = run(capsys, converted["nvfp4"].parent / "originals" / "fp8")
+    assert code == 3 and "run `python -m convert" in err
+    assert run(capsys, tmp_path / "nowhere")[0] == 3
+    (tmp_path / "config.json").write_text("{")
+    assert run(capsys, tmp_path / "config.json")[0] == 3
+    (tmp_path / "plain.json").write_text(json.dumps(dataclasses.replace(small, num_nextn_predict_layers=0).to_dict()))
+    code, _, err = run(capsys, tmp_path / "plain.json", "--draft", 1)
+    assert code == 2 and "draft=1 needs the drafting layer" in err
+
+
+def test_a_manifest_with_other_leaves_is_refused(converted, tmp_path, capsys):
+    manifest = Manifest.read(converted["bf16"])
+    dataclasses.replace(
+        manifest, leaves={path: leaf for path, leaf in manifest.leaves.items() if path != "norm_D"}
+    ).write(tmp_path)
+    code, _, err = run(capsys, tmp_path)
+    assert code == 3 and "does not hold the leaves its config describes: norm_D" in err
+
+
+def test_amounts():
+    assert [amount(text) for text in ("141GB", "80 GiB", "7", "1.5kB")] == [141 * 10**9, 80 << 30, 7, 1500]
+    for text in ("", "GB", "-1GB", "1 PB", "1e9", "nan"):
+        with pytest.raises(UsageError, match="write for example 141GB"):
+            amount(text)
+
+
+def test_unknown_names_are_refused(converted):
+    for options in ({"cache_dtype": "fp4"}, {"dtype": "fp8"}):
+        with pytest.raises(UsageError, match="dtype is one of"):
+            fit(converted["nvfp4"], **options)
+    with pytest.raises(UsageError, match="the format is one of nvfp4, fp8, bf16"):
+        inventory.read(REAL, "int4")
+
+
+def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
+    """Prompts of a short context are read at once."""
+    seen = []
+    monkeypatch.setattr(activations, "_taken", lambda lowered: seen.append(lowered.in_avals) or 0)
+    for capacity in (32, 4 * CHUNK):
+        activations.reading(inventory.read(single), BF16, Shapes(1, capacity, BF16, 0))
+    chunks = {
+        aval.shape for avals in seen for aval in jax.tree.leaves(avals) if aval.dtype == np.int32 and aval.ndim == 2
+    }
+    assert chunks == {(1, 32), (1, CHUNK)}
