@@ -57,8 +57,8 @@ class LayerCache:
     def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
         one_row = jax.vmap(lambda slots, at: slots[at])
-        c_kv, k_r = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
-        return fp8_rows.read(c_kv, dtype), fp8_rows.read(k_r, dtype)
+        latents, rotated = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
+        return fp8_rows.read(latents, dtype), fp8_rows.read(rotated, dtype)
 
     def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
         """The index keys [B, count, J] of the slots from `start`."""

@@ -74,11 +74,11 @@ def over_mesh(
     added = tuple(axis for axis in ("expert", "model") if axis in mesh.shape)
     own = w_gate_EMD.shape[0] // mesh.shape.get("expert", 1)
 
-    def local(h_tD, expert_tX, gate_tX, w_gate_EMD, w_up_EMD, w_down_EDM):
+    def local(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm):
         first = jax.lax.axis_index("expert") * own if "expert" in mesh.shape else 0
         here_tX = (expert_tX >= first) & (expert_tX < first + own)
         expert_tX = jnp.where(here_tX, expert_tX - first, own)
-        return jax.lax.psum(apply_experts(h_tD, expert_tX, gate_tX, w_gate_EMD, w_up_EMD, w_down_EDM), added)
+        return jax.lax.psum(apply_experts(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm), added)
 
     specs = [
         jax.tree.map(lambda part, letters=letters: PartitionSpec(*axes_of(mesh.shape, letters, part.shape)), bank)

@@ -46,6 +46,9 @@ def _trace(cfg) -> None:
         layer = weights.layers[-1]
         jax.eval_shape(layer_errors.outputs, layer, layer, h_BTD, empty.layers[0], tokens_BT)
         jax.eval_shape(layerwise._drafting, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+    moe = weights.layers[-1].ffn
+    on_mesh = dataclasses.replace(moe, mesh=ds.mesh("expert=1,model=1"))
+    jax.eval_shape(lambda moe, h_BTD: moe(h_BTD), on_mesh, jax.ShapeDtypeStruct((11, 23, cfg.hidden_size), jnp.float32))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexer, "KEYS", 8)
         _trace_generation(cfg, weights)
