@@ -20,6 +20,7 @@ from .. import attention
 from ..cache import LayerCache
 from ..config import Config
 from ..indexer import Indexer
+from ..layout import leaves
 from ..mla import MLA
 from ..moe import MoE
 from ..random_weights import leaf_maker, uniform
@@ -149,8 +150,8 @@ def touched(moe: MoE, chosen: np.ndarray) -> int:
 def _part(kind: type, cfg: Config, prefix: str):
     """A module of one layer with random weights."""
     make = leaf_maker(cfg, DTYPE)
-    names = [field.name for field in dataclasses.fields(kind) if field.name != "cfg"]
-    return kind(cfg, **{name: make(prefix + name) for name in names})
+    paths = [leaf.path for leaf in leaves(cfg) if leaf.path.startswith(prefix)]
+    return kind(cfg, **{path.removeprefix(prefix): make(path) for path in paths})
 
 
 def _random(size: int, shape: tuple[int, ...]) -> jax.Array:
