@@ -12,8 +12,9 @@ import numpy as np
 from . import decoding, memory, sharding, speculation
 from .decoding import Context, State
 from .diagnosis import not_finite
+from .memory import rows_bucket
 from .model import Model
-from .request import Request, bucket, chunks, occurring, rows_bucket, task
+from .request import Request, bucket, chunks, occurring, task
 from .transcript import Token, Transcript
 
 SEGMENT_SECONDS = 0.5
@@ -30,12 +31,16 @@ class Programs(NamedTuple):
     decode_drafting: Callable
 
 
+FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. Other
+backends do not read this."""
+
 WHOLE = Programs(
-    jax.jit(decoding.read, donate_argnames="context"),
+    jax.jit(decoding.read, donate_argnames="context", compiler_options=FRUGAL),
     jax.jit(decoding.spread),
     jax.jit(decoding.begin, static_argnames=("slots", "width", "drafts")),
-    jax.jit(partial(decoding.decode, decoding.step), donate_argnames="state"),
-    jax.jit(partial(decoding.decode, speculation.step), donate_argnames="state"),
+    jax.jit(partial(decoding.decode, decoding.step), donate_argnames="state", compiler_options=FRUGAL),
+    jax.jit(partial(decoding.decode, speculation.step), donate_argnames="state", compiler_options=FRUGAL),
 )
 """Every program is the whole model, compiled once a shape bucket."""
 

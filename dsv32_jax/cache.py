@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from . import fp8_rows
+from . import rows
 from .config import Config
 from .errors import UsageError
-from .fp8_rows import Rows
+from .rows import Rows
 
 DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
 
@@ -41,7 +41,7 @@ class LayerCache:
 
         def put(slots: Rows, new: jax.Array) -> Rows:
             one_row = jax.vmap(lambda slots, at, new: slots.at[at].set(new, mode="drop"))
-            return jax.tree.map(lambda a, b: one_row(a, position_BT, b), slots, fp8_rows.stored_as(slots, new))
+            return jax.tree.map(lambda a, b: one_row(a, position_BT, b), slots, rows.stored_as(slots, new))
 
         return dataclasses.replace(
             self,
@@ -52,18 +52,18 @@ class LayerCache:
 
     def latents(self, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, S, C] and k^R [B, S, R] of every slot."""
-        return fp8_rows.read(self.c_kv_BSC, dtype), fp8_rows.read(self.k_r_BSR, dtype)
+        return rows.read(self.c_kv_BSC, dtype), rows.read(self.k_r_BSR, dtype)
 
     def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
         one_row = jax.vmap(lambda slots, at: slots[at])
         latents, rotated = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
-        return fp8_rows.read(latents, dtype), fp8_rows.read(rotated, dtype)
+        return rows.read(latents, dtype), rows.read(rotated, dtype)
 
     def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
         """The index keys [B, count, J] of the slots from `start`."""
         part = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, count, axis=1), self.k_index_BSJ)
-        return fp8_rows.read(part, dtype)
+        return rows.read(part, dtype)
 
 
 @jax.tree_util.register_dataclass
@@ -84,9 +84,9 @@ def empty_layer(cfg: Config, batch: int, capacity: int, dtype) -> LayerCache:
     """A layer's cache with nothing in it."""
     rotated = jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
     return LayerCache(
-        fp8_rows.empty((batch, capacity, cfg.kv_lora_rank), dtype),
-        fp8_rows.empty((batch, capacity, cfg.qk_rope_head_dim), rotated),
-        fp8_rows.empty((batch, capacity, cfg.index_head_dim), dtype),
+        rows.empty((batch, capacity, cfg.kv_lora_rank), dtype),
+        rows.empty((batch, capacity, cfg.qk_rope_head_dim), rotated),
+        rows.empty((batch, capacity, cfg.index_head_dim), dtype),
     )
 
 

@@ -173,7 +173,10 @@ def step(model: Model, task: Task, state: State) -> State:
 
 
 def decode(step, model: Model, task: Task, state: State, steps) -> State:
-    """`step` until every row is done, at most `steps` times."""
+    """`step` until every row is done, at most `steps` times.
+
+    The barrier ties the weights to the step: XLA would else dequantize all of them before the loop, and keep that.
+    """
 
     def unfinished(carry):
         taken, state = carry
@@ -181,7 +184,8 @@ def decode(step, model: Model, task: Task, state: State, steps) -> State:
 
     def another(carry):
         taken, state = carry
-        return taken + 1, step(model, task, state)
+        here, state = jax.lax.optimization_barrier((model, state))
+        return taken + 1, step(here, task, state)
 
     return jax.lax.while_loop(unfinished, another, (jnp.int32(0), state))[1]
 

@@ -15,7 +15,7 @@ from . import activations, cache, checks, inventory, memory
 from .activations import Shapes
 from .config import Config
 from .errors import CapacityError, UsageError, listing
-from .request import MOST_DRAFTS, bucket, rows_bucket
+from .request import MOST_DRAFTS, bucket
 from .storage import pieces
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "fp8"}
@@ -103,10 +103,10 @@ def fit(
         raise UsageError(f"draft={draft} needs the drafting layer (MTP), which this model does not have; use draft=0")
     weights = found.device_bytes(sizes, compute)
     devices = math.prod(sizes.values())
-    free = _free(devices) if device_memory is None else amount(device_memory)
+    free = memory.available(devices) if device_memory is None else amount(device_memory)
 
-    rows, split = rows_bucket(batch), sizes.get("data", 1)
-    here = Shapes(_rows_of_a_device(rows, split), bucket(context), stored, draft)
+    rows, split = memory.rows_bucket(batch), sizes.get("data", 1)
+    here = Shapes(memory.rows_of_a_device(rows, split), bucket(context), stored, draft)
     demand = _measured(found, compute, sum(weights), split, here)
     return Fit(
         found.parameters,
@@ -141,7 +141,7 @@ class _Demand(NamedTuple):
 
     def __call__(self, batch: int, capacity: int) -> int:
         """What `generate` needs: it lets caches take memory.SHARE of what is free."""
-        rows = _rows_of_a_device(batch, self.split)
+        rows = memory.rows_of_a_device(batch, self.split)
         held = rows * self.row(capacity)
         more_rows = self.wider * (rows / self.shapes.batch - 1)
         more_slots = self.longer * (capacity / self.shapes.capacity - 1)
@@ -151,11 +151,6 @@ class _Demand(NamedTuple):
     def row(self, capacity: int) -> int:
         """Bytes of one row."""
         return memory.row_bytes(self.cfg, capacity, self.shapes.dtype, self.shapes.draft)
-
-
-def _rows_of_a_device(batch: int, split: int) -> int:
-    """A batch is split over the mesh axis "data" where that divides it."""
-    return batch if batch % split else batch // split
 
 
 def _measured(found: inventory.Inventory, compute: np.dtype, weights: int, split: int, shapes: Shapes) -> _Demand:
@@ -179,11 +174,6 @@ def _dtype(what: str, name: str, known: tuple[str, ...]) -> np.dtype:
     if name not in known:
         raise UsageError(f"the {what} is one of {listing(known)}, not {name!r}; nothing was read")
     return cache.dtype_of(DTYPES[name], None)
-
-
-def _free(devices: int) -> int:
-    """Bytes that each device can give; devices of a host share its memory."""
-    return memory.available() // (devices if jax.default_backend() == "cpu" else 1)
 
 
 def amount(text: str) -> int:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from . import cache, host
 from .config import Config
@@ -23,25 +24,40 @@ def row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) -> int:
     return each * (cfg.num_hidden_layers + (drafts > 0)) + cfg.vocab_size * ROW_OF_VOCABULARY
 
 
-def available() -> int:
-    """Bytes that can still be allocated where JAX computes: on its first device, or in the machine's memory."""
+def available(devices: int = 1) -> int:
+    """Bytes that each of `devices` can still allocate; the devices of a CPU share the machine's memory."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return host.available()
+    return host.available() // devices
 
 
-def rows_at_once(cfg: Config, rows: int, each: int, capacity: int, dtype: np.dtype, drafts: int) -> int:
+def rows_bucket(rows: int) -> int:
+    """How many rows are computed for `rows`: the next power of two."""
+    return 1 << (rows - 1).bit_length()
+
+
+def rows_of_a_device(batch: int, split: int) -> int:
+    """A batch is split over the mesh axis "data" where that divides it."""
+    return batch if batch % split else batch // split
+
+
+def rows_at_once(
+    cfg: Config, rows: int, each: int, capacity: int, dtype: np.dtype, drafts: int, mesh: Mesh | None = None
+) -> int:
     """How many of `rows` fit in memory together; CapacityError where not even `each` of them do."""
-    one, free = row_bytes(cfg, capacity, dtype, drafts), available()
-    fitting = int(free * SHARE) // one
-    if fitting < each:
+    split, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
+    one, free = row_bytes(cfg, capacity, dtype, drafts), available(devices)
+    batches = [1 << power for power in range((each - 1).bit_length(), (rows - 1).bit_length() + 1)]
+    fitting = [batch for batch in batches if rows_of_a_device(batch, split) * one <= free * SHARE]
+    if not fitting:
         smaller = "" if dtype.itemsize == 1 else ', or cache_dtype="fp8"'
+        where = "" if devices == 1 else f" on each of {devices} devices"
         raise CapacityError(
             f"the cache of {each} rows of {capacity} tokens takes {each * one / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
-            f"are free; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
+            f"are free{where}; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
         )
-    return min(rows, fitting)
+    return min(rows, max(fitting))
 
 
 def exhausted(model: Any, cache_bytes: int, error: Exception) -> Exception:

@@ -123,7 +123,7 @@ def plan(
         n,
         top_logprobs,
         draft,
-        memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft) if batch_size is None else batch_size,
+        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
     )
 
 
@@ -206,8 +206,3 @@ def chunks(prompts: Sequence[Sequence[int]], batch: int):
 def bucket(size: int) -> int:
     """The next power of two, at least SMALLEST_BUCKET."""
     return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
-
-
-def rows_bucket(rows: int) -> int:
-    """The next power of two."""
-    return 1 << (rows - 1).bit_length()

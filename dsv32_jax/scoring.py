@@ -14,7 +14,7 @@ from .compilation import keep_on_disk
 from .decoding import Context, blank
 from .model import Model
 from .ops import over_tokens
-from .request import MOST_TOP_LOGPROBS, bucket, chunks, rows_bucket
+from .request import MOST_TOP_LOGPROBS, bucket, chunks
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ def score(
         checks.whole("batch_size", batch_size, 1, 1 << 20)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     capacity = bucket(checks.length(max(map(len, rows)), cfg.max_position_embeddings))
-    each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0)
+    each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh)
     found = Score([[] for _ in rows], [[] for _ in rows])
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for start in range(0, len(order), each):
@@ -55,7 +55,7 @@ def score(
 
 def _score(model: Model, rows, group: list[int], capacity: int, stored, width: int, found: Score) -> None:
     """Append what is found of the rows in `group`."""
-    batch = rows_bucket(len(group))
+    batch = memory.rows_bucket(len(group))
     context = blank(model.cfg, model.dtype, batch, capacity, stored, 0)
     for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
         context, *parts = _scored_jit(model, context, tokens_BT, next_BT, count_B, width=width)

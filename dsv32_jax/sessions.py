@@ -143,7 +143,7 @@ def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = Non
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
         checks.whole("capacity", capacity, 1, longest)
-        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft)
+        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
     return Session(model, capacity, stored, draft)
 
 

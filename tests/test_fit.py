@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -13,7 +14,7 @@ from jax.sharding import AxisType
 
 import convert
 import dsv32_jax as ds
-from dsv32_jax import activations, cli, inventory, memory, random_checkpoint, sharding
+from dsv32_jax import activations, cli, host, inventory, memory, random_checkpoint, sharding
 from dsv32_jax import fit as fitting
 from dsv32_jax.activations import Shapes
 from dsv32_jax.batch import WHOLE
@@ -255,13 +256,45 @@ def test_it_says_what_generate_says(verdict, converted, monkeypatch):
     one, left = found.cache // 64, found.total - weights
     assert found.cache + found.activations < left
     cfg = inventory.read(converted["nvfp4"]).cfg
-    monkeypatch.setattr(memory, "available", lambda: left)
+    monkeypatch.setattr(memory, "available", lambda _: left)
     assert memory.rows_at_once(cfg, 80, 1, 100, BF16, 0) == 64
     assert one == memory.row_bytes(cfg, 100, BF16, 0)
 
 
+def test_rows_at_once_are_those_that_are_computed(small, monkeypatch):
+    """Three rows are computed as four; a mesh splits them over "data" where that divides them."""
+    one = memory.row_bytes(small, 100, BF16, 0)
+    monkeypatch.setattr(memory, "available", lambda devices: 4 * one // devices)
+
+    def at_once(rows, sizes=None, each=1):
+        return memory.rows_at_once(small, rows, each, 100, BF16, 0, sizes and ds.mesh(sizes))
+
+    assert at_once(3) == 2
+    assert at_once(5, "expert=2") == 1 and at_once(5, "data=2") == 2 and at_once(2, "data=2") == 2
+    with pytest.raises(CapacityError, match="of 3 rows"):
+        at_once(9, each=3)
+    with pytest.raises(CapacityError, match="on each of 8 devices"):
+        at_once(9, "model=8")
+
+
+@pytest.mark.parametrize(("program", "draft"), [("_reading", 0), ("_decoding", 0), ("_decoding", 1)])
+def test_layers_are_dequantized_one_after_the_other(tmp_path, program, draft):
+    """A further layer takes less on the way than its matrices in bfloat16: they are not all there at once."""
+    facts = json.loads(REAL.with_name("tiny.json").read_text()) | {"hidden_size": 512, "q_lora_rank": 256}
+
+    def found(layers: int) -> inventory.Inventory:
+        (tmp_path / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": layers}))
+        return inventory.read(tmp_path / "config.json", "nvfp4")
+
+    attention = [leaf for leaf in found(3).table.values() if leaf.path.startswith(("layers.2.mla", "layers.2.indexer"))]
+    plain = sum(2 * math.prod(leaf.shape) for leaf in attention)
+    shallow, deep = (activations._shallow(found(layers), BF16, 1) for layers in (2, 4))
+    taken = [getattr(activations, program)(model, Shapes(1, 16, BF16, draft)) for model in (shallow, deep)]
+    assert taken[1] - taken[0] < plain
+
+
 def test_devices_of_one_host_share_its_memory(converted, no_programs, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda: 8_000_000)
+    monkeypatch.setattr(host, "available", lambda: 8_000_000)
     assert fit(converted["nvfp4"]).free == 8_000_000
     assert fit(converted["nvfp4"], mesh="expert=4,model=2").free == 1_000_000
 

@@ -276,7 +276,7 @@ def test_bfloat16(case):
     """Computed in bfloat16: medians over tokens, since one flipped key or expert may move a token far."""
     model = ds.load(case.converted, dtype=jnp.bfloat16)
     out = ds.forward(model, case.ids)
-    assert out.hidden.dtype == jnp.bfloat16 and out.cache.layers[0].c_kv_BSC.dtype == jnp.bfloat16
+    assert out.hidden.dtype == jnp.bfloat16 and out.cache.layers[0].c_kv_BSC.values.dtype == jnp.bfloat16
     off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
     nvfp4 = "golden_nvfp4" in str(case.folder)
     assert case.record("bf16 logits (median)", np.median(off)) <= (0.1 if nvfp4 else 0.15)

@@ -26,7 +26,7 @@ FLOORS = (
     "storage.manifest_text formats",
     "storage.manifest",
     "storage.integrity storage.store",
-    "ops random_weights fp8_rows choice",
+    "ops random_weights rows choice",
     "sharding cache",
     "mla indexer experts",
     "moe",

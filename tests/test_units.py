@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import cache, fp8_rows, mla, ops, quantize
+from dsv32_jax import cache, mla, ops, quantize, rows
 from dsv32_jax.cache import LayerCache
 from dsv32_jax.formats import NVFP4, dequantize, quantize_nvfp4
 from dsv32_jax.indexer import index_scores, select, select_all
@@ -153,7 +153,7 @@ def test_index_inputs_of_the_reference(units):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_fp8_rows(units, compiled):
     """Values and scales of the reference's activation quantizer: zeros, 448 and 449, tiny and huge rows."""
-    quantize_rows = jax.jit(fp8_rows.quantize) if compiled else fp8_rows.quantize
+    quantize_rows = jax.jit(rows.quantize) if compiled else rows.quantize
     got = quantize_rows(jnp.asarray(units["actq.in_bf16"]))
     np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), units["actq.ue8m0.q_u8"])
     np.testing.assert_array_equal(got.scale, units["actq.ue8m0.scale"])
@@ -166,7 +166,7 @@ def test_fp8_cache_bytes(units, real):
     position = jnp.arange(count)[None]
     latent, rotated = (jnp.asarray(units[name])[None] for name in ("kv.latent_bf16", "kv.pe_bf16"))
     filled = empty.write(position, latent, rotated, jnp.zeros((1, count, 128), jnp.bfloat16))
-    parts = (filled.c_kv_BSC.values, filled.c_kv_BSC.scale, filled.k_r_BSR)
+    parts = (filled.c_kv_BSC.values, filled.c_kv_BSC.scale, filled.k_r_BSR.values)
     packed = np.concatenate([np.ascontiguousarray(part[0]).view(np.uint8) for part in parts], axis=1)
     np.testing.assert_array_equal(packed, units["kv.packed_ue8m0_u8"])
     read = np.concatenate([np.asarray(part[0]) for part in filled.latents(jnp.bfloat16)], axis=1)
@@ -189,9 +189,9 @@ def test_fp8_rows_of_anything(numbers):
     """Within half a step of E4M3 of the value, relative to the tile's largest; never infinite, never not a number."""
     x = np.array(numbers, np.float32)
     tiles = [x[i : i + 128] for i in range(0, len(x), 128)]
-    got = np.asarray(fp8_rows.read(fp8_rows.quantize(jnp.asarray(x)), jnp.float32))
+    got = np.asarray(rows.read(rows.quantize(jnp.asarray(x)), jnp.float32))
     for tile, back in zip(tiles, [got[i : i + 128] for i in range(0, len(x), 128)], strict=True):
-        largest = max(float(np.abs(tile).max()), fp8_rows.SMALLEST_AMAX)
+        largest = max(float(np.abs(tile).max()), rows.SMALLEST_AMAX)
         step = np.maximum(np.abs(tile.astype(np.float64)) / 16, largest / 448 * 2**-9)
         assert (np.abs(back - tile.astype(np.float64)) <= step * 1.01).all()
 

@@ -4,6 +4,7 @@ In memory are, beside the program: the group of leaves that is being built, what
 before, which is still being written, and the band of it that is on its way to the disk.
 """
 
+import functools
 import math
 import os
 import re
@@ -62,6 +63,7 @@ def parse(text: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2]])
 
 
+@functools.lru_cache(maxsize=4096)
 def working_bytes(leaf: PlannedLeaf) -> int:
     """What one worker has in hand beside the leaf itself: one weight as it is read, in between, and as it is stored."""
     most = max((_reading(stored) + _converting(stored) for stored in leaf.sources), default=0)

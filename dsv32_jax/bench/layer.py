@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import attention
-from ..cache import LayerCache
+from ..cache import LayerCache, empty_layer
 from ..config import Config
 from ..indexer import Indexer
 from ..layout import leaves
@@ -130,7 +130,9 @@ class _Step:
     def __init__(self, cfg: Config, blocks: tuple[MLA, Indexer], batch: int, context: int):
         self.blocks, self.h = blocks, _random(cfg.hidden_size, (batch, 1))
         sizes = (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.index_head_dim)
-        self.cache = LayerCache(*(_random(size, (batch, context)) for size in sizes))
+        seen = [_random(size, (batch, context)) for size in sizes]
+        slots = jnp.broadcast_to(jnp.arange(context), (batch, context))
+        self.cache = jax.jit(LayerCache.write, donate_argnums=0)(empty_layer(cfg, batch, context, DTYPE), slots, *seen)
         self.position = jnp.full((batch, 1), context - 1, jnp.int32)
         decode = jax.jit(lambda *step: attention.attention(*step)[:2], donate_argnums=3)
         self.program, self.compile_seconds = _compiled(decode, *blocks, self.h, self.cache, self.position)

@@ -11,8 +11,9 @@ import numpy as np
 from ..compilation import keep_on_disk
 from ..decoding import Context, blank
 from ..formats import Weight
+from ..memory import rows_bucket
 from ..model import Model
-from ..request import bucket, chunks, rows_bucket
+from ..request import bucket, chunks
 from .passages import Passages
 from .variant import Variant
 from .windows import Window

@@ -204,9 +204,9 @@ def test_more_prompts_than_fit_at_once(model, greedy, drawn):
 def test_a_cache_that_does_not_fit(model, monkeypatch):
     """Known before anything is allocated; where only some rows fit, they go one group after the other."""
     one = memory.row_bytes(model.cfg, 32, np.dtype(np.float32), 0)
-    monkeypatch.setattr(memory, "available", lambda: int(one * 2.6))
+    monkeypatch.setattr(memory, "available", lambda _: int(one * 2.6))
     assert plan(model, PROMPTS, max_new_tokens=NEW).groups == [[1, 0], [2]]
-    monkeypatch.setattr(memory, "available", lambda: one)
+    monkeypatch.setattr(memory, "available", lambda _: one)
     refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=NEW), CapacityError, "1 rows of 32", "free", "fp8")
     refused(lambda: ds.session(model, capacity=4096), CapacityError, "4096")
 
