@@ -29,6 +29,16 @@ def pytest_addoption(parser):
     parser.addoption("--shared", type=Path, default=None, metavar="PATH", help="folder of the whole golden sets")
 
 
+def pytest_configure(config):
+    """Most of the suite's time is compilation, a quarter of it LLVM's optimizations: only the whole sets, and processes
+    that tests start, have them."""
+    if config.getoption("--shared") is None:
+        flags = os.environ["XLA_FLAGS"]
+        os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
+        jax.devices()
+        os.environ["XLA_FLAGS"] = flags
+
+
 def pytest_generate_tests(metafunc):
     """One test for each golden checkpoint: those in tests/data, and with --shared all of that folder instead."""
     shared = metafunc.config.getoption("--shared")

@@ -7,6 +7,7 @@ import itertools
 import math
 import os
 import re
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -93,14 +94,15 @@ def test_experts_over_a_mesh():
     rng = np.random.default_rng(0)
     banks = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((8, 6, 16), (8, 6, 16), (8, 16, 6))]
     mesh = ds.mesh("expert=4,model=2")
-    for tokens in (1, 3, 40):
+    over_devices, alone = jax.jit(partial(over_mesh, mesh)), jax.jit(apply_experts)
+    for tokens in (1, 40):
         h = jnp.asarray(rng.standard_normal((tokens, 16), np.float32))
         experts = jnp.asarray(np.argsort(rng.random((tokens, 8)))[:, :3].astype(np.int32))
         gates = jnp.asarray(rng.random((tokens, 3), np.float32))
-        want = apply_experts(h, experts, gates, *banks)
-        got = over_mesh(mesh, h, experts, gates, *banks)
+        want = alone(h, experts, gates, *banks)
+        got = over_devices(h, experts, gates, *banks)
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
-        none = apply_experts(h, jnp.full_like(experts, 8), gates, *banks)
+        none = alone(h, jnp.full_like(experts, 8), gates, *banks)
         assert not np.asarray(none).any()
 
 

@@ -121,7 +121,8 @@ def test_each_row_has_its_own_settings():
     knobs = sampling.knobs(rows, 6, 4)
     nothing = Tally(jnp.zeros((3, 6), bool), jnp.zeros((3, 6), jnp.int32))
     logits = choice.weighed(knobs, nothing, jnp.asarray([[1.0, 3.0, 2.0, 0.0, 9.0, 9.0]] * 3))
-    drawn = np.array([choice.choose(knobs, logits, jnp.full(3, i, jnp.int32)) for i in range(40)])
+    choose = jax.jit(choice.choose)
+    drawn = np.array([choose(knobs, logits, jnp.full(3, i, jnp.int32)) for i in range(40)])
     assert set(drawn[:, 0]) == {1} and set(drawn[:, 1]) == {0, 1, 2, 3} and set(drawn[:, 2]) == {2}
 
 
