@@ -14,6 +14,7 @@ from .decoding import Context, State
 from .diagnosis import not_finite
 from .memory import rows_bucket
 from .model import Model
+from .processes import any_of, fetch
 from .request import Request, bucket, chunks, occurring, task
 from .transcript import Token, Transcript
 
@@ -47,7 +48,7 @@ WHOLE = Programs(
 
 def _layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps: int) -> State:
     for _ in range(steps):
-        if np.asarray(state.done_B).all():
+        if fetch(state.done_B).all():
             break
         state = step(model, task, state)
     return state
@@ -123,7 +124,7 @@ class Batch:
         state, self.held = self.state, None
         self.held = jax.block_until_ready(decode(self._model, self._task, state, steps or self._steps))
         if steps is None:
-            slow = time.perf_counter() - start > SEGMENT_SECONDS
+            slow = any_of(self._model.mesh, time.perf_counter() - start > SEGMENT_SECONDS)
             self._steps = max(1, self._steps // 2) if slow else min(self._steps * 2, 1024)
 
     @property
@@ -142,22 +143,22 @@ class Batch:
     @property
     def done(self) -> bool:
         """Whether every row has ended."""
-        return bool(np.asarray(self.state.done_B).all())
+        return bool(fetch(self.state.done_B).all())
 
     @property
     def steps(self) -> int:
         """Steps that all rows have taken."""
-        return int(np.asarray(self.state.step_B).sum())
+        return int(fetch(self.state.step_B).sum())
 
     def news(self) -> Iterator[tuple[int, Token]]:
         """The tokens that were made since the last call, by row of the request; a row that hits a stop string ends."""
         state = self.state
-        made_B, finite_B = np.asarray(state.made_B), np.asarray(state.finite_B)
+        made_B, finite_B = fetch(state.made_B), fetch(state.finite_B)
         self._refuse_nonfinite(made_B, finite_B)
         if not any(made > len(one.tokens) for made, one in zip(made_B, self.transcripts, strict=False)):
             return
-        tokens_Bn, logprob_Bn = np.asarray(state.tokens_Bn), np.asarray(state.logprob_Bn)
-        top_id_Bnw, top_logprob_Bnw = np.asarray(state.top_id_Bnw), np.asarray(state.top_logprob_Bnw)
+        tokens_Bn, logprob_Bn = fetch(state.tokens_Bn), fetch(state.logprob_Bn)
+        top_id_Bnw, top_logprob_Bnw = fetch(state.top_id_Bnw), fetch(state.top_logprob_Bnw)
         for b, one in enumerate(self.transcripts):
             for i in range(len(one.tokens), made_B[b]):
                 if one.finish_reason:
@@ -169,16 +170,17 @@ class Batch:
 
     def _end(self, ended_b: np.ndarray) -> None:
         """Rows that a stop string ended make no more tokens."""
-        done_B = np.asarray(self.state.done_B)
+        done_B = fetch(self.state.done_B)
         ended_B = np.pad(ended_b, (0, len(done_B) - len(ended_b)))
         if (ended_B & ~done_B).any():
-            self.held = dataclasses.replace(self.state, done_B=jax.device_put(done_B | ended_B))
+            ended = jax.device_put(done_B | ended_B, self.state.done_B.sharding)
+            self.held = dataclasses.replace(self.state, done_B=ended)
 
     def _refuse_nonfinite(self, made_B: np.ndarray, finite_B: np.ndarray) -> None:
         bad = np.flatnonzero(~finite_B)
         if bad.size:
             b = min(bad, key=lambda b: self.rows[b])
             new = int(made_B[b]) - 1
-            made = np.asarray(self.state.tokens_Bn)[b, : max(new, 0)].tolist()
+            made = fetch(self.state.tokens_Bn)[b, : max(new, 0)].tolist()
             tokens = self._prompts[b // self._request.n] + made
             raise not_finite(self._model, sorted(self.rows[b] for b in bad), tokens, new)

@@ -13,6 +13,7 @@ from .cache import Cache, LayerCache, empty, empty_layer
 from .choice import Knobs, Tally, choose, weighed
 from .config import Config
 from .model import Model
+from .sharding import by_rows
 
 
 @jax.tree_util.register_dataclass
@@ -99,7 +100,8 @@ def read(model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Arra
     if drafting is not None and mtp is not None:
         _, drafting, _ = mtp(h_BTD, next_BT, drafting, position_BT)
     last_BD = jnp.take_along_axis(h_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    return Context(cache, jnp.where((count_B > 0)[:, None], last_BD, context.h_BD), drafting)
+    h_BD = jnp.where((count_B > 0)[:, None], last_BD, context.h_BD)
+    return by_rows(model.mesh, Context(cache, h_BD, drafting))
 
 
 def spread(context: Context, row_B: jax.Array) -> Context:
@@ -153,7 +155,7 @@ def begin(
     )
     state = chosen(task, state, model.logits(context.h_BD[:, None])[:, 0], context.cache.length_B, ~state.done_B)
     if context.drafting is None:
-        return state
+        return by_rows(model.mesh, state)
     later = [(0, 0), (0, drafts)]
     fresh = Fresh(
         context.drafting,
@@ -161,7 +163,7 @@ def begin(
         jnp.pad(state.token_B[:, None], later),
         jnp.ones(batch, jnp.int32),
     )
-    return dataclasses.replace(state, fresh=fresh)
+    return by_rows(model.mesh, dataclasses.replace(state, fresh=fresh))
 
 
 def step(model: Model, task: Task, state: State) -> State:
@@ -187,7 +189,7 @@ def decode(step, model: Model, task: Task, state: State, steps) -> State:
         here, state = jax.lax.optimization_barrier((model, state))
         return taken + 1, step(here, task, state)
 
-    return jax.lax.while_loop(unfinished, another, (jnp.int32(0), state))[1]
+    return by_rows(model.mesh, jax.lax.while_loop(unfinished, another, (jnp.int32(0), state))[1])
 
 
 @partial(jax.jit, inline=True)

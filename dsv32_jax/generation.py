@@ -8,6 +8,7 @@ from .batch import LAYERWISE, WHOLE, Programs
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
+from .processes import asking
 from .request import Options
 from .result import Generation
 from .run import Run
@@ -48,7 +49,8 @@ generate.layerwise = _layerwise
 
 def _generate(programs: Programs, model: Model, prompts, sampling, options: Options) -> Generation:
     run = Run(programs, model, prompts, sampling, **options)
-    with interruptible() as asked_to_stop:
+    with interruptible() as asked:
+        asked_to_stop = asking(run.mesh, asked)
         for batch in run.batches():
             for _ in run.tokens(batch, asked_to_stop=asked_to_stop):
                 pass

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from . import cache, host
+from . import cache, host, processes
 from .config import Config
 from .errors import CapacityError
 
@@ -47,7 +47,7 @@ def rows_at_once(
 ) -> int:
     """How many of `rows` fit in memory together; CapacityError where not even `each` of them do."""
     split, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
-    one, free = row_bytes(cfg, capacity, dtype, drafts), available(devices)
+    one, free = row_bytes(cfg, capacity, dtype, drafts), processes.least(mesh, available(devices))
     batches = [1 << power for power in range((each - 1).bit_length(), (rows - 1).bit_length() + 1)]
     fitting = [batch for batch in batches if rows_of_a_device(batch, split) * one <= free * SHARE]
     if not fitting:

@@ -5,8 +5,9 @@ import time
 from collections.abc import Callable, Generator, Iterator
 
 import jax
+from jax.sharding import Mesh
 
-from . import memory
+from . import memory, processes
 from .batch import Batch, Programs
 from .compilation import announced, metered
 from .decoding import Context
@@ -23,6 +24,7 @@ class Run:
         self, programs: Programs, model: Model, prompts, sampling, *, tokenizer=None, stop=(), progress=None, **options
     ):
         self.request = plan(model, prompts, sampling, **options)
+        processes.require_same(model.mesh, self.request)
         self._programs, self._model, self._tokenizer = programs, model, tokenizer
         self._transcripts = [
             Transcript(self.request.ends, self.request.limit, tokenizer, stop) for _ in self.request.samplings
@@ -30,6 +32,11 @@ class Run:
         self._progress = progress
         self._read = self._steps = self._compiles = 0
         self._seconds: dict[str, float] = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """The devices that the model is spread over."""
+        return self._model.mesh
 
     def batches(self) -> Iterator[Batch]:
         """The rows in the groups that are continued together; none where no token is asked for."""

@@ -6,14 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from . import cache, checks, memory
+from . import cache, checks, memory, sharding
 from .attention import LARGEST_TEMPORARY
 from .compilation import keep_on_disk
 from .decoding import Context, blank
 from .model import Model
 from .ops import over_tokens
+from .processes import fetch
 from .request import MOST_TOP_LOGPROBS, bucket, chunks
 
 
@@ -56,10 +56,10 @@ def score(
 def _score(model: Model, rows, group: list[int], capacity: int, stored, width: int, found: Score) -> None:
     """Append what is found of the rows in `group`."""
     batch = memory.rows_bucket(len(group))
-    context = blank(model.cfg, model.dtype, batch, capacity, stored, 0)
+    context = sharding.by_rows(model.mesh, blank(model.cfg, model.dtype, batch, capacity, stored, 0))
     for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
         context, *parts = _scored_jit(model, context, tokens_BT, next_BT, count_B, width=width)
-        logprob_BT, id_BTw, top_BTw = (np.asarray(part) for part in parts)
+        logprob_BT, id_BTw, top_BTw = (fetch(part) for part in parts)
         for b, i in enumerate(group):
             known = min(int(count_B[b]), len(rows[i]) - 1 - len(found.logprobs[i]))
             found.logprobs[i].extend(logprob_BT[b, :known].tolist())

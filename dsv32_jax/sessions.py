@@ -21,6 +21,7 @@ from .decoding import Context, blank, grown, resumed, rewound
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
+from .processes import fetch
 from .request import Options, bucket
 from .result import Generation
 from .run import Run
@@ -129,11 +130,11 @@ class Session:
         state = batch.held
         if state is None:
             return
-        length = int(np.asarray(state.cache.length_B)[0])
-        made = np.asarray(state.tokens_Bn)[0, : int(np.asarray(state.made_B)[0])].tolist()
+        length = int(fetch(state.cache.length_B)[0])
+        made = fetch(state.tokens_Bn)[0, : int(fetch(state.made_B)[0])].tolist()
         self.tokens = (prompt + made)[:length]
         self._context = resumed(self.model, state)
-        self._drafted = 0 if state.fresh is None else length - int(np.asarray(state.fresh.count_B)[0])
+        self._drafted = 0 if state.fresh is None else length - int(fetch(state.fresh.count_B)[0])
 
 
 def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:

@@ -34,17 +34,26 @@ def mesh(sizes: str | Mapping[str, int]) -> Mesh:
             f"the mesh {', '.join(f'{name}={size}' for name, size in sizes.items())} needs {needed} devices, but there "
             f"are {len(devices)} ({devices[0].platform})"
         )
+    if jax.process_count() > 1 and needed < len(devices):
+        raise CapacityError(
+            f"the mesh takes {needed} of the {len(devices)} devices that {jax.process_count()} processes have; "
+            "it must take all"
+        )
     kinds = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=devices[:needed])
 
 
 def by_rows(mesh: Mesh | None, tree: Any) -> Any:
-    """`tree`, whose arrays have a row of the batch each, with the rows split over "data" where it divides them."""
+    """`tree`, whose arrays have a row of the batch each, with the rows split over "data" where it divides them.
+
+    Inside a program it is a constraint: what comes out is spread as it came in, and no program is compiled twice.
+    """
     if mesh is None:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
         split = "data" in mesh.shape and len(x) % mesh.shape["data"] == 0
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec("data" if split else None)))
+        spread = NamedSharding(mesh, PartitionSpec("data" if split else None))
+        return (jax.lax.with_sharding_constraint if isinstance(x, jax.core.Tracer) else jax.device_put)(x, spread)
 
     return jax.tree.map(place, tree)

@@ -11,6 +11,7 @@ from ..batch import LAYERWISE, WHOLE
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError
 from ..host import interruptible
+from ..processes import asking
 from ..result import Stats
 from ..run import Run
 from ..transcript import Token
@@ -79,7 +80,8 @@ class _Results:
 
     def write(self, run: Run) -> int:
         """Do the run; the exit code."""
-        with interruptible() as asked_to_stop:
+        with interruptible() as asked:
+            asked_to_stop = asking(run.mesh, asked)
             for batch in run.batches():
                 for row, token in run.tokens(batch, 1 if self._stream else None, asked_to_stop):
                     self._token(row, token)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from . import arguments
+from . import arguments, joining
 
 GENERATE = """The continuation goes to stdout, everything else to stderr. Without PROMPT or --file, or with -, the
 prompt is what comes in on stdin. Text is taken as it is, the line break at its end too."""
@@ -48,6 +48,7 @@ def _add_generate(commands: Any) -> None:
     add("--layerwise", action="store_true", help="compile a program for each kind of layer, not for the whole model")
     arguments.add(generate, "how tokens are chosen", arguments.SAMPLING)
     arguments.add(generate, "how much", {**arguments.TURN, **arguments.BATCH, **arguments.CACHE})
+    joining.add(generate)
     generate.set_defaults(run=_generate)
     generate.parse_known_args = _prompt_anywhere(generate.parse_known_args)
 
@@ -87,9 +88,12 @@ def _add_doctor(commands: Any) -> None:
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    from .generating import run
+    def run(arguments: argparse.Namespace) -> int:
+        from .generating import run
 
-    return run(arguments)
+        return run(arguments)
+
+    return joining.run(arguments, run)
 
 
 def _chat(arguments: argparse.Namespace) -> int:
