@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import CapacityError
@@ -54,6 +55,6 @@ def by_rows(mesh: Mesh | None, tree: Any) -> Any:
     def place(x: jax.Array) -> jax.Array:
         split = "data" in mesh.shape and len(x) % mesh.shape["data"] == 0
         spread = NamedSharding(mesh, PartitionSpec("data" if split else None))
-        return (jax.lax.with_sharding_constraint if isinstance(x, jax.core.Tracer) else jax.device_put)(x, spread)
+        return (jax.lax.with_sharding_constraint if isinstance(x, Tracer) else jax.device_put)(x, spread)
 
     return jax.tree.map(place, tree)
