@@ -70,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     context.add_argument("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (8192)")
     context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
     context.set_defaults(run=_bench_context)
+    _add_bench_model(bench)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)
     conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
@@ -79,6 +80,19 @@ def parser() -> argparse.ArgumentParser:
     conversion.add_argument("--folder", help="where the checkpoints are written (default: the temporary folder)")
     conversion.set_defaults(run=_bench_convert)
     return root
+
+
+def _add_bench_model(bench) -> None:
+    model = bench.add_parser("model", help="layers of the true dimensions with random NVFP4 weights, on any mesh")
+    model.add_argument("--config", metavar="FILE", help="another model's config.json")
+    model.add_argument("--layers", type=int, metavar="N", help="how many layers (all)")
+    model.add_argument("--mesh", metavar="AXES", help="for example expert=4 (one device)")
+    model.add_argument("--batch", type=int, action="append", metavar="B", help="rows; may be given again (1 and 8)")
+    model.add_argument("--context", type=int, action="append", metavar="N", help="tokens a row has (1024 and 8192)")
+    model.add_argument("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="storage of the cache")
+    model.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps a call takes (8)")
+    model.add_argument("--json", action="store_true", help="a JSON object a line")
+    model.set_defaults(run=_bench_model)
 
 
 def _add_fit(commands) -> None:
@@ -139,6 +153,15 @@ def _bench_context(arguments: argparse.Namespace) -> int:
     from .bench.context import SECTIONS, print_context
 
     print_context(arguments.section or SECTIONS, arguments.prefill, arguments.layers)
+    return 0
+
+
+def _bench_model(arguments: argparse.Namespace) -> int:
+    from .bench.model import BATCH, CONTEXT, plan, print_model
+
+    where = (arguments.config, arguments.layers, arguments.mesh)
+    sizes = (arguments.batch or BATCH, arguments.context or CONTEXT)
+    print_model(plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
     return 0
 
 

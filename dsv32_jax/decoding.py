@@ -193,6 +193,7 @@ def decode(step, model: Model, task: Task, state: State, steps) -> State:
 
 
 @partial(jax.jit, inline=True)
+@jax.named_scope("choice")
 def chosen(task: Task, state: State, logit_BV: jax.Array, position_B: jax.Array, on_B: jax.Array) -> State:
     """`state` with one more token, at `position_B`, in the rows that are `on`; a token of `end_BV` ends its row.
 

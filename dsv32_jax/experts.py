@@ -33,6 +33,7 @@ def apply_experts(
     return jnp.sum(gate_tX[..., None] * each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM), axis=1)
 
 
+@jax.named_scope("experts")
 def each_expert(
     h_tD: jax.Array, expert_tX: jax.Array, w_gate_EMD: Weight, w_up_EMD: Weight, w_down_EDM: Weight
 ) -> jax.Array:
@@ -55,6 +56,7 @@ def each_expert(
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
+@jax.named_scope("experts")
 def over_mesh(
     mesh: Mesh,
     h_tD: jax.Array,

@@ -35,16 +35,19 @@ class Indexer(nnx.Module):
     k_bias_J: jax.Array = nnx.data()
     w_w_ID: Weight = nnx.data()
 
+    @jax.named_scope("index projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
         """k [B, T, J], as it is cached: LayerNorm, rotation, Hadamard."""
         k_BTJ = layer_norm(einsum("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
         return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr))
 
+    @jax.named_scope("index projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
         """q [B, T, I, J]: rotation and Hadamard of W^IQ c^Q."""
         q_BTIJ = einsum("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
         return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None]))
 
+    @jax.named_scope("index projections")
     def head_weights(self, h_BTD: jax.Array) -> jax.Array:
         """w [B, T, I], float32 throughout, with both scales I^-1/2 and J^-1/2. May be negative."""
         scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5
@@ -58,6 +61,7 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_
     return jnp.where(visible_BTS, score_BTS, -jnp.inf)
 
 
+@jax.named_scope("index scores")
 def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
     """`index_scores` over all slots of the cache for queries at `position_BT`.
 
@@ -83,6 +87,7 @@ def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, posi
     return jax.lax.fori_loop(0, reached, fill, nothing_BTS)
 
 
+@jax.named_scope("top-k")
 def select(score_BTS: jax.Array, topk: int) -> jax.Array:
     """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist."""
     top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))

@@ -34,27 +34,32 @@ class MLA(nnx.Module):
     w_uv_HPC: Weight = nnx.data()
     w_o_DHP: Weight = nnx.data()
 
+    @jax.named_scope("projections")
     def latent_query(self, h_BTD: jax.Array) -> jax.Array:
         """c^Q: what MLA's queries and the indexer's are made of."""
         return rms_norm(einsum("BTD,QD->BTQ", h_BTD, self.w_dq_QD), self.q_norm_Q, self.cfg.rms_norm_eps)
 
+    @jax.named_scope("projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The content part q^C [B, T, H, N] and the rotated part q^R [B, T, H, R] of each head's query."""
         q_c_BTHN = einsum("BTQ,HNQ->BTHN", c_q_BTQ, self.w_uq_HNQ)
         q_r_BTHR = einsum("BTQ,HRQ->BTHR", c_q_BTQ, self.w_qr_HRQ)
         return q_c_BTHN, rotate_interleaved(q_r_BTHR, cos_BTr[:, :, None], sin_BTr[:, :, None])
 
+    @jax.named_scope("projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The latent c^KV [B, T, C] and the rotated key k^R [B, T, R]: what is cached."""
         c_kv_BTC = rms_norm(einsum("BTD,CD->BTC", h_BTD, self.w_dkv_CD), self.kv_norm_C, self.cfg.rms_norm_eps)
         k_r_BTR = einsum("BTD,RD->BTR", h_BTD, self.w_kr_RD)
         return c_kv_BTC, rotate_interleaved(k_r_BTR, cos_BTr, sin_BTr)
 
+    @jax.named_scope("projections")
     def output(self, o_BTHP: jax.Array) -> jax.Array:
         """W^O of all heads' outputs, float32 [B, T, D] rounded to the compute dtype."""
         return einsum("BTHP,DHP->BTD", o_BTHP, self.w_o_DHP)
 
 
+@jax.named_scope("attention")
 def expanded(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
@@ -67,6 +72,7 @@ def expanded(
     return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
 
 
+@jax.named_scope("attention")
 def absorbed(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
@@ -79,6 +85,7 @@ def absorbed(
     return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
 
 
+@jax.named_scope("attention")
 def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array) -> jax.Array:
     """`absorbed` over each query's selected positions only (-1: none). Returns o [B, T, H, P]."""
     c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)

@@ -64,6 +64,7 @@ class Model(nnx.Module):
         h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
         return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
 
+    @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
         return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

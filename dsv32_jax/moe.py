@@ -62,6 +62,7 @@ class MoE(nnx.Module):
         shared_BTD = swiglu(h_BTD, self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM)
         return y_tD.reshape(h_BTD.shape) + shared_BTD, routing
 
+    @jax.named_scope("gate")
     def route(self, h_BTD: jax.Array) -> Routing:
         """Affinities in float32 from whatever precision the activations have."""
         return gate(einsum32("BTD,ED->BTE", h_BTD.astype(jnp.float32), self.router_ED), self.bias_E, self.cfg)

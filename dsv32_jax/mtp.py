@@ -48,6 +48,7 @@ class MTP(nnx.Module):
         z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
         return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen
 
+    @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
         return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

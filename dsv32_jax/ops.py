@@ -71,6 +71,7 @@ def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, eps: float) -> ja
     return (gain.astype(jnp.float32) * normed + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+@jax.named_scope("feed-forward")
 def swiglu(x: jax.Array, w_gate: Weight, w_up: Weight, w_down: Weight) -> jax.Array:
     """down(silu(gate(x)) * up(x)), float32 out: the dense feed-forward and each expert."""
     gate = einsum("...d,md->...m", x, w_gate).astype(jnp.float32)

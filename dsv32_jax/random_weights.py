@@ -11,11 +11,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from .config import Config
 from .formats import NVFP4, Weight
 from .layout import Leaf, leaves
 from .quantize import E2M1, NVFP4_BLOCK
+from .sharding import of_leaf
 
 UNQUANTIZED = ("embed", "head", "router", "w_w", "w_e", "w_h")
 """Matrices that published NVFP4 checkpoints leave in bfloat16, by the name before the axes."""
@@ -30,15 +32,16 @@ GOLDEN = 0x9E3779B1
 """2^32 divided by the golden ratio: odd, so that its multiples visit every 32-bit number."""
 
 
-def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0) -> Callable[[str], Weight]:
+def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0, mesh: Mesh | None = None) -> Callable[[str], Weight]:
     """What `model.build` asks for: the random leaf of each path, in the format in which `load` returns a real one.
 
-    `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone.
+    `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone; each device of `mesh` makes
+    its own part.
     """
     table = {leaf.path: leaf for leaf in leaves(cfg)}
 
     def make(path: str) -> Weight:
-        return random_leaf(table[path], storage(table[path], dtype), seed)
+        return random_leaf(table[path], storage(table[path], dtype), seed, mesh)
 
     return make
 
@@ -53,22 +56,28 @@ def storage(leaf: Leaf, dtype=jnp.bfloat16) -> str:
     return "bfloat16" if name in UNQUANTIZED else "nvfp4"
 
 
-def random_leaf(leaf: Leaf, storage: str, seed: int) -> Weight:
+def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -> Weight:
     """Gains near 1, biases near 0, matrices with a standard deviation of (their number of inputs)^-0.5.
 
     `storage` is "nvfp4" (all codes equally likely) or the name of a plain dtype (uniformly distributed values).
     """
-    number = jnp.uint32(zlib.crc32(leaf.path.encode(), seed))
+    number = np.uint32(zlib.crc32(leaf.path.encode(), seed))
+    *out, size = leaf.shape
+    scalars = (leaf.shape[0] if leaf.stacked else 1, *[1] * len(out))
+    parts = [(*out, size // 2), (*out, size // NVFP4_BLOCK), scalars] if storage == "nvfp4" else [leaf.shape]
+    spread = tuple(None if mesh is None else of_leaf(mesh, leaf, shape) for shape in parts)
     if len(leaf.source_shape) == 1:
-        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1)
+        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1, *spread)
     deviation = leaf.source_shape[-1] ** -0.5
     if storage == "nvfp4":
-        return _nvfp4(leaf.shape, leaf.stacked, number, deviation)
-    return uniform(leaf.shape, storage, number, 0.0, deviation)
+        return _nvfp4(leaf.shape, leaf.stacked, number, deviation, spread)
+    return uniform(leaf.shape, storage, number, 0.0, deviation, *spread)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _nvfp4(shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: float) -> NVFP4:
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _nvfp4(
+    shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: float, spread: tuple[NamedSharding | None, ...]
+) -> NVFP4:
     """Random codes, random block scales, and the tensor scale that makes `deviation` of them."""
     *out, size = shape
     scales = jax.lax.bitcast_convert_type(SCALES, jnp.float8_e4m3fn).astype(jnp.float32)
@@ -76,14 +85,26 @@ def _nvfp4(shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: 
     codes = hashed((*out, size // 2), number).astype(jnp.uint8)
     pick = (hashed((*out, size // NVFP4_BLOCK), ~number) % len(SCALES)).astype(jnp.uint8)
     block_scale = jax.lax.bitcast_convert_type(SCALES[0] + pick, jnp.float8_e4m3fn)
-    return NVFP4(codes, block_scale, jnp.full((shape[0] if stacked else 1, *[1] * len(out)), tensor_scale))
+    parts = (codes, block_scale, jnp.full((shape[0] if stacked else 1, *[1] * len(out)), tensor_scale))
+    return NVFP4(*map(_placed, parts, spread))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def uniform(shape: tuple[int, ...], dtype: str, number: jax.Array, mean: float, deviation: float) -> jax.Array:
-    """Values spread evenly over mean +- sqrt(3) deviations."""
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def uniform(
+    shape: tuple[int, ...],
+    dtype: str,
+    number: jax.Array,
+    mean: float,
+    deviation: float,
+    spread: NamedSharding | None = None,
+) -> jax.Array:
+    """Values evenly between mean - sqrt(3) deviations and mean + sqrt(3) deviations."""
     unit = hashed(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
-    return (mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype)
+    return _placed((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), spread)
+
+
+def _placed(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
+    return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
 
 
 def hashed(shape: tuple[int, ...], number: jax.Array) -> jax.Array:

@@ -12,17 +12,19 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from .. import mla
 from ..batch import WHOLE
 from ..cache import Cache, LayerCache, dtype_of, empty_layer
 from ..config import Config
-from ..decoding import Context, Task
+from ..decoding import Context, State, Task
 from ..indexer import scores_of_cache, select
 from ..model import Model, build
 from ..ops import rotation
 from ..random_weights import leaf_maker, uniform
 from ..sampling import Sampling, knobs
+from ..sharding import by_rows
 from .measure import Row, medians
 
 DTYPE = np.dtype(jnp.bfloat16)
@@ -51,9 +53,9 @@ def rows(cfg: Config, contexts: Sequence[int], caches: Sequence[str], seconds: f
             yield {"cache": stored, "context": context, **_times(model, context, dtype_of(stored, DTYPE), seconds)}
 
 
-def random_model(cfg: Config) -> Model:
-    """A model of `cfg` with random weights, NVFP4 as published checkpoints are."""
-    return jax.block_until_ready(build(cfg, DTYPE, leaf_maker(cfg, DTYPE)))
+def random_model(cfg: Config, mesh: Mesh | None = None) -> Model:
+    """A model of `cfg` with random weights, NVFP4 as published checkpoints are, made where they belong."""
+    return jax.block_until_ready(build(cfg, DTYPE, leaf_maker(cfg, DTYPE, mesh=mesh), mesh=mesh))
 
 
 def _times(model: Model, context: int, dtype: np.dtype, seconds: float) -> Row:
@@ -70,17 +72,24 @@ def _times(model: Model, context: int, dtype: np.dtype, seconds: float) -> Row:
     return {**dict.fromkeys((*PARTS, "dense")), **found, "rest": whole - spent, "whole": whole}
 
 
-def filled(cfg: Config, capacity: int, dtype: np.dtype) -> Cache:
-    """A cache of one row with room for one more token, the others synthetic, of standard deviation 1."""
-    layers = tuple(_filled_layer(cfg, capacity, dtype, jnp.uint32(i)) for i in range(cfg.num_hidden_layers))
-    return jax.block_until_ready(Cache(layers, jnp.full(1, capacity - 1, jnp.int32)))
+def filled(
+    cfg: Config, capacity: int, dtype: np.dtype, batch: int = 1, length: int | None = None, mesh: Mesh | None = None
+) -> Cache:
+    """A cache of rows that have `length` tokens, synthetic ones of standard deviation 1; by default there is room for
+    one more."""
+    layers = tuple(_filled_layer(cfg, batch, capacity, dtype, mesh, np.uint32(i)) for i in range(cfg.num_hidden_layers))
+    length_B = jnp.full(batch, capacity - 1 if length is None else length, jnp.int32)
+    return jax.block_until_ready(Cache(layers, by_rows(mesh, length_B)))
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _filled_layer(cfg: Config, capacity: int, dtype: np.dtype, number: jax.Array) -> LayerCache:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _filled_layer(
+    cfg: Config, batch: int, capacity: int, dtype: np.dtype, mesh: Mesh | None, number: jax.Array
+) -> LayerCache:
     sizes = (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.index_head_dim)
-    new = [uniform((1, capacity, size), DTYPE.name, number * 3 + i, 0.0, 1.0) for i, size in enumerate(sizes)]
-    return empty_layer(cfg, 1, capacity, dtype).write(jnp.arange(capacity)[None], *new)
+    new = [uniform((batch, capacity, size), DTYPE.name, number * 3 + i, 0.0, 1.0) for i, size in enumerate(sizes)]
+    slots = jnp.broadcast_to(jnp.arange(capacity), (batch, capacity))
+    return by_rows(mesh, empty_layer(cfg, batch, capacity, dtype).write(slots, *new))
 
 
 def parts(model: Model, cache: Cache) -> dict[str, Callable[[], Any]]:
@@ -167,19 +176,32 @@ def _mask(positions: jax.Array, capacity: int) -> jax.Array:
 
 
 class Step:
-    """Decodes a token as `generate` does, again and again in the last slot of `cache`, which it takes over."""
+    """Decodes `steps` tokens a row as `generate` does, again and again in the same slots of `cache`, which it takes
+    over."""
 
-    def __init__(self, model: Model, cache: Cache):
-        self.model, self._length = model, cache.length_B
-        vocabulary = model.cfg.vocab_size
-        unlimited = jnp.full(1, np.iinfo(np.int32).max, jnp.int32)
-        nothing = jnp.zeros((1, vocabulary), bool)
-        self._task = Task(knobs([Sampling()], vocabulary, vocabulary), nothing, jnp.zeros(1, jnp.int32), unlimited)
-        context = Context(cache, jnp.zeros((1, model.cfg.hidden_size), model.dtype), None)
-        self.held = WHOLE.begin(model, self._task, context, nothing, slots=1, width=0, drafts=0)
+    def __init__(self, model: Model, cache: Cache, steps: int = 1, program: Any = None):
+        """`program`: that of another Step of these shapes."""
+        self.model, self._steps = model, np.int32(steps)
+        self._length = np.asarray(cache.length_B)
+        batch, vocabulary = len(self._length), model.cfg.vocab_size
+        unlimited = jnp.full(batch, np.iinfo(np.int32).max, jnp.int32)
+        nothing = jnp.zeros((batch, vocabulary), bool)
+        choice = knobs([Sampling()] * batch, vocabulary, vocabulary)
+        self._task = by_rows(model.mesh, Task(choice, nothing, jnp.zeros(batch, jnp.int32), unlimited))
+        h_BD = by_rows(model.mesh, jnp.zeros((batch, model.cfg.hidden_size), model.dtype))
+        self.held = WHOLE.begin(
+            model, self._task, Context(cache, h_BD, None), by_rows(model.mesh, nothing), slots=1, width=0, drafts=0
+        )
+        decode = WHOLE.decode.lower(model, self._task, self._state, self._steps) if program is None else None
+        self.program: Any = program if decode is None else decode.compile()
+
+    @property
+    def _state(self) -> State:
+        """At the same place again."""
+        cache = dataclasses.replace(self.held.cache, length_B=by_rows(self.model.mesh, self._length))
+        return dataclasses.replace(self.held, cache=cache)
 
     def run(self) -> jax.Array:
-        """Choose a token; the cache is donated and comes back."""
-        cache = dataclasses.replace(self.held.cache, length_B=jnp.copy(self._length))
-        self.held = WHOLE.decode(self.model, self._task, dataclasses.replace(self.held, cache=cache), 1)
+        """Choose the tokens; the cache is donated and comes back."""
+        self.held = self.program(self.model, self._task, self._state, self._steps)
         return self.held.made_B

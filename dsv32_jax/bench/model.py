@@ -1,0 +1,203 @@
+"""`dsv32 bench model`: decoding and reading with random NVFP4 weights at true dimensions, on one device or a mesh.
+
+The weights are made where they belong: there is no file and no copy on the host. Caches hold synthetic values. One
+capacity serves all contexts, so a batch takes one program.
+"""
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from .. import memory, sharding
+from ..batch import WHOLE
+from ..cache import dtype_of
+from ..compilation import metered
+from ..config import Config
+from ..decoding import Context
+from ..errors import CapacityError
+from ..layout import leaves
+from ..model import Model
+from ..random_weights import random_leaf, storage
+from ..request import CHUNK, bucket
+from . import scopes
+from .measure import Row, medians, peak_bytes
+from .parts import DTYPE, Step, filled, random_model
+
+EXPLANATION = """\
+step: ms of one decode step of all rows, median; tok/s: tokens a second of all rows together. weights: GB a device reads
+in a step, the experts being those that rows of random tokens are expected to choose. GB/s: the two together, and as a
+share of what the device copies a second in this run (bytes read and written). Below each row: ms of a step by part,
+from a profile, as a device is busy with it."""
+
+HEADINGS = "batch  context   step ms     tok/s  weights GB     GB/s  of copy  memory GB  compile s"
+
+BATCH, CONTEXT = (1, 8), (1024, 8192)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What to run: a model, where, how many rows, how long their contexts, and what caches are stored in."""
+
+    cfg: Config
+    mesh: Mesh | None
+    batches: Sequence[int]
+    contexts: Sequence[int]
+    cache_dtype: np.dtype
+    steps: int
+
+    @property
+    def capacity(self) -> int:
+        """Slots of every row."""
+        return bucket(max(self.contexts) + max(self.steps, CHUNK))
+
+
+def plan(
+    config: str | None,
+    layers: int | None,
+    mesh: str | None,
+    batches: Sequence[int],
+    contexts: Sequence[int],
+    cache_dtype: str,
+    steps: int,
+) -> Plan:
+    """Check what is asked for. Raises UsageError, ConfigError, CapacityError."""
+    from dsv32_jax import configs
+
+    cfg = Config.from_json(config or configs.path("deepseek_v32"))
+    if layers is not None:
+        dense = min(cfg.first_k_dense_replace, max(layers - 1, 0))
+        cfg = dataclasses.replace(cfg, num_hidden_layers=layers, first_k_dense_replace=dense)
+    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    where = None if mesh is None else sharding.mesh(mesh)
+    asked = Plan(cfg, where, batches, contexts, dtype_of(cache_dtype, None), steps)
+    if where is not None:
+        sharding.check(where, [(leaf, leaf.shape) for leaf in leaves(cfg)])
+    weights = sum(weight_bytes(cfg, where).values())
+    free = memory.available(1 if where is None else where.size)
+    if weights > free:
+        raise CapacityError(
+            f"{cfg.num_hidden_layers} layers take {weights / 1e9:.1f} GB of weights on each device, but "
+            f"{free / 1e9:.1f} GB are free; nothing was made. Take fewer --layers or more devices"
+        )
+    return asked
+
+
+def weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
+    """Bytes of every leaf on each device, by its path."""
+    found = {}
+    for leaf in leaves(cfg):
+        made = jax.eval_shape(partial(random_leaf, leaf, storage(leaf, DTYPE), 0))
+        parts = jax.tree.leaves(made)
+        shapes = [part.shape for part in parts]
+        if mesh is not None:
+            shapes = [sharding.of_leaf(mesh, leaf, shape).shard_shape(shape) for shape in shapes]
+        found[leaf.path] = sum(
+            math.prod(shape) * part.dtype.itemsize for shape, part in zip(shapes, parts, strict=True)
+        )
+    return found
+
+
+def step_bytes(cfg: Config, weights: dict[str, int], batch: int) -> float:
+    """Bytes of weights that a step of `batch` rows is expected to read on a device, if rows choose independently."""
+    touched = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
+    banks = ("w_gate_EMD", "w_up_EMD", "w_down_EDM")
+    parts = {path: size * (touched if path.endswith(banks) else 1) for path, size in weights.items()}
+    return sum(size for path, size in parts.items() if path != "embed_VD")
+
+
+def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
+    """A row for each batch and context as soon as it is measured, then one for reading a chunk of a prompt."""
+    start = time.perf_counter()
+    model = random_model(asked.cfg, asked.mesh)
+    yield {"kind": "made", "seconds": time.perf_counter() - start, "memory": _held(asked.mesh)}
+    copied = copy_speed(asked.mesh)
+    weights = weight_bytes(asked.cfg, asked.mesh)
+    for batch in asked.batches:
+        program, read = None, step_bytes(asked.cfg, weights, batch)
+        for context in asked.contexts:
+            cache = filled(asked.cfg, asked.capacity, asked.cache_dtype, batch, context, asked.mesh)
+            with metered() as compiled:
+                step = Step(model, cache, asked.steps, program)
+            program, run = step.program, step.run
+            each = medians(lambda run=run: jax.block_until_ready(run()), seconds).wall / asked.steps
+            parts = scopes.spent(program, run, 1)
+            yield {
+                "kind": "decode",
+                "batch": batch,
+                "context": context,
+                "compile": compiled.seconds,
+                "step": each,
+                "read": read,
+                "share": read / each / copied,
+                "memory": _held(asked.mesh),
+                "parts": {name: spent / asked.steps for name, spent in parts.items()},
+            }
+            del step, run, cache
+    yield from _reading(asked, model, seconds)
+
+
+def _reading(asked: Plan, model: Model, seconds: float) -> Iterator[Row]:
+    """Reading a chunk at the end of each context, one row."""
+    cfg, count = asked.cfg, np.full(1, CHUNK, np.int32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, CHUNK), np.int32)
+    for context in asked.contexts:
+        cache = filled(cfg, asked.capacity, asked.cache_dtype, 1, context, asked.mesh)
+        h_BD = sharding.by_rows(asked.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
+        held, length = Context(cache, h_BD, None), np.asarray(cache.length_B)
+
+        def run(length=length) -> Any:
+            nonlocal held
+            cache = dataclasses.replace(held.cache, length_B=sharding.by_rows(asked.mesh, jnp.asarray(length)))
+            held = WHOLE.read(model, dataclasses.replace(held, cache=cache), tokens, tokens, count)
+            return jax.block_until_ready(held.h_BD)
+
+        yield {"kind": "read", "context": context, "step": medians(run, seconds).wall}
+
+
+def copy_speed(mesh: Mesh | None) -> float:
+    """Bytes a second that a device reads and writes while it copies."""
+    size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
+    many = 1 if mesh is None else mesh.size
+    spread = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
+    x = jax.jit(lambda: jnp.zeros(size * many // 4, jnp.uint32), out_shardings=spread)()
+    copy = jax.jit(lambda x: x + 1)
+    return 2 * size / medians(lambda: jax.block_until_ready(copy(x)), 0.5).wall
+
+
+def _held(mesh: Mesh | None) -> int:
+    """The most bytes that the first device has held; on a CPU the process."""
+    stats = (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).memory_stats()
+    return stats["peak_bytes_in_use"] if stats and "peak_bytes_in_use" in stats else peak_bytes()
+
+
+def print_model(asked: Plan, as_json: bool) -> None:
+    """The rows as they come: lines for people, or JSON."""
+    if not as_json:
+        print(EXPLANATION, flush=True)
+    for row in rows(asked):
+        print(json.dumps(row) if as_json else _text(row), flush=True)
+
+
+def _text(row: Row) -> str:
+    if row["kind"] == "made":
+        return f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held\n{HEADINGS}"
+    if row["kind"] == "read":
+        speed = f"{CHUNK / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
+        return f"reading {CHUNK} tokens behind {row['context']}: {speed}"
+    compiled = f"{row['compile']:.1f}" if row["compile"] > 1 else ""
+    parts = sorted(row["parts"].items(), key=lambda part: -part[1])
+    return (
+        f"{row['batch']:5}  {row['context']:7}  {row['step'] * 1e3:8.2f}  {row['batch'] / row['step']:8.1f}"
+        f"  {row['read'] / 1e9:10.3f}  {row['read'] / row['step'] / 1e9:7.1f}  {row['share']:7.1%}"
+        f"  {row['memory'] / 1e9:9.2f}  {compiled:>9}\n"
+        f"       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
+    )

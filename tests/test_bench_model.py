@@ -1,0 +1,80 @@
+"""`dsv32 bench model`, at tiny size so that it cannot rot: what it makes, what it counts, what it refuses."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import dsv32_jax as ds
+from dsv32_jax import cli
+from dsv32_jax.bench import model as bench
+from dsv32_jax.bench import scopes
+from dsv32_jax.bench.parts import random_model
+from dsv32_jax.errors import CapacityError
+from tests.conftest import REPOSITORY
+
+TINY = str(REPOSITORY / "configs" / "tiny.json")
+MESH = "data=2,expert=2"
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return bench.plan(TINY, 2, MESH, (2,), (24,), "bfloat16", 3)
+
+
+def test_weights_are_the_same_wherever_they_are_made(asked):
+    """Each device holds its part, and as many bytes as were predicted."""
+    alone, spread = random_model(asked.cfg), random_model(asked.cfg, asked.mesh)
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
+        np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
+    held = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(spread))
+    assert held == sum(bench.weight_bytes(asked.cfg, asked.mesh).values())
+    assert spread.layers[1].ffn.w_gate_EMD.codes.sharding.spec[0] == "expert"
+
+
+def test_rows(asked):
+    """One for the weights, one a batch and context with its parts, one for reading."""
+    made, decode, read = bench.rows(asked, seconds=0.0)
+    assert made["kind"] == "made" and made["memory"] > 0
+    assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
+    assert {"attention", "experts", "head", "choice", "collectives"} <= set(decode["parts"])
+    assert decode["parts"].keys() <= {*scopes.SCOPES, scopes.OTHER, "collectives"}
+    assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
+    assert read["kind"] == "read" and read["step"] > 0
+    assert all(bench._text(row) for row in (made, decode, read))
+
+
+def test_expected_bytes(asked):
+    """One row reads its own experts; very many read all; the embedding is a row each."""
+    weights = bench.weight_bytes(asked.cfg, None)
+    whole = sum(weights.values()) - weights["embed_VD"]
+    banks = sum(size for path, size in weights.items() if path.endswith(("EMD", "EDM")))
+    one = bench.step_bytes(asked.cfg, weights, 1)
+    assert one == pytest.approx(whole - banks * (1 - asked.cfg.num_experts_per_tok / asked.cfg.n_routed_experts))
+    assert bench.step_bytes(asked.cfg, weights, 4096) == pytest.approx(whole)
+
+
+def test_what_does_not_fit_is_refused(monkeypatch):
+    monkeypatch.setattr(bench.memory, "available", lambda devices: 10_000)
+    with pytest.raises(CapacityError, match=r"2 layers take .* nothing was made"):
+        bench.plan(TINY, 2, None, (1,), (24,), "fp8", 1)
+    with pytest.raises(CapacityError, match="expert=8"):
+        bench.plan(TINY, 2, "expert=8", (1,), (24,), "fp8", 1)
+
+
+def test_the_command(capsys):
+    """JSON lines."""
+    sizes = ["--layers", "1", "--batch", "1", "--context", "16", "--steps", "2", "--cache-dtype", "fp8"]
+    assert cli.main(["bench", "model", "--config", TINY, *sizes, "--json"]) == 0
+    kinds = [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()]
+    assert kinds == ["made", "decode", "read"]
+
+
+def test_the_whole_model_on_four_devices():
+    """Experts are a quarter on each; attention, too, is cut where heads are."""
+    cfg = ds.Config.from_json(REPOSITORY / "configs" / "deepseek_v32.json")
+    assert 385e9 < sum(bench.weight_bytes(cfg, None).values()) < 415e9
+    four = sum(bench.weight_bytes(cfg, ds.mesh("expert=4")).values())
+    assert 98e9 < four < 125e9
+    assert sum(bench.weight_bytes(cfg, ds.mesh("expert=4,model=2")).values()) < 0.6 * four
