@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from . import sharding
 from .cache import Cache, LayerCache, empty, empty_layer
 from .choice import Knobs, Tally, choose, weighed
 from .config import Config
@@ -86,6 +87,14 @@ def blank(cfg: Config, compute: np.dtype, batch: int, capacity: int, dtype: np.d
     drafting = empty_layer(cfg, batch, capacity, dtype) if drafts else None
     h_BD = jnp.zeros((batch, cfg.hidden_size), compute)
     return Context(empty(cfg, batch, capacity, dtype), h_BD, drafting)
+
+
+def placed(model: Model, context: Context) -> Context:
+    """The context where the weights are, its rows split over the mesh axis "data". Arrays that JAX may still move and
+    those it may not have programs of their own: without this a second chunk or turn would compile `read` again."""
+    if model.mesh is not None:
+        return sharding.by_rows(model.mesh, context)
+    return jax.device_put(context, jax.tree.leaves(model)[0].sharding)
 
 
 def read(model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array) -> Context:
