@@ -47,8 +47,12 @@ class Keyboard:
     def _line(self, prompt: str) -> str:
         try:
             line = input(self._styled(prompt)) + "\n" if self.interactive else sys.stdin.readline()
+            line.encode()
         except UnicodeDecodeError as error:
             raise UsageError(f"what came in is not {error.encoding}: {error}") from None
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) & 0xFF
+            raise UsageError(f"what came in is not UTF-8: character {error.start} is the byte 0x{byte:02x}") from None
         if not line:
             raise EOFError
         return line.removesuffix("\n")
