@@ -338,6 +338,22 @@ def test_piped_errors_end_it(dsv32, checkpoint):
         assert code == 2 and out == "" and why in err
 
 
+@pytest.mark.parametrize(
+    ("typed", "turn"),
+    [
+        ('"""\na\n\n b\n"""\n', "a\n\n b"),
+        ('"""a\nb"""\n', "a\nb"),
+        ('"""a"""\n', "a"),
+        ('"""\n"""\n', ""),
+        ("a\\\n", "a\\"),
+    ],
+)
+def test_several_lines(monkeypatch, typed, turn):
+    """Between the marks, whose own lines do not count; a backslash means nothing where nobody types."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert Keyboard(Screen()).read("> ") == turn
+
+
 def test_typed_bytes_that_are_no_text(monkeypatch):
     """A terminal, and a pipe in the C locale, give them as half surrogate pairs."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), "utf-8", errors="surrogateescape"))
@@ -409,6 +425,15 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.wait_for("the conversation goes on under it")
     terminal.type("/sys\t\n")
     terminal.wait_for("system text: two\r\nlines")
+    terminal.wait_for("> ")
+    terminal.type('"""\n/system a\nthree\n"""\n')
+    terminal.wait_for("the conversation goes on under it")
+    terminal.wait_for("> ")
+    terminal.type("\x1b[A")
+    terminal.wait_for("/system a")
+    terminal.wait_for("three")
+    terminal.type("\n")
+    terminal.wait_for("the conversation goes on under it")
     terminal.wait_for("> ")
     terminal.type('"""\n/undo\nnot sent')
     terminal.wait_for("... not sent")
