@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from . import decoding, memory, sharding, speculation
+from . import decoding, memory, speculation
 from .decoding import Context, State
 from .diagnosis import not_finite
 from .memory import rows_bucket
@@ -84,11 +84,7 @@ class Batch:
     ) -> None:
         """Read the prompts and choose the first tokens. `context` has read the first `known` tokens of them already."""
         batch = rows_bucket(len(self._prompts))
-        if context is None:
-            request, model = self._request, self._model
-            dtype, drafts = request.cache_dtype, request.draft
-            context = decoding.blank(model.cfg, model.dtype, batch, request.capacity, dtype, drafts)
-            context = sharding.by_rows(model.mesh, context)
+        context = decoding.placed(self._model, self._blank(batch) if context is None else context)
         for tokens_BT, next_BT, count_B in chunks([prompt[known:] for prompt in self._prompts], batch):
             if asked_to_stop():
                 return
@@ -96,6 +92,10 @@ class Batch:
             jax.block_until_ready(context)
             progress(int(count_B.sum()))
         self._begin(context, batch)
+
+    def _blank(self, batch: int) -> Context:
+        request, model = self._request, self._model
+        return decoding.blank(model.cfg, model.dtype, batch, request.capacity, request.cache_dtype, request.draft)
 
     def _begin(self, context: Context | None, batch: int) -> None:
         """Choose the first tokens, of every continuation of each prompt."""

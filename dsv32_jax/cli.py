@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .errors import DsvError, StorageError, printable
+from .errors import DsvError, StorageError, printable, refusal
 from .evaluation import command as evaluation
 from .terminal import subcommands
 
@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
+        print(printable(f"error: {refusal(error)}"), file=sys.stderr)
         return StorageError.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

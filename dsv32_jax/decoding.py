@@ -89,6 +89,14 @@ def blank(cfg: Config, compute: np.dtype, batch: int, capacity: int, dtype: np.d
     return Context(empty(cfg, batch, capacity, dtype), h_BD, drafting)
 
 
+def placed(model: Model, context: Context) -> Context:
+    """The context where the weights are, its rows split over the mesh axis "data". Arrays that JAX may still move and
+    those it may not have programs of their own: without this a second chunk or turn would compile `read` again."""
+    if model.mesh is not None:
+        return by_rows(model.mesh, context)
+    return jax.device_put(context, jax.tree.leaves(model)[0].sharding)
+
+
 def read(model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array) -> Context:
     """The context with `count_B` more tokens a row (0 is fine); `next_BT` is the token after each, where it is known.
 

@@ -75,6 +75,13 @@ def _first_line(text: str) -> str:
     return (text.splitlines() or [""])[0][:300]
 
 
+def refusal(error: OSError) -> str:
+    """What the operating system said, with the file first and without its number."""
+    if error.filename is None or error.strerror is None:
+        return str(error)
+    return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
 def listing(items, limit: int = 8) -> str:
     """`items` joined by commas, the first `limit` of them, and how many more there are."""
     items = [str(item) for item in items]

@@ -7,10 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from . import cache, checks, memory, sharding
+from . import cache, checks, memory
 from .attention import LARGEST_TEMPORARY
 from .compilation import keep_on_disk
-from .decoding import Context, blank
+from .decoding import Context, blank, placed
 from .model import Model
 from .ops import over_tokens
 from .processes import fetch
@@ -56,7 +56,7 @@ def score(
 def _score(model: Model, rows, group: list[int], capacity: int, stored, width: int, found: Score) -> None:
     """Append what is found of the rows in `group`."""
     batch = memory.rows_bucket(len(group))
-    context = sharding.by_rows(model.mesh, blank(model.cfg, model.dtype, batch, capacity, stored, 0))
+    context = placed(model, blank(model.cfg, model.dtype, batch, capacity, stored, 0))
     for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
         context, *parts = _scored_jit(model, context, tokens_BT, next_BT, count_B, width=width)
         logprob_BT, id_BTw, top_BTw = (fetch(part) for part in parts)

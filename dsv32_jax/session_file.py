@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .decoding import Context
-from .errors import CheckpointError, UsageError, listing
+from .errors import CheckpointError, StorageError, UsageError, listing
 from .model import Model
 
 KIND = "dsv32_jax session 1"
@@ -26,11 +26,15 @@ def identity(model: Model) -> str:
 
 
 def write(file: Path, model: Model, settings: dict[str, Any], context: Context | None) -> None:
-    """Write `context`, of which `settings["tokens"]` says how many slots are used; complete or not at all."""
+    """Write `context`, of which `settings["tokens"]` says how many slots are used: all of it or, with StorageError,
+    nothing."""
     arrays = {name: _bytes(slots) for name, slots in _used(context, len(settings["tokens"])).items()}
     about = {"kind": KIND, "model": identity(model), "settings": json.dumps(settings)}
     unfinished = file.with_name(file.name + ".unfinished")
-    save_file(arrays or {"empty": np.zeros(0, np.uint8)}, unfinished, about)
+    try:
+        save_file(arrays or {"empty": np.zeros(0, np.uint8)}, unfinished, about)
+    except SafetensorError as error:
+        raise StorageError(f"{file} cannot be written: {error}") from error
     os.replace(unfinished, file)
 
 

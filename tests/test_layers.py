@@ -13,9 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host storage.chunks compilation bench.measure evaluation.windows evaluation.estimate",
-    "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.wrapping terminal.arguments "
-    "processes terminal.joining",
+    "errors host storage.chunks compilation bench.measure evaluation.windows evaluation.estimate terminal.wrapping",
+    "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
+    "terminal.joining",
     "config quantize_search terminal.keyboard",
     "layout vocabulary chat.template chat.faults chat.stops",
     "chat.messages chat.byte_level terminal.parts",

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..batch import WHOLE
 from ..config import Config
-from ..decoding import blank
+from ..decoding import blank, placed
 from ..generation import generate
 from ..model import Model, build
 from ..random_weights import leaf_maker
@@ -51,7 +51,7 @@ def time_rows(cfg: Config, tokens: int, chunk: int) -> Iterator[Row]:
 
 def _read(model: Model, prompt: np.ndarray, capacity: int, chunk: int) -> list[float]:
     """Seconds of each chunk of `prompt`, from an empty cache on."""
-    context: Any = blank(model.cfg, model.dtype, 1, capacity, model.dtype, 0)
+    context: Any = placed(model, blank(model.cfg, model.dtype, 1, capacity, model.dtype, 0))
     seconds = []
     for start in range(0, prompt.shape[1], chunk):
         tokens = prompt[:, start : start + chunk]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from ..compilation import keep_on_disk
-from ..decoding import Context, blank
+from ..decoding import Context, blank, placed
 from ..formats import Weight
 from ..memory import rows_bucket
 from ..model import Model
@@ -61,7 +61,7 @@ def vectors(model: Model, variant: Variant, group: Sequence[Window]) -> Iterator
     rows = [window.tokens for window in group]
     batch, start = rows_bucket(len(rows)), 0
     stored: Any = variant.stored(model)
-    context = blank(model.cfg, model.dtype, batch, bucket(max(map(len, rows))), stored, 0)
+    context = placed(model, blank(model.cfg, model.dtype, batch, bucket(max(map(len, rows))), stored, 0))
     for tokens_BT, next_BT, count_B in chunks(rows, batch):
         h_BTD, context = _read_jit(model, context, tokens_BT, count_B)
         yield h_BTD, start, next_BT

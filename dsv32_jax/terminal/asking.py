@@ -168,7 +168,9 @@ def _prompt(arguments: argparse.Namespace) -> str:
         return arguments.prompt
     if arguments.prompt is None and sys.stdin.isatty():
         raise UsageError('there is no prompt: give one ("..."), a --file, or pipe it in (- reads what you type)')
-    return _decoded(sys.stdin.buffer.read(LARGEST + 1), "stdin")
+    if not (raw := sys.stdin.buffer.read(LARGEST + 1)):
+        raise UsageError('there is no prompt: nothing came in on stdin. Pipe it in, or give one ("...") or a --file')
+    return _decoded(raw, "stdin")
 
 
 def text_of(file: Path) -> str:

@@ -4,7 +4,7 @@ import argparse
 
 from ..batch import WHOLE
 from ..chat import Conversation
-from ..errors import DsvError, UsageError
+from ..errors import DsvError, UsageError, refusal
 from ..run import Run
 from ..sampling import Sampling
 from ..sessions import session
@@ -96,7 +96,7 @@ def _talk(keyboard: Keyboard, talk: Talk, arguments: argparse.Namespace) -> int:
             except (DsvError, OSError, FloatingPointError) as error:
                 if not keyboard.interactive:
                     raise
-                screen.strong(f"error: {error}")
+                screen.strong(f"error: {refusal(error) if isinstance(error, OSError) else error}")
 
 
 def _turn(keyboard: Keyboard, talk: Talk, commands: Commands) -> bool:

@@ -13,6 +13,9 @@ from .asking import text_of
 from .screen import one_line
 from .talk import Talk
 
+WIDE = 79
+"""Columns from which on /help is a table."""
+
 
 class Leave(Exception):
     """The chat is over."""
@@ -47,9 +50,9 @@ class Commands:
 
     def help(self, _: str) -> None:
         lines = [(f"{name} {command.usage}", command.help) for name, command in TABLE.items()]
-        width = max(len(usage) for usage, _ in lines)
+        width, screen = max(len(usage) for usage, _ in lines), self._talk.screen
         for usage, help in [*lines, *KEYS]:
-            self._talk.screen.note(f"{usage:<{width}}  {help}")
+            screen.note(f"{usage:<{width}}  {help}" if screen.width >= WIDE else f"{usage}\n    {help}")
 
     def reset(self, _: str) -> None:
         self._talk.change(messages=())
@@ -66,7 +69,8 @@ class Commands:
     def system(self, text: str) -> None:
         if text:
             self._talk.change(system=None if text == "-" else text)
-            self._talk.screen.note("the conversation goes on under it and is read again (/reset begins anew)")
+            goes_on = "the conversation goes on under it and is read again (/reset begins anew)"
+            self._talk.screen.note(goes_on if self._talk.conversation.messages else "the conversation begins with it")
         else:
             self._talk.screen.note(f"system text: {self._talk.conversation.system or 'none'}")
 
@@ -111,8 +115,10 @@ class Commands:
         talk.session = found
         self._known.add(saving.files(file)[0])
         said = [str(message["content"]) for message in conversation.messages if message["role"] == "user"]
+        turns = f"{len(said)} turn{'s' * (len(said) != 1)}"
         last = f"; the last: {one_line(said[-1], 60)}" if said else ""
-        talk.screen.note(f"{len(said)} turns{last}" + (f"\nthey will be read again: {why}" if why else ""))
+        talk.screen.note(turns + last + (f"\nit will be read again: {why}" if why else ""))
+        talk.show_calls()
 
     def quit(self, _: str) -> None:
         raise Leave

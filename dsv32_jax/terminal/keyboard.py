@@ -28,7 +28,17 @@ class Keyboard:
         self._readline = _readline() if self.interactive else None
 
     def read(self, prompt: str) -> str:
-        """One turn. Raises EOFError at the end of the input, KeyboardInterrupt on Ctrl-C."""
+        """One turn, which history recalls as one. Raises EOFError at the end of the input, KeyboardInterrupt on
+        Ctrl-C."""
+        before = self._readline.get_current_history_length() if self._readline else 0
+        text = self._turn(prompt)
+        if self._readline and (after := self._readline.get_current_history_length()) > before + 1:
+            for item in reversed(range(before, after)):
+                self._readline.remove_history_item(item)
+            self._readline.add_history(text)
+        return text
+
+    def _turn(self, prompt: str) -> str:
         line = self._line(prompt)
         if line.lstrip().startswith(FENCE):
             return self._fenced(line.lstrip().removeprefix(FENCE))
@@ -42,13 +52,18 @@ class Keyboard:
             lines.append(line)
             line = self._line("... ")
         lines.append(line[: line.index(FENCE)])
-        return "\n".join(lines[1:] if lines[0] == "" and len(lines) > 1 else lines)
+        first, last = lines[0] == "" and len(lines) > 1, lines[-1] == "" and len(lines) > 2
+        return "\n".join(lines[first : len(lines) - last])
 
     def _line(self, prompt: str) -> str:
         try:
             line = input(self._styled(prompt)) + "\n" if self.interactive else sys.stdin.readline()
+            line.encode()
         except UnicodeDecodeError as error:
             raise UsageError(f"what came in is not {error.encoding}: {error}") from None
+        except UnicodeEncodeError as error:
+            byte = ord(line[error.start]) & 0xFF
+            raise UsageError(f"what came in is not UTF-8: character {error.start} is the byte 0x{byte:02x}") from None
         if not line:
             raise EOFError
         return line.removesuffix("\n")

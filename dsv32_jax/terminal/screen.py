@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from ..errors import printable
+from .wrapping import Wrapping
 
 HARMLESS = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
 """Not printable in Python's eyes, but part of ordinary text; so are the spaces of all scripts."""
@@ -47,8 +48,9 @@ class Screen:
 
     @property
     def width(self) -> int:
-        """The columns of the terminal that results go to; no end of them in a file or a pipe."""
-        return shutil.get_terminal_size().columns if self._out.isatty() else sys.maxsize
+        """Columns of a line of results: those of the terminal but one, which the space behind a line's last word needs
+        (else it would begin a line of its own); no end of them in a file or a pipe."""
+        return _columns() - 1 if self._out.isatty() else sys.maxsize
 
     def fit(self, text: str) -> str:
         """`text` as results are written."""
@@ -63,8 +65,8 @@ class Screen:
         self._in_line = text[-1] != "\n"
 
     def note(self, text: str = "") -> None:
-        """Write lines about the result, dimmed on a terminal."""
-        self.alongside(text + "\n")
+        """Write lines about the result, dimmed on a terminal and broken between words."""
+        self.alongside(self._wrapped(shown(text)) + "\n")
 
     def alongside(self, text: str) -> None:
         """Write a part of such lines."""
@@ -78,7 +80,7 @@ class Screen:
         """Write a line about the result that a reader must not miss."""
         self.status("")
         self._end_line()
-        self._write(self._err, self.bold(shown(text)) + "\n")
+        self._write(self._err, self.bold(self._wrapped(shown(text))) + "\n")
 
     def status(self, text: str) -> None:
         """Show `text` in a line that the next output replaces; on a terminal only."""
@@ -87,8 +89,7 @@ class Screen:
         if not self._has_status:
             self._end_line()
         self._has_status = bool(text)
-        limit = shutil.get_terminal_size().columns - 1
-        self._write(self._err, "\r\x1b[K" + self.dim(one_line(text, limit) if text else ""))
+        self._write(self._err, "\r\x1b[K" + self.dim(one_line(text, _columns() - 1) if text else ""))
 
     def dim(self, text: str) -> str:
         """`text` in dim letters, where there are any."""
@@ -111,6 +112,13 @@ class Screen:
             log.removeHandler(handler)
             log.propagate = before
 
+    def _wrapped(self, text: str) -> str:
+        """`text` in lines that fit on the terminal."""
+        if not self._err.isatty():
+            return text
+        wrapping = Wrapping(_columns() - 1)
+        return wrapping.add(text) + wrapping.end()
+
     def _end_line(self) -> None:
         """Where a result stands in the middle of a line, go on below it."""
         if self._in_line and self._out.isatty():
@@ -122,6 +130,10 @@ class Screen:
         encoding = stream.encoding or "utf-8"
         stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
         stream.flush()
+
+
+def _columns() -> int:
+    return shutil.get_terminal_size().columns
 
 
 class _Notes(logging.Handler):

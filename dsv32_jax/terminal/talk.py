@@ -74,6 +74,12 @@ class Talk:
             for _ in itertools.islice(tokens, 2):
                 pass
 
+    def show_calls(self) -> None:
+        """Show the calls that were made last, where they wait for results."""
+        for message in self.conversation.messages[-1:]:
+            for call in message.get("tool_calls") or ():
+                self.screen.strong(f"calls {call_text(call['function'])}")
+
     def say(self, text: str) -> bool:
         """Take a user's turn, or the next result that the model waits for, and answer where it is the model's turn.
 
@@ -135,9 +141,8 @@ class Talk:
         return cast(Generator[Token], stream)
 
     def _tell(self, answer: Answer, forgiven: Sequence[str], used: int) -> None:
-        """The calls of an answer, and what there is to know about it."""
-        for call in self.conversation.messages[-1].get("tool_calls") or ():
-            self.screen.strong(f"calls {call_text(call['function'])}")
+        """The calls of an answer, and what else there is to know about it."""
+        self.show_calls()
         notes = [text for text in forgiven if text != CUT]
         if answer.finish_reason == "interrupted":
             notes.append("stopped; what was said so far is kept, /undo takes it back")

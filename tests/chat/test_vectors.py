@@ -45,25 +45,34 @@ def test_vector(vector):
         assert run(vector) == vector.get("expected_prompt", vector.get("expected_message"))
 
 
-def official(name: str) -> str:
-    return gzip.decompress((DATA / f"{name}.gz").read_bytes()).decode("utf-8")
+@pytest.fixture(scope="module")
+def official(request):
+    """Reads a file of the model's own repository: that in tests/data, and with --shared that in its folder instead."""
+    shared = request.config.getoption("--shared")
+
+    def read(name: str) -> str:
+        if shared:
+            return (shared / "vectors" / "encoding" / "hf_official" / name).read_bytes().decode("utf-8")
+        return gzip.decompress((DATA / f"{name}.gz").read_bytes()).decode("utf-8")
+
+    return read
 
 
 @pytest.mark.parametrize("name", ["search_wo_date", "search_w_date"])
-def test_official_search(name):
+def test_official_search(official, name):
     """The two long dialogues of the model's own repository."""
     messages = json.loads(official(f"test_input_{name}.json"))["messages"]
     assert chat.encode(messages, thinking=True) == official(f"test_output_{name}.txt")
 
 
 @pytest.fixture(scope="module")
-def weather() -> tuple[list, list]:
+def weather(official) -> tuple[list, list]:
     """The official dialogue with tools."""
     read = json.loads(official("test_input.json"))
     return read["messages"], read["tools"]
 
 
-def test_official_tools(weather):
+def test_official_tools(official, weather):
     """Tools as an argument stand where the official test puts them."""
     messages, tools = weather
     assert chat.encode(messages, thinking=True, tools=tools) == official("test_output.regenerated.txt")

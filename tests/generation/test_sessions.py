@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import dsv32_jax as ds
+from dsv32_jax.batch import WHOLE
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.model import Origin
 from tests import models
@@ -50,6 +52,15 @@ def test_turns(model, settings):
 
     forked = again.generate(longer, max_new_tokens=5)
     assert forked.tokens == two.tokens and forked.stats.prompt_tokens == two.stats.prompt_tokens
+
+
+def test_a_later_turn_compiles_no_reading_again(model):
+    """A loaded model's arrays are bound to their devices; so is an empty cache, like one that was read into."""
+    session = ds.session(jax.device_put(model, jax.devices()[0]), capacity=64)
+    session.generate(FIRST[:3], max_new_tokens=1)
+    programs = WHOLE.read._cache_size()
+    session.generate(FIRST, max_new_tokens=1)
+    assert WHOLE.read._cache_size() == programs
 
 
 def test_a_cache_that_grows(model, settings):

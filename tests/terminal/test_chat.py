@@ -1,6 +1,7 @@
 """dsv32 chat: turns and commands with answers from a script, a real model through pipes, and a pseudo-terminal."""
 
 import dataclasses
+import io
 import json
 import os
 import pty
@@ -16,11 +17,12 @@ import pytest
 
 from dsv32_jax import cli
 from dsv32_jax.chat import Conversation, Tokenizer, template
-from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
+from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.sampling import Sampling
 from dsv32_jax.sessions import session
 from dsv32_jax.terminal import saving
 from dsv32_jax.terminal.commands import FIELDS, TABLE, Commands, Leave
+from dsv32_jax.terminal.keyboard import Keyboard
 from dsv32_jax.terminal.opening import Opened
 from dsv32_jax.terminal.screen import Screen
 from dsv32_jax.terminal.talk import Talk, call_text
@@ -230,6 +232,24 @@ def test_help_lists_every_command(talk, capsys):
     assert max(map(len, listed.splitlines())) < 80 and set(FIELDS) == {f.name for f in dataclasses.fields(Sampling)}
 
 
+def test_help_in_a_narrow_terminal(talk, capsys, monkeypatch):
+    """What a command does stands below it."""
+    monkeypatch.setattr(Screen, "width", 40)
+    Commands(talk()).do("/help")
+    assert "/reset \n    begin a new conversation\n" in capsys.readouterr().err
+
+
+def test_a_loaded_call_waits_for_its_result(talk, capsys, tmp_path, monkeypatch):
+    """It is shown again: who gives the result has to see what was asked."""
+    chat = talk("Look." + CALL, "It is 3.", tools=[TOOL])
+    chat.say("1+2?")
+    capsys.readouterr()
+    monkeypatch.setattr(saving, "load", lambda *_: (chat.conversation, chat.session, ""))
+    Commands(chat).do(f"/load {tmp_path / 'talk'}")
+    assert "1 turn; the last: 1+2?\ncalls add(a=1)\ncalls mul" in capsys.readouterr().err
+    assert chat.prompt == "result of add> "
+
+
 BAD_CONVERSATIONS = {
     "not json": "not JSON",
     "[]": "not a conversation",
@@ -256,7 +276,7 @@ def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
     """Answers go to stdout, what is saved is loaded, and only what is new is read."""
     monkeypatch.chdir(tmp_path)
     code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
-    assert code == 0 and out.endswith("\n") and "read 5," in err and "1 turns; the last: Hi" in err
+    assert code == 0 and out.endswith("\n") and "read 5," in err and "1 turn; the last: Hi" in err
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert saved["messages"][0] == {"role": "user", "content": "Hi"} and (tmp_path / "talk.safetensors").exists()
 
@@ -277,6 +297,8 @@ def test_saving(checkpoint, tmp_path):
     found, other, why = saving.load(tmp_path / "a.b", session(model, capacity=64, cache_dtype="fp8"))
     assert found == talked and (other.capacity, other.cache_dtype.name) == (64, "float8_e4m3fn")
     assert "was saved with capacity 32, cache_dtype float32, not capacity 64, cache_dtype float8_e4m3fn" in why
+    with pytest.raises(StorageError, match="no/a.safetensors cannot be written"):
+        saving.save(tmp_path / "no" / "a", talked, session(model), replace=False)
     written[1].write_bytes(b"damaged")
     assert "is not a session" in saving.load(tmp_path / "a.b", session(model))[2]
     written[1].unlink()
@@ -290,7 +312,7 @@ MISUSE = {
     "a capacity that is none": (("--capacity", "0"), 2, "capacity must be"),
     "too large a capacity": (("--capacity", "5000"), 2, "capacity must be"),
     "temperature": (("--temperature", "9"), 2, "temperature must be"),
-    "tools that are not there": (("--tools", "nowhere.json"), 74, "nowhere.json"),
+    "tools that are not there": (("--tools", "nowhere.json"), 74, "error: nowhere.json: No such file or directory\n"),
     "tools that are no list": (("--tools", "object.json"), 2, "must hold a list of tools"),
     "tools that are none": (("--tools", "list.json"), 2, "tools[0] must be an object"),
     "tools that are no json": (("--tools", "text.json"), 3, "is not JSON"),
@@ -314,6 +336,29 @@ def test_piped_errors_end_it(dsv32, checkpoint):
     for piped, why in (("/nonsense\nHi\n", "there is no /nonsense"), (b"\xff\n", "is not utf-8")):
         code, out, err = dsv32("chat", checkpoint, *FEW, piped=piped)
         assert code == 2 and out == "" and why in err
+
+
+@pytest.mark.parametrize(
+    ("typed", "turn"),
+    [
+        ('"""\na\n\n b\n"""\n', "a\n\n b"),
+        ('"""a\nb"""\n', "a\nb"),
+        ('"""a"""\n', "a"),
+        ('"""\n"""\n', ""),
+        ("a\\\n", "a\\"),
+    ],
+)
+def test_several_lines(monkeypatch, typed, turn):
+    """Between the marks, whose own lines do not count; a backslash means nothing where nobody types."""
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    assert Keyboard(Screen()).read("> ") == turn
+
+
+def test_typed_bytes_that_are_no_text(monkeypatch):
+    """A terminal, and a pipe in the C locale, give them as half surrogate pairs."""
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), "utf-8", errors="surrogateescape"))
+    with pytest.raises(UsageError, match="not UTF-8: character 1 is the byte 0xff"):
+        Keyboard(Screen()).read("> ")
 
 
 TAKE_THE_TERMINAL = """
@@ -380,6 +425,15 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.wait_for("the conversation goes on under it")
     terminal.type("/sys\t\n")
     terminal.wait_for("system text: two\r\nlines")
+    terminal.wait_for("> ")
+    terminal.type('"""\n/system a\nthree\n"""\n')
+    terminal.wait_for("the conversation goes on under it")
+    terminal.wait_for("> ")
+    terminal.type("\x1b[A")
+    terminal.wait_for("/system a")
+    terminal.wait_for("three")
+    terminal.type("\n")
+    terminal.wait_for("the conversation goes on under it")
     terminal.wait_for("> ")
     terminal.type('"""\n/undo\nnot sent')
     terminal.wait_for("... not sent")

@@ -153,7 +153,7 @@ def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
 
 
 MISUSE = {
-    "no prompt at all": ((), 2, "prompt must be a text with at least one character"),
+    "no prompt at all": ((), 2, "nothing came in on stdin"),
     "two prompts": (("a", "--file", "b"), 2, "both a PROMPT and a --file"),
     "a file that is not there": (("--file", "nowhere.txt"), 74, "nowhere.txt"),
     "thinking without messages": (("a", "--thinking"), 2, "--thinking is for messages"),

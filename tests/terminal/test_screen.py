@@ -81,6 +81,16 @@ def test_the_status_goes_away(terminal):
     assert stream.getvalue() == "\r\x1b[K\x1b[2mbusy\x1b[22m\r\x1b[Khalf\n\x1b[2maside\n\x1b[22m"
 
 
+def test_notes_are_broken_between_words(terminal, monkeypatch):
+    """On a terminal; its status is one line."""
+    screen, stream = terminal()
+    monkeypatch.setenv("COLUMNS", "10")
+    screen.note("one two three")
+    screen.strong("four five seven fits")
+    assert stream.getvalue() == "\x1b[2mone two \nthree\n\x1b[22m\x1b[1mfour five \nseven \nfits\x1b[22m\n"
+    assert screen.width == 9, "a word of the whole width would have its space on the next line"
+
+
 def test_plain_where_it_is_no_terminal(capsys, monkeypatch):
     """A pipe gets results as they are, and no status; NO_COLOR no styles; a narrow encoding escapes."""
     screen = Screen(quiet=True)
