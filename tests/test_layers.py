@@ -69,7 +69,7 @@ CONVERT_MAY_IMPORT = {
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert", "bench.context"}
+ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.model", "bench.convert", "bench.context"}
 """Where the library calls `convert` and reads `configs`."""
 
 
