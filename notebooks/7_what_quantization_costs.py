@@ -11,9 +11,9 @@
 # %% [markdown]
 # # What quantization costs
 #
-# The small trained model that is shipped, in its own FP8 and in NVFP4 with two choices of block scales. Not the error of
-# the weights is what matters but what becomes of the predictions: how far they move (KL), how often the likeliest token
-# stays the same, and what is lost on the tokens that really came. Set `SOURCE` to another Hugging Face folder.
+# The small trained model that is shipped, in its own FP8 and in NVFP4 with two choices of block scales. What matters is
+# not the error of the weights but what becomes of the predictions: how far they move (KL), how often the likeliest
+# token stays the same, and what is lost on the tokens that really came. Set `SOURCE` to another Hugging Face folder.
 
 # %%
 import tempfile
@@ -58,8 +58,8 @@ for worst in found.worst[:4]:
 # %% [markdown]
 # ## Layer by layer
 #
-# The relative error of weights and of outputs, given the same activations. A matrix in NVFP4 is off by 8 to 10 %; leaves
-# that stay BF16 lower the mean. Outputs pass through two or three matrices, so they are off by more.
+# The relative error of weights and of outputs, given the same activations. A matrix in NVFP4 is off by 8 to 10 %;
+# leaves that stay BF16 lower the mean. Outputs pass through two or three matrices, so they are off by more.
 
 
 # %%
