@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from . import decoding, memory, sharding, speculation
+from . import decoding, memory, sharding, speculation, tape
 from .decoding import Context, State
 from .diagnosis import not_finite
 from .memory import rows_bucket
@@ -22,8 +22,10 @@ SEGMENT_SECONDS = 0.5
 
 
 class Programs(NamedTuple):
-    """What runs a batch: `decoding.read`, `spread` and `begin`, and `decode` over plain and over drafting steps."""
+    """What runs a batch: `decoding.blank`, `read`, `spread` and `begin`, and `decode` over plain and over drafting
+    steps."""
 
+    blank: Callable
     read: Callable
     spread: Callable
     begin: Callable
@@ -36,6 +38,7 @@ FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 backends do not read this."""
 
 WHOLE = Programs(
+    decoding.blank,
     jax.jit(decoding.read, donate_argnames="context", compiler_options=FRUGAL),
     jax.jit(decoding.spread),
     jax.jit(decoding.begin, static_argnames=("slots", "width", "drafts")),
@@ -45,7 +48,8 @@ WHOLE = Programs(
 """Every program is the whole model, compiled once a shape bucket."""
 
 
-def _layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps: int) -> State:
+def layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps: int) -> State:
+    """`decoding.decode`, driven from Python."""
     for _ in range(steps):
         if np.asarray(state.done_B).all():
             break
@@ -54,11 +58,12 @@ def _layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps
 
 
 LAYERWISE = Programs(
+    decoding.blank,
     decoding.read,
     decoding.spread,
     decoding.begin,
-    partial(_layer_by_layer, decoding.step),
-    partial(_layer_by_layer, speculation.step),
+    partial(layer_by_layer, decoding.step),
+    partial(layer_by_layer, speculation.step),
 )
 """One program for each kind of layer, called from Python."""
 
@@ -86,7 +91,7 @@ class Batch:
         if context is None:
             request, model = self._request, self._model
             dtype, drafts = request.cache_dtype, request.draft
-            context = decoding.blank(model.cfg, model.dtype, batch, request.capacity, dtype, drafts)
+            context = self._programs.blank(model.cfg, model.dtype, batch, request.capacity, dtype, drafts)
             context = sharding.by_rows(model.mesh, context)
         for tokens_BT, next_BT, count_B in chunks([prompt[known:] for prompt in self._prompts], batch):
             if asked_to_stop():
@@ -134,10 +139,10 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the caches of all rows, filled up to a power of two."""
+        """Bytes of the caches (and tapes) of all rows, filled up to a power of two."""
         request = self._request
         each = memory.row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
-        return each * rows_bucket(len(self.rows))
+        return (each + tape.row_bytes(self._model.cfg, request.capacity, request.record)) * rows_bucket(len(self.rows))
 
     @property
     def done(self) -> bool:

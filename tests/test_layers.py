@@ -13,10 +13,10 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host storage.chunks compilation bench.measure evaluation.windows evaluation.estimate",
+    "errors host storage.chunks compilation inspect.converter bench.measure evaluation.windows evaluation.estimate",
     "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.wrapping terminal.arguments",
     "config quantize_search terminal.keyboard",
-    "layout vocabulary chat.template chat.faults chat.stops",
+    "layout vocabulary record chat.template chat.faults chat.stops",
     "chat.messages chat.byte_level terminal.parts",
     "chat.dialogue chat.parsing chat.tokenizer_file",
     "chat.encoding chat.lenient chat.tokenizer",
@@ -35,9 +35,11 @@ FLOORS = (
     "mtp checks memory",
     "model",
     "sampling checkpoint decoding diagnosis",
+    "tape",
     "speculation inventory request transcript result terminal.opening",
     "batch session_file terminal.answer terminal.asking terminal.doctor",
-    "run scoring activations",
+    "recording scoring activations",
+    "run",
     "generation sessions evaluation.variant evaluation.passages terminal.generating",
     "evaluation.reading terminal.saving terminal.talk",
     "evaluation.loss evaluation.layer_errors terminal.commands",
@@ -45,8 +47,10 @@ FLOORS = (
     "evaluation.show terminal.subcommands",
     "evaluation.command",
     "bench.load bench.layer bench.quantize bench.wide_source bench.parts fit demo",
-    "bench.convert bench.reading",
-    "bench.context",
+    "bench.convert bench.reading inspect.trees inspect.weights",
+    "bench.context inspect.blocks inspect.mass",
+    "bench.record inspect.shards",
+    "inspect.plots",
     "cli",
     "__main__",
 )
@@ -55,8 +59,9 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 WITHOUT_JAX = (
-    "errors host config quantize layout vocabulary quantize_search random_checkpoint cli demo chat "
+    "errors host config quantize layout vocabulary quantize_search random_checkpoint record cli demo chat "
     "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity "
+    "inspect inspect.weights inspect.blocks inspect.shards "
     "bench.measure bench.quantize "
     "chat.encoding chat.parsing chat.tokenizer chat.conversation "
     "terminal.subcommands terminal.screen terminal.keyboard terminal.parts terminal.wrapping"
@@ -68,7 +73,7 @@ CONVERT_MAY_IMPORT = {
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert", "bench.context"}
+ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.convert", "bench.context", "inspect.converter"}
 """Where the library calls `convert` and reads `configs`."""
 
 
