@@ -70,6 +70,8 @@ def parser() -> argparse.ArgumentParser:
     context.add_argument("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (8192)")
     context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
     context.set_defaults(run=_bench_context)
+    record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 3 GB)")
+    record.set_defaults(run=_bench_record)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)
     conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
@@ -139,6 +141,13 @@ def _bench_context(arguments: argparse.Namespace) -> int:
     from .bench.context import SECTIONS, print_context
 
     print_context(arguments.section or SECTIONS, arguments.prefill, arguments.layers)
+    return 0
+
+
+def _bench_record(_: argparse.Namespace) -> int:
+    from .bench.record import print_record
+
+    print_record()
     return 0
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import mla
-from ..batch import WHOLE
+from ..batch import WHOLE, Programs
 from ..cache import Cache, LayerCache, dtype_of, empty_layer
 from ..config import Config
 from ..decoding import Context, Task
@@ -169,17 +169,17 @@ def _mask(positions: jax.Array, capacity: int) -> jax.Array:
 class Step:
     """Decodes a token as `generate` does, again and again in the last slot of `cache`, which it takes over."""
 
-    def __init__(self, model: Model, cache: Cache):
-        self.model, self._length = model, cache.length_B
+    def __init__(self, model: Model, cache: Cache, programs: Programs = WHOLE):
+        self.model, self._length, self._programs = model, cache.length_B, programs
         vocabulary = model.cfg.vocab_size
         unlimited = jnp.full(1, np.iinfo(np.int32).max, jnp.int32)
         nothing = jnp.zeros((1, vocabulary), bool)
         self._task = Task(knobs([Sampling()], vocabulary, vocabulary), nothing, jnp.zeros(1, jnp.int32), unlimited)
         context = Context(cache, jnp.zeros((1, model.cfg.hidden_size), model.dtype), None)
-        self.held = WHOLE.begin(model, self._task, context, nothing, slots=1, width=0, drafts=0)
+        self.held = programs.begin(model, self._task, context, nothing, slots=1, width=0, drafts=0)
 
     def run(self) -> jax.Array:
         """Choose a token; the cache is donated and comes back."""
         cache = dataclasses.replace(self.held.cache, length_B=jnp.copy(self._length))
-        self.held = WHOLE.decode(self.model, self._task, dataclasses.replace(self.held, cache=cache), 1)
+        self.held = self._programs.decode(self.model, self._task, dataclasses.replace(self.held, cache=cache), 1)
         return self.held.made_B
