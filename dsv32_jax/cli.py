@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     context.add_argument("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (8192)")
     context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
     context.set_defaults(run=_bench_context)
-    record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 3 GB)")
+    record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 4 GB)")
     record.set_defaults(run=_bench_record)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)

@@ -3,6 +3,7 @@
 Colours are Okabe and Ito's, and cividis where a number becomes a colour: both are told apart by colour-blind readers.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,16 +27,25 @@ MAP = "cividis"
 DPI = 80
 
 
-def figure(width: float = 7, height: float = 3, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
+class Picture(Figure):
+    """A figure that a notebook shows as it is, whatever its backend."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
+def figure(width: float = 7, height: float = 3, columns: int = 1, **options: Any) -> tuple[Picture, Any]:
     """An empty figure of some inches, and its axes."""
-    made = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    made = Picture(figsize=(width, height), dpi=DPI, layout="constrained")
     axes = made.subplots(1, columns, **options)
     for one in np.ravel(axes):
         one.spines[["top", "right"]].set_visible(False)
     return made, axes
 
 
-def codes(found: Statistics) -> Figure:
+def codes(found: Statistics) -> Picture:
     """How often each of the 16 values of E2M1 occurs."""
     made, axes = figure()
     order = np.argsort(E2M1, kind="stable")
@@ -48,7 +58,7 @@ def codes(found: Statistics) -> Figure:
     return made
 
 
-def scales(found: Statistics) -> Figure:
+def scales(found: Statistics) -> Picture:
     """The block scales by magnitude; where they are 448 the block is saturated."""
     made, axes = figure()
     counts = found.scales[:127] + found.scales[128:255]
@@ -63,22 +73,22 @@ def scales(found: Statistics) -> Figure:
     return made
 
 
-def bars(values: Mapping[str, float], ylabel: str, digits: int = 1) -> Figure:
+def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str = "") -> Picture:
     """A bar for each name, with its number."""
     made, axes = figure()
     drawn = axes.bar(range(len(values)), list(values.values()), color=BLUE, width=0.6)
     axes.bar_label(drawn, fmt=f"%.{digits}f", padding=2)
     axes.set_xticks(range(len(values)), list(values))
-    axes.set(ylabel=ylabel)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(y=0.15)
     return made
 
 
 def heat(
     values: np.ndarray, xlabel: str, ylabel: str, label: str, rows: Sequence[Any] = (), columns: Sequence[Any] = ()
-) -> Figure:
+) -> Picture:
     """A matrix as colours; `rows` and `columns` are their names, by default their numbers."""
-    made, axes = figure(7, 1.4 + 0.3 * min(len(values), 10))
+    made, axes = figure(7, 1.7 + 0.25 * min(len(values), 10))
     image = axes.imshow(values, cmap=MAP, aspect="auto", interpolation="nearest")
     for names, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if len(names):
@@ -90,17 +100,17 @@ def heat(
     return made
 
 
-def atlas(errors: np.ndarray, layers: Sequence[int]) -> Figure:
+def atlas(errors: np.ndarray, layers: Sequence[int]) -> Picture:
     """The error of every expert [layers, experts], shares of one."""
     return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
 
 
-def load(record: Record) -> Figure:
+def load(record: Record) -> Picture:
     """How many of the recorded tokens each expert of each layer gets, against an equal share."""
     counts = expert_counts(record)
     share = counts / counts.sum(axis=1, keepdims=True) * counts.shape[1]
     first = record.config.first_k_dense_replace
-    return heat(share, "expert", "layer", "tokens, 1 = an equal share", rows=range(first, first + len(share)))
+    return heat(share, "expert", "layer", "load (1 = equal share)", rows=range(first, first + len(share)))
 
 
 def expert_counts(record: Record, chosen: np.ndarray | None = None) -> np.ndarray:
@@ -112,21 +122,21 @@ def expert_counts(record: Record, chosen: np.ndarray | None = None) -> np.ndarra
     return np.stack([np.bincount(one[one >= 0], minlength=record.config.n_routed_experts) for one in picked])
 
 
-def kinds(record: Record, layer: int, members: Mapping[str, np.ndarray]) -> Figure:
+def kinds(record: Record, layer: int, members: Mapping[str, np.ndarray]) -> Picture:
     """Which experts of a layer the tokens of each kind use: their share of the kind's choices, times the number of
     experts. `members` [rows, tokens] says by kind which tokens belong to it."""
     index = layer - record.config.first_k_dense_replace
     counts = np.stack([expert_counts(record, chosen)[index] for chosen in members.values()])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
     groups = f"expert of layer {layer}"
-    made = heat(share, groups, "kind of token", "use, 1 = an equal share", rows=list(members))
+    made = heat(share, groups, "kind of token", "use (1 = equal share)", rows=list(members))
     size = record.config.n_routed_experts // record.config.n_group
     for border in range(size, record.config.n_routed_experts, size):
         made.axes[0].axvline(border - 0.5, color="white", linewidth=2)
     return made
 
 
-def kept(mass: Mass, first: int) -> Figure:
+def kept(mass: Mass, first: int) -> Picture:
     """The mass that the selected positions keep in each layer, mean over positions from `first` on, beside the best
     choice of as many and the last as many."""
     made, axes = figure()
@@ -140,12 +150,12 @@ def kept(mass: Mass, first: int) -> Figure:
     return made
 
 
-def kept_by_position(mass: Mass, row: int = 0) -> Figure:
+def kept_by_position(mass: Mass, row: int = 0) -> Picture:
     """The mass that the selected positions keep, by layer and position."""
     return heat(100 * mass.kept[:, row], "position", "layer", "attention mass kept (%)")
 
 
-def selection(record: Record, layer: int, row: int = 0, start: int = 0) -> Figure:
+def selection(record: Record, layer: int, row: int = 0, start: int = 0) -> Picture:
     """Which positions each token from `start` on selects, coloured by how high they score among those it sees."""
     length = int(record["length"][row])
     selected, score = (record[name][layer, row, start:length] for name in ("selected", "index_score"))
@@ -163,8 +173,9 @@ def selection(record: Record, layer: int, row: int = 0, start: int = 0) -> Figur
     return made
 
 
-def needle(ranks: np.ndarray, limit: int) -> Figure:
-    """The rank of a marked position among the index scores, [layers, tokens]; up to `limit` it is selected."""
+def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
+    """The rank of a marked position among the index scores of the given tokens [layers, tokens]; up to `limit` it is
+    selected."""
     made, axes = figure(7, 3.2)
     for layer, rank in enumerate(ranks):
         axes.plot(
@@ -173,13 +184,15 @@ def needle(ranks: np.ndarray, limit: int) -> Figure:
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(f"selected up to {limit}", (0, limit), xytext=(2, 3), textcoords="offset points", fontsize=9)
     axes.set_yscale("log")
-    axes.invert_yaxis()
-    axes.set(xlabel="new token", ylabel="rank of the needle (1 = first)")
+    axes.set_ylim(1.5 * max(ranks.max(), limit), 0.8)
+    names = [ascii(token)[1:-1] if token.strip(" ") else "space" for token in tokens]
+    axes.set_xticks(range(len(tokens)), names, rotation=30, ha="right")
+    axes.set(xlabel="token", ylabel="rank of the needle (1 = first)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return made
 
 
-def sharding(placed: Placement) -> Figure:
+def sharding(placed: Placement) -> Picture:
     """A weight of any rank as the rectangle of its (at most two) split axes, each piece with its devices."""
     split = [axis for axis, name in enumerate(placed.split) if name is not None]
     down = split[0] if split else 0
@@ -195,6 +208,7 @@ def sharding(placed: Placement) -> Figure:
         middle = (left + size[0] / 2, top + size[1] / 2)
         axes.annotate(_devices(devices), middle, ha="center", va="center", fontsize=9)
     axes.set(xlim=(0, placed.shape[across]), ylim=(placed.shape[down], 0))
+    axes.yaxis.get_major_locator().set_params(integer=True)
     names = [f"{placed.letters[axis]} ({placed.split[axis] or 'whole'})" for axis in (across, down)]
     rest = [f"{placed.letters[i]} {n}" for i, n in enumerate(placed.shape) if i not in (across, down)]
     axes.set(
@@ -217,7 +231,7 @@ def _devices(devices: Sequence[int]) -> str:
     return f"device{'s' if len(devices) > 1 else ''} {shown}{' ...' if len(devices) > 4 else ''}"
 
 
-def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Figure:
+def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
     """A column for each name, made of named parts."""
     made, axes = figure(7, 3.4)
     bottom = np.zeros(len(values))
@@ -231,11 +245,12 @@ def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Figure:
     return made
 
 
-def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str) -> Figure:
-    """A line for each name."""
+def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, x: Sequence[float] = ()) -> Picture:
+    """A line for each name, over `x`, by default their numbers."""
     made, axes = figure(7, 3)
     for i, (name, heights) in enumerate(values.items()):
-        axes.plot(heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
+        at = x if len(x) else range(len(heights))
+        axes.plot(at, heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     return made

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from ..config import Config
 from ..errors import UsageError
-from ..layout import Leaf, leaves
+from ..layout import COPIES, Leaf, leaves
 from ..storage import pieces
 
 
@@ -28,9 +28,7 @@ class Placement(NamedTuple):
 
     def __repr__(self) -> str:
         mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
-        lines = [
-            f"{self.path} {list(self.shape)} over {mesh}: {len(set(self.parts))} pieces, {self.copies} copies each"
-        ]
+        lines = [f"{self.path} {list(self.shape)} over {mesh}: {len(set(self.parts))} pieces, {self.copies} x each"]
         for device, part in enumerate(self.parts):
             axes = zip(self.letters, self.shape, part, strict=True)
             where = [f"{letter} {'all' if (a, b) == (0, size) else f'{a}:{b}'}" for letter, size, (a, b) in axes]
@@ -58,12 +56,15 @@ def placement(cfg: Config, path: str, mesh: str) -> Placement:
 
 
 def held(cfg: Config, mesh: str) -> dict[str, int]:
-    """Parameters that one device of `mesh` holds, by what they are for: experts, attention, and so on."""
+    """Parameters that one device of `mesh` holds, by what they are for, those of the drafting layer among them; what it
+    shares with the model counts once. Raises CapacityError where the mesh does not divide the leaves evenly."""
     sizes = pieces.parse(mesh)
-    found: dict[str, int] = dict.fromkeys(("embedding, head", "attention", "indexer", "dense", "experts"), 0)
-    for leaf in leaves(cfg):
+    found: dict[str, int] = dict.fromkeys(("embedding, head", "attention", "indexer", "dense, shared", "experts"), 0)
+    own = [leaf for leaf in leaves(cfg) if leaf.path not in COPIES]
+    pieces.check(sizes, [(leaf, leaf.shape) for leaf in own])
+    for leaf in own:
         name = "embedding, head"
-        for mark, what in ((".mla.", "attention"), (".indexer.", "indexer"), (".ffn.", "dense")):
+        for mark, what in ((".mla.", "attention"), (".indexer.", "indexer"), (".ffn.", "dense, shared")):
             name = what if mark in leaf.path else name
         name = "experts" if leaf.stacked else name
         found[name] += math.prod(pieces.split(sizes, leaf, leaf.shape))
