@@ -12,8 +12,9 @@
 # # Where tokens go
 #
 # Which experts the router sends tokens to: how even the load is, what the groups do, and which experts specialize in
-# which kinds of token. Runs on the small model that is shipped; `CHECKPOINT` is any folder that `python -m convert`
-# wrote. The run is recorded once; everything after that reads the record's file and needs no model.
+# which kinds of token. Runs on the small model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face
+# layout to use other weights. The run is recorded once; everything after that reads the record's file and needs no
+# model.
 
 # %%
 import keyword
@@ -25,14 +26,14 @@ import numpy as np
 import dsv32_jax as ds
 from dsv32_jax import convert, inspect
 
-SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
+DEMO = Path(ds.__file__).parent / "demo_checkpoint"
+SOURCE = DEMO
 scratch = Path(tempfile.mkdtemp())
-CHECKPOINT = scratch / "converted"
 
-convert.convert(SOURCE, CHECKPOINT)
-model = ds.load(CHECKPOINT)
-tokenizer = ds.chat.Tokenizer.load(CHECKPOINT, model.cfg)
-text = (SOURCE / "heldout.txt").read_text(encoding="utf-8")
+convert.convert(SOURCE, scratch / "converted")
+model = ds.load(scratch / "converted")
+tokenizer = ds.chat.Tokenizer.load(scratch / "converted", model.cfg)
+text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
 ids = tokenizer.encode(text)
 rows = [ids[start : start + 500] for start in range(0, 4000, 500)]
 gen = ds.generate(model, rows, max_new_tokens=12, record={"routing"})

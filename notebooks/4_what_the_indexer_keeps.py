@@ -12,7 +12,8 @@
 #
 # Sparse attention sees only the tokens that the lightning indexer scores highest. Which are these, how much of what
 # dense attention would look at do they hold, and does a detail that matters survive? Runs on the small model that is
-# shipped (it selects 128 positions, the real one 2048); `CHECKPOINT` is any folder that `python -m convert` wrote.
+# shipped, which selects 128 positions, the real one 2048; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout
+# to use other weights.
 
 # %%
 import tempfile
@@ -23,16 +24,17 @@ import numpy as np
 import dsv32_jax as ds
 from dsv32_jax import convert, inspect
 
-SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
-CHECKPOINT = Path(tempfile.mkdtemp()) / "converted"
+DEMO = Path(ds.__file__).parent / "demo_checkpoint"
+SOURCE = DEMO
 LAYER = 3
 
-convert.convert(SOURCE, CHECKPOINT)
-model = ds.load(CHECKPOINT)
-tokenizer = ds.chat.Tokenizer.load(CHECKPOINT, model.cfg)
-ids = tokenizer.encode((SOURCE / "heldout.txt").read_text(encoding="utf-8"))
+target = Path(tempfile.mkdtemp()) / "converted"
+convert.convert(SOURCE, target)
+model = ds.load(target)
+tokenizer = ds.chat.Tokenizer.load(target, model.cfg)
+ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8"))
 topk = model.cfg.index_topk
-prompt = ids[200:580]
+prompt = ids[200 : 200 + 3 * topk]
 record = ds.generate(model, [prompt], max_new_tokens=20, record={"indexer", "attention"}).record
 record
 
@@ -65,7 +67,7 @@ for position in np.argsort(-count, kind="stable")[:6]:
 # best choice of as many positions, and to simply the last ones.
 
 # %%
-mass = inspect.kept_mass(model, [ids[start : start + 640] for start in (200, 5000, 9000)])
+mass = inspect.kept_mass(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)])
 inspect.plots.kept(mass, first=2 * topk)
 
 # %% [markdown]
@@ -78,7 +80,7 @@ inspect.plots.kept_by_position(mass)
 # %% [markdown]
 # The recorder's own measure needs no dense attention: the spread (entropy) of the weights among what was selected. Its
 # exponential is the number of positions that a head effectively looks at (here the mean of 16 tokens). See how layers 2
-# to 4 look at about ten: they lose nothing. Layer 0 looks at nearly all that it is given, and would look at more.
+# to 4 look at ten to twenty: they lose little. Layer 0 looks at nearly all that it is given, and would look at more.
 
 # %%
 effective = np.exp(record["spread"][:, 0])
@@ -95,7 +97,7 @@ inspect.plots.lines(smooth, "position", "positions in effective use")
 
 # %%
 needle = "MAGIC_TIMEOUT = 4711\n\n"
-text = (SOURCE / "heldout.txt").read_text(encoding="utf-8")
+text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
 filler = tokenizer.encode(text[text.index("class BaseProcess(object):") :])[:420]
 line = tokenizer.encode(needle)
 answer = next(i for i, token in enumerate(line) if "4" in tokenizer.decode([token]))

@@ -11,9 +11,9 @@
 # # Meshes
 #
 # What lies where when a model is spread over devices. Eight virtual devices of the CPU stand for eight accelerators:
-# the program and the placement are the same. Runs on the small model that is shipped; `CHECKPOINT` is any folder that
-# `python -m convert` wrote. The rules: a letter of a weight's name is a mesh axis, E is "expert", H, F, M and V are
-# "model", rows of a batch are "data".
+# the program and the placement are the same. Runs on the small model that is shipped; set `SOURCE` to a DeepSeek-V3.2
+# folder in Hugging Face layout to use other weights. The rules: a letter of a weight's name is a mesh axis; E is
+# "expert", H, F, M and V are "model", rows of a batch are "data".
 
 # %%
 import os
@@ -31,11 +31,11 @@ import dsv32_jax as ds
 from dsv32_jax import convert, inspect
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
-CHECKPOINT = Path(tempfile.mkdtemp()) / "converted"
 MESH = "expert=4,model=2"
 
-convert.convert(SOURCE, CHECKPOINT, to="nvfp4")
-model = ds.load(CHECKPOINT, mesh=ds.mesh(MESH))
+target = Path(tempfile.mkdtemp()) / "converted"
+convert.convert(SOURCE, target, to="nvfp4")
+model = ds.load(target, mesh=ds.mesh(MESH))
 model.mesh
 
 # %% [markdown]
@@ -101,7 +101,7 @@ inspect.plots.stacks({names[mesh]: parts for mesh, parts in held.items()}, "para
 # %%
 prompts = [[0, 300, 301, 302], [0, 400, 401]]
 made = [
-    ds.generate(ds.load(CHECKPOINT, mesh=mesh, dtype=jnp.float32), prompts, max_new_tokens=8).tokens
+    ds.generate(ds.load(target, mesh=mesh, dtype=jnp.float32), prompts, max_new_tokens=8).tokens
     for mesh in (None, ds.mesh(MESH))
 ]
 np.array_equal(made[0], made[1])

@@ -12,7 +12,8 @@
 #
 # The drafting layer (MTP) proposes the next tokens, the model checks them all in one step, and what comes out is token
 # for token what it would have made alone. How many drafts are kept, and where in a text are they right? Runs on the
-# small model that is shipped; `CHECKPOINT` is any folder that `python -m convert` wrote, with its MTP layer.
+# small model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout, MTP layer included, to use
+# other weights.
 
 # %%
 import keyword
@@ -27,14 +28,15 @@ import dsv32_jax as ds
 from dsv32_jax import convert, inspect
 from dsv32_jax.cache import empty_layer
 
-SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
-CHECKPOINT = Path(tempfile.mkdtemp()) / "converted"
+DEMO = Path(ds.__file__).parent / "demo_checkpoint"
+SOURCE = DEMO
 NEW = 96
 
-convert.convert(SOURCE, CHECKPOINT)
-model = ds.load(CHECKPOINT)
-tokenizer = ds.chat.Tokenizer.load(CHECKPOINT, model.cfg)
-ids = tokenizer.encode((SOURCE / "heldout.txt").read_text(encoding="utf-8"))
+target = Path(tempfile.mkdtemp()) / "converted"
+convert.convert(SOURCE, target)
+model = ds.load(target)
+tokenizer = ds.chat.Tokenizer.load(target, model.cfg)
+ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8"))
 prompts = [ids[start : start + 48] for start in range(1000, 9000, 1000)]
 
 # %% [markdown]
