@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from . import chat as chat
     from . import evaluation as evaluation
+    from . import inspect as inspect
     from .checkpoint import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
@@ -52,7 +53,7 @@ _HOME = {
     "stream": "generation",
 }
 
-_ROOMS = ("chat", "evaluation")
+_ROOMS = ("chat", "evaluation", "inspect")
 
 __all__ = sorted([*_HOME, *_ROOMS])
 

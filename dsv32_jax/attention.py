@@ -33,7 +33,7 @@ def attention(
         position_BT,
     )
     fits = cache.capacity <= cfg.index_topk
-    block = _queries_at_once(cfg, len(position_BT), cache.capacity)
+    block = queries_at_once(cfg, len(position_BT), cache.capacity)
 
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
         score_BTS = scores_of_cache(q_index_BTIJ, w_BTI, cache, position_BT)
@@ -48,7 +48,7 @@ def attention(
     return mla.output(o_BTHP), cache, (score_BTS, selected_BTk)
 
 
-def _queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
+def queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
     """How many queries keep index scores, attention scores and gathered latents within LARGEST_TEMPORARY."""
     seen = min(capacity, cfg.index_topk)
     scored = max(cfg.index_n_heads * min(capacity, KEYS), capacity)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from . import decoding, memory, speculation
+from . import decoding, memory, speculation, tape
 from .decoding import Context, State
 from .diagnosis import not_finite
 from .memory import rows_bucket
@@ -23,8 +23,10 @@ SEGMENT_SECONDS = 0.5
 
 
 class Programs(NamedTuple):
-    """What runs a batch: `decoding.read`, `spread` and `begin`, and `decode` over plain and over drafting steps."""
+    """What runs a batch: `decoding.blank`, `read`, `spread` and `begin`, and `decode` over plain and over drafting
+    steps."""
 
+    blank: Callable
     read: Callable
     spread: Callable
     begin: Callable
@@ -37,6 +39,7 @@ FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 backends do not read this."""
 
 WHOLE = Programs(
+    decoding.blank,
     jax.jit(decoding.read, donate_argnames="context", compiler_options=FRUGAL),
     jax.jit(decoding.spread),
     jax.jit(decoding.begin, static_argnames=("slots", "width", "drafts")),
@@ -46,7 +49,8 @@ WHOLE = Programs(
 """Every program is the whole model, compiled once a shape bucket."""
 
 
-def _layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps: int) -> State:
+def layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps: int) -> State:
+    """`decoding.decode`, driven from Python."""
     for _ in range(steps):
         if fetch(state.done_B).all():
             break
@@ -55,11 +59,12 @@ def _layer_by_layer(step, model: Model, task: decoding.Task, state: State, steps
 
 
 LAYERWISE = Programs(
+    decoding.blank,
     decoding.read,
     decoding.spread,
     decoding.begin,
-    partial(_layer_by_layer, decoding.step),
-    partial(_layer_by_layer, speculation.step),
+    partial(layer_by_layer, decoding.step),
+    partial(layer_by_layer, speculation.step),
 )
 """One program for each kind of layer, called from Python."""
 
@@ -95,7 +100,7 @@ class Batch:
 
     def _blank(self, batch: int) -> Context:
         request, model = self._request, self._model
-        return decoding.blank(model.cfg, model.dtype, batch, request.capacity, request.cache_dtype, request.draft)
+        return self._programs.blank(model.cfg, model.dtype, batch, request.capacity, request.cache_dtype, request.draft)
 
     def _begin(self, context: Context | None, batch: int) -> None:
         """Choose the first tokens, of every continuation of each prompt."""
@@ -135,10 +140,10 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the caches of all rows, filled up to a power of two."""
+        """Bytes of the caches (and tapes) of all rows, filled up to a power of two."""
         request = self._request
         each = memory.row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
-        return each * rows_bucket(len(self.rows))
+        return (each + tape.row_bytes(self._model.cfg, request.capacity, request.record)) * rows_bucket(len(self.rows))
 
     @property
     def done(self) -> bool:

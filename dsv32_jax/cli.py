@@ -71,6 +71,8 @@ def parser() -> argparse.ArgumentParser:
     context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
     context.set_defaults(run=_bench_context)
     _add_bench_model(bench)
+    record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 4 GB)")
+    record.set_defaults(run=_bench_record)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_bench_quantize)
     conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
@@ -162,6 +164,13 @@ def _bench_model(arguments: argparse.Namespace) -> int:
     where = (arguments.config, arguments.layers, arguments.mesh)
     sizes = (arguments.batch or BATCH, arguments.context or CONTEXT)
     print_model(plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
+    return 0
+
+
+def _bench_record(_: argparse.Namespace) -> int:
+    from .bench.record import print_record
+
+    print_record()
     return 0
 
 

@@ -1,10 +1,11 @@
 """Generation: prompts in, tokens out, all at once or one by one."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Unpack
 
-from .batch import LAYERWISE, WHOLE, Programs
+from . import recording, tape
+from .batch import LAYERWISE, WHOLE
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
@@ -21,16 +22,20 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
+    record: Collection[str] = (),
     **options: Unpack[Options],
 ) -> Generation:
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
 
-    `sampling` is one for all prompts or a list with one each; `request.Options` lists and explains the options. The
-    first Ctrl-C returns what was made so far. Raises UsageError before anything is compiled where the request makes no
-    sense, CapacityError where its cache does not fit in memory, FloatingPointError where the model's logits are not
-    numbers. `generate.layerwise` does the same without compiling the whole model.
+    `sampling` is one for all prompts or a list with one each; `request.Options` lists and explains the options.
+    `record` names what to keep of what layers see, any of "routing", "indexer", "attention" and "logits", for prompts
+    and new tokens alike: `inspect.Record` explains it. The first Ctrl-C returns what was made so far. Raises UsageError
+    before anything is compiled where the request makes no sense, CapacityError where its cache or record does not fit
+    in memory, FloatingPointError where the model's logits are not numbers. `generate.layerwise` does the same without
+    compiling the whole model.
     """
-    return _generate(WHOLE, model, prompts, sampling, options)
+    kinds = tape.checked(record)
+    return _generate(Run(recording.whole(kinds) if kinds else WHOLE, model, prompts, sampling, kinds=kinds, **options))
 
 
 def _layerwise(
@@ -38,17 +43,19 @@ def _layerwise(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
+    record: Collection[str] = (),
     **options: Unpack[Options],
 ) -> Generation:
     """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
-    return _generate(LAYERWISE, model, prompts, sampling, options)
+    kinds = tape.checked(record)
+    programs = recording.layerwise(kinds) if kinds else LAYERWISE
+    return _generate(Run(programs, model, prompts, sampling, kinds=kinds, **options))
 
 
 generate.layerwise = _layerwise
 
 
-def _generate(programs: Programs, model: Model, prompts, sampling, options: Options) -> Generation:
-    run = Run(programs, model, prompts, sampling, **options)
+def _generate(run: Run) -> Generation:
     with interruptible() as asked:
         asked_to_stop = asking(run.mesh, asked)
         for batch in run.batches():

@@ -77,23 +77,37 @@ def absorbed(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
     """The same, with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
+    weight_BTHS, c_kv_BSC = absorbed_weights(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
+    o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS.astype(q_c_BTHN.dtype), c_kv_BSC).astype(q_c_BTHN.dtype)
+    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+
+
+def absorbed_weights(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each head attends to with which weight [B, T, H, S], float32, and the latents [B, S, C]."""
     c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
-    weight_BTHS = _softmax(mla.cfg, score_BTHS, visible_BTS).astype(q_c_BTHC.dtype)
-    o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS, c_kv_BSC).astype(q_c_BTHC.dtype)
-    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+    return _softmax(mla.cfg, score_BTHS, visible_BTS), c_kv_BSC
 
 
 @jax.named_scope("attention")
 def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array) -> jax.Array:
     """`absorbed` over each query's selected positions only (-1: none). Returns o [B, T, H, P]."""
+    weight_BTHk, c_kv_BTkC = sparse_weights(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
+    o_BTHC = dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHN.dtype), c_kv_BTkC).astype(q_c_BTHN.dtype)
+    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+
+
+def sparse_weights(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each head attends to with which weight [B, T, H, k], float32, and the latents there [B, T, k, C]."""
     c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHk = dot("BTHC,BTkC->BTHk", q_c_BTHC, c_kv_BTkC) + dot("BTHR,BTkR->BTHk", q_r_BTHR, k_r_BTkR)
-    weight_BTHk = _softmax(mla.cfg, score_BTHk, selected_BTk >= 0).astype(q_c_BTHC.dtype)
-    o_BTHC = dot("BTHk,BTkC->BTHC", weight_BTHk, c_kv_BTkC).astype(q_c_BTHC.dtype)
-    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+    return _softmax(mla.cfg, score_BTHk, selected_BTk >= 0), c_kv_BTkC
 
 
 def dense(cfg: Config, tokens: int, capacity: int):

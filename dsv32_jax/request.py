@@ -7,7 +7,7 @@ from typing import Any, TypedDict
 import jax
 import numpy as np
 
-from . import cache, checks, memory
+from . import cache, checks, memory, tape
 from .compilation import keep_on_disk
 from .decoding import Task
 from .errors import UsageError
@@ -68,6 +68,7 @@ class Request:
     top_logprobs: int
     draft: int
     batch_size: int
+    record: tuple[str, ...] = ()
 
     @property
     def groups(self) -> list[list[int]]:
@@ -91,8 +92,9 @@ def plan(
     cache_dtype: Any = None,
     capacity: int | None = None,
     batch_size: int | None = None,
+    kinds: tuple[str, ...] = (),
 ) -> Request:
-    """Check a request and choose its shapes; nothing is compiled here."""
+    """Check a request and choose its shapes; nothing is compiled here. `kinds`: what is recorded, of tape.KINDS."""
     keep_on_disk()
     cfg = model.cfg
     rows = checks.prompts(prompts, cfg.vocab_size)
@@ -112,6 +114,8 @@ def plan(
         _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
     if batch_size is not None:
         checks.whole("batch_size", batch_size, n, 1 << 20)
+    tape.require_room(cfg, len(rows) * n, max(map(len, rows)) + limit, kinds)
+    kept = tape.row_bytes(cfg, capacity, kinds)
     return Request(
         rows,
         samplings,
@@ -123,7 +127,8 @@ def plan(
         n,
         top_logprobs,
         draft,
-        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
+        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh, kept),
+        kinds,
     )
 
 

@@ -12,6 +12,7 @@ from .batch import Batch, Programs
 from .compilation import announced, metered
 from .decoding import Context
 from .model import Model
+from .recording import Rows
 from .request import plan
 from .result import Generation, Stats
 from .transcript import Token, Transcript
@@ -30,6 +31,7 @@ class Run:
             Transcript(self.request.ends, self.request.limit, tokenizer, stop) for _ in self.request.samplings
         ]
         self._progress = progress
+        self._saw = Rows(self.request.record, model, self.request.prompts, len(self.request.samplings))
         self._read = self._steps = self._compiles = 0
         self._seconds: dict[str, float] = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
 
@@ -62,6 +64,7 @@ class Run:
                 batch.advance(steps)
             yield from batch.news()
         self._steps += batch.steps
+        self._saw.take(batch)
 
     def result(self) -> Generation:
         """What was generated; rows that have not ended were interrupted."""
@@ -80,13 +83,15 @@ class Run:
             steps=self._steps,
             drafts=self.request.draft,
         )
+        tokens = [one.tokens for one in self._transcripts]
         return Generation(
-            [one.tokens for one in self._transcripts],
+            tokens,
             [one.logprobs for one in self._transcripts],
             [str(one.finish_reason) for one in self._transcripts],
             stats,
             None if self._tokenizer is None else [str(one.text) for one in self._transcripts],
             [one.top for one in self._transcripts] if self.request.top_logprobs else None,
+            self._saw.record(tokens),
         )
 
     def _told(self, count: int) -> None:

@@ -13,11 +13,12 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host storage.chunks compilation bench.measure evaluation.windows evaluation.estimate terminal.wrapping",
+    "errors host storage.chunks compilation inspect.converter bench.measure evaluation.windows evaluation.estimate "
+    "terminal.wrapping",
     "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
     "terminal.joining",
     "config quantize_search terminal.keyboard",
-    "layout vocabulary chat.template chat.faults chat.stops",
+    "layout vocabulary record chat.template chat.faults chat.stops",
     "chat.messages chat.byte_level terminal.parts",
     "chat.dialogue chat.parsing chat.tokenizer_file",
     "chat.encoding chat.lenient chat.tokenizer",
@@ -36,9 +37,11 @@ FLOORS = (
     "mtp checks memory",
     "model",
     "sampling checkpoint decoding diagnosis",
+    "tape",
     "speculation inventory request transcript result terminal.opening",
     "batch session_file terminal.answer terminal.asking terminal.doctor",
-    "run scoring activations",
+    "recording scoring activations",
+    "run",
     "generation sessions evaluation.variant evaluation.passages terminal.generating",
     "evaluation.reading terminal.saving terminal.talk",
     "evaluation.loss evaluation.layer_errors terminal.commands",
@@ -46,8 +49,10 @@ FLOORS = (
     "evaluation.show terminal.subcommands",
     "evaluation.command",
     "bench.load bench.layer bench.quantize bench.wide_source bench.parts bench.scopes fit demo",
-    "bench.convert bench.reading bench.model",
-    "bench.context",
+    "bench.convert bench.reading bench.model inspect.trees inspect.weights",
+    "bench.context inspect.blocks inspect.mass",
+    "bench.record inspect.shards",
+    "inspect.plots",
     "cli",
     "__main__",
 )
@@ -56,8 +61,9 @@ FLOORS = (
 FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
 
 WITHOUT_JAX = (
-    "errors host config quantize layout vocabulary quantize_search random_checkpoint cli demo chat "
+    "errors host config quantize layout vocabulary quantize_search random_checkpoint record cli demo chat "
     "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity "
+    "inspect inspect.weights inspect.blocks inspect.shards "
     "bench.measure bench.quantize "
     "chat.encoding chat.parsing chat.tokenizer chat.conversation "
     "terminal.subcommands terminal.screen terminal.keyboard terminal.parts terminal.wrapping"
@@ -69,7 +75,10 @@ CONVERT_MAY_IMPORT = {
 }
 """Names, formats on the host, manifest and store: the converter never sees the model."""
 
-ENTRANCES = {"cli", "demo", "bench.layer", "bench.load", "bench.model", "bench.convert", "bench.context"}
+ENTRANCES = {
+    *("cli", "demo", "inspect.converter"),
+    *("bench.layer", "bench.load", "bench.model", "bench.convert", "bench.context"),
+}
 """Where the library calls `convert` and reads `configs`."""
 
 

@@ -12,7 +12,7 @@ import pytest
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax import cache, checks, decoding, indexer, model, random_checkpoint, sampling, scoring, speculation
+from dsv32_jax import cache, checks, decoding, indexer, model, random_checkpoint, sampling, scoring, speculation, tape
 from dsv32_jax import request as request_of
 from dsv32_jax.evaluation import layer_errors, layerwise
 from tests import models
@@ -20,7 +20,8 @@ from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
     "ops cache mla indexer experts moe attention block mtp model checks choice sampling decoding speculation "
-    "request batch scoring evaluation.reading evaluation.divergence evaluation.layerwise evaluation.layer_errors"
+    "tape inspect.mass request batch scoring evaluation.reading evaluation.divergence evaluation.layerwise "
+    "evaluation.layer_errors"
 ).split()
 
 
@@ -67,8 +68,14 @@ def _trace_generation(cfg, weights) -> None:
         begin = functools.partial(decoding.begin, slots=9, width=4, drafts=drafts)
         state = jax.eval_shape(begin, weights, task, context, in_prompt_BV)
         state = jax.eval_shape(functools.partial(decoding.decode, step), weights, task, state, 5)
+        record = jax.eval_shape(functools.partial(tape.recorded_blank, tape.KINDS, *blank.args))
+        jax.eval_shape(_recorded_read, weights, record, tokens_BT, tokens_BT, count_B)
         jax.eval_shape(lambda state: decoding.rewound(decoding.resumed(weights, state), 3), state)
         jax.eval_shape(functools.partial(scoring.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
+
+
+def _recorded_read(weights, context, tokens_BT, next_BT, count_B):
+    return decoding.read(tape.recording(weights, tape.KINDS), context, tokens_BT, next_BT, count_B)
 
 
 def _forward(weights, tokens_BT, filled, count_B):
@@ -90,6 +97,7 @@ def _run(cfg, folder) -> None:
     session.save(folder / "session")
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
     ds.score(session.model, [[5, 6, 7]])
+    ds.inspect.kept_mass(session.model, [[5, 6, 7], list(range(5, 36))])
     ds.evaluation.kl(session.model, session.model, [[5, 6, 7]])
     random_checkpoint.write(folder / "hf", one_row, "bf16")
     convert(folder / "hf", folder / "converted")

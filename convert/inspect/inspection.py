@@ -77,7 +77,7 @@ def of_source(source: Source) -> Inspection:
     except ConfigError as error:
         notes.append(str(error))
     items = list(weights(source.tensors, layers if isinstance(layers, int) else None))
-    return _inspection(source.folder, "Hugging Face", source.config, items, notes)
+    return summed(source.folder, "Hugging Face", source.config, items, notes)
 
 
 def weights(tensors: Mapping[str, Tensor], layers: int | None) -> Iterator[Item]:
@@ -140,21 +140,26 @@ def _converted(folder: Path) -> Inspection:
     """A converted checkpoint."""
     manifest = Manifest.read(folder)
     cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
-    sources = {leaf.path: leaf.sources[0] for leaf in leaves(cfg)}
-    items = [_leaf(path, leaf, manifest, sources.get(path, "")) for path, leaf in manifest.leaves.items()]
+    items = of_leaves(cfg, manifest.leaves)
     report, mesh = manifest.report, manifest.storage.get("mesh")
     notes = [*report.get("notes", []), *(f"{count} ignored: {why}" for why, count in report.get("ignored", {}).items())]
     if mesh:
         notes.append(f"laid out for the mesh {', '.join(f'{axis}={size}' for axis, size in mesh.items())}")
     notes.append(f"made from {manifest.source.get('folder')}; digest {manifest.digest}")
-    return _inspection(folder, "converted", manifest.config, items, notes)
+    return summed(folder, "converted", manifest.config, items, notes)
 
 
-def _leaf(path: str, entry: LeafEntry, manifest: Manifest, source: str) -> Item:
+def of_leaves(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
+    """The leaves of a model by what a manifest says of them."""
+    sources = {leaf.path: leaf.sources[0] for leaf in leaves(cfg)}
+    return [_leaf(path, leaf, entries, sources.get(path, "")) for path, leaf in entries.items()]
+
+
+def _leaf(path: str, entry: LeafEntry, entries: Mapping[str, LeafEntry], source: str) -> Item:
     kind = kind_of(source, path.startswith("mtp."))
     layer, name = split(path)
     if entry.same_as is not None:
-        return Item(layer, name, kind, f"= {entry.same_as}", _shape(manifest.leaves[entry.same_as]), 0, 0)
+        return Item(layer, name, kind, f"= {entry.same_as}", _shape(entries[entry.same_as]), 0, 0)
     shape = _shape(entry)
     nbytes = sum(math.prod(array.shape) * BY_NAME[array.dtype].itemsize for array in entry.arrays.values())
     format = entry.arrays["values"].dtype if entry.format == "dense" else entry.format
@@ -168,7 +173,8 @@ def _shape(entry: LeafEntry) -> tuple[int, ...]:
     return (*outer, 2 * packed)
 
 
-def _inspection(folder: Path, layout: str, config: dict[str, Any], items: list[Item], notes: list[str]) -> Inspection:
+def summed(folder: str | Path, layout: str, config: dict[str, Any], items: list[Item], notes: list[str]) -> Inspection:
+    """Tree and sums of `items`."""
     sizes: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
     for item in items:
         size = sizes[item.kind, item.format]

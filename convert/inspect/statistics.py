@@ -35,14 +35,14 @@ class Tally:
         self.nan_scales += odd.get("nan_scale_bytes", 0)
         self.zero_blocks += odd.get("zero_blocks", 0)
         if "codes" in parts:
-            nibbles = _nibbles(_byte_counts(parts["codes"]))
-            self.codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, nibbles, strict=True)})
-            self.zeros += int(nibbles[0] + nibbles[8])
-            self.scale_exponents.update(_e4m3_exponents(_byte_counts(parts["block_scale"])))
+            counts = nibbles(byte_counts(parts["codes"]))
+            self.codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, counts, strict=True)})
+            self.zeros += int(counts[0] + counts[8])
+            self.scale_exponents.update(_e4m3_exponents(byte_counts(parts["block_scale"])))
             return
         self.zeros += int(np.count_nonzero(parts["values"] == 0))
         if "block_scale" in parts:
-            self.codes.update({f"2^{e}": n for e, n in _e4m3_exponents(_byte_counts(parts["values"])).items()})
+            self.codes.update({f"2^{e}": n for e, n in _e4m3_exponents(byte_counts(parts["values"])).items()})
             self.scale_exponents.update(_exponents(parts["block_scale"]))
 
     def _add_magnitude(self, parts: dict[str, np.ndarray]) -> None:
@@ -69,7 +69,7 @@ class Tally:
         }
 
 
-def _byte_counts(array: np.ndarray) -> np.ndarray:
+def byte_counts(array: np.ndarray) -> np.ndarray:
     """How often each of the 256 bytes occurs."""
     flat, counts = np.frombuffer(raw(array), np.uint8), np.zeros(256, np.int64)
     for at in range(0, flat.size, PIECE):
@@ -77,7 +77,7 @@ def _byte_counts(array: np.ndarray) -> np.ndarray:
     return counts
 
 
-def _nibbles(counts: np.ndarray) -> np.ndarray:
+def nibbles(counts: np.ndarray) -> np.ndarray:
     """How often each of the 16 codes occurs, from the counts of bytes of two."""
     byte = np.arange(256)
     return np.bincount(byte & 15, counts, 16).astype(np.int64) + np.bincount(byte >> 4, counts, 16).astype(np.int64)

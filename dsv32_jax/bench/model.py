@@ -126,7 +126,7 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
         for context in asked.contexts:
             cache = filled(asked.cfg, asked.capacity, asked.cache_dtype, batch, context, asked.mesh)
             with metered() as compiled:
-                step = Step(model, cache, asked.steps, program)
+                step = Step(model, cache, steps=asked.steps, program=program)
             program, run = step.program, step.run
             each = medians(lambda run=run: jax.block_until_ready(run()), seconds).wall / asked.steps
             parts = scopes.spent(program, run, 1)

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from .. import mla
-from ..batch import WHOLE
+from ..batch import WHOLE, Programs
 from ..cache import Cache, LayerCache, dtype_of, empty_layer
 from ..config import Config
 from ..decoding import Context, State, Task
@@ -179,8 +179,8 @@ class Step:
     """Decodes `steps` tokens a row as `generate` does, again and again in the same slots of `cache`, which it takes
     over."""
 
-    def __init__(self, model: Model, cache: Cache, steps: int = 1, program: Any = None):
-        """`program`: that of another Step of these shapes."""
+    def __init__(self, model: Model, cache: Cache, programs: Programs = WHOLE, steps: int = 1, program: Any = None):
+        """`programs` are those of `generate`; `program`: that of another Step of these shapes."""
         self.model, self._steps = model, np.int32(steps)
         self._length = np.asarray(cache.length_B)
         batch, vocabulary = len(self._length), model.cfg.vocab_size
@@ -189,10 +189,10 @@ class Step:
         choice = knobs([Sampling()] * batch, vocabulary, vocabulary)
         self._task = by_rows(model.mesh, Task(choice, nothing, jnp.zeros(batch, jnp.int32), unlimited))
         h_BD = by_rows(model.mesh, jnp.zeros((batch, model.cfg.hidden_size), model.dtype))
-        self.held = WHOLE.begin(
+        self.held = programs.begin(
             model, self._task, Context(cache, h_BD, None), by_rows(model.mesh, nothing), slots=1, width=0, drafts=0
         )
-        decode = WHOLE.decode.lower(model, self._task, self._state, self._steps) if program is None else None
+        decode = programs.decode.lower(model, self._task, self._state, self._steps) if program is None else None
         self.program: Any = program if decode is None else decode.compile()
 
     @property

@@ -1,0 +1,89 @@
+"""`dsv32 bench record`: what the flight recorder costs in decoding, kind by kind."""
+
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from .. import recording, tape
+from ..batch import WHOLE
+from ..cache import Cache
+from ..config import Config
+from .context import config
+from .measure import FEWEST_REPEATS, Row, Times, table
+from .parts import DTYPE, Step, filled, random_model
+
+CONTEXTS = (2048, 8192)
+
+SIZES = {"vocab_size": 2048, "num_nextn_predict_layers": 0, "n_routed_experts": 16}
+"""What differs from DeepSeek-V3.2: a token uses as many experts of the true size, out of fewer."""
+
+EXPLANATION = """\
+Decoding: ms a token, batch 1, one MoE layer of the true dimensions ({experts} experts, vocabulary {vocabulary}) at the
+end of a context of synthetic values, with the recorder off and keeping one kind or all. They run in turn, round by
+round, each time from another on; times are the fastest of many, as what else a machine does only adds to them. cpu:
+processor time of all cores. cost: time over that of off, less 1; on a CPU in processor time. tape: what a token leaves
+on it. In a context of {topk} everything is selected, and only a recorder asks for index scores."""
+
+COLUMNS = (
+    ("context", 7, lambda row: str(row["context"])),
+    ("record", 10, lambda row: row["record"]),
+    ("time ms", 9, lambda row: f"{row['seconds'] * 1e3:.1f}"),
+    ("cpu ms", 9, lambda row: f"{row['cpu_seconds'] * 1e3:.1f}"),
+    ("cost", 8, lambda row: f"{100 * row['cost']:+.1f} %"),
+    ("tape kB", 9, lambda row: f"{row['bytes'] / 1e3:.1f}"),
+)
+
+
+def print_record() -> None:
+    """`dsv32 bench record`."""
+    cfg = config(SIZES, 1)
+    print(EXPLANATION.format(experts=cfg.n_routed_experts, vocabulary=cfg.vocab_size, topk=cfg.index_topk))
+    for line in table(COLUMNS, rows(cfg)):
+        print(line, flush=True)
+
+
+def rows(cfg: Config, contexts: Sequence[int] = CONTEXTS, seconds: float = 90.0) -> Iterator[Row]:
+    """For each context a row of the recorder off, keeping each kind, and all of them; about `seconds` of rounds each.
+
+    `cost` is a share of the time with the recorder off, `bytes` what a token leaves on the tape.
+    """
+    model = random_model(cfg)
+    choices = {"off": (), **{kind: (kind,) for kind in tape.KINDS}, "all": tape.KINDS}
+    for context in contexts:
+        steps = {name: Step(model, *_ready(cfg, context, kinds)) for name, kinds in choices.items()}
+        fastest = _fastest(steps, seconds)
+        clock = 1 if jax.default_backend() == "cpu" else 0
+        for name, kinds in choices.items():
+            yield {
+                "context": context,
+                "record": name,
+                "seconds": fastest[name].wall,
+                "cpu_seconds": fastest[name].cpu,
+                "cost": fastest[name][clock] / fastest["off"][clock] - 1,
+                "bytes": tape.row_bytes(cfg, context, kinds) / context,
+            }
+
+
+def _ready(cfg: Config, context: int, kinds: tuple[str, ...]):
+    """A full cache, with a tape where something is recorded, and the programs that go with it."""
+    cache: Cache = filled(cfg, context, DTYPE)
+    if not kinds:
+        return cache, WHOLE
+    return tape.RecordedCache(cache.layers, cache.length_B, tape.empty(cfg, 1, context, kinds)), recording.whole(kinds)
+
+
+def _fastest(steps: dict[str, Step], seconds: float) -> dict[str, Times]:
+    """The fastest times of each step, after one to warm up."""
+    names = list(steps)
+    found: dict[str, list[Times]] = {name: [] for name in names}
+    for name in names:
+        jax.block_until_ready(steps[name].run())
+    end = time.perf_counter() + seconds
+    while len(found[names[0]]) < FEWEST_REPEATS or time.perf_counter() < end:
+        for name in names:
+            wall, cpu = time.perf_counter(), time.process_time()
+            jax.block_until_ready(steps[name].run())
+            found[name].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
+        names = names[1:] + names[:1]
+    return {name: Times(*map(min, zip(*times, strict=True))) for name, times in found.items()}

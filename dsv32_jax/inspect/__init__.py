@@ -1,0 +1,62 @@
+"""What is inside: of a run, and of a checkpoint that is not loaded.
+
+record = inspect.Record.load("run.safetensors")      # generate(..., record={"routing"}).record.save wrote it
+inspect.tree("checkpoint")                           # parameters, equal layers folded; also of a config.json or a model
+folder = inspect.Folder("checkpoint")                # converted, or in Hugging Face layout
+weight = folder.weight("layers.3.ffn.w_up_EMD", 5)   # one expert of one leaf; nothing else is read
+inspect.statistics(weight)                           # codes, scales, zero and saturated blocks
+inspect.plots.codes(inspect.statistics(weight))      # figures; needs the extra [notebook]
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..record import Record as Record
+    from . import plots as plots
+    from .blocks import Statistics as Statistics
+    from .blocks import atlas as atlas
+    from .blocks import clipped as clipped
+    from .blocks import statistics as statistics
+    from .mass import Mass as Mass
+    from .mass import kept_mass as kept_mass
+    from .shards import Placement as Placement
+    from .shards import held as held
+    from .shards import placement as placement
+    from .trees import Tree as Tree
+    from .trees import tree as tree
+    from .weights import Folder as Folder
+    from .weights import StoredWeight as StoredWeight
+
+_HOME = {
+    "Folder": ".weights",
+    "Mass": ".mass",
+    "Placement": ".shards",
+    "Record": "..record",
+    "Statistics": ".blocks",
+    "StoredWeight": ".weights",
+    "Tree": ".trees",
+    "atlas": ".blocks",
+    "clipped": ".blocks",
+    "held": ".shards",
+    "kept_mass": ".mass",
+    "placement": ".shards",
+    "statistics": ".blocks",
+    "tree": ".trees",
+}
+
+__all__ = sorted([*_HOME, "plots"])
+
+
+def __getattr__(name: str):
+    if name == "plots":
+        return importlib.import_module(".plots", __name__)
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOME[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__():
+    return __all__

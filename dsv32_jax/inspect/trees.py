@@ -1,0 +1,93 @@
+"""Trees of parameters: equal layers and experts folded, with sizes, for a terminal and for a notebook."""
+
+import dataclasses
+import html
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from .. import inventory
+from ..errors import printable
+from ..formats import NVFP4, Fp8Block
+from ..model import Model
+from ..storage.manifest import ArrayEntry, LeafEntry
+from .converter import converter
+
+STYLE = "text-align:left;padding:0 1em 0 0;font-family:monospace;white-space:nowrap"
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
+class Tree:
+    """A tree that shows itself; `found` is the converter's Inspection: branches, sums by kind and format, notes."""
+
+    found: Any
+
+    def __repr__(self) -> str:
+        return converter("show").inspection(self.found)
+
+    def _repr_html_(self) -> str:
+        """A fold-out section for each run of equal layers, and a table of sums."""
+        ranges, quantities = converter("names").ranges, converter("quantities")
+        amount, size_text = quantities.amount, quantities.size_text
+        parts = [f"<p>{_text(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
+        for branch in self.found.tree:
+            title = "outside of layers" if branch.layers is None else f"layers {ranges(branch.layers)}"
+            nbytes = sum(row.nbytes for row in branch.rows)
+            parameters = sum(row.parameters for row in branch.rows)
+            rows = [
+                (
+                    row.name,
+                    f"{row.count} x {list(row.shape)}",
+                    row.format,
+                    amount(row.parameters),
+                    size_text(row.nbytes),
+                )
+                for row in branch.rows
+            ]
+            summary = _text(f"{title}: {amount(parameters)} parameters, {size_text(nbytes)}")
+            parts.append(f"<details><summary>{summary}</summary>{_table(rows)}</details>")
+        sums = [(*size[:2], amount(size[2]), size_text(size[3])) for size in self.found.sizes]
+        total = ("total", "", amount(self.found.parameters), size_text(self.found.nbytes))
+        return "".join([*parts, _table([*sums, total])])
+
+
+def tree(what: str | Path | Model, format: str | None = None) -> Tree:
+    """The tree of a folder in either layout, of a config.json with its matrices in `format` (as `dsv32 fit`), or of a
+    loaded model. Headers are read, no weights. Raises UsageError, ConfigError, CheckpointError."""
+    inspection = converter("inspect.inspection")
+    if isinstance(what, Model):
+        items = inspection.of_leaves(what.cfg, _entries(what))
+        return Tree(inspection.summed("a model", "loaded", what.cfg.to_dict(), items, []))
+    if Path(what).expanduser().is_file():
+        found = inventory.read(what, format)
+        items = inspection.of_leaves(found.cfg, found.entries)
+        return Tree(inspection.summed(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))
+    return Tree(inspection.inspect(what))
+
+
+def _entries(model: Model) -> Mapping[str, LeafEntry]:
+    """The leaves of a model as a manifest would list them; one that is another's array shares it."""
+    named, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, NVFP4 | Fp8Block))
+    found: dict[str, LeafEntry] = {}
+    first: dict[int, str] = {}
+    for keys, weight in named:
+        path = jax.tree_util.keystr(keys, simple=True, separator=".")
+        home = first.setdefault(id(weight), path)
+        parts = {"values": weight}
+        if isinstance(weight, NVFP4 | Fp8Block):
+            parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+        format = {NVFP4: "nvfp4", Fp8Block: "fp8_block"}.get(type(weight), "dense")
+        arrays = {name: ArrayEntry(part.dtype.name, part.shape, "") for name, part in parts.items()}
+        found[path] = LeafEntry(format, arrays) if home == path else LeafEntry(format, {}, home)
+    return found
+
+
+def _table(rows: list[tuple[str, ...]]) -> str:
+    cells = ("".join(f'<td style="{STYLE}">{_text(cell)}</td>' for cell in row) for row in rows)
+    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
+
+
+def _text(text: str) -> str:
+    return html.escape(printable(text))

@@ -1,0 +1,113 @@
+"""Programs that record, and the Record that is made of their tapes."""
+
+from collections.abc import Callable, Sequence
+from functools import cache, partial, wraps
+from typing import Any
+
+import jax
+import numpy as np
+
+from . import decoding, speculation, tape
+from .batch import FRUGAL, LAYERWISE, WHOLE, Batch, Programs, layer_by_layer
+from .model import Model
+from .processes import fetch
+from .record import Record
+from .session_file import identity
+
+PAD = {"expert": -1, "selected": -1, "top_id": -1, "index_score": -np.inf}
+"""What stands beyond a row's end; NaN elsewhere."""
+
+
+@cache
+def whole(kinds: tuple[str, ...]) -> Programs:
+    """`batch.WHOLE`, recording."""
+    read, step, drafting = (_recorded(kinds, f) for f in (decoding.read, decoding.step, speculation.step))
+    return Programs(
+        partial(tape.recorded_blank, kinds),
+        jax.jit(read, donate_argnames="context", compiler_options=FRUGAL),
+        WHOLE.spread,
+        WHOLE.begin,
+        jax.jit(partial(decoding.decode, step), donate_argnames="state", compiler_options=FRUGAL),
+        jax.jit(partial(decoding.decode, drafting), donate_argnames="state", compiler_options=FRUGAL),
+    )
+
+
+def layerwise(kinds: tuple[str, ...]) -> Programs:
+    """`batch.LAYERWISE`, recording."""
+    read, step, drafting = (_recorded(kinds, f) for f in (decoding.read, decoding.step, speculation.step))
+    return Programs(
+        partial(tape.recorded_blank, kinds),
+        read,
+        LAYERWISE.spread,
+        LAYERWISE.begin,
+        partial(layer_by_layer, step),
+        partial(layer_by_layer, drafting),
+    )
+
+
+def _recorded(kinds: tuple[str, ...], function: Callable) -> Callable:
+    """`function`, whose first argument is a model, with a recording one."""
+
+    @wraps(function)
+    def recorded(model: Model, *arguments, **options):
+        return function(tape.recording(model, kinds), *arguments, **options)
+
+    return recorded
+
+
+class Rows:
+    """What the rows of a request saw, taken from each batch when it is done."""
+
+    def __init__(self, kinds: tuple[str, ...], model: Model, prompts: Sequence[Sequence[int]], rows: int):
+        self._kinds, self._model = kinds, model
+        self._prompts = [prompts[row * len(prompts) // rows] for row in range(rows)]
+        self._seen: list[dict[str, np.ndarray]] = [{} for _ in range(rows)]
+        self._lengths = [0] * rows
+
+    def take(self, batch: Batch) -> None:
+        """Copy the batch's rows to the host: of each, the tokens that were processed."""
+        if batch.held is None or not isinstance(batch.held.cache, tape.RecordedCache):
+            return
+        taken: Any = jax.tree.map(fetch, batch.held.cache.tape)
+        for b, (row, transcript) in enumerate(zip(batch.rows, batch.transcripts, strict=True)):
+            length = self._lengths[row] = len(self._prompts[row]) + max(len(transcript.tokens) - 1, 0)
+            names = dict.fromkeys(name for layer in taken.layers for name in layer)
+            self._seen[row] = {name: part[b, :length].copy() for name, part in taken.head.items()}
+            for name in names:
+                parts = [layer[name][b, :length] for layer in taken.layers if name in layer]
+                self._seen[row][name] = np.stack(parts)
+
+    def record(self, new: Sequence[Sequence[int]]) -> Record | None:
+        """The record of all rows, `new` being the tokens that were made; None where nothing is recorded."""
+        if not self._kinds:
+            return None
+        tokens = [[*prompt, *made] for prompt, made in zip(self._prompts, new, strict=True)]
+        longest = max(map(len, tokens))
+        arrays = {
+            "tokens": np.array([row + [-1] * (longest - len(row)) for row in tokens], np.int32),
+            "prompt": np.array(list(map(len, self._prompts)), np.int32),
+            "length": np.array(self._lengths, np.int32),
+            **self._padding(max(self._lengths)),
+        }
+        for row, seen in enumerate(self._seen):
+            for name, part in seen.items():
+                if name in tape.OF_HEAD:
+                    arrays[name][row, : len(part)] = part
+                else:
+                    arrays[name][:, row, : part.shape[1]] = (
+                        part[..., : arrays[name].shape[-1]] if part.ndim > 2 else part
+                    )
+        about: dict[str, Any] = {"config": self._model.cfg.to_dict(), "model": identity(self._model)}
+        return Record(self._kinds, arrays, about)
+
+    def _padding(self, longest: int) -> dict[str, np.ndarray]:
+        """What stands where nothing was recorded, [layers, rows, tokens, ...] for each name; of what was selected, no
+        more columns than tokens."""
+        cfg = self._model.cfg
+        whole = jax.eval_shape(lambda: tape.empty(cfg, len(self._seen), max(longest, 1), self._kinds))
+        found = {name: part.update(shape=(len(part), longest, *part.shape[2:])) for name, part in whole.head.items()}
+        for name in dict.fromkeys(name for layer in whole.layers for name in layer):
+            parts = [layer[name] for layer in whole.layers if name in layer]
+            rows, _, *rest = parts[0].shape
+            found[name] = parts[0].update(shape=(len(parts), rows, longest, *rest))
+        return {name: np.full(part.shape, PAD.get(name, np.nan), part.dtype) for name, part in found.items()}
