@@ -151,8 +151,8 @@ def _reading(asked: Plan, model: Model, seconds: float) -> Iterator[Row]:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, CHUNK), np.int32)
     for context in asked.contexts:
         cache = filled(cfg, asked.capacity, asked.cache_dtype, 1, context, asked.mesh)
-        h_BD = sharding.by_rows(asked.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
-        held, length = Context(cache, h_BD, None), np.asarray(cache.length_B)
+        hidden = sharding.by_rows(asked.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
+        held, length = Context(cache, hidden, None), np.asarray(cache.length_B)
 
         def run(length=length) -> Any:
             nonlocal held

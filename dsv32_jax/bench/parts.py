@@ -78,8 +78,8 @@ def filled(
     """A cache of rows that have `length` tokens, synthetic ones of standard deviation 1; by default there is room for
     one more."""
     layers = tuple(_filled_layer(cfg, batch, capacity, dtype, mesh, np.uint32(i)) for i in range(cfg.num_hidden_layers))
-    length_B = jnp.full(batch, capacity - 1 if length is None else length, jnp.int32)
-    return jax.block_until_ready(Cache(layers, by_rows(mesh, length_B)))
+    lengths = jnp.full(batch, capacity - 1 if length is None else length, jnp.int32)
+    return jax.block_until_ready(Cache(layers, by_rows(mesh, lengths)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -188,9 +188,9 @@ class Step:
         nothing = jnp.zeros((batch, vocabulary), bool)
         choice = knobs([Sampling()] * batch, vocabulary, vocabulary)
         self._task = by_rows(model.mesh, Task(choice, nothing, jnp.zeros(batch, jnp.int32), unlimited))
-        h_BD = by_rows(model.mesh, jnp.zeros((batch, model.cfg.hidden_size), model.dtype))
+        hidden = by_rows(model.mesh, jnp.zeros((batch, model.cfg.hidden_size), model.dtype))
         self.held = programs.begin(
-            model, self._task, Context(cache, h_BD, None), by_rows(model.mesh, nothing), slots=1, width=0, drafts=0
+            model, self._task, Context(cache, hidden, None), by_rows(model.mesh, nothing), slots=1, width=0, drafts=0
         )
         decode = programs.decode.lower(model, self._task, self._state, self._steps) if program is None else None
         self.program: Any = program if decode is None else decode.compile()
