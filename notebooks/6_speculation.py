@@ -46,7 +46,13 @@ prompts = [ids[start : start + 48] for start in range(1000, 9000, 1000)]
 # before it were right, and the layer was trained to look one token ahead. The tokens are the same every time.
 
 # %%
-runs = {draft: ds.generate(model, prompts, max_new_tokens=NEW, draft=draft) for draft in (0, 1, 3)}
+runs = {0: ds.generate(model, prompts, max_new_tokens=NEW)}
+
+# %%
+runs[1] = ds.generate(model, prompts, max_new_tokens=NEW, draft=1)
+
+# %%
+runs[3] = ds.generate(model, prompts, max_new_tokens=NEW, draft=3)
 for draft, run in runs.items():
     stats = run.stats
     per_step = (stats.new_tokens - stats.rows) / stats.steps

@@ -24,15 +24,17 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """A dense layer, one of experts, and a drafting layer; one token in sixteen ends a row."""
-    cfg = dataclasses.replace(tiny, num_hidden_layers=2, eos_token_id=(1, *range(300, 320)))
-    return models.random_model(cfg)
+    """A layer of experts and a drafting layer; one token in sixteen ends a row."""
+    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
+    return models.random_model(dataclasses.replace(tiny, **layers, eos_token_id=(1, *range(300, 320))))
 
 
 @pytest.fixture(scope="module")
 def drafted(model):
-    """The prompts continued with drafts, everything recorded."""
-    return ds.generate(model, PROMPTS, max_new_tokens=NEW, draft=1, record=ALL)
+    """The prompts continued with drafts, everything recorded; the longest is read in three chunks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "CHUNK", 16)
+        return ds.generate(model, PROMPTS, max_new_tokens=NEW, draft=1, record=ALL)
 
 
 @pytest.fixture(scope="module")
@@ -144,8 +146,7 @@ def _program(model, blank, step) -> str:
 def test_batches_and_samples(model):
     """Two continuations of each prompt, a prompt at a time, layer by layer: every row is what it is alone."""
     options = {"max_new_tokens": 3, "record": {"routing"}}
-    layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0, "num_nextn_predict_layers": 0}
-    model = models.random_model(dataclasses.replace(model.cfg, **layers))
+    model = dataclasses.replace(model, mtp=None)
     some = ds.generate.layerwise(model, PROMPTS[:2], n=2, batch_size=2, **options)
     assert some.record.kinds == ("routing",) and set(some.record.arrays) == {
         *"tokens prompt length expert gate".split()
@@ -242,9 +243,9 @@ def test_misuse(model, drafted, tmp_path, monkeypatch):
         ds.generate(model, PROMPTS, record={"routing", "indexer"})
 
 
-def test_memory_counts_it(model):
+def test_memory_counts_it(tiny):
     """A row's tape: ids and gates in layers of experts, positions and scores in all."""
-    cfg = model.cfg
+    cfg = dataclasses.replace(tiny, num_hidden_layers=2)
     assert tape.row_bytes(cfg, 64, ()) == 0
     assert tape.row_bytes(cfg, 64, ("routing",)) == 64 * 8 * cfg.num_experts_per_tok
     assert tape.row_bytes(cfg, 64, ("indexer",)) == 2 * 64 * 8 * cfg.index_topk
