@@ -25,7 +25,9 @@ NOWHERE = Path("nowhere")
 
 
 def pytest_addoption(parser):
-    """`--shared PATH`: also run every golden case found in PATH/golden and PATH/golden_nvfp4."""
+    """`--shared PATH`: also run every golden case found in PATH/golden and PATH/golden_nvfp4. `--notebooks`: run them
+    all, which takes two minutes."""
+    parser.addoption("--notebooks", action="store_true", help="run every notebook")
     parser.addoption("--shared", type=Path, default=None, metavar="PATH", help="folder of the whole golden sets")
 
 

@@ -23,7 +23,9 @@ def test_pair(path):
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
-def test_runs(path):
+def test_runs(path, pytestconfig):
     """Every cell runs within a minute."""
+    if not pytestconfig.getoption("--notebooks"):
+        pytest.skip("--notebooks runs them")
     notebook = jupytext.read(path)
     nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
