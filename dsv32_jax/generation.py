@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Collection, Iterator, Sequence
 from typing import Unpack
 
 from . import recording, tape
-from .batch import LAYERWISE, WHOLE
+from .batch import WHOLE
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
@@ -35,7 +35,7 @@ def generate(
     compiling the whole model.
     """
     kinds = tape.checked(record)
-    return _generate(Run(recording.whole(kinds) if kinds else WHOLE, model, prompts, sampling, kinds=kinds, **options))
+    return _generate(Run(recording.whole(kinds), model, prompts, sampling, kinds=kinds, **options))
 
 
 def _layerwise(
@@ -48,8 +48,7 @@ def _layerwise(
 ) -> Generation:
     """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
     kinds = tape.checked(record)
-    programs = recording.layerwise(kinds) if kinds else LAYERWISE
-    return _generate(Run(programs, model, prompts, sampling, kinds=kinds, **options))
+    return _generate(Run(recording.layerwise(kinds), model, prompts, sampling, kinds=kinds, **options))
 
 
 generate.layerwise = _layerwise

@@ -20,7 +20,9 @@ PAD = {"expert": -1, "selected": -1, "top_id": -1, "index_score": -np.inf}
 
 @cache
 def whole(kinds: tuple[str, ...]) -> Programs:
-    """`batch.WHOLE`, recording."""
+    """`batch.WHOLE`, recording; itself where nothing is recorded."""
+    if not kinds:
+        return WHOLE
     read, step, drafting = (_recorded(kinds, f) for f in (decoding.read, decoding.step, speculation.step))
     return Programs(
         partial(tape.recorded_blank, kinds),
@@ -33,7 +35,9 @@ def whole(kinds: tuple[str, ...]) -> Programs:
 
 
 def layerwise(kinds: tuple[str, ...]) -> Programs:
-    """`batch.LAYERWISE`, recording."""
+    """`batch.LAYERWISE`, recording; itself where nothing is recorded."""
+    if not kinds:
+        return LAYERWISE
     read, step, drafting = (_recorded(kinds, f) for f in (decoding.read, decoding.step, speculation.step))
     return Programs(
         partial(tape.recorded_blank, kinds),

@@ -25,7 +25,7 @@ class Run:
         self, programs: Programs, model: Model, prompts, sampling, *, tokenizer=None, stop=(), progress=None, **options
     ):
         self.request = plan(model, prompts, sampling, **options)
-        processes.require_same(model.mesh, self.request)
+        processes.require_same(model.mesh, (self.request, stop))
         self._programs, self._model, self._tokenizer = programs, model, tokenizer
         self._transcripts = [
             Transcript(self.request.ends, self.request.limit, tokenizer, stop) for _ in self.request.samplings

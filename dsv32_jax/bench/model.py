@@ -109,9 +109,8 @@ def weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
 def step_bytes(cfg: Config, weights: dict[str, int], batch: int) -> float:
     """Bytes of weights that a step of `batch` rows is expected to read on a device, if rows choose independently."""
     touched = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
-    banks = ("w_gate_EMD", "w_up_EMD", "w_down_EDM")
-    parts = {path: size * (touched if path.endswith(banks) else 1) for path, size in weights.items()}
-    return sum(size for path, size in parts.items() if path != "embed_VD")
+    read = [leaf for leaf in leaves(cfg) if leaf.path != "embed_VD"]
+    return sum(weights[leaf.path] * (touched if leaf.stacked else 1) for leaf in read)
 
 
 def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from .. import recording, tape
-from ..batch import WHOLE
 from ..cache import Cache
 from ..config import Config
 from .context import config
@@ -68,9 +67,9 @@ def rows(cfg: Config, contexts: Sequence[int] = CONTEXTS, seconds: float = 90.0)
 def _ready(cfg: Config, context: int, kinds: tuple[str, ...]):
     """A full cache, with a tape where something is recorded, and the programs that go with it."""
     cache: Cache = filled(cfg, context, DTYPE)
-    if not kinds:
-        return cache, WHOLE
-    return tape.RecordedCache(cache.layers, cache.length_B, tape.empty(cfg, 1, context, kinds)), recording.whole(kinds)
+    if kinds:
+        cache = tape.RecordedCache(cache.layers, cache.length_B, tape.empty(cfg, 1, context, kinds))
+    return cache, recording.whole(kinds)
 
 
 def _fastest(steps: dict[str, Step], seconds: float) -> dict[str, Times]:

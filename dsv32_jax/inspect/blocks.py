@@ -10,9 +10,6 @@ from ..quantize import E2M1_MAX, E4M3_AS_SCALE
 from .converter import converter
 from .weights import Folder, StoredWeight
 
-BANKS = ("w_gate_EMD", "w_up_EMD", "w_down_EDM")
-"""The matrices of routed experts."""
-
 LARGEST_SCALE = 0x7E
 """The byte of 448, the largest E4M3; above it is NaN, which counts as 448."""
 
@@ -76,10 +73,12 @@ def atlas(folder: Folder, source: Folder, layers: Sequence[int] | None = None) -
         raise UsageError(f"layers {wrong} have no routed experts; {with_experts[0]} to {with_experts[-1]} do")
     found = np.zeros((len(chosen), cfg.n_routed_experts))
     for i, layer in enumerate(chosen):
+        banks = [
+            leaf.path for leaf in source.table.values() if leaf.stacked and leaf.path.startswith(f"layers.{layer}.")
+        ]
         for expert in range(cfg.n_routed_experts):
             off = size = 0.0
-            for bank in BANKS:
-                path = f"layers.{layer}.ffn.{bank}"
+            for path in banks:
                 a, b = (one.weight(path, expert).values().astype(np.float64) for one in (source, folder))
                 off, size = off + float(np.sum((b - a) ** 2)), size + float(np.sum(a**2))
             found[i, expert] = np.sqrt(off / size) if size else 0.0

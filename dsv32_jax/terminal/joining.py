@@ -56,13 +56,15 @@ def _check(arguments: argparse.Namespace) -> None:
 
 
 def _watch() -> int:
-    """Do the work in a process of its own."""
+    """Do the work in a process of its own, which ends when this one is terminated. Ctrl-C reaches it by itself."""
     child = subprocess.Popen([sys.executable, "-m", "dsv32_jax", *sys.argv[1:]], env={**os.environ, WATCHED: "1"})
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    handlers = {signal.SIGINT: signal.SIG_IGN, signal.SIGTERM: lambda *_: child.terminate()}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         code = child.wait()
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     if code == -signal.SIGABRT:
         print(f"error: {GONE}", file=sys.stderr)
         return StorageError.exit_code
