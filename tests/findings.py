@@ -14,20 +14,16 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax import chat
-from dsv32_jax.block import Seen
 from dsv32_jax.evaluation.divergence import Compared, compare, summary
 from dsv32_jax.evaluation.estimate import Estimate, over_windows
 from dsv32_jax.evaluation.passages import Passages, passages
 from dsv32_jax.evaluation.reading import Reading, reading
 from dsv32_jax.evaluation.variant import Variant
-from dsv32_jax.ops import dot, einsum, rms_norm, rotation
 from dsv32_jax.random_checkpoint import write
 from dsv32_jax.storage.arrays import dtype_of
 from dsv32_jax.storage.manifest import Manifest
@@ -149,10 +145,7 @@ def drafts(scratch: Path, read: Passages) -> Iterator[str]:
 def masses(model: ds.Model, read: Passages) -> Iterator[str]:
     """Share of dense attention's mass on 128 tokens, from position 512 on."""
     whole = [window.tokens for window in read.windows if len(window.tokens) == read.context][::2]
-    shares = [
-        [mass(block, seen) for block, seen in zip(model.layers, ds.forward(model, [tokens]).seen, strict=True)]
-        for tokens in whole
-    ]
+    shares = [shares_kept(model, tokens) for tokens in whole]
     layers = [f"layer {i}" for i in range(len(model.layers))]
     yield f"\n| attention mass ({len(whole)} windows) | {' | '.join(layers)} | mean |\n|---|{'---|' * len(layers)}---|"
     names = ("selected by the indexer", "the best 128", "the last 128")
@@ -160,25 +153,10 @@ def masses(model: ds.Model, read: Passages) -> Iterator[str]:
         yield f"| {name} | {' | '.join(f'{100 * x:.1f} %' for x in (*share, share.mean()))} |"
 
 
-@jax.jit
-def mass(block, seen: Seen) -> jax.Array:
-    """How much of dense attention's weight, over positions from 512 on and all heads, lies on: the selected tokens, the
-    k tokens with the most weight, the last k tokens."""
-    cfg, mla = block.cfg, block.mla
-    h_BTD = rms_norm(seen.x_BTD, block.attn_norm_D, cfg.rms_norm_eps).astype(block.dtype)
-    positions = jnp.arange(h_BTD.shape[1])
-    angles = rotation(positions[None], cfg)
-    q_c_BTHN, q_r_BTHR = mla.queries(mla.latent_query(h_BTD), *angles)
-    c_kv_BSC, k_r_BSR = mla.keys(h_BTD, *angles)
-    score_BHTS = dot("BTHN,BSHN->BHTS", q_c_BTHN, einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC))
-    score_BHTS += dot("BTHR,BSR->BHTS", q_r_BTHR, k_r_BSR)
-    visible = positions <= positions[:, None]
-    weight_BTS = jax.nn.softmax(jnp.where(visible, score_BHTS * cfg.softmax_scale, -jnp.inf)).mean(axis=1)
-    chosen_BTk = jnp.take_along_axis(weight_BTS, jnp.maximum(seen.selected_BTk, 0), axis=-1)
-    best_BTk = jax.lax.top_k(weight_BTS, cfg.index_topk)[0]
-    recent_BTS = jnp.where(positions > positions[:, None] - cfg.index_topk, weight_BTS, 0)
-    shares = jnp.where(seen.selected_BTk >= 0, chosen_BTk, 0), best_BTk, recent_BTS
-    return jnp.stack([share.sum(-1)[:, 512:].mean() for share in shares])
+def shares_kept(model: ds.Model, tokens) -> np.ndarray:
+    """Kept, best and recent mass of each layer [layers, 3], mean over positions from 512 on."""
+    mass = ds.inspect.kept_mass(model, [tokens])
+    return np.stack([share[:, 0, 512:].mean(axis=-1) for share in mass], axis=-1)
 
 
 if __name__ == "__main__":

@@ -17,11 +17,10 @@ import numpy as np
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax.block import Seen
 from dsv32_jax.cache import empty_layer
 from dsv32_jax.chat import Tokenizer
 from dsv32_jax.model import Model
-from dsv32_jax.ops import dot, einsum, rms_norm, rotation
+from tests.findings import shares_kept
 
 FOLDER = Path(__file__).parents[2] / "dsv32_jax" / "demo_checkpoint"
 LENGTH = 1024
@@ -86,7 +85,7 @@ def look_inside(model: Model, stretches: np.ndarray) -> None:
         agreed.append((draft_BTV.argmax(-1) == out.logits[:, 1:].argmax(-1)).mean())
         logprob_BTV = jax.nn.log_softmax(draft_BTV[:, :-1])
         draft_losses.append(-jnp.take_along_axis(logprob_BTV, tokens_BT[:, 2:, None], axis=-1).mean())
-        kept.append([mass(block, seen) for block, seen in zip(model.layers, out.seen, strict=True)])
+        kept.append(shares_kept(model, tokens_BT[0].tolist()))
         routings = [seen.routing for seen in out.seen if seen.routing is not None]
         load.append([np.bincount(np.ravel(r.expert_BTX), minlength=model.cfg.n_routed_experts) for r in routings])
     print(f"MTP: loss {np.mean(draft_losses):.3f}, greedy draft agrees with the model {100 * np.mean(agreed):.1f} %")
@@ -96,27 +95,6 @@ def look_inside(model: Model, stretches: np.ndarray) -> None:
     shares = np.mean(kept, axis=0).T
     for name, share in zip(("the selected 128", "the best 128", "the last 128"), shares, strict=True):
         print(f"attention mass from position 512 on, {name}: by layer {share.round(3)}, mean {share.mean():.3f}")
-
-
-@jax.jit
-def mass(block, seen: Seen) -> jax.Array:
-    """How much of dense attention's weight, over positions from 512 on and all heads, lies on: the selected tokens, the
-    128 tokens with the most weight, the last 128 tokens."""
-    cfg, mla = block.cfg, block.mla
-    h_BTD = rms_norm(seen.x_BTD, block.attn_norm_D, cfg.rms_norm_eps).astype(block.dtype)
-    positions = jnp.arange(h_BTD.shape[1])
-    angles = rotation(positions[None], cfg)
-    q_c_BTHN, q_r_BTHR = mla.queries(mla.latent_query(h_BTD), *angles)
-    c_kv_BSC, k_r_BSR = mla.keys(h_BTD, *angles)
-    score_BHTS = dot("BTHN,BSHN->BHTS", q_c_BTHN, einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC))
-    score_BHTS += dot("BTHR,BSR->BHTS", q_r_BTHR, k_r_BSR)
-    visible = positions <= positions[:, None]
-    weight_BTS = jax.nn.softmax(jnp.where(visible, score_BHTS * cfg.softmax_scale, -jnp.inf)).mean(axis=1)
-    chosen_BTk = jnp.take_along_axis(weight_BTS, jnp.maximum(seen.selected_BTk, 0), axis=-1)
-    best_BTk = jax.lax.top_k(weight_BTS, cfg.index_topk)[0]
-    recent_BTS = jnp.where(positions > positions[:, None] - cfg.index_topk, weight_BTS, 0)
-    shares = jnp.where(seen.selected_BTk >= 0, chosen_BTk, 0), best_BTk, recent_BTS
-    return jnp.stack([share.sum(-1)[:, 512:].mean() for share in shares])
 
 
 if __name__ == "__main__":
