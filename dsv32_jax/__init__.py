@@ -8,8 +8,9 @@
 Names are imported when they are first used, so that a tool that needs no JAX does not wait for it.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from .lazy import names
 
 if TYPE_CHECKING:
     from . import chat as chat
@@ -34,39 +35,28 @@ if TYPE_CHECKING:
     from .sharding import mesh as mesh
 
 _HOME = {
-    "Config": "config",
-    "DsvError": "errors",
-    "Generation": "result",
-    "Model": "model",
-    "Output": "model",
-    "Sampling": "sampling",
-    "Score": "scoring",
-    "Session": "sessions",
-    "astream": "generation",
-    "forward": "model",
-    "generate": "generation",
-    "load": "checkpoint",
-    "load_session": "sessions",
-    "mesh": "sharding",
-    "score": "scoring",
-    "session": "sessions",
-    "stream": "generation",
+    "Config": ".config",
+    "DsvError": ".errors",
+    "Generation": ".result",
+    "Model": ".model",
+    "Output": ".model",
+    "Sampling": ".sampling",
+    "Score": ".scoring",
+    "Session": ".sessions",
+    "astream": ".generation",
+    "chat": ".chat",
+    "evaluation": ".evaluation",
+    "forward": ".model",
+    "generate": ".generation",
+    "inspect": ".inspect",
+    "load": ".checkpoint",
+    "load_session": ".sessions",
+    "mesh": ".sharding",
+    "score": ".scoring",
+    "session": ".sessions",
+    "stream": ".generation",
 }
 
-_ROOMS = ("chat", "evaluation", "inspect")
+__all__ = sorted(_HOME)
 
-__all__ = sorted([*_HOME, *_ROOMS])
-
-
-def __getattr__(name: str):
-    if name not in _HOME and name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name in _ROOMS:
-        return importlib.import_module(f".{name}", __name__)
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = names(__name__, _HOME)

@@ -13,8 +13,8 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host storage.chunks compilation inspect.converter bench.measure evaluation.windows evaluation.estimate "
-    "terminal.wrapping",
+    "errors host lazy storage.chunks compilation inspect.converter bench.measure evaluation.windows "
+    "evaluation.estimate terminal.wrapping",
     "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
     "terminal.joining",
     "config quantize_search terminal.keyboard",

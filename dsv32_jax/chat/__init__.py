@@ -9,8 +9,9 @@ prompt    = chat.prepare(messages, tokenizer, thinking=True)
 generate(model, [prompt.ids])
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..lazy import names
 
 if TYPE_CHECKING:
     from .conversation import Conversation as Conversation
@@ -26,29 +27,19 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
-    "Conversation": "conversation",
-    "Detokenizer": "detokenizer",
-    "EncodingError": "faults",
-    "ParsingError": "faults",
-    "Prompt": "prompts",
-    "StopStrings": "stops",
-    "Tokenizer": "tokenizer",
-    "encode": "encoding",
-    "parse": "parsing",
-    "parse_lenient": "lenient",
-    "prepare": "prompts",
+    "Conversation": ".conversation",
+    "Detokenizer": ".detokenizer",
+    "EncodingError": ".faults",
+    "ParsingError": ".faults",
+    "Prompt": ".prompts",
+    "StopStrings": ".stops",
+    "Tokenizer": ".tokenizer",
+    "encode": ".encoding",
+    "parse": ".parsing",
+    "parse_lenient": ".lenient",
+    "prepare": ".prompts",
 }
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = names(__name__, _HOME)

@@ -9,8 +9,9 @@ for layer in layers("bf16", "nvfp4"): ...          # one layer of each in memory
 `LmEval` runs lm-evaluation-harness (extra [eval]) on a checkpoint.
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..lazy import names
 
 if TYPE_CHECKING:
     from .divergence import Divergence as Divergence
@@ -23,26 +24,16 @@ if TYPE_CHECKING:
     from .variant import Variant as Variant
 
 _HOME = {
-    "Divergence": "divergence",
-    "LayerError": "layerwise",
-    "LmEval": "lm_eval_adapter",
-    "Perplexity": "loss",
-    "Variant": "variant",
-    "kl": "divergence",
-    "layers": "layerwise",
-    "perplexity": "loss",
+    "Divergence": ".divergence",
+    "LayerError": ".layerwise",
+    "LmEval": ".lm_eval_adapter",
+    "Perplexity": ".loss",
+    "Variant": ".variant",
+    "kl": ".divergence",
+    "layers": ".layerwise",
+    "perplexity": ".loss",
 }
 
 __all__ = sorted(_HOME)
 
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = names(__name__, _HOME)

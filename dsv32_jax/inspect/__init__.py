@@ -8,8 +8,9 @@ inspect.statistics(weight)                           # codes, scales, zero and s
 inspect.plots.codes(inspect.statistics(weight))      # figures; needs the extra [notebook]
 """
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..lazy import names
 
 if TYPE_CHECKING:
     from ..record import Record as Record
@@ -41,22 +42,11 @@ _HOME = {
     "held": ".shards",
     "kept_mass": ".mass",
     "placement": ".shards",
+    "plots": ".plots",
     "statistics": ".blocks",
     "tree": ".trees",
 }
 
-__all__ = sorted([*_HOME, "plots"])
+__all__ = sorted(_HOME)
 
-
-def __getattr__(name: str):
-    if name == "plots":
-        return importlib.import_module(".plots", __name__)
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_HOME[name], __name__), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__():
-    return __all__
+__getattr__, __dir__ = names(__name__, _HOME)
