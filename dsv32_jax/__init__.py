@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .model import Output as Output
     from .model import forward as forward
     from .result import Generation as Generation
+    from .run import Stream as Stream
     from .sampling import Sampling as Sampling
     from .scoring import Score as Score
     from .scoring import score as score
@@ -43,6 +44,7 @@ _HOME = {
     "Sampling": ".sampling",
     "Score": ".scoring",
     "Session": ".sessions",
+    "Stream": ".run",
     "astream": ".generation",
     "chat": ".chat",
     "evaluation": ".evaluation",

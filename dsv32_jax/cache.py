@@ -36,6 +36,11 @@ class LayerCache:
         """The number of slots."""
         return self.k_r_BSR.shape[1]
 
+    def resized(self, capacity: int) -> Self:
+        """The first `capacity` slots, with empty ones where there are fewer."""
+        more = (0, capacity - self.capacity, 0)
+        return jax.tree.map(lambda x: jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), more, (0, 0, 0)]), self)
+
     def write(self, position_BT: jax.Array, c_kv_BTC: jax.Array, k_r_BTR: jax.Array, k_index_BTJ: jax.Array) -> Self:
         """A cache that also holds these tokens. A position beyond the capacity is dropped."""
 
@@ -78,6 +83,10 @@ class Cache:
     def capacity(self) -> int:
         """How many tokens a row can hold."""
         return self.layers[0].capacity
+
+    def resized(self, cfg: Config, capacity: int) -> Self:
+        """The first `capacity` slots of each row, with empty ones where there are fewer; `cfg` is the model's."""
+        return dataclasses.replace(self, layers=tuple(layer.resized(capacity) for layer in self.layers))
 
 
 def empty_layer(cfg: Config, batch: int, capacity: int, dtype) -> LayerCache:

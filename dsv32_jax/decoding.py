@@ -123,17 +123,12 @@ def rewound(context: Context, count: int) -> Context:
     return dataclasses.replace(context, cache=dataclasses.replace(context.cache, length_B=length_B))
 
 
-def grown(context: Context, capacity: int) -> Context:
-    """The context with room for `capacity` tokens a row."""
-    more = capacity - context.cache.capacity
-    if not more:
+def resized(cfg: Config, context: Context, capacity: int) -> Context:
+    """The context with room for `capacity` tokens a row; those beyond are forgotten."""
+    if capacity == context.cache.capacity:
         return context
-
-    def pad(layer: LayerCache) -> LayerCache:
-        return jax.tree.map(lambda slots: jnp.pad(slots, [(0, 0), (0, more), (0, 0)]), layer)
-
-    cache = dataclasses.replace(context.cache, layers=tuple(pad(layer) for layer in context.cache.layers))
-    return Context(cache, context.h_BD, None if context.drafting is None else pad(context.drafting))
+    drafting = None if context.drafting is None else context.drafting.resized(capacity)
+    return Context(context.cache.resized(cfg, capacity), context.h_BD, drafting)
 
 
 def resumed(model: Model, state: State) -> Context:

@@ -1,18 +1,17 @@
 """Generation: prompts in, tokens out, all at once or one by one."""
 
-import asyncio
-from collections.abc import AsyncIterator, Collection, Iterator, Sequence
+import contextlib
+from collections.abc import Collection, Generator, Sequence
 from typing import Unpack
 
 from . import recording, tape
-from .batch import WHOLE
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
 from .processes import asking
 from .request import Options
 from .result import Generation
-from .run import Run
+from .run import Run, Stream
 from .sampling import Sampling
 from .transcript import Token
 
@@ -70,23 +69,23 @@ def stream(
     prompt: Sequence[int],
     *,
     sampling: Sampling | None = None,
+    record: Collection[str] = (),
     **options: Unpack[Options],
-) -> Iterator[Token]:
-    """What `generate` makes of one prompt, token by token as they are chosen. The request is checked at once."""
-    run = Run(WHOLE, model, [prompt], sampling, **options)
+) -> Stream:
+    """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
+    `generate` gives, with the record. The request is checked at once."""
+    kinds = tape.checked(record)
+    run = Run(recording.whole(kinds), model, [prompt], sampling, kinds=kinds, **options)
     if run.request.n != 1:
         raise UsageError(f"a stream has one row, not n={run.request.n}; use generate")
-    return (token for batch in run.batches() for _, token in run.tokens(batch, steps=1))
+    return Stream(run, _one_by_one(run))
 
 
-async def astream(
-    model: Model,
-    prompt: Sequence[int],
-    *,
-    sampling: Sampling | None = None,
-    **options: Unpack[Options],
-) -> AsyncIterator[Token]:
-    """`stream` for an event loop: each step runs in a thread, and the loop is free meanwhile."""
-    tokens = stream(model, prompt, sampling=sampling, **options)
-    while (token := await asyncio.to_thread(next, tokens, None)) is not None:
-        yield token
+def _one_by_one(run: Run) -> Generator[Token, None, None]:
+    for batch in run.batches():
+        with contextlib.closing(run.tokens(batch, steps=1)) as tokens:
+            yield from (token for _, token in tokens)
+
+
+astream = stream
+"""`stream`, by the name that event loops have had for it: `async for token in astream(...)`."""

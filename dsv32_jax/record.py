@@ -65,9 +65,7 @@ class Record:
         kinds = [kind for kind, names in NAMES.items() if name in names]
         if not kinds:
             raise UsageError(f"a record has no {name!r}; it has {listing(self.arrays, 20)}")
-        raise UsageError(
-            f"{name!r} was not recorded: generate(..., record={{{' or '.join(map(repr, kinds))}}}) keeps it"
-        )
+        raise UsageError(f"{name!r} was not recorded: record={{{' or '.join(map(repr, kinds))}}} keeps it")
 
     def __repr__(self) -> str:
         arrays = ", ".join(f"{name} {list(array.shape)}" for name, array in self.arrays.items())

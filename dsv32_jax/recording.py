@@ -14,9 +14,6 @@ from .processes import fetch
 from .record import Record
 from .session_file import identity
 
-PAD = {"expert": -1, "selected": -1, "top_id": -1, "index_score": -np.inf}
-"""What stands beyond a row's end; NaN elsewhere."""
-
 
 @cache
 def whole(kinds: tuple[str, ...]) -> Programs:
@@ -105,8 +102,8 @@ class Rows:
         return Record(self._kinds, arrays, about)
 
     def _padding(self, longest: int) -> dict[str, np.ndarray]:
-        """What stands where nothing was recorded, [layers, rows, tokens, ...] for each name; of what was selected, no
-        more columns than tokens."""
+        """What stands where nothing was recorded, NaN for values, [layers, rows, tokens, ...] by name; of what was
+        selected, no more columns than tokens."""
         cfg = self._model.cfg
         whole = jax.eval_shape(lambda: tape.empty(cfg, len(self._seen), max(longest, 1), self._kinds))
         found = {name: part.update(shape=(len(part), longest, *part.shape[2:])) for name, part in whole.head.items()}
@@ -114,4 +111,4 @@ class Rows:
             parts = [layer[name] for layer in whole.layers if name in layer]
             rows, _, *rest = parts[0].shape
             found[name] = parts[0].update(shape=(len(parts), rows, longest, *rest))
-        return {name: np.full(part.shape, PAD.get(name, np.nan), part.dtype) for name, part in found.items()}
+        return {name: np.full(part.shape, tape.PAD.get(name, np.nan), part.dtype) for name, part in found.items()}

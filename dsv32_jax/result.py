@@ -49,8 +49,8 @@ class Generation:
     that completes it. `logprobs` are natural logarithms under the model's own distribution, before penalties,
     temperature and truncation; `top_logprobs` the likeliest tokens at each place, as many as were asked for.
     `finish_reason` is "stop" for an end token or stop string, "length" where max_new_tokens was reached, "interrupted"
-    where Ctrl-C came first. `text` is None without a tokenizer; it leaves out end token and stop string. `record` is
-    what layers saw, where that was asked for.
+    where Ctrl-C came first or a stream was left. `text` is None without a tokenizer; it leaves out end token and stop
+    string. `record` is what layers saw, where that was asked for.
     """
 
     tokens: list[list[int]]

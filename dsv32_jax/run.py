@@ -1,8 +1,10 @@
 """A request under way: its batches one after the other, what became of its rows, and how long it took."""
 
+import asyncio
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
+from typing import Self
 
 import jax
 from jax.sharding import Mesh
@@ -53,16 +55,18 @@ class Run:
         context: Context | None = None,
         known: int = 0,
     ) -> Generator[tuple[int, Token], None, None]:
-        """Continue a batch to its end, telling (row, token) every `steps` steps, or every half second."""
+        """Continue a batch to its end, telling (row, token) every `steps` steps, or every half second. Where it
+        is closed before, what was seen until then is kept."""
         with self._timed("prefill", batch):
             batch.read(self._told, asked_to_stop, context, known)
         if batch.held is None:
             return
-        yield from batch.news()
-        while not (batch.done or asked_to_stop()):
-            with self._timed("decode", batch):
-                batch.advance(steps)
+        with contextlib.suppress(GeneratorExit):
             yield from batch.news()
+            while not (batch.done or asked_to_stop()):
+                with self._timed("decode", batch):
+                    batch.advance(steps)
+                yield from batch.news()
         self._steps += batch.steps
         self._saw.take(batch)
 
@@ -114,3 +118,32 @@ class Run:
         self._compiles += compiled.count
         self._seconds["compile"] += compiled.seconds
         self._seconds[part] += max(0.0, time.perf_counter() - start - compiled.seconds)
+
+
+class Stream(Iterator[Token]):
+    """The tokens of a run of one row, as they are chosen; under `async for` each step runs in a thread, and the event
+    loop is free meanwhile. `result()` is what came of it."""
+
+    def __init__(self, run: Run, tokens: Generator[Token, None, None]):
+        self._run, self._tokens = run, tokens
+
+    def __next__(self) -> Token:
+        return next(self._tokens)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        if (token := await asyncio.to_thread(next, self, None)) is None:
+            raise StopAsyncIteration
+        return token
+
+    def close(self) -> None:
+        """Make no more tokens."""
+        self._tokens.close()
+
+    def result(self) -> Generation:
+        """What `generate` gives: all tokens so far, times, the record. A stream that has not ended is closed, its row
+        "interrupted"."""
+        self.close()
+        return self._run.result()

@@ -16,7 +16,7 @@ from .decoding import Context
 from .errors import CheckpointError, StorageError, UsageError, listing
 from .model import Model
 
-KIND = "dsv32_jax session 1"
+KIND = "dsv32_jax session 2"
 
 
 def identity(model: Model) -> str:
@@ -26,9 +26,8 @@ def identity(model: Model) -> str:
 
 
 def write(file: Path, model: Model, settings: dict[str, Any], context: Context | None) -> None:
-    """Write `context`, of which `settings["tokens"]` says how many slots are used: all of it or, with StorageError,
-    nothing."""
-    arrays = {name: _bytes(slots) for name, slots in _used(context, len(settings["tokens"])).items()}
+    """Write `context`, whose slots are all used: the whole file or, with StorageError, none."""
+    arrays = {name: _bytes(slots) for name, slots in _slots(context).items()}
     about = {"kind": KIND, "model": identity(model), "settings": json.dumps(settings)}
     unfinished = file.with_name(file.name + ".unfinished")
     try:
@@ -57,9 +56,9 @@ def read_settings(file: Path, model: Model) -> dict[str, Any]:
     return settings
 
 
-def read_into(file: Path, context: Context, length: int) -> Context:
-    """`context`, which is empty, with `length` tokens from the file."""
-    wanted = _used(context, length)
+def read_into(file: Path, context: Context) -> Context:
+    """`context`, which is empty, with as many tokens from the file as it has slots."""
+    wanted = _slots(context)
     with safe_open(file, "numpy") as opened:
         sizes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
         expected = {name: [slots.nbytes] for name, slots in wanted.items()}
@@ -71,19 +70,16 @@ def read_into(file: Path, context: Context, length: int) -> Context:
             name = jax.tree_util.keystr(path)
             if name not in wanted:
                 return slots
-            stored = opened.get_tensor(name).view(slots.dtype).reshape(1, length, *slots.shape[2:])
-            return slots.at[:, :length].set(jnp.asarray(stored))
+            return jnp.asarray(opened.get_tensor(name).view(slots.dtype).reshape(slots.shape))
 
         context = jax.tree_util.tree_map_with_path(filled, context)
     return context
 
 
-def _used(context: Context | None, length: int) -> dict[str, Any]:
-    """The first `length` slots [1, length, ...] of every cache, by its path; lengths and h have fewer axes."""
-    if context is None:
-        return {}
+def _slots(context: Context | None) -> dict[str, Any]:
+    """What has slots [1, S, ...], caches and tapes, by its path."""
     found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(context)}
-    return {name: leaf[:, :length] for name, leaf in found.items() if leaf.ndim == 3}
+    return {name: leaf for name, leaf in found.items() if name not in (".cache.length_B", ".h_BD")}
 
 
 def _bytes(slots: jax.Array) -> np.ndarray:

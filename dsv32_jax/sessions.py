@@ -6,7 +6,7 @@ Latents and index keys lie in one cache and move together; the drafting layer's 
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -15,20 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from . import cache as caches
-from . import checks, memory, session_file
-from .batch import WHOLE, Batch
-from .decoding import Context, blank, grown, resumed, rewound
+from . import checks, memory, recording, session_file, tape
+from .batch import Batch
+from .decoding import Context, resized, resumed, rewound
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
 from .processes import fetch
 from .request import Options, bucket
 from .result import Generation
-from .run import Run
+from .run import Run, Stream
 from .sampling import Sampling
 from .transcript import Token
 
-OWN = ("capacity", "cache_dtype", "draft")
+OWN = ("capacity", "cache_dtype", "draft", "record")
 """Options that a session has for all its turns."""
 
 
@@ -39,8 +39,9 @@ class Session:
     `tokens`, those that the cache holds, is not read again. Made by `session`.
     """
 
-    def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int):
-        self.model, self.capacity, self.cache_dtype, self.draft = model, capacity, cache_dtype, draft
+    def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int, record: tuple[str, ...]):
+        self.model, self.capacity, self.cache_dtype = model, capacity, cache_dtype
+        self.draft, self.record = draft, record
         self.tokens: list[int] = []
         self._context: Context | None = None
         self._drafted = 0
@@ -49,22 +50,24 @@ class Session:
     def generate(
         self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
     ) -> Generation:
-        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
+        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made.
+
+        The record is of the whole conversation, of what earlier turns have read and made too.
+        """
         run = self._run(tokens, sampling, options)
         with interruptible() as asked_to_stop:
             for _ in self._turn(run, None, asked_to_stop):
                 pass
         return run.result()
 
-    def stream(
-        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
-    ) -> Iterator[Token]:
+    def stream(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]) -> Stream:
         """The same, token by token. A stream that is left early keeps what was read and made until then."""
-        return self._turn(self._run(tokens, sampling, options), 1, lambda: False)
+        run = self._run(tokens, sampling, options)
+        return Stream(run, self._turn(run, 1, lambda: False))
 
     def fork(self) -> Self:
         """Another session that holds the same tokens and goes its own way."""
-        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft)
+        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft, self.record)
         other.tokens, other._drafted = list(self.tokens), self._drafted
         other._context = jax.tree.map(jnp.copy, self._context)
         return other
@@ -75,10 +78,12 @@ class Session:
             "capacity": self.capacity,
             "cache_dtype": self.cache_dtype.name,
             "draft": self.draft,
+            "record": self.record,
             "drafted": self._drafted,
             "tokens": self.tokens,
         }
-        session_file.write(Path(file), self.model, settings, self._context)
+        used = None if self._context is None else resized(self.model.cfg, self._context, len(self.tokens))
+        session_file.write(Path(file), self.model, settings, used)
 
     def _run(self, tokens: Sequence[int], sampling: Any, options: Options) -> Run:
         if given := [name for name in OWN if name in options]:
@@ -86,14 +91,14 @@ class Session:
         if options.get("n", 1) != 1:
             raise UsageError(f"a session has one row, not n={options.get('n')}; fork it")
         own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
-        run = Run(WHOLE, self.model, [tokens], sampling, **options, **own)
+        run = Run(recording.whole(self.record), self.model, [tokens], sampling, kinds=self.record, **options, **own)
         if self._context is not None:
             run.request = dataclasses.replace(
                 run.request, capacity=max(run.request.capacity, self._context.cache.capacity)
             )
         return run
 
-    def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
+    def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Generator[Token, None, None]:
         """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
         if not self._turns.acquire(blocking=False):
             raise UsageError("this session is in the middle of another turn; wait for it, close its stream, or fork")
@@ -102,12 +107,12 @@ class Session:
         finally:
             self._turns.release()
 
-    def _continued(self, run: Run, steps: int | None, asked_to_stop) -> Iterator[Token]:
+    def _continued(self, run: Run, steps: int | None, asked_to_stop) -> Generator[Token, None, None]:
         for batch in run.batches():
             (prompt,) = run.request.prompts
             known, context = self._known(prompt), self._context
             if context is not None:
-                context = rewound(grown(context, run.request.capacity), known)
+                context = rewound(resized(self.model.cfg, context, run.request.capacity), known)
             self.tokens, self._context, self._drafted = [], None, 0
             with contextlib.closing(run.tokens(batch, steps, asked_to_stop, context, known)) as tokens:
                 try:
@@ -137,15 +142,27 @@ class Session:
         self._drafted = 0 if state.fresh is None else length - int(fetch(state.fresh.count_B)[0])
 
 
-def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:
-    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two."""
+def session(
+    model: Model,
+    *,
+    capacity: int | None = None,
+    cache_dtype: Any = None,
+    draft: int = 0,
+    record: Collection[str] = (),
+) -> Session:
+    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two.
+
+    `record` names what is kept of what layers see, as for `generate`: every turn gives the record of all its tokens.
+    """
+    kinds = tape.checked(record)
     longest = model.cfg.max_position_embeddings
     checks.whole("draft", draft, 0, 16)
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
         checks.whole("capacity", capacity, 1, longest)
-        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
-    return Session(model, capacity, stored, draft)
+        kept = tape.row_bytes(model.cfg, capacity, kinds)
+        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh, kept)
+    return Session(model, capacity, stored, draft, kinds)
 
 
 def load_session(model: Model, file: str | Path) -> Session:
@@ -153,13 +170,14 @@ def load_session(model: Model, file: str | Path) -> Session:
     CheckpointError where the file is damaged."""
     file = Path(file)
     saved = session_file.read_settings(file, model)
-    loaded = session(model, capacity=saved["capacity"], cache_dtype=saved["cache_dtype"], draft=saved["draft"])
-    tokens = saved["tokens"]
+    options = {name: saved[name] for name in OWN}
+    loaded, tokens = session(model, **options), saved["tokens"]
     if tokens:
         (tokens,) = checks.prompts([tokens], model.cfg.vocab_size)
         slots = loaded.capacity or bucket(len(tokens))
         checks.whole("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
-        context = blank(model.cfg, model.dtype, 1, slots, loaded.cache_dtype, loaded.draft)
-        loaded._context = session_file.read_into(file, context, len(tokens))
+        blank = recording.whole(loaded.record).blank
+        context = blank(model.cfg, model.dtype, 1, len(tokens), loaded.cache_dtype, loaded.draft)
+        loaded._context = resized(model.cfg, session_file.read_into(file, context), slots)
     loaded.tokens, loaded._drafted = tokens, saved["drafted"]
     return loaded

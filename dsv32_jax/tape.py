@@ -8,7 +8,7 @@ the Model it is made of; what runs a model runs it, and where nothing is recorde
 import dataclasses
 from collections.abc import Collection
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +28,12 @@ KINDS = ("attention", "indexer", "logits", "routing")
 LIKELIEST = 20
 """Of the logits, so many are kept for each token."""
 
+OF_SELECTED = ("selected", "index_score", "weight")
+"""What has an entry for each selected position: min(index_topk, S) of them."""
+
+PAD = {"expert": -1, "selected": -1, "top_id": -1, "index_score": -np.inf}
+"""What stands for none."""
+
 OF_HEAD = ("top_id", "top_logprob", "entropy")
 """What is kept of the head; the rest is of layers."""
 
@@ -43,6 +49,19 @@ class Tape:
     layers: tuple[Slots, ...]
     head: Slots
 
+    def resized(self, cfg: Config, capacity: int) -> Self:
+        """The first `capacity` slots, with empty ones where there are fewer. What the token at position p selected
+        stands in its first p + 1 entries: nothing is lost where slots and entries are cut alike."""
+
+        def resize(path, slots: jax.Array) -> jax.Array:
+            name, sizes = path[-1].key, [len(slots), capacity, *slots.shape[2:]]
+            if name in OF_SELECTED:
+                sizes[2] = min(cfg.index_topk, capacity)
+            more = [(0, new - old, 0) for new, old in zip(sizes, slots.shape, strict=True)]
+            return jax.lax.pad(slots, jnp.asarray(PAD.get(name, 0), slots.dtype), more)
+
+        return jax.tree_util.tree_map_with_path(resize, self)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +69,10 @@ class RecordedCache(Cache):
     """A cache and the tape that runs along with it."""
 
     tape: Tape
+
+    def resized(self, cfg: Config, capacity: int) -> Self:
+        """The cache and its tape, resized together."""
+        return dataclasses.replace(super().resized(cfg, capacity), tape=self.tape.resized(cfg, capacity))
 
 
 @dataclasses.dataclass(eq=False)

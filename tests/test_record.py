@@ -1,5 +1,6 @@
 """The flight recorder: what it keeps is what forward sees, and a run without it knows nothing of it."""
 
+import asyncio
 import dataclasses
 import functools
 import json
@@ -11,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dsv32_jax as ds
-from dsv32_jax import decoding, host, mla, recording, request, tape
+from dsv32_jax import cache, decoding, host, mla, recording, request, tape
 from dsv32_jax.batch import WHOLE
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
 from dsv32_jax.ops import rms_norm, rotation
@@ -158,6 +159,82 @@ def test_batches_and_samples(model):
         np.testing.assert_array_equal(some.record["expert"][0, b, :length], routing.expert_BTX[b, :length])
 
 
+def same(got, want):
+    """Two records of the same tokens, made in other steps or in a cache of another size."""
+    assert got.kinds == want.kinds and set(got.arrays) == set(want.arrays)
+    for name, array in want.arrays.items():
+        if name == "selected":
+            np.testing.assert_array_equal(np.sort(got[name]), np.sort(array))
+        elif name in ("index_score", "weight"):
+            np.testing.assert_allclose(np.sort(got[name]), np.sort(array), atol=1e-4)
+        elif array.dtype == np.int32:
+            np.testing.assert_array_equal(got[name], array, err_msg=name)
+        else:
+            np.testing.assert_allclose(got[name], array, atol=1e-4, err_msg=name)
+
+
+def test_a_stream_gives_it(model):
+    """At its end what generate gives, taken in a loop or an event loop; left early, what was processed until then."""
+    options = {"max_new_tokens": NEW, "record": {"routing", "logits"}}
+    whole = ds.generate(model, PROMPTS[:1], **options)
+    stream = ds.stream(model, PROMPTS[0], **options)
+    assert [event.token for event in stream] == whole.tokens[0]
+    made = stream.result()
+    assert (made.tokens, made.finish_reason) == (whole.tokens, whole.finish_reason)
+    assert made.stats.steps == whole.stats.steps and made.stats.prompt_tokens == len(PROMPTS[0])
+    same(made.record, whole.record)
+
+    async def first_two(stream):
+        return [(await anext(stream)).token for _ in range(2)]
+
+    left = ds.astream(model, PROMPTS[0], **options)
+    tokens = asyncio.run(first_two(left))
+    some = left.result()
+    assert list(left) == [] and some.finish_reason == ["interrupted"]
+    assert tokens == some.tokens[0] == whole.tokens[0][:2] and some.stats.steps == 1
+    length = len(PROMPTS[0]) + 1
+    assert some.record["length"].tolist() == [length] and some.record["expert"].shape[2] == length
+    np.testing.assert_array_equal(some.record["expert"], whole.record["expert"][:, :, :length])
+    assert ds.stream(model, PROMPTS[0], **options).result().record["length"].tolist() == [0]
+
+
+def test_a_session_records_its_conversation(model, tmp_path):
+    """Each turn gives the record of all tokens so far, those of earlier turns too, which are not read again: while its
+    cache grows beyond index_topk, in a fork, from a file, and where an earlier turn is taken back."""
+    model = models.random_model(dataclasses.replace(model.cfg, index_topk=40))
+    session = ds.session(model, draft=1, record=ALL)
+    one = session.generate(PROMPTS[1], max_new_tokens=2)
+    longer = [*PROMPTS[1], *one.tokens[0], *range(3, 40)]
+    assert one.stats.capacity <= model.cfg.index_topk < len(longer)
+    whole = ds.generate(model, [longer], max_new_tokens=NEW, record=ALL)
+    session.save(tmp_path / "session")
+    loaded, forked = ds.load_session(model, tmp_path / "session"), session.fork()
+    stream = session.stream(longer, max_new_tokens=NEW)
+    assert [event.token for event in stream] == whole.tokens[0]
+    others = [other.generate(longer, max_new_tokens=NEW) for other in (loaded, forked)]
+    for turn in (stream.result(), *others):
+        assert turn.tokens == whole.tokens and turn.stats.prompt_tokens < len(longer)
+        same(turn.record, whole.record)
+    session.save(tmp_path / "session")
+    again = ds.load_session(model, tmp_path / "session")
+    same(again.generate(longer, max_new_tokens=NEW).record, whole.record)
+    back = [*longer[:35], 9]
+    taken_back = again.generate(back, max_new_tokens=NEW)
+    assert taken_back.stats.prompt_tokens <= 2
+    same(taken_back.record, ds.generate(model, [back], max_new_tokens=NEW, record=ALL).record)
+
+
+def test_a_session_that_keeps_nothing(model):
+    """No tape beside its cache, no record; and a turn cannot ask for what earlier turns have not kept."""
+    session = ds.session(model)
+    assert session.generate(PROMPTS[1], max_new_tokens=2).record is None
+    assert type(session._context.cache) is cache.Cache
+    with pytest.raises(UsageError, match=r"record belongs to the session: give it to ds.session"):
+        session.generate(PROMPTS[1], max_new_tokens=2, record={"routing"})
+    with pytest.raises(UsageError, match="record takes a set of"):
+        ds.session(model, record={"colours"})
+
+
 def test_nothing_made(model):
     """Without new tokens nothing is read, and the record is empty but whole."""
     record = ds.generate(model, PROMPTS, max_new_tokens=0, record={"routing"}).record
@@ -225,7 +302,7 @@ def test_a_damaged_file_is_refused(tmp_path, what):
 
 
 def test_misuse(model, drafted, tmp_path, monkeypatch):
-    """Unknown kinds, arrays that were not kept, folders that are not there, streams, and what does not fit."""
+    """Unknown kinds, arrays that were not kept, folders that are not there, and what does not fit."""
     for wrong in ("colours", {"routing", "colours"}, [3], 5):
         with pytest.raises(UsageError, match="record takes a set of attention, indexer, logits, routing, not"):
             ds.generate(model, PROMPTS, record=wrong)
@@ -236,11 +313,13 @@ def test_misuse(model, drafted, tmp_path, monkeypatch):
         only["colour"]
     with pytest.raises(StorageError):
         drafted.record.save(tmp_path / "nowhere" / "record")
-    with pytest.raises(TypeError, match="record"):
-        ds.stream(model, PROMPTS[0], record={"routing"})
+    with pytest.raises(UsageError, match="record takes a set of"):
+        ds.stream(model, PROMPTS[0], record={"colours"})
     monkeypatch.setattr(host, "available", lambda: 10_000)
     with pytest.raises(CapacityError, match=r"the record of 3 rows of up to 101 tokens .* routing 0.0 kB"):
         ds.generate(model, PROMPTS, record={"routing", "indexer"})
+    with pytest.raises(CapacityError, match="the cache and the record of 1 rows of 64 tokens"):
+        ds.session(model, capacity=64, record=ALL)
 
 
 def test_memory_counts_it(tiny):

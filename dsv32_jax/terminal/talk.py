@@ -4,17 +4,17 @@ import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Generator, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..chat import Conversation, Tokenizer, prepare, template
 from ..chat.messages import to_json
 from ..compilation import metered
 from ..errors import UsageError
 from ..host import interruptible
+from ..run import Stream
 from ..sampling import Sampling
 from ..sessions import Session
-from ..transcript import Token
 from .answer import Answer
 from .screen import Screen, one_line
 
@@ -135,10 +135,9 @@ class Talk:
             answer.end()
         return answer
 
-    def _stream(self, ids: Sequence[int], **options: Any) -> Generator[Token]:
+    def _stream(self, ids: Sequence[int], **options: Any) -> Stream:
         """What comes after `ids`, token by token; closed, it leaves the session with what was read and made."""
-        stream = self.session.stream(ids, sampling=self.sampling, tokenizer=self._tokenizer, **options)
-        return cast(Generator[Token], stream)
+        return self.session.stream(ids, sampling=self.sampling, tokenizer=self._tokenizer, **options)
 
     def _tell(self, answer: Answer, forgiven: Sequence[str], used: int) -> None:
         """The calls of an answer, and what else there is to know about it."""
