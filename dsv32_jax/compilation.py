@@ -6,6 +6,7 @@ import logging
 import os
 import threading
 from collections.abc import Iterator
+from contextvars import ContextVar
 from pathlib import Path
 
 import jax
@@ -30,25 +31,18 @@ class Meter:
     seconds: float = 0.0
 
 
-class _Running(threading.local):
-    """The meters of one thread, which compiles what it calls."""
-
-    def __init__(self):
-        self.meters: list[Meter] = []
-
-
-_running = _Running()
+_running: ContextVar[tuple[Meter, ...]] = ContextVar("_running", default=())
 
 
 @contextlib.contextmanager
 def metered() -> Iterator[Meter]:
-    """Count what is compiled inside the `with`."""
+    """Count what is compiled inside the `with`, by its thread and by those that run in a copy of its context."""
     meter = Meter()
-    _running.meters.append(meter)
+    before = _running.set((*_running.get(), meter))
     try:
         yield meter
     finally:
-        _running.meters.remove(meter)
+        _running.reset(before)
 
 
 @contextlib.contextmanager
@@ -70,7 +64,7 @@ def announced(what: str, meter: Meter, after: float = 2.0) -> Iterator[None]:
 
 def _listen(event: str, duration_secs: float, **_) -> None:
     if event.startswith("/jax/core/compile/"):
-        for meter in _running.meters:
+        for meter in _running.get():
             meter.seconds += duration_secs
             meter.count += event == _EVENT
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import re
 import sys
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import CodeType
@@ -81,14 +82,17 @@ def _qualname(code: CodeType) -> str:
 
 @contextlib.contextmanager
 def watched(dims: Mapping[str, int], package: str = "dsv32_jax") -> Iterator[Shapes]:
-    """Inside the `with`, every function of `package` is checked as it returns; under jit too: tracers have shapes."""
+    """Inside the `with`, every function of `package` is checked as it returns, in this thread and in those that it
+    starts; under jit too: tracers have shapes."""
     shapes = Shapes(dims, package)
-    before = sys.getprofile()
-    sys.setprofile(shapes.on_event)
+    before = [(module, module.getprofile()) for module in (sys, threading)]
+    for module, _ in before:
+        module.setprofile(shapes.on_event)
     try:
         yield shapes
     finally:
-        sys.setprofile(before)
+        for module, profile in before:
+            module.setprofile(profile)
 
 
 def suffixed_functions(module) -> set[str]:

@@ -63,7 +63,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=int, metavar="N", help="tokens of a window (1024)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from window to window (half of --context)")
     parser.add_argument("--limit", type=int, metavar="N", help="the first N windows only")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows that are read at once (4)")
+    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows of a batch (4)")
 
 
 def _texts(arguments: argparse.Namespace) -> list[str] | None:

@@ -18,10 +18,11 @@ from ..errors import UsageError
 from ..formats import Weight
 from ..model import Model
 from ..ops import einsum32, over_tokens
+from ..processes import fetch
 from .estimate import Estimate, exponential, over_windows
 from .loss import require_finite
 from .passages import BATCH, Passages, Texts, passages
-from .reading import Progress, Reading, reading, silent, vectors
+from .reading import Progress, Reading, over_groups, reading, silent, vectors
 from .variant import Variant
 
 PERCENTILES = (50, 90, 99, 99.9, 100)
@@ -104,17 +105,17 @@ def kl(
 
 def compare(a: Reading, b: Variant, progress: Progress = silent) -> list[Compared]:
     """The predictions of `b` against those of the model that made the reading `a`, window by window."""
-    model, windows = b.load(), a.passages.windows
-    found: list[Compared] = []
-    for group in a.passages.groups:
-        here, parts = range(len(found), len(found) + len(group)), []
-        for h_BTD, start, next_BT in vectors(model, b, group):
-            before_BTD = a.chunk(here, start, h_BTD.shape)
-            parts.append(jax.tree.map(np.asarray, _compared_jit(a.head, model.head_VD, before_BTD, h_BTD, next_BT)))
-        whole = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
-        for i, window in enumerate(group):
-            found.append(Compared(*(part[i, window.first - 1 : len(window.tokens) - 1] for part in whole)))
-        progress(len(found), len(windows))
+    model, read, windows = b.load(), a.passages, a.passages.windows
+
+    def of(group: range) -> list[Compared]:
+        parts = []
+        for h_BTD, start, next_BT in vectors(model, b, read, group):
+            before_BTD = a.chunk(group, start, h_BTD.shape)
+            parts.append(jax.tree.map(fetch, _compared_jit(a.head, model.head_VD, before_BTD, h_BTD, next_BT)))
+        whole_BT = [np.concatenate(part, axis=1) for part in zip(*parts, strict=True)]
+        return [Compared(*(part[row, windows[i].predicting] for part in whole_BT)) for row, i in enumerate(group)]
+
+    found = over_groups(of, model, read, progress)
     require_finite(windows, [one.kl + one.logprob_a + one.logprob_b for one in found])
     return found
 

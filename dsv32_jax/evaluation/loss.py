@@ -15,7 +15,7 @@ from ..model import Model
 from ..scoring import score
 from .estimate import Estimate, exponential, over_windows
 from .passages import BATCH, Passages, Texts, passages
-from .reading import Progress, silent
+from .reading import Progress, over_groups, silent
 from .variant import Variant
 from .windows import Window
 
@@ -69,13 +69,15 @@ def perplexity(
     tokenizer = tokenizer or variant.tokenizer()
     read = passages(variant.cfg, tokenizer, texts, context=context, stride=stride, limit=limit, batch_size=batch_size)
     model = variant.load()
-    start, logprobs = time.perf_counter(), []
+    start = time.perf_counter()
+
+    def scored(group: range) -> list[np.ndarray]:
+        rows = read.filled(group)
+        found = score(model, rows, cache_dtype=variant.stored(model), batch_size=len(rows)).logprobs
+        return [np.array(found[row][read.windows[i].first - 1 :]) for row, i in enumerate(group)]
+
     with metered() as compiled:
-        for group in read.groups:
-            rows = [window.tokens for window in group]
-            found = score(model, rows, cache_dtype=variant.stored(model), batch_size=len(rows)).logprobs
-            logprobs += [np.array(row[one.first - 1 :]) for row, one in zip(found, group, strict=True)]
-            progress(len(logprobs), len(read.windows))
+        logprobs = over_groups(scored, model, read, progress)
     require_finite(read.windows, logprobs)
     seconds = max(time.perf_counter() - start - compiled.seconds, 1e-9)
     return _summary(read, logprobs, seconds, compiled.seconds)

@@ -14,7 +14,7 @@ CONTEXT = 1024
 """Tokens of a window by default, where the model's longest context allows."""
 
 BATCH = 4
-"""Windows that are read at once by default; more are no faster on a CPU."""
+"""Windows of a group, which are read together, by default; larger groups are no faster on a CPU."""
 
 Texts = Sequence[str | Sequence[int]]
 """Documents, as text or as token ids."""
@@ -36,10 +36,16 @@ class Passages:
         return window.tokens[window.first :]
 
     @property
-    def groups(self) -> list[list[Window]]:
-        """The windows, in the order of the text, as many together as are read at once."""
-        starts = range(0, len(self.windows), self.batch_size)
-        return [self.windows[start : start + self.batch_size] for start in starts]
+    def groups(self) -> list[range]:
+        """The numbers of the windows, in the order of the text, as many together as are read at once."""
+        count = len(self.windows)
+        return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
+
+    def filled(self, group: range) -> list[list[int]]:
+        """The tokens of the windows in `group`; where it is the short last one, rows of one token besides, so that the
+        program of the others does for it too."""
+        rows = [self.windows[i].tokens for i in group]
+        return rows + [rows[0][:1]] * (len(self.groups[0]) - len(rows))
 
 
 def passages(

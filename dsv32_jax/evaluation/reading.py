@@ -1,9 +1,11 @@
 """Hidden vectors of a text, window by window: all that a model's predictions are made of, beside its head."""
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -13,10 +15,14 @@ from ..decoding import Context, blank, placed
 from ..formats import Weight
 from ..memory import rows_bucket
 from ..model import Model
+from ..processes import fetch
 from ..request import bucket, chunks
 from .passages import Passages
 from .variant import Variant
-from .windows import Window
+
+Found = TypeVar("Found")
+
+SIDE_BY_SIDE = 2
 
 Progress = Callable[[int, int], None]
 """Called with how many windows were read, of all."""
@@ -46,19 +52,37 @@ class Reading:
 def reading(variant: Variant, read: Passages, progress: Progress = silent) -> Reading:
     """What the model of `variant` makes of the windows; the model itself is not kept."""
     model = variant.load()
-    hidden: list[np.ndarray] = []
-    for group in read.groups:
-        rows_BTD = np.concatenate([np.asarray(part) for part, _, _ in vectors(model, variant, group)], axis=1)
-        hidden += [rows_BTD[b, : len(window.tokens)] for b, window in enumerate(group)]
-        progress(len(hidden), len(read.windows))
-    return Reading(read, hidden, model.head_VD)
+
+    def hidden(group: range) -> list[np.ndarray]:
+        rows_BTD = np.concatenate([fetch(part) for part, _, _ in vectors(model, variant, read, group)], axis=1)
+        return [row[: len(read.windows[i].tokens)] for row, i in zip(rows_BTD, group, strict=False)]
+
+    return Reading(read, over_groups(hidden, model, read, progress), model.head_VD)
 
 
-def vectors(model: Model, variant: Variant, group: Sequence[Window]) -> Iterator[tuple[jax.Array, int, np.ndarray]]:
+def over_groups(work: Callable[[range], list[Found]], model: Model, read: Passages, progress: Progress) -> list[Found]:
+    """What `work` finds of each window, called with one group of them after the other, each in a thread.
+
+    XLA's CPU backend runs much of a program on one core, so there SIDE_BY_SIDE groups are read at the same time; but
+    not over a mesh, whose devices wait for each other and must all take the same turns.
+    """
+    threads = SIDE_BY_SIDE if jax.default_backend() == "cpu" and model.mesh is None else 1
+    found: list[Found] = []
+    with ThreadPoolExecutor(threads) as pool:
+        contexts = [copy_context() for _ in read.groups]
+        for some in pool.map(lambda context, group: context.run(work, group), contexts, read.groups):
+            found += some
+            progress(len(found), len(read.windows))
+    return found
+
+
+def vectors(
+    model: Model, variant: Variant, read: Passages, group: range
+) -> Iterator[tuple[jax.Array, int, np.ndarray]]:
     """Hidden vectors [B, T, D] of the windows in `group`, a chunk of tokens at a time, with the position of the first
     and the token after each. B is filled up to a power of two."""
     keep_on_disk()
-    rows = [window.tokens for window in group]
+    rows = read.filled(group)
     batch, start = rows_bucket(len(rows)), 0
     stored: Any = variant.stored(model)
     context = placed(model, blank(model.cfg, model.dtype, batch, bucket(max(map(len, rows))), stored, 0))

@@ -16,6 +16,11 @@ class Window(NamedTuple):
     tokens: list[int]
     first: int
 
+    @property
+    def predicting(self) -> slice:
+        """The tokens after which the scored ones come."""
+        return slice(self.first - 1, len(self.tokens) - 1)
+
 
 def windows(documents: Sequence[Sequence[int]], context: int, stride: int) -> list[Window]:
     """The windows of `context` tokens (fewer at a document's end), `stride` < `context` apart.

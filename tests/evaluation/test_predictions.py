@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import threading
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax import cli
+from dsv32_jax.compilation import metered
 from dsv32_jax.errors import CheckpointError, UsageError
-from dsv32_jax.evaluation import Variant, kl, perplexity
+from dsv32_jax.evaluation import Variant, kl, loss, perplexity
 from tests import oracle
 from tests.evaluation.conftest import Bytes
 
@@ -47,6 +49,29 @@ def test_perplexity(model):
     assert found.bits_per_byte == pytest.approx(-sum(logprobs) / size / math.log(2), rel=1e-5)
     assert (found.documents, found.windows, found.context, found.stride) == (2, 6, CONTEXT, STRIDE)
     assert found.read == sum(map(len, rows))
+
+
+def test_one_program_for_all_groups(model, monkeypatch):
+    """The last group, with one window of four, shares the program of the others; two groups are read side by side, and
+    what their threads compile is counted."""
+    together = threading.Barrier(2, timeout=60)
+    score = loss.score
+
+    def both(model, rows, **options):
+        together.wait()
+        return score(model, rows, **options)
+
+    rows = [[0, *range(10, 10 + length)] for length in (40, 41, 42, 43)] * 3 + [[0, *range(10, 50)]]
+    whole = perplexity(model, rows[:-1], batch_size=4, limit=4)
+    monkeypatch.setattr(loss, "score", both)
+    told = []
+    with metered() as compiled:
+        found = perplexity(model, rows, batch_size=4, progress=lambda *counts: told.append(counts))
+    assert told == [(4, 13), (8, 13), (12, 13), (13, 13)] and compiled.count == 0
+    assert found.compile_seconds == 0 < whole.compile_seconds
+    assert found.nats.mean == pytest.approx(
+        -np.mean([logprob for row in ds.score(model, rows).logprobs for logprob in row]), rel=1e-5
+    )
 
 
 def test_divergence_of_a_model_from_itself(model):
