@@ -73,7 +73,7 @@ def stream(
     **options: Unpack[Options],
 ) -> Stream:
     """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
-    `generate` gives, with the record. The request is checked at once."""
+    `generate` gives, with the record. The request is checked at once. Under `async for` each step runs in a thread."""
     kinds = tape.checked(record)
     run = Run(recording.whole(kinds), model, [prompt], sampling, kinds=kinds, **options)
     if run.request.n != 1:

@@ -64,7 +64,8 @@ for position in np.argsort(-count, kind="stable")[:6]:
 #
 # A generation never computes what dense attention would have looked at. `inspect.kept_mass` does, beside a forward over
 # given tokens: the share of dense attention's weight that lies on the selected positions (mean over heads), next to the
-# best choice of as many positions, and to simply the last ones.
+# best choice of as many positions, and to simply the last ones. See how the indexer comes within a few percent of the
+# best choice in every layer, and that the last positions alone would lose most in layers 0, 1 and 4.
 
 # %%
 mass = inspect.kept_mass(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)])

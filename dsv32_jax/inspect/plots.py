@@ -22,7 +22,9 @@ except ImportError as error:
     raise UsageError('figures need matplotlib: pip install "dsv32-jax[notebook]"') from error
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW)
+GREY = "#999999"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY)
+MARKERS = "os^Dvph*"
 MAP = "cividis"
 DPI = 80
 
@@ -178,13 +180,13 @@ def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     selected."""
     made, axes = figure(7, 3.2)
     for layer, rank in enumerate(ranks):
-        axes.plot(
-            rank, color=COLOURS[layer % len(COLOURS)], marker="o", markersize=3, linewidth=1, label=f"layer {layer}"
-        )
+        style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
+        axes.plot(rank, **style, markersize=5, linewidth=1, label=f"layer {layer}")
     axes.axhline(limit, color="black", linestyle="--", linewidth=1)
     axes.annotate(f"selected up to {limit}", (0, limit), xytext=(2, 3), textcoords="offset points", fontsize=9)
-    axes.set_yscale("log")
-    axes.set_ylim(1.5 * max(ranks.max(), limit), 0.8)
+    axes.set_yscale("log", base=2)
+    axes.set_ylim(1.3 * max(ranks.max(), limit), min(ranks.min(), limit) / 1.3)
+    axes.yaxis.set_major_formatter("{x:g}")
     names = [ascii(token)[1:-1] if token.strip(" ") else "space" for token in tokens]
     axes.set_xticks(range(len(tokens)), names, rotation=30, ha="right")
     axes.set(xlabel="token", ylabel="rank of the needle (1 = first)")
