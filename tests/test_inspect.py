@@ -125,6 +125,7 @@ def test_misuse(folders, tmp_path, monkeypatch):
         (lambda: folder.layer(7), "no layer 7: the model has 2"),
         (lambda: folder.weight("norm_D").error(folder.weight(BANK, 0)), "nothing compared"),
         (lambda: inspect.atlas(folder, folder, [0]), "no routed experts; 1 to 1 do"),
+        (lambda: inspect.tree(folder.config), "a folder, a config.json or a Model, not of a Config"),
         (lambda: inspect.placement(folder.config, "nothing", "expert=2"), "no weight 'nothing'"),
         (lambda: inspect.placement(folder.config, BANK, "rows=2"), "not understood"),
     ):

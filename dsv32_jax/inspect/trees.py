@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from .. import inventory
-from ..errors import printable
+from ..errors import UsageError, printable
 from ..formats import NVFP4, Fp8Block
 from ..model import Model
 from ..storage.manifest import ArrayEntry, LeafEntry
@@ -60,6 +60,8 @@ def tree(what: str | Path | Model, format: str | None = None) -> Tree:
     if isinstance(what, Model):
         items = inspection.of_leaves(what.cfg, _entries(what))
         return Tree(inspection.summed("a model", "loaded", what.cfg.to_dict(), items, []))
+    if not isinstance(what, str | Path):
+        raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
     if Path(what).expanduser().is_file():
         found = inventory.read(what, format)
         items = inspection.of_leaves(found.cfg, found.entries)
