@@ -1,7 +1,7 @@
 """Each token's own experts, and no others (DeepSeekMoE, arXiv 2401.06066).
 
-The (token, expert) assignments are sorted by expert and laid out in blocks of one expert each; a loop over the blocks
-picks its expert's matrices by index. Shapes are static, work is proportional to the assignments, the bytes of experts
+The (token, expert) assignments are sorted by expert and laid out in blocks of one expert each; a product picks each
+block's matrix by index. Shapes are static, work is proportional to the assignments, the bytes of experts
 that nobody chose are never touched, and all of it can be differentiated.
 """
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from .formats import Weight
+from .kernels import choice as kernels
 from .ops import swiglu
 from .storage.pieces import axes_of
 
@@ -27,32 +28,38 @@ class Blocks(NamedTuple):
 
 
 def apply_experts(
-    h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, w_gate_EMD: Weight, w_up_EMD: Weight, w_down_EDM: Weight
+    h_tD: jax.Array,
+    expert_tX: jax.Array,
+    gate_tX: jax.Array,
+    w_gate_EMD: Weight,
+    w_up_EMD: Weight,
+    w_down_EDM: Weight,
+    devices: int = 1,
 ) -> jax.Array:
-    """sum over k of gate[t, k] * expert[t, k](h[t]), in float32 [t, D]; the id E stands for no expert."""
-    return jnp.sum(gate_tX[..., None] * each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM), axis=1)
+    """sum over k of gate[t, k] * expert[t, k](h[t]), in float32 [t, D]; the id E stands for no expert.
+
+    Of the experts these are what one of `devices` has.
+    """
+    y_tXD = each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM, devices)
+    return jnp.sum(gate_tX[..., None] * y_tXD, axis=1)
 
 
 @jax.named_scope("experts")
 def each_expert(
-    h_tD: jax.Array, expert_tX: jax.Array, w_gate_EMD: Weight, w_up_EMD: Weight, w_down_EDM: Weight
+    h_tD: jax.Array,
+    expert_tX: jax.Array,
+    w_gate_EMD: Weight,
+    w_up_EMD: Weight,
+    w_down_EDM: Weight,
+    devices: int = 1,
 ) -> jax.Array:
     """expert[t, k](h[t]), in float32 [t, X, D]: what each of a token's experts makes of it."""
-    experts = w_gate_EMD.shape[0]
-    blocks = in_blocks(expert_tX, experts)
+    blocks = in_blocks(expert_tX, w_gate_EMD.shape[0], kernels.smallest_block())
 
-    def run(expert, token_b):
-        w_gate, w_up, w_down = (_pick(bank, expert) for bank in (w_gate_EMD, w_up_EMD, w_down_EDM))
-        return swiglu(h_tD[token_b], w_gate, w_up, w_down)
+    def product(x_nbk, bank):
+        return kernels.blocks(x_nbk, blocks.expert_n, bank, devices)
 
-    def nothing(_, token_b):
-        return jnp.zeros((len(token_b), h_tD.shape[-1]), jnp.float32)
-
-    def visit(_, block):
-        expert, token_b = block
-        return None, jax.lax.cond(expert < experts, run, nothing, expert, token_b)
-
-    _, y_nbD = jax.lax.scan(visit, None, (blocks.expert_n, blocks.token_nb))
+    y_nbD = swiglu(h_tD[blocks.token_nb], w_gate_EMD, w_up_EMD, w_down_EDM, product, product)
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
@@ -80,7 +87,8 @@ def over_mesh(
         first = jax.lax.axis_index("expert") * own if "expert" in mesh.shape else 0
         here_tX = (expert_tX >= first) & (expert_tX < first + own)
         expert_tX = jnp.where(here_tX, expert_tX - first, own)
-        return jax.lax.psum(apply_experts(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm), added)
+        y_tD = apply_experts(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm, mesh.shape.get("expert", 1))
+        return jax.lax.psum(y_tD, added)
 
     specs = [
         jax.tree.map(lambda part, letters=letters: PartitionSpec(*axes_of(mesh.shape, letters, part.shape)), bank)
@@ -93,16 +101,17 @@ def over_mesh(
     return run(h_tD, expert_tX, gate_tX, *banks)
 
 
-def in_blocks(expert_tX: jax.Array, experts: int) -> Blocks:
+def in_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:
     """Lay the assignments out: as many blocks as any routing can need, unused ones of the expert E, which is none.
 
-    Where there are fewer assignments than experts, as in decoding, each is its own block and nothing is sorted.
+    Blocks have room for the assignments that an expert gets on average, and for `smallest`. Where there are fewer
+    assignments than experts, as in decoding, each is its own block and nothing is sorted.
     """
     tokens, each = expert_tX.shape
     total, most = tokens * each, min(experts, tokens * each)
-    size = min(LARGEST_BLOCK, 1 << ((total // most).bit_length() - 1))
+    size = min(LARGEST_BLOCK, max(smallest, 1 << ((total // most).bit_length() - 1)))
     expert_a = expert_tX.reshape(-1)
-    if size == 1:
+    if total <= experts or size == 1:
         a = jnp.arange(total, dtype=jnp.int32)
         return Blocks(expert_a, (a // each)[:, None], a.reshape(tokens, each))
 
@@ -119,12 +128,3 @@ def in_blocks(expert_tX: jax.Array, experts: int) -> Blocks:
     token_s = jnp.zeros(count * size, jnp.int32).at[slot_a].set(token_a, mode="drop")
     expert_n = jnp.searchsorted(end_E, jnp.arange(count), side="right")
     return Blocks(expert_n, token_s.reshape(count, size), slot_a.reshape(tokens, each))
-
-
-def _pick(bank: Weight, expert: jax.Array) -> Weight:
-    """One expert's matrix, in its own format.
-
-    The barrier keeps XLA from converting the scales of all experts before it picks one.
-    """
-    bank, expert = jax.lax.optimization_barrier((bank, expert))
-    return jax.tree.map(lambda part: jax.lax.dynamic_index_in_dim(part, expert, keepdims=False), bank)

@@ -85,13 +85,28 @@ def dequantize(w: Weight, dtype) -> jax.Array:
             return w.astype(dtype)
 
 
-@jax.jit
+def exact(w: Weight, dtype) -> tuple[jax.Array, jax.Array]:
+    """`w` as values * scale, the values exact in `dtype`, bfloat16 or float32.
+
+    Of NVFP4 the scale is the tensor's, which joins in float32 where products have been summed; of others it is 1.
+    """
+    if isinstance(w, NVFP4):
+        return _blocks(w).astype(dtype), w.tensor_scale
+    return dequantize(w, dtype), jnp.ones((), jnp.float32)
+
+
 def _nvfp4(w: NVFP4) -> jax.Array:
-    """float32 values. The bitcast of a byte gives two elements, the low nibble first."""
+    """float32 values."""
+    return _blocks(w) * w.tensor_scale
+
+
+@jax.jit
+def _blocks(w: NVFP4) -> jax.Array:
+    """float32 values but for the tensor scale. The bitcast of a byte gives two elements, the low nibble first."""
     blocks = jax.lax.bitcast_convert_type(w.codes, jnp.float4_e2m1fn).reshape(*w.block_scale.shape, -1)
     scale = w.block_scale.astype(jnp.float32)
     scale = jnp.where(jnp.isnan(scale), E4M3_MAX, scale)
-    return (blocks.astype(jnp.float32) * scale[..., None]).reshape(w.shape) * w.tensor_scale
+    return (blocks.astype(jnp.float32) * scale[..., None]).reshape(w.shape)
 
 
 @jax.jit

@@ -10,7 +10,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from . import block, checks
+from . import block, checks, sharding
 from .block import Block, Seen
 from .cache import Cache, empty
 from .config import Config
@@ -58,7 +58,8 @@ class Model(nnx.Module):
         x_BTD = self.embed_VD[tokens_BT].astype(jnp.float32)
         caches, seen = [], []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            x_BTD, layer_cache, layer_seen = block.run(layer, x_BTD, layer_cache, position_BT)
+            with sharding.on(self.mesh):
+                x_BTD, layer_cache, layer_seen = block.run(layer, x_BTD, layer_cache, position_BT)
             caches.append(layer_cache)
             seen.append(layer_seen)
         h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
@@ -67,7 +68,8 @@ class Model(nnx.Module):
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
-        return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
+        with sharding.on(self.mesh):
+            return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
 
 
 @jax.tree_util.register_dataclass
@@ -135,5 +137,5 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origi
     mtp = None
     if cfg.num_nextn_predict_layers:
         drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
-        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer)
+        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer, mesh=mesh)
     return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp, mesh=mesh)

@@ -34,7 +34,8 @@ class MLP(nnx.Module):
 
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, None]:
         """float32 [B, T, D], and no routing."""
-        return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF), None
+        up, down = partial(einsum32, "BTD,FD->BTF"), partial(einsum32, "BTF,DF->BTD")
+        return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, up, down), None
 
 
 @dataclasses.dataclass(eq=False)
@@ -59,8 +60,12 @@ class MoE(nnx.Module):
         expert_tX, gate_tX = (part.reshape(-1, part.shape[-1]) for part in (routing.expert_BTX, routing.gate_BTX))
         experts = apply_experts if self.mesh is None else partial(over_mesh, self.mesh)
         y_tD = experts(h_tD, expert_tX, gate_tX, self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM)
-        shared_BTD = swiglu(h_BTD, self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM)
-        return y_tD.reshape(h_BTD.shape) + shared_BTD, routing
+        return y_tD.reshape(h_BTD.shape) + self.shared(h_BTD), routing
+
+    def shared(self, h_BTD: jax.Array) -> jax.Array:
+        """What the shared expert makes of every token."""
+        up, down = partial(einsum32, "BTD,MD->BTM"), partial(einsum32, "BTM,DM->BTD")
+        return swiglu(h_BTD, self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM, up, down)
 
     @jax.named_scope("gate")
     def route(self, h_BTD: jax.Array) -> Routing:

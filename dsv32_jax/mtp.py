@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
-from . import block
+from . import block, sharding
 from .block import Block, Seen
 from .cache import LayerCache
 from .config import Config
@@ -32,6 +33,7 @@ class MTP(nnx.Module):
     block: Block = nnx.data()
     norm_D: jax.Array = nnx.data()
     head_VD: Weight = nnx.data()
+    mesh: Mesh | None = None
 
     def __call__(
         self, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
@@ -44,11 +46,13 @@ class MTP(nnx.Module):
         eps = self.cfg.rms_norm_eps
         e_BTD = rms_norm(self.embed_VD[next_BT].astype(jnp.float32), self.e_norm_D, eps).astype(self.dtype)
         normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
-        u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
-        z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
+        with sharding.on(self.mesh):
+            u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
+            z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
         return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen
 
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
-        return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
+        with sharding.on(self.mesh):
+            return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

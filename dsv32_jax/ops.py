@@ -4,51 +4,61 @@ Generic functions take unsuffixed arrays: the last axis is the one they work on.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from .config import Config
-from .formats import Weight, dequantize
-
-
-def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32, never in TF32.
-
-    Products of bfloat16 are exact in float32, so it makes no difference that the CPU, which has no such instruction in
-    XLA, converts first.
-    """
-
-    def multiply(a, b):
-        return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
-
-    def convert_first(a, b):
-        return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
-
-    if a.dtype == jnp.float32:
-        return multiply(a, b)
-    return jax.lax.platform_dependent(a, b, cpu=convert_first, default=multiply)
+from .formats import Weight
+from .kernels.choice import blocks, columns, kernels
+from .kernels.reference import contracted, dot, product
+from .sharding import over_letters
 
 
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
-    """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32."""
-    return dot(*_join_contracted(spec, x, dequantize(w, x.dtype)))
+    """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32.
 
-
-def _join_contracted(spec: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
-    """The same product with the last axes of both, where they are contracted together, joined to one.
-
-    XLA's CPU dot copies a weight that is contracted over two axes: 30 times the time of the product for W^O.
+    The letters of `spec` are those of the arrays' names; on a mesh they say how it is spread.
     """
     left, right, out = spec.replace("->", ",").split(",")
-    count = 0
-    while left[-count - 1 :] == right[-count - 1 :] and left[-count - 1] not in out and count < len(right) - 1:
-        count += 1
-    if count < 2:
-        return spec, x, w
-    joined = f"{left[:-count]}z,{right[:-count]}z->{out}"
-    return joined, x.reshape(*x.shape[:-count], -1), w.reshape(*w.shape[:-count], -1)
+    count = contracted(left, right, out)
+    if not kernels(w):
+        return product(spec, x, w)
+    if count and left[:-count] + right[:-count] == out:
+        return over_letters(left, right, out, partial(_linear, count))(x, w)
+    return over_letters(left, right, out, _of_heads if count else _of_heads_columns)(x, w)
+
+
+def _linear(count: int, x: jax.Array, w: Weight) -> jax.Array:
+    """[..., out...]: the last `count` axes of `x` and of `w` contracted, all rows of `x` in one block."""
+    before = x.shape[:-count]
+    bank = jax.tree.map(lambda part: part.reshape(1, -1, math.prod(part.shape[-count:])), w)
+    y_1bo = blocks(x.reshape(1, math.prod(before), -1), jnp.zeros(1, jnp.int32), bank)
+    return y_1bo.reshape(*before, *w.shape[:-count])
+
+
+def _of_heads(x: jax.Array, w: Weight) -> jax.Array:
+    """[..., H, out]: the rows of each head of `x` [..., H, k] times the head's own matrix [out, k]."""
+    rows = _by_head(x)
+    return _by_row(blocks(rows, jnp.arange(len(rows), dtype=jnp.int32), w), x)
+
+
+def _of_heads_columns(x: jax.Array, w: jax.Array) -> jax.Array:
+    """The same with matrices that lie the other way, [k, out]."""
+    return _by_row(columns(_by_head(x), w), x)
+
+
+def _by_head(x: jax.Array) -> jax.Array:
+    *before, heads, size = x.shape
+    return jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(before), size)
+
+
+def _by_row(y: jax.Array, x: jax.Array) -> jax.Array:
+    *before, heads, _ = x.shape
+    return jnp.moveaxis(y.reshape(heads, *before, -1), 0, -2)
 
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
@@ -71,12 +81,16 @@ def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, eps: float) -> ja
     return (gain.astype(jnp.float32) * normed + bias.astype(jnp.float32)).astype(x.dtype)
 
 
+Product = Callable[[jax.Array, Weight], jax.Array]
+"""A float32 product with one weight: an `einsum32` of some letters, or that of each token's own expert."""
+
+
 @jax.named_scope("feed-forward")
-def swiglu(x: jax.Array, w_gate: Weight, w_up: Weight, w_down: Weight) -> jax.Array:
+def swiglu(x: jax.Array, w_gate: Weight, w_up: Weight, w_down: Weight, up: Product, down: Product) -> jax.Array:
     """down(silu(gate(x)) * up(x)), float32 out: the dense feed-forward and each expert."""
-    gate = einsum("...d,md->...m", x, w_gate).astype(jnp.float32)
-    up = einsum("...d,md->...m", x, w_up).astype(jnp.float32)
-    return einsum32("...m,dm->...d", (jax.nn.silu(gate) * up).astype(x.dtype), w_down)
+    gate = up(x, w_gate).astype(x.dtype).astype(jnp.float32)
+    value = up(x, w_up).astype(x.dtype).astype(jnp.float32)
+    return down((jax.nn.silu(gate) * value).astype(x.dtype), w_down)
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:

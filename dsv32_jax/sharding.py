@@ -1,6 +1,7 @@
 """Meshes, and shardings from the letters of a leaf's name: `pieces` says which mesh axis splits which letter."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import jax
@@ -58,3 +59,37 @@ def by_rows(mesh: Mesh | None, tree: Any) -> Any:
         return (jax.lax.with_sharding_constraint if isinstance(x, Tracer) else jax.device_put)(x, spread)
 
     return jax.tree.map(place, tree)
+
+
+def on(mesh: Mesh | None) -> AbstractContextManager:
+    """Inside the `with`, `over_letters` spreads its work over `mesh`."""
+    return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, Any], jax.Array]):
+    """`product` of an array with axes `left` and a weight with axes `right`, each device multiplying the parts it has.
+
+    Where a letter that is summed over is split, the parts are added up over the devices.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return product
+
+    def axes(letters: str, part: jax.Array) -> list[str | None]:
+        found = zip(pieces.axes_of(mesh.shape, letters, part.shape), part.shape, strict=True)
+        return [None if size % mesh.shape.get(axis, 1) else axis for axis, size in found]
+
+    def spread(x: jax.Array, w: Any) -> jax.Array:
+        of_x = axes(left, x)
+        splits = dict(zip(right, axes(right, w), strict=True)) | dict(zip(left, of_x, strict=True))
+        added = tuple(axis for letter, axis in splits.items() if axis and letter not in out)
+        specs = jax.tree.map(lambda part: PartitionSpec(*axes(right, part)), w)
+        return jax.shard_map(
+            lambda x, w: jax.lax.psum(product(x, w), added),
+            mesh=mesh,
+            in_specs=(PartitionSpec(*of_x), specs),
+            out_specs=PartitionSpec(*(splits[letter] for letter in out)),
+            check_vma=False,
+        )(x, w)
+
+    return spread

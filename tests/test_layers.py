@@ -25,11 +25,13 @@ FLOORS = (
     "chat.detokenizer chat.prompts",
     "chat.conversation",
     "storage.passport storage.pieces storage.orbax_habits random_checkpoint",
-    "storage.manifest_text formats",
-    "storage.manifest",
+    "storage.manifest_text formats sharding",
+    "storage.manifest kernels.reference kernels.cpu kernels.triton_kernels",
+    "kernels.gpu",
+    "kernels.choice",
     "storage.integrity storage.store",
     "ops rows choice",
-    "sharding cache",
+    "cache",
     "mla indexer experts random_weights",
     "moe",
     "attention",
@@ -51,7 +53,7 @@ FLOORS = (
     "bench.load bench.layer bench.quantize bench.wide_source bench.parts bench.scopes fit demo",
     "bench.convert bench.reading bench.model inspect.trees inspect.weights",
     "bench.context inspect.blocks inspect.mass",
-    "bench.record inspect.shards",
+    "bench.record bench.kernels inspect.shards",
     "inspect.plots",
     "cli",
     "__main__",
@@ -77,7 +79,7 @@ CONVERT_MAY_IMPORT = {
 
 ENTRANCES = {
     *("cli", "demo", "inspect.converter"),
-    *("bench.layer", "bench.load", "bench.model", "bench.convert", "bench.context"),
+    *("bench.layer", "bench.load", "bench.model", "bench.kernels", "bench.convert", "bench.context"),
 }
 """Where the library calls `convert` and reads `configs`."""
 

@@ -17,7 +17,7 @@ from dsv32_jax import attention, experts, layout
 from dsv32_jax.cache import empty, empty_layer
 from dsv32_jax.compilation import metered
 from dsv32_jax.errors import UsageError
-from dsv32_jax.ops import over_tokens, rms_norm, swiglu
+from dsv32_jax.ops import over_tokens, rms_norm
 from tests import golden, models
 from tests.golden import sets
 
@@ -422,7 +422,7 @@ def test_shared_expert_is_not_scaled(cfg):
     y, routing = moe(h)
     np.testing.assert_allclose(routing.gate_BTX.sum(axis=-1), cfg.routed_scaling_factor, rtol=1e-6)
     silent = dataclasses.replace(moe, w_down_EDM=jnp.zeros_like(moe.w_down_EDM))
-    same(silent(h)[0], swiglu(h, moe.shared_gate_MD, moe.shared_up_MD, moe.shared_down_DM))
+    same(silent(h)[0], moe.shared(h))
     assert np.abs(silent(h)[0] - y).max() > 0.1
 
 

@@ -19,10 +19,13 @@ from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
-    "ops cache mla indexer experts moe attention block mtp model checks choice sampling decoding speculation "
-    "tape inspect.mass request batch scoring evaluation.reading evaluation.divergence evaluation.layerwise "
-    "evaluation.layer_errors"
+    "kernels.reference kernels.choice ops cache mla indexer experts moe attention block mtp model checks choice "
+    "sampling decoding speculation tape inspect.mass request batch scoring evaluation.reading evaluation.divergence "
+    "evaluation.layerwise evaluation.layer_errors"
 ).split()
+
+FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu"}
+"""What only accelerators can import; its names are explained in it."""
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +125,7 @@ def test_other_modules_have_no_suffixed_names():
     """A module with suffixed names is on the list above."""
     folder = Path(ds.__file__).parent
     names = {".".join(file.relative_to(folder).with_suffix("").parts) for file in folder.rglob("*.py")}
-    others = {name for name in names if not name.endswith(("__init__", "__main__"))} - set(MODULES)
+    others = {name for name in names if not name.endswith(("__init__", "__main__"))} - set(MODULES) - FOR_GPUS
     named = {name for name in others if suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))}
     assert named == set()
 

@@ -135,10 +135,11 @@ def runs(_: Findings) -> Facts:
     import jax
 
     from ..compilation import keep_on_disk
+    from ..kernels import choice
 
     keep_on_disk()
     folder, kept = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
-    found: Facts = {"kernels": "XLA", "arithmetic": "bfloat16 (--dtype float32 for parity)"}
+    found: Facts = {"kernels": choice.description(), "arithmetic": "bfloat16 (--dtype float32 for parity)"}
     if not (folder and kept):
         return {**found, "compiled programs": "not kept: the compilation cache of JAX is off"}
     files = [file for file in Path(folder).rglob("*") if file.is_file()] if Path(folder).is_dir() else []

@@ -17,7 +17,7 @@ from dsv32_jax.layout import COPIES
 from dsv32_jax.mla import MLA
 from dsv32_jax.model import Model, build
 from dsv32_jax.moe import MLP, MoE
-from dsv32_jax.ops import dot, einsum, einsum32, rms_norm, rotation, swiglu
+from dsv32_jax.ops import dot, einsum, einsum32, rms_norm, rotation
 
 
 class Phase(NamedTuple):
@@ -138,5 +138,5 @@ def feed_forward(ffn: MLP | MoE, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array
     hidden_BTEM = jax.nn.silu(einsum("BTD,EMD->BTEM", h_BTD, ffn.w_gate_EMD).astype(jnp.float32))
     hidden_BTEM *= einsum("BTD,EMD->BTEM", h_BTD, ffn.w_up_EMD).astype(jnp.float32) * gate_BTE[..., None]
     routed_BTD = einsum32("BTEM,DEM->BTD", hidden_BTEM.astype(h_BTD.dtype), ffn.w_down_EDM.swapaxes(0, 1))
-    shared_BTD = swiglu(h_BTD, ffn.shared_gate_MD, ffn.shared_up_MD, ffn.shared_down_DM)
+    shared_BTD = ffn.shared(h_BTD)
     return routed_BTD + shared_BTD, chosen_BTXE.sum(axis=(0, 1, 2))

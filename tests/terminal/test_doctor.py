@@ -8,6 +8,7 @@ import jax
 import pytest
 
 from dsv32_jax import inventory
+from dsv32_jax.kernels import choice
 from dsv32_jax.terminal import doctor
 
 
@@ -18,6 +19,7 @@ def test_for_people(dsv32, checkpoint):
     for wanted in (jax.__version__, "free memory", "free disk, here", "device 7", "kernels", "fits on one device"):
         assert wanted in out
     assert out.endswith("no problems found\n") and "yes, " in out
+    assert choice.description() in out
 
 
 def test_for_programs(dsv32, checkpoint):
@@ -64,15 +66,16 @@ def test_what_is_missing_is_said(dsv32, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", partly)
     monkeypatch.setattr(jax, "default_backend", broken)
     code, out, err = dsv32("doctor", tmp_path / "nothing\x1b[2J")
-    assert (code, err) == (0, "") and "\x1b" not in out and "problems (4)" in out
+    assert (code, err) == (0, "") and "\x1b" not in out and "problems (5)" in out
     for wanted in (
         "tokenizers is not installed; text needs it",
         "orbax-checkpoint is not installed",
         "devices: RuntimeError: no driver",
+        "runs: RuntimeError: no driver",
         "is not a folder",
     ):
         assert wanted in out
-    assert "free memory" in out and "kernels" in out
+    assert "free memory" in out
 
 
 @pytest.mark.parametrize("damage", ["weights", "tokenizer"])

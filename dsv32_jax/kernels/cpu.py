@@ -1,0 +1,76 @@
+"""The kernels of src/, which the package build compiled, called through XLA's foreign function interface.
+
+They read weights as the checkpoint stores them and multiply in float32 (with AVX-512 in bfloat16, where activations
+are); an installation without a compiler has none.
+"""
+
+import ctypes
+from functools import cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ..formats import NVFP4, Fp8Block, Weight
+from ..quantize import FP8_BLOCK
+
+SYMBOLS = {NVFP4: "dsv32_nvfp4_dot", Fp8Block: "dsv32_fp8_dot", jax.Array: "dsv32_bf16_dot"}
+COLUMNS = "dsv32_bf16_columns"
+
+SMALLEST_WIDTH = 16
+"""Inputs that share a block scale; other formats have multiples of it."""
+
+
+def compiled() -> Path | None:
+    """The library that the package build made."""
+    found = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in found if file.exists()), None)
+
+
+@cache
+def missing() -> str:
+    """Why there are no kernels; nothing where there are, which are then registered with XLA."""
+    file = compiled()
+    if file is None:
+        return "the package was built without a C++ compiler; install it again where there is one (g++ or clang)"
+    try:
+        library = ctypes.CDLL(str(file))
+        for symbol in (*SYMBOLS.values(), COLUMNS):
+            jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
+    except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
+        return f"{file.name} does not load ({error}); build the package again for this Python and JAX"
+    return ""
+
+
+def description() -> str:
+    """Which instructions the kernels use here."""
+    library = ctypes.CDLL(str(compiled()))
+    library.dsv32_instructions.restype = ctypes.c_char_p
+    return f"C++ with {library.dsv32_instructions().decode()}, XLA for the rest"
+
+
+def serves(w: Weight) -> bool:
+    """Whether there is a kernel for the format of `w` [..., o, k]."""
+    match w:
+        case NVFP4():
+            return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0
+        case Fp8Block():
+            return w.shape[-1] % FP8_BLOCK == 0
+        case _:
+            return w.dtype == jnp.bfloat16
+
+
+def blocks(x: jax.Array, expert: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
+    """`reference.blocks` without the tensor scale; it makes no difference over how many devices experts are spread."""
+    parts = [part for part in jax.tree.leaves(bank) if part is not getattr(bank, "tensor_scale", None)]
+    symbol = next(symbol for kind, symbol in SYMBOLS.items() if isinstance(bank, kind))
+    result = jax.ShapeDtypeStruct((*x.shape[:2], bank.shape[1]), jnp.float32)
+    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(x, expert.astype(jnp.int32), *parts)
+
+
+def columns(x: jax.Array, bank: jax.Array) -> jax.Array:
+    """`reference.columns`."""
+    result = jax.ShapeDtypeStruct((*x.shape[:2], bank.shape[-1]), jnp.float32)
+    expert = jnp.arange(len(bank), dtype=jnp.int32)
+    return jax.ffi.ffi_call(COLUMNS, result, vmap_method="sequential")(x, expert, bank)

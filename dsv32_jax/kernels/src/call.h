@@ -1,0 +1,44 @@
+// A call: y[n, b, :] = W[expert[n]] x[n, b, :] for n blocks of b rows, each block with one of `experts` matrices [o, k].
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace dsv32 {
+
+struct Call {
+  int64_t n, b, o, k, experts;
+  const void* x;  // [n, b, k], bfloat16 or float32
+  bool x_is_bf16;
+  const int32_t* expert;   // [n]; an id that is no expert means no matrix: zeros
+  const uint8_t* weights;  // [experts, o, row_bytes]
+  int64_t row_bytes;
+  const uint8_t* scales;  // [experts, o, row_scales], in the format's own type; nothing for bfloat16
+  int64_t row_scales;
+  float* y;  // [n, b, o]
+};
+
+// Outputs that a thread computes at once: their weights stay in the second-level cache, their sums in the first.
+constexpr int64_t kTile = 32, kColumnTile = 512;
+
+// How one instruction set computes one format. `pack` lays the rows of one block out as `rows` wants them, in a buffer
+// of `packed_bytes`; `rows` computes the outputs
+// first..last-1 of that block, at most `tile`.
+struct Kernel {
+  int64_t tile;
+  size_t (*packed_bytes)(const Call&);
+  void (*pack)(const Call&, int64_t block, void* packed);
+  void (*rows)(const Call&, int64_t block, const void* packed, int64_t first, int64_t last);
+};
+
+inline float from_bf16(uint16_t bits) {
+  union { uint32_t u; float f; } value = {uint32_t(bits) << 16};
+  return value.f;
+}
+
+inline float x_at(const Call& call, int64_t index) {
+  return call.x_is_bf16 ? from_bf16(static_cast<const uint16_t*>(call.x)[index])
+                        : static_cast<const float*>(call.x)[index];
+}
+
+}  // namespace dsv32

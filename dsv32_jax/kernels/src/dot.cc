@@ -1,0 +1,103 @@
+// Matrix products with weights as they are stored, on XLA's CPU backend (its foreign function interface).
+#include "call.h"
+#include "parallel.h"
+#include "portable.h"
+#if defined(__x86_64__)
+#include "avx2.h"
+#include "avx512.h"
+#endif
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace dsv32 {
+
+enum Format { kNvfp4, kFp8, kBf16, kBf16Columns };
+
+enum Instructions { kPortable, kAvx2, kAvx512Bf16 };
+
+Instructions instructions() {
+#if defined(__x86_64__) && !defined(DSV32_PORTABLE)
+  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    return kAvx512Bf16;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2;
+#endif
+  return kPortable;
+}
+
+const Kernel& choose(Format format, [[maybe_unused]] bool x_is_bf16) {
+#if defined(__x86_64__) && !defined(DSV32_PORTABLE)
+  static constexpr Kernel wide[] = {avx512::kernel<avx512::Nvfp4>(), avx512::kernel<avx512::Fp8>(),
+                                    avx512::kernel<avx512::Bf16>(), avx512::column_kernel()};
+  static constexpr Kernel usual[] = {avx2::kernel<avx2::Nvfp4>(), avx2::kernel<avx2::Fp8>(),
+                                     avx2::kernel<avx2::Bf16>(), avx2::column_kernel()};
+  if (instructions() == kAvx512Bf16 && x_is_bf16) return wide[format];
+  if (instructions() != kPortable) return usual[format];
+#endif
+  static constexpr Kernel plain[] = {portable::kernel<portable::Nvfp4>(), portable::kernel<portable::Fp8>(),
+                                     portable::kernel<portable::Bf16>(), portable::column_kernel()};
+  return plain[format];
+}
+
+// x [n, b, k], expert [n], weights [E, o, ...] (columns: [E, k, o]), scales [E, o, ...] -> y [n, b, o].
+ffi::Error dot(Format format, ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>& expert,
+               ffi::AnyBuffer weights, const ffi::AnyBuffer* scales, ffi::Result<ffi::Buffer<ffi::F32>>& y) {
+  const auto in = x.dimensions(), stored = weights.dimensions();
+  Call call{};
+  call.n = in[0], call.b = in[1], call.k = in[2];
+  call.experts = stored[0], call.o = y->dimensions()[2];
+  call.x = x.untyped_data();
+  call.x_is_bf16 = x.element_type() == ffi::BF16;
+  call.expert = expert.typed_data();
+  call.weights = static_cast<const uint8_t*>(weights.untyped_data());
+  call.row_bytes = stored[2] * (format == kBf16 ? 2 : 1);
+  if (scales != nullptr) {
+    call.row_scales = scales->dimensions()[2];
+    call.scales = static_cast<const uint8_t*>(scales->untyped_data());
+  }
+  call.y = y->typed_data();
+  run(pool, choose(format, call.x_is_bf16), call);
+  return ffi::Error::Success();
+}
+
+}  // namespace dsv32
+
+#define DSV32_SCALED(symbol, format)                                                                    \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                        \
+      symbol,                                                                                           \
+      +[](ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer weights, \
+          ffi::AnyBuffer scales, ffi::Result<ffi::Buffer<ffi::F32>> y) {                                \
+        return dsv32::dot(format, pool, x, expert, weights, &scales, y);                                \
+      },                                                                                                \
+      ffi::Ffi::Bind()                                                                                  \
+          .Ctx<ffi::ThreadPool>()                                                                       \
+          .Arg<ffi::AnyBuffer>()                                                                        \
+          .Arg<ffi::Buffer<ffi::S32>>()                                                                 \
+          .Arg<ffi::AnyBuffer>()                                                                        \
+          .Arg<ffi::AnyBuffer>()                                                                        \
+          .Ret<ffi::Buffer<ffi::F32>>())
+
+#define DSV32_PLAIN(symbol, format)                                                                     \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                                                        \
+      symbol,                                                                                           \
+      +[](ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> expert, ffi::AnyBuffer weights, \
+          ffi::Result<ffi::Buffer<ffi::F32>> y) {                                                       \
+        return dsv32::dot(format, pool, x, expert, weights, nullptr, y);                                \
+      },                                                                                                \
+      ffi::Ffi::Bind()                                                                                  \
+          .Ctx<ffi::ThreadPool>()                                                                       \
+          .Arg<ffi::AnyBuffer>()                                                                        \
+          .Arg<ffi::Buffer<ffi::S32>>()                                                                 \
+          .Arg<ffi::AnyBuffer>()                                                                        \
+          .Ret<ffi::Buffer<ffi::F32>>())
+
+DSV32_SCALED(dsv32_nvfp4_dot, dsv32::kNvfp4);
+DSV32_SCALED(dsv32_fp8_dot, dsv32::kFp8);
+DSV32_PLAIN(dsv32_bf16_dot, dsv32::kBf16);
+DSV32_PLAIN(dsv32_bf16_columns, dsv32::kBf16Columns);
+
+extern "C" const char* dsv32_instructions() {
+  static const char* names[] = {"no vector instructions", "AVX2", "AVX-512 BF16"};
+  return names[dsv32::instructions()];
+}

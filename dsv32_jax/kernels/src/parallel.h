@@ -1,0 +1,61 @@
+// A call on a pool of threads, which is XLA's own: anything with `num_threads` and `Schedule`.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "call.h"
+
+namespace dsv32 {
+
+// Runs work(0..items-1) on the pool and the calling thread. The caller waits only for those who have begun: a pool
+// whose threads all wait for one another would never begin.
+template <class Pool, class Work>
+void parallel(Pool& pool, int64_t items, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::mutex mutex;
+    std::condition_variable idle;
+    int64_t busy = 0;
+    bool closed = false;
+  };
+  auto shared = std::make_shared<Shared>();
+  const auto take = [items, &work](Shared& shared) {
+    for (int64_t i; (i = shared.next.fetch_add(1)) < items;) work(i);
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
+  for (int64_t h = 0; h < helpers; ++h)
+    pool.Schedule([shared, take] {
+      {
+        std::lock_guard<std::mutex> lock(shared->mutex);
+        if (shared->closed) return;
+        ++shared->busy;
+      }
+      take(*shared);
+      std::lock_guard<std::mutex> lock(shared->mutex);
+      if (--shared->busy == 0) shared->idle.notify_one();
+    });
+  take(*shared);
+  std::unique_lock<std::mutex> lock(shared->mutex);
+  shared->closed = true;
+  shared->idle.wait(lock, [&] { return shared->busy == 0; });
+}
+
+template <class Pool>
+void run(Pool& pool, const Kernel& kernel, const Call& call) {
+  const size_t each = (kernel.packed_bytes(call) + 63) / 64 * 64;
+  std::vector<uint8_t> packed(each * call.n + 64);
+  uint8_t* base = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64);
+  parallel(pool, call.n, [&](int64_t block) { kernel.pack(call, block, base + block * each); });
+  const int64_t tiles = (call.o + kernel.tile - 1) / kernel.tile;
+  parallel(pool, call.n * tiles, [&](int64_t item) {
+    const int64_t block = item / tiles, first = item % tiles * kernel.tile;
+    kernel.rows(call, block, base + block * each, first, std::min(first + kernel.tile, call.o));
+  });
+}
+
+}  // namespace dsv32

@@ -1,0 +1,90 @@
+"""What needs a GPU: kernels against float64, and whole models with kernels against the same without.
+
+    python -m tests.gpu          # a few minutes; ends with "all is the same", or an error
+"""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+import dsv32_jax as ds
+from dsv32_jax import quantize
+from dsv32_jax.bench.context import SMALL, config
+from dsv32_jax.bench.parts import random_model
+from dsv32_jax.formats import NVFP4, Fp8Block
+from dsv32_jax.kernels import choice
+
+SIZES = (
+    (1, 1, 1, 16), (2, 3, 17, 80), (3, 8, 96, 256), (2, 9, 33, 1536), (1, 16, 130, 7168), (2, 40, 64, 512),
+    (1, 64, 70, 2048), (2, 100, 65, 384), (1, 256, 128, 1024), (1, 300, 257, 768), (4, 2, 512, 128),
+)  # fmt: skip
+"""Blocks, rows, outputs, inputs."""
+
+
+def bank(kind: str, rng, many: int, out: int, size: int):
+    """Any bytes but FP8's NaN, and the values on the host."""
+    if kind == "nvfp4":
+        codes = rng.integers(0, 256, (many, out, size // 2), np.uint8)
+        scales = rng.integers(0, 256, (many, out, size // 16), np.uint8).view(ml_dtypes.float8_e4m3fn)
+        tensor = rng.random((many, 1, 1), np.float32)
+        return NVFP4(*map(jnp.asarray, (codes, scales, tensor))), quantize.nvfp4_dequantize(codes, scales, tensor)
+    values = rng.integers(0, 256, (many, out, size), np.uint8)
+    values[values & 127 == 127] = 0
+    values = values.view(ml_dtypes.float8_e4m3fn)
+    scales = rng.choice([0.37, 0.5, 2.0**-9], (many, out, -(-size // 128))).astype(np.float32)
+    return Fp8Block(jnp.asarray(values), jnp.asarray(scales)), quantize.fp8_dequantize(values, scales)
+
+
+def kernels() -> None:
+    """Every size, in both formats and dtypes."""
+    rng = np.random.default_rng(0)
+    for kind in ("nvfp4", "fp8"):
+        for n, b, out, size in SIZES:
+            size = -(-size // 128) * 128 if kind == "fp8" else size
+            w, plain = bank(kind, rng, 3, out, size)
+            assert "cuda" in choice.kernels(w), choice.description()
+            expert = rng.integers(-1, 4, n).astype(np.int32)
+            matrices = np.stack([plain[e] if 0 <= e < 3 else 0 * plain[0] for e in expert]).astype(np.float64)
+            for dtype in (jnp.bfloat16, jnp.float32):
+                x = jnp.asarray(rng.standard_normal((n, b, size)), dtype)
+                got = np.asarray(jax.jit(choice.blocks)(x, expert, w), np.float64)
+                of = np.asarray(x, np.float64)
+                want = np.einsum("nbk,nok->nbo", of, matrices)
+                most = np.einsum("nbk,nok->nbo", abs(of), abs(matrices)).max(axis=-1, keepdims=True)
+                error = (np.abs(got - want) / (most + 1e-30)).max()
+                print(f"{kind} {np.dtype(dtype)} {n} x {b} rows, {size} -> {out}: {error:.1e}", flush=True)
+                assert error < (5e-6 if b > 128 else 1e-6)
+
+
+def models(mesh: str | None) -> None:
+    """The largest difference of logits between kernels and XLA's own products, and greedy tokens."""
+    cfg = config(SMALL, 3)
+    where = None if mesh is None else ds.mesh(mesh)
+    tokens = np.random.default_rng(1).integers(3, cfg.vocab_size, (4, 40), np.int32)
+    model = random_model(cfg, where)
+    found = {}
+    for kernels in ("auto", "xla"):
+        os.environ[choice.VARIABLE] = kernels
+        jax.clear_caches()
+        logits = np.asarray(ds.forward(model, tokens).logits)
+        made = ds.generate(model, tokens.tolist(), max_new_tokens=8).tokens
+        found[kernels] = (logits, made)
+    (a, made), (b, other) = found["auto"], found["xla"]
+    off = np.abs(a - b).max() / np.abs(b).max()
+    same = sum(x == y for row, another in zip(made, other, strict=True) for x, y in zip(row, another, strict=True))
+    print(f"mesh {mesh}: logits differ by {off:.1e} of the largest (bfloat16), {same} of 32 greedy tokens are the same")
+    assert off < 0.03
+
+
+if __name__ == "__main__":
+    assert jax.default_backend() == "gpu"
+    print(choice.description())
+    kernels()
+    models(None)
+    if jax.device_count() > 1:
+        models(f"expert={jax.device_count()}")
+        models(f"model={jax.device_count()}")
+    print("all is the same")

@@ -1,0 +1,244 @@
+"""Kernels: each is its reference within float32 rounding, whatever the shape, the bytes and the experts."""
+
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dsv32_jax import experts, ops, quantize
+from dsv32_jax.errors import UsageError
+from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
+from dsv32_jax.kernels import choice, cpu, reference
+
+compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
+toolchain = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
+FORMATS = ("nvfp4", "fp8", "bf16")
+TOLERANCE = 1e-6
+"""Of the largest |x| . |w| of a row: a product of float32 has no smaller error in any order of summation."""
+
+shapes = st.tuples(st.integers(1, 3), st.integers(1, 19), st.integers(1, 70), st.integers(1, 12), st.integers(1, 3))
+few = settings(max_examples=15)
+"""Every shape is a program."""
+
+
+def bank(kind: str, rng, many: int, out: int, size: int):
+    """A bank [many, out, size] of all bytes that a format can hold, but for FP8's NaN."""
+    if kind == "nvfp4":
+        codes = rng.integers(0, 256, (many, out, size // 2), np.uint8)
+        scales = rng.integers(0, 256, (many, out, size // 16), np.uint8).view(ml_dtypes.float8_e4m3fn)
+        return NVFP4(jnp.asarray(codes), jnp.asarray(scales), jnp.asarray(rng.random((many, 1, 1), np.float32)))
+    if kind == "fp8":
+        values = rng.integers(0, 256, (many, out, size), np.uint8)
+        values[values & 127 == 127] = 0
+        scales = rng.choice([rng.random(), 0.5, 2.0**-9], (many, out, -(-size // 128))).astype(np.float32)
+        return Fp8Block(jnp.asarray(values.view(ml_dtypes.float8_e4m3fn)), jnp.asarray(scales))
+    return jnp.asarray(rng.standard_normal((many, out, size)), jnp.bfloat16)
+
+
+def plain(w) -> np.ndarray:
+    """The bank, dequantized on the host."""
+    match w:
+        case NVFP4():
+            return quantize.nvfp4_dequantize(*map(np.asarray, (w.codes, w.block_scale, w.tensor_scale)))
+        case Fp8Block():
+            return quantize.fp8_dequantize(np.asarray(w.values), np.asarray(w.block_scale))
+        case _:
+            return np.asarray(w, np.float32)
+
+
+def exact(x, expert, w) -> tuple[np.ndarray, np.ndarray]:
+    """The product in float64, and that of magnitudes."""
+    x, values = np.asarray(x, np.float64), plain(w).astype(np.float64)
+    of = [values[e] if 0 <= e < len(values) else 0 * values[0] for e in np.asarray(expert)]
+    pairs = list(zip(x, of, strict=True))
+    return np.stack([a @ b.T for a, b in pairs]), np.stack([abs(a) @ abs(b).T for a, b in pairs])
+
+
+def close(got, x, expert, w) -> None:
+    want, size = exact(x, expert, w)
+    assert np.all(np.abs(np.asarray(got) - want) <= TOLERANCE * size.max(axis=-1, keepdims=True) + 1e-30)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+@few
+@given(shape=shapes, seed=st.integers(0, 99))
+def test_blocks(kind, dtype, shape, seed):
+    """Any number of blocks, rows, outputs and inputs; ids that are no expert, below and above, make zeros."""
+    many, rows, out, size, count = shape
+    rng = np.random.default_rng(seed)
+    w = bank(kind, rng, many, out, 16 * size)
+    x = jnp.asarray(rng.standard_normal((count, rows, 16 * size)), dtype)
+    expert = jnp.asarray(rng.integers(-1, many + 1, count), jnp.int32)
+    close(choice._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+
+
+@compiled
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize(("rows", "out", "size"), [(1, 130, 7168), (9, 33, 2048), (16, 65, 1536), (3, 40, 18432)])
+def test_true_sizes(kind, rows, out, size):
+    """Contractions that go in pieces."""
+    rng = np.random.default_rng(rows)
+    w = bank(kind, rng, 2, out, size)
+    x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
+    expert = jnp.asarray([1, 0], jnp.int32)
+    close(choice.blocks(x, expert, w), x, expert, w)
+    close(reference.blocks(x, expert, w), x, expert, w)
+
+
+@compiled
+def test_every_byte():
+    """All 256 scales of NVFP4, a NaN standing for 448, with all codes; all values of FP8, NaN staying NaN."""
+    codes = jnp.tile(jnp.asarray([0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE], jnp.uint8), (1, 256, 1))
+    scales = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8).reshape(1, 256, 1), jnp.float8_e4m3fn)
+    one = jnp.zeros(1, jnp.int32)
+    w = NVFP4(codes, scales, jnp.ones((1, 1, 1)))
+    each = jnp.eye(16, dtype=jnp.float32)[None]
+    np.testing.assert_array_equal(cpu.blocks(each, one, w)[0].T, dequantize(w, jnp.float32)[0])
+    values = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8).reshape(2, 128), jnp.float8_e4m3fn)
+    for scale in (1.0, 0.37):
+        w = Fp8Block(values[None], jnp.full((1, 2, 1), scale))
+        each = jnp.eye(128, dtype=jnp.float32)[None]
+        got, want = np.asarray(cpu.blocks(each, one, w)[0].T), np.asarray(dequantize(w, jnp.float32)[0])
+        np.testing.assert_array_equal(np.isnan(got).any(axis=1), np.isnan(want).any(axis=1))
+        numbers = ~np.isnan(want).any(axis=1)
+        np.testing.assert_array_equal(got[numbers], want[numbers])
+
+
+@compiled
+def test_wider_scales():
+    """32 inputs that share a scale."""
+    rng = np.random.default_rng(0)
+    w = bank("nvfp4", rng, 2, 9, 192)
+    w = NVFP4(w.codes, w.block_scale[..., ::2], w.tensor_scale)
+    x, expert = jnp.asarray(rng.standard_normal((2, 3, 192)), jnp.float32), jnp.asarray([1, 0], jnp.int32)
+    assert choice.kernels(w)
+    close(choice.blocks(x, expert, w), x, expert, w)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@few
+@given(shape=shapes, seed=st.integers(0, 99))
+def test_columns(dtype, shape, seed):
+    """Weights that lie the other way."""
+    many, rows, out, size, _ = shape
+    rng = np.random.default_rng(seed)
+    w = jnp.asarray(rng.standard_normal((many, size, out)), jnp.bfloat16)
+    x = jnp.asarray(rng.standard_normal((many, rows, size)), dtype)
+    close(cpu.columns(x, w), x, range(many), jnp.swapaxes(w, 1, 2))
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("spec", "left", "right"),
+    [
+        ("BTD,QD->BTQ", (2, 3, 96), (40, 96)),
+        ("BTHP,DHP->BTD", (2, 3, 4, 128), (24, 4, 128)),
+        ("BTQ,HNQ->BTHN", (2, 3, 128), (4, 24, 128)),
+        ("BTHC,HPC->BTHP", (2, 3, 4, 32), (4, 24, 32)),
+        ("BTHN,HNC->BTHC", (2, 3, 4, 24), (4, 24, 32)),
+    ],
+)
+def test_einsum(monkeypatch, spec, left, right):
+    """Every form in which the model multiplies by a weight, with kernels and without."""
+    rng = np.random.default_rng(1)
+    x, w = jnp.asarray(rng.standard_normal(left), jnp.bfloat16), jnp.asarray(rng.standard_normal(right), jnp.bfloat16)
+    got = ops.einsum32(spec, x, w)
+    monkeypatch.setenv(choice.VARIABLE, "xla")
+    want = ops.einsum32(spec, x, w)
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+@compiled
+@pytest.mark.parametrize("kind", FORMATS)
+def test_derivatives_are_those_of_the_reference(kind):
+    """With respect to activations, through blocks of experts."""
+    rng = np.random.default_rng(2)
+    w = bank(kind, rng, 3, 8, 128)
+    x, expert = jnp.asarray(rng.standard_normal((4, 2, 128)), jnp.float32), jnp.asarray([0, 3, 2, 1], jnp.int32)
+    got, want = (
+        jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, expert, w) * 1e-3)))(x) for f in (choice.blocks, reference.blocks)
+    )
+    np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_the_environment_chooses(monkeypatch):
+    """ "xla" takes the reference, whatever is there; another word is refused."""
+    w = bank("nvfp4", np.random.default_rng(0), 1, 4, 32)
+    monkeypatch.setenv(choice.VARIABLE, "xla")
+    assert choice.kernels(w) == {}
+    monkeypatch.setenv(choice.VARIABLE, "fast")
+    with pytest.raises(UsageError, match="DSV32_KERNELS is one of auto, xla, not 'fast'"):
+        choice.kernels(w)
+
+
+def test_without_kernels(monkeypatch, caplog):
+    """An installation without a compiler computes the same, and says once that it is slow."""
+    rng = np.random.default_rng(3)
+    w = bank("nvfp4", rng, 2, 5, 48)
+    x, expert = jnp.asarray(rng.standard_normal((3, 2, 48)), jnp.float32), jnp.asarray([1, 2, 0], jnp.int32)
+    monkeypatch.setattr(cpu, "missing", lambda: "it was built without a compiler")
+    choice._say.cache_clear()
+    with caplog.at_level(logging.WARNING, "dsv32_jax"):
+        close(choice.blocks(x, expert, w), x, expert, w)
+        close(choice.blocks(x, expert, w), x, expert, w)
+    assert [record.getMessage() for record in caplog.records] == [
+        "products with stored weights are slow here, without kernels: it was built without a compiler"
+    ]
+
+
+@compiled
+def test_nothing_is_dequantized():
+    """What a product of experts needs beside its arguments has nothing of the size of a matrix."""
+    w = bank("nvfp4", np.random.default_rng(0), 4, 256, 512)
+    down = bank("nvfp4", np.random.default_rng(1), 4, 512, 256)
+    h, chosen, gate = jnp.ones((1, 512), jnp.bfloat16), jnp.asarray([[2, 0]], jnp.int32), jnp.ones((1, 2), jnp.float32)
+    program = jax.jit(experts.apply_experts).lower(h, chosen, gate, w, w, down).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 256 * 512
+
+
+@toolchain
+def test_without_vector_instructions(tmp_path):
+    """The plain C++ that other processors run gives what the vectors do."""
+    source = Path(cpu.__file__).with_name("src") / "dot.cc"
+    library = tmp_path / "portable.so"
+    command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DDSV32_PORTABLE", "-isystem", jax.ffi.include_dir()]
+    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    script = f"""
+import numpy as np, jax.numpy as jnp
+from pathlib import Path
+from dsv32_jax.kernels import cpu, choice
+from tests import test_kernels as tests
+cpu.compiled = lambda: Path({str(library)!r})
+assert not cpu.missing()
+for kind in tests.FORMATS:
+    for dtype in (jnp.float32, jnp.bfloat16):
+        rng = np.random.default_rng(7)
+        w = tests.bank(kind, rng, 2, 37, 16 * 21)
+        x, expert = jnp.asarray(rng.standard_normal((3, 11, 16 * 21)), dtype), jnp.asarray([1, 2, 0], jnp.int32)
+        tests.close(choice._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@toolchain
+@pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
+def test_sanitizers(tmp_path, sanitizer):
+    """Nothing is read or written outside of arrays, nothing is undefined, no thread races another."""
+    source, program = Path(__file__).with_name("kernels_sanitized.cc"), tmp_path / "program"
+    flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
+    subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
