@@ -71,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
     context.set_defaults(run=_bench_context)
     _add_bench_model(bench)
+    _add_bench_kernels(bench)
     record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 4 GB)")
     record.set_defaults(run=_bench_record)
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
@@ -95,6 +96,16 @@ def _add_bench_model(bench) -> None:
     model.add_argument("--steps", type=int, default=8, metavar="N", help="decode steps a call takes (8)")
     model.add_argument("--json", action="store_true", help="a JSON object a line")
     model.set_defaults(run=_bench_model)
+
+
+def _add_bench_kernels(bench) -> None:
+    kernels = bench.add_parser("kernels", help="products with stored weights at the true shapes, by kernel and by XLA")
+    add = kernels.add_argument
+    add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="formats of the weights (nvfp4)")
+    add("--rows", type=int, action="append", metavar="M", help="rows of activations (1, 2, 4, 8, 16, 64 and 256)")
+    add("--weight", action="append", metavar="NAME", help="a weight of the first column (all)")
+    add("--by", choices=("kernel", "xla", "torch"), action="append", help="what computes (all that is there)")
+    kernels.set_defaults(run=_bench_kernels)
 
 
 def _add_fit(commands) -> None:
@@ -164,6 +175,15 @@ def _bench_model(arguments: argparse.Namespace) -> int:
     where = (arguments.config, arguments.layers, arguments.mesh)
     sizes = (arguments.batch or BATCH, arguments.context or CONTEXT)
     print_model(plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
+    return 0
+
+
+def _bench_kernels(arguments: argparse.Namespace) -> int:
+    from .bench.kernels import ROWS, available, print_kernels
+
+    print_kernels(
+        arguments.format or ["nvfp4"], arguments.rows or ROWS, arguments.weight or [], arguments.by or available()
+    )
     return 0
 
 

@@ -103,11 +103,14 @@ def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache
 def sparse_weights(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What each head attends to with which weight [B, T, H, k], float32, and the latents there [B, T, k, C]."""
+    """What each head attends to with which weight [B, T, H, k], float32, and the latents there [B, T, k, C].
+
+    The many latents come first in the products: the other order takes XLA's CPU backend several times as long.
+    """
     c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    score_BTHk = dot("BTHC,BTkC->BTHk", q_c_BTHC, c_kv_BTkC) + dot("BTHR,BTkR->BTHk", q_r_BTHR, k_r_BTkR)
-    return _softmax(mla.cfg, score_BTHk, selected_BTk >= 0), c_kv_BTkC
+    score_BTkH = dot("BTkC,BTHC->BTkH", c_kv_BTkC, q_c_BTHC) + dot("BTkR,BTHR->BTkH", k_r_BTkR, q_r_BTHR)
+    return _softmax(mla.cfg, jnp.swapaxes(score_BTkH, 2, 3), selected_BTk >= 0), c_kv_BTkC
 
 
 def dense(cfg: Config, tokens: int, capacity: int):

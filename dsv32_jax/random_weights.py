@@ -14,9 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from .config import Config
-from .formats import NVFP4, Weight
+from .formats import NVFP4, Fp8Block, Weight
 from .layout import Leaf, leaves
-from .quantize import E2M1, NVFP4_BLOCK
+from .quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
 from .sharding import of_leaf
 
 UNQUANTIZED = ("embed", "head", "router", "w_w", "w_e", "w_h")
@@ -72,6 +72,18 @@ def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -
     if storage == "nvfp4":
         return _nvfp4(leaf.shape, leaf.stacked, number, deviation, spread)
     return uniform(leaf.shape, storage, number, 0.0, deviation, *spread)
+
+
+def random_bank(shape: tuple[int, int, int], storage: str, number: int) -> Weight:
+    """Matrices [E, out, in] with a standard deviation of in^-0.5; `storage` is "nvfp4", "fp8" or "bf16"."""
+    bits, deviation = jnp.uint32(number), shape[-1] ** -0.5
+    if storage == "nvfp4":
+        return _nvfp4(shape, True, bits, deviation, (None,) * 3)
+    values = uniform(shape, "bfloat16", bits, 0.0, deviation)
+    if storage == "bf16":
+        return values
+    scale = jnp.full((*shape[:-1], -(-shape[-1] // FP8_BLOCK)), 2.0**-12, jnp.float32)
+    return Fp8Block((values.astype(jnp.float32) * 2.0**12).astype(jnp.float8_e4m3fn), scale)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))

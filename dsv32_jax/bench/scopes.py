@@ -68,7 +68,8 @@ def _busy(profile: Any, scope_of: dict[str, str]) -> dict[str, float]:
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
-                scope = scope_of.get(str(dict(event.stats).get("hlo_op")))
+                known = str(dict(event.stats).get("hlo_op", event.name))
+                scope = scope_of.get(known) or scope_of.get(known.replace("_", "."))
                 if scope is not None:
                     found[scope] += event.duration_ns * 1e-9 / (len(devices) or 1)
     return dict(found)

@@ -1,0 +1,177 @@
+"""`dsv32 bench kernels`: products with stored weights at the true shapes, by kernel, by XLA, and by PyTorch if it is
+there.
+
+Each time is that of one matrix out of a bank that no cache holds, against a plain read (on a GPU a copy) of memory in
+the same run.
+"""
+
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import Config
+from ..formats import NVFP4, Weight, dequantize
+from ..kernels import choice
+from ..random_weights import random_bank, uniform
+from .measure import Row, medians, plain_read, table
+from .model import copy_speed
+
+EXPLANATION = """\
+One product of M rows with one matrix [out, in], activations in bfloat16. us: microseconds, median, of one of several
+matrices gone through in turn. GB/s: of packed weight bytes. of limit: that as a share of {speed:.0f} GB/s, the
+speed at which memory is {verb} in this run. TFLOP/s: 2 M in out over the time. error: norm of the difference from
+float64 over the norm."""
+
+ROWS = (1, 2, 4, 8, 16, 64, 256)
+BANK = {"cpu": 64 << 20, "gpu": 512 << 20}
+"""Bytes that no cache holds."""
+
+SLOWEST = 20.0
+"""Seconds of one call beyond which larger M are left out."""
+
+
+class Shape(NamedTuple):
+    """A matrix of the true model."""
+
+    name: str
+    out: int
+    size: int
+
+
+COLUMNS = (
+    ("weight", 22, lambda row: row["weight"]),
+    ("by", 8, lambda row: row["by"]),
+    ("M", 4, lambda row: str(row["rows"])),
+    ("us", 10, lambda row: f"{row['seconds'] * 1e6:.1f}"),
+    ("GB/s", 8, lambda row: f"{row['bytes'] / row['seconds'] / 1e9:.1f}"),
+    ("of limit", 8, lambda row: f"{row['share']:.1%}"),
+    ("TFLOP/s", 8, lambda row: f"{row['operations'] / row['seconds'] / 1e12:.3f}"),
+    ("error", 8, lambda row: f"{row['error']:.1e}"),
+)
+
+
+def print_kernels(formats: Sequence[str], counts: Sequence[int], only: Sequence[str], implementations: Sequence[str]):
+    """`dsv32 bench kernels`."""
+    from dsv32_jax import configs
+
+    cfg = Config.from_json(configs.path("deepseek_v32"))
+    chosen = [shape for shape in shapes(cfg) if not only or shape.name in only]
+    verb = "copied" if jax.default_backend() == "gpu" else "read"
+    speed = memory_speed()
+    print(EXPLANATION.format(verb=verb, speed=speed / 1e9))
+    for line in table(COLUMNS, rows(chosen, formats, counts, implementations, speed)):
+        print(line, flush=True)
+
+
+def shapes(cfg: Config) -> list[Shape]:
+    """Where most bytes of a step are read."""
+    hidden, latent = cfg.hidden_size, cfg.q_lora_rank
+    heads, head = cfg.num_attention_heads, cfg.qk_nope_head_dim
+    return [
+        Shape("expert-up", cfg.moe_intermediate_size, hidden),
+        Shape("expert-down", hidden, cfg.moe_intermediate_size),
+        Shape("dense-up", cfg.intermediate_size, hidden),
+        Shape("query-down", latent, hidden),
+        Shape("query-up", heads * head, latent),
+        Shape("output", hidden, heads * cfg.v_head_dim),
+    ]
+
+
+def memory_speed() -> float:
+    """Bytes a second that a device can deliver: on a CPU of a plain read, on a GPU of a copy, read and written."""
+    if jax.default_backend() == "gpu":
+        return copy_speed(None)
+    return BANK["cpu"] / plain_read(BANK["cpu"], 1.0)
+
+
+def rows(
+    chosen: Sequence[Shape], formats: Sequence[str], counts: Sequence[int], by: Sequence[str], speed: float
+) -> Iterator[Row]:
+    """A row for each format, shape, implementation and number of rows."""
+    for format in formats:
+        for shape in chosen:
+            many = max(2, BANK[jax.default_backend()] // (shape.out * shape.size // 2))
+            bank = random_bank((many, shape.out, shape.size), format, 0)
+            nbytes = sum(part.nbytes for part in jax.tree.leaves(bank)) / many
+            for name in by:
+                for count in counts if name != "torch" or isinstance(bank, NVFP4) else ():
+                    x = uniform((many, count, shape.size), "bfloat16", jnp.uint32(count), 0.0, 1.0)
+                    run, result = IMPLEMENTATIONS[name](x, bank)
+                    seconds = medians(run, 0.3).wall
+                    yield {
+                        "weight": f"{shape.name} {format}",
+                        "by": name,
+                        "rows": count,
+                        "seconds": seconds / many,
+                        "bytes": nbytes,
+                        "share": nbytes * many / seconds / speed,
+                        "operations": 2 * count * shape.out * shape.size,
+                        "error": _error(result, x, bank),
+                    }
+                    if seconds > SLOWEST:
+                        break
+
+
+def available() -> list[str]:
+    """The implementations that this machine has."""
+    torch = importlib.util.find_spec("torch") is not None and jax.default_backend() == "cpu"
+    return ["kernel", "xla", *(["torch"] if torch else [])]
+
+
+Implementation = Callable[[jax.Array, Weight], tuple[Callable[[], Any], Callable[[], np.ndarray]]]
+"""From x [n, b, k] and a bank of n matrices to what runs the product, and what gives its result."""
+
+
+def _jax(kernels: str, x: jax.Array, bank: Weight):
+    with _environment(kernels):
+        expert = jnp.arange(len(x), dtype=jnp.int32)
+        program = jax.jit(lambda *operands: choice.blocks(*operands)).lower(x, expert, bank).compile()
+    return lambda: jax.block_until_ready(program(x, expert, bank)), lambda: np.asarray(program(x, expert, bank)[0])
+
+
+def _torch(x: jax.Array, bank: Any):
+    """What PyTorch code without kernels does: look every code up, multiply by the scales, then a matrix product."""
+    torch: Any = importlib.import_module("torch")
+
+    codes = torch.from_numpy(np.asarray(bank.codes).astype(np.int64))
+    scale = torch.from_numpy(np.asarray(bank.block_scale).astype(np.float32) * np.asarray(bank.tensor_scale))
+    lookup = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+    rows = torch.from_numpy(np.asarray(x).astype(np.float32))
+
+    def product(i: int) -> Any:
+        w = torch.stack([lookup[codes[i] & 15], lookup[codes[i] >> 4]], -1).reshape(*scale[i].shape, -1)
+        return torch.nn.functional.linear(rows[i], (w * scale[i][..., None]).reshape(bank.shape[1:]))
+
+    return lambda: [product(i) for i in range(len(rows))], lambda: product(0).numpy()
+
+
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "kernel": partial(_jax, "auto"),
+    "xla": partial(_jax, "xla"),
+    "torch": _torch,
+}
+
+
+@contextmanager
+def _environment(kernels: str) -> Iterator[None]:
+    before = os.environ.get(choice.VARIABLE)
+    os.environ[choice.VARIABLE] = kernels
+    try:
+        yield
+    finally:
+        os.environ.pop(choice.VARIABLE) if before is None else os.environ.update({choice.VARIABLE: before})
+
+
+def _error(result: Callable[[], np.ndarray], x: jax.Array, bank: Weight) -> float:
+    """Of the first matrix, against float64."""
+    first = jax.tree.map(lambda part: part[0], bank)
+    want = np.asarray(x[0], np.float64) @ np.asarray(dequantize(first, jnp.float32), np.float64).T
+    return float(np.linalg.norm(result() - want) / np.linalg.norm(want))
