@@ -34,17 +34,23 @@ class Programs(NamedTuple):
     decode_drafting: Callable
 
 
-FRUGAL = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
-"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. Other
-backends do not read this."""
+OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_gpu_graph_min_graph_size": 1 << 20,
+}
+"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once.
+
+On a GPU the kernels cannot be parts of CUDA graphs, and XLA makes a graph of whatever lies between two of them: to
+start all these takes seven times as long as a step without them. Each backend reads its own options.
+"""
 
 WHOLE = Programs(
     decoding.blank,
-    jax.jit(decoding.read, donate_argnames="context", compiler_options=FRUGAL),
+    jax.jit(decoding.read, donate_argnames="context", compiler_options=OPTIONS),
     jax.jit(decoding.spread),
     jax.jit(decoding.begin, static_argnames=("slots", "width", "drafts")),
-    jax.jit(partial(decoding.decode, decoding.step), donate_argnames="state", compiler_options=FRUGAL),
-    jax.jit(partial(decoding.decode, speculation.step), donate_argnames="state", compiler_options=FRUGAL),
+    jax.jit(partial(decoding.decode, decoding.step), donate_argnames="state", compiler_options=OPTIONS),
+    jax.jit(partial(decoding.decode, speculation.step), donate_argnames="state", compiler_options=OPTIONS),
 )
 """Every program is the whole model, compiled once a shape bucket."""
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from . import decoding, speculation, tape
-from .batch import FRUGAL, LAYERWISE, WHOLE, Batch, Programs, layer_by_layer
+from .batch import LAYERWISE, OPTIONS, WHOLE, Batch, Programs, layer_by_layer
 from .model import Model
 from .processes import fetch
 from .record import Record
@@ -23,11 +23,11 @@ def whole(kinds: tuple[str, ...]) -> Programs:
     read, step, drafting = (_recorded(kinds, f) for f in (decoding.read, decoding.step, speculation.step))
     return Programs(
         partial(tape.recorded_blank, kinds),
-        jax.jit(read, donate_argnames="context", compiler_options=FRUGAL),
+        jax.jit(read, donate_argnames="context", compiler_options=OPTIONS),
         WHOLE.spread,
         WHOLE.begin,
-        jax.jit(partial(decoding.decode, step), donate_argnames="state", compiler_options=FRUGAL),
-        jax.jit(partial(decoding.decode, drafting), donate_argnames="state", compiler_options=FRUGAL),
+        jax.jit(partial(decoding.decode, step), donate_argnames="state", compiler_options=OPTIONS),
+        jax.jit(partial(decoding.decode, drafting), donate_argnames="state", compiler_options=OPTIONS),
     )
 
 

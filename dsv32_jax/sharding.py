@@ -80,14 +80,14 @@ def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, 
         return [None if size % mesh.shape.get(axis, 1) else axis for axis, size in found]
 
     def spread(x: jax.Array, w: Any) -> jax.Array:
-        of_x = axes(left, x)
-        splits = dict(zip(right, axes(right, w), strict=True)) | dict(zip(left, of_x, strict=True))
+        splitting = axes(left, x)
+        splits = dict(zip(right, axes(right, w), strict=True)) | dict(zip(left, splitting, strict=True))
         added = tuple(axis for letter, axis in splits.items() if axis and letter not in out)
         specs = jax.tree.map(lambda part: PartitionSpec(*axes(right, part)), w)
         return jax.shard_map(
             lambda x, w: jax.lax.psum(product(x, w), added),
             mesh=mesh,
-            in_specs=(PartitionSpec(*of_x), specs),
+            in_specs=(PartitionSpec(*splitting), specs),
             out_specs=PartitionSpec(*(splits[letter] for letter in out)),
             check_vma=False,
         )(x, w)

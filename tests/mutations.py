@@ -83,7 +83,7 @@ LOOKUP = "_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2
 NIBBLES = "jnp.stack([w.codes & 15, w.codes >> 4], axis=-1)"
 SCALE = "scale = w.block_scale.astype(jnp.float32)\n"
 NO_NAN = "    scale = jnp.where(jnp.isnan(scale), E4M3_MAX, scale)\n"
-GLOBAL = ".reshape(w.shape) * w.tensor_scale"
+GLOBAL = "return _blocks(w) * w.tensor_scale"
 BLOCKED = "(blocks.astype(jnp.float32) * scale[..., None]).reshape(w.shape)"
 FP8 = "w.values.astype(jnp.float32) * step"
 BUILD = "    return build(stored.cfg, dtype, lambda path:"
@@ -155,7 +155,7 @@ MISTAKES = (
     mistake("no_rsf", GATE, MOE, SHARE, SHARE.removesuffix(" * cfg.routed_scaling_factor")),
     mistake(
         "shared_scaled", f"{GOLDEN}prefill[p2_noyarn_mtp_latesparse]", MOE,
-        "y_tD.reshape(h_BTD.shape) + shared_BTD", "y_tD.reshape(h_BTD.shape) + 2.5 * shared_BTD",
+        "y_tD.reshape(h_BTD.shape) + self.shared(h_BTD)", "y_tD.reshape(h_BTD.shape) + 2.5 * self.shared(h_BTD)",
     ),
     mistake(
         "mtp_prenorm_hidden", MTP, MODEL,
@@ -170,13 +170,13 @@ MISTAKES = (
         "halves_of_block", BYTES, FORMATS,
         BITCAST, f"{NIBBLES.replace('w.codes', 'w.codes.reshape(*w.block_scale.shape, -1)')}.swapaxes(-1, -2)",
         "(blocks.astype(jnp.float32)", "(jnp.asarray(_E2M1)[blocks]",
-        "@jax.jit\ndef _nvfp4", LOOKUP + "@jax.jit\ndef _nvfp4",
+        "@jax.jit\ndef _blocks", LOOKUP + "@jax.jit\ndef _blocks",
     ),
     mistake(
         "halves_of_row", BYTES, FORMATS,
         BITCAST, f"{NIBBLES}.swapaxes(-1, -2)",
         "(blocks.astype(jnp.float32)", "(jnp.asarray(_E2M1)[blocks]",
-        "@jax.jit\ndef _nvfp4", LOOKUP + "@jax.jit\ndef _nvfp4",
+        "@jax.jit\ndef _blocks", LOOKUP + "@jax.jit\ndef _blocks",
     ),
     mistake("e2m1_as_int4", BYTES, FORMATS, BITCAST, BITCAST.replace("float4_e2m1fn", "int4")),
     mistake(
@@ -185,7 +185,7 @@ MISTAKES = (
         "(blocks.astype(jnp.float32)", "(jnp.where(blocks < 8, 1, -1) * (blocks & 7).astype(jnp.float32) * (6 / 7)",
     ),
     mistake("global_inverted", MODELOPT, FORMATS, GLOBAL, GLOBAL.replace("*", "/")),
-    mistake("global_ignored", MODELOPT, FORMATS, GLOBAL, ".reshape(w.shape)"),
+    mistake("global_ignored", MODELOPT, FORMATS, GLOBAL, "return _blocks(w)"),
     mistake(
         "max_merged_gate_up", V3, CHECKPOINT,
         BUILD, merged("w_gate_FD w_up_FD", "w_gate_EMD w_up_EMD", "shared_gate_MD shared_up_MD") + BUILD,
@@ -220,7 +220,7 @@ MISTAKES = (
     mistake(
         "folded_scale_reencoded_e4m3", MODELOPT, FORMATS,
         NO_NAN, NO_NAN + "    scale = (scale * w.tensor_scale).astype(jnp.float8_e4m3fn).astype(jnp.float32)\n",
-        GLOBAL, ".reshape(w.shape)",
+        GLOBAL, "return _blocks(w)",
     ),
     mistake(
         "input_scale_multiplied", V2, "convert/read/source.py",

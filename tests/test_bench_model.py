@@ -36,7 +36,8 @@ def test_weights_are_the_same_wherever_they_are_made(asked):
 def test_rows(asked):
     """One for the weights, one a batch and context with its parts, one for reading."""
     made, decode, read = bench.rows(asked, seconds=0.0)
-    assert made["kind"] == "made" and made["memory"] > 0
+    assert made["kind"] == "made" and made["memory"] > 0 and made["copied"] > 0 and made["all_reduce"] > 0
+    assert decode["floor"] > decode["read"] / made["copied"] + 2 * made["all_reduce"]
     assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
     assert {"attention", "experts", "head", "choice", "collectives"} <= set(decode["parts"])
     assert decode["parts"].keys() <= {*scopes.SCOPES, scopes.OTHER, "collectives"}

@@ -116,14 +116,17 @@ def test_every_byte():
 
 
 @compiled
-def test_wider_scales():
-    """32 inputs that share a scale."""
+@pytest.mark.parametrize(("width", "size"), [(32, 192), (32, 18432), (64, 7168), (112, 7168)])
+def test_wider_scales(width, size):
+    """More than 16 inputs that share a scale, also where pieces begin in the middle of them."""
     rng = np.random.default_rng(0)
-    w = bank("nvfp4", rng, 2, 9, 192)
-    w = NVFP4(w.codes, w.block_scale[..., ::2], w.tensor_scale)
-    x, expert = jnp.asarray(rng.standard_normal((2, 3, 192)), jnp.float32), jnp.asarray([1, 0], jnp.int32)
+    w = bank("nvfp4", rng, 2, 9, size)
+    w = NVFP4(w.codes, w.block_scale[..., : size // width], w.tensor_scale)
+    expert = jnp.asarray([1, 0], jnp.int32)
     assert choice.kernels(w)
-    close(choice.blocks(x, expert, w), x, expert, w)
+    for rows in (1, 3, 8):
+        x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
+        close(choice.blocks(x, expert, w), x, expert, w)
 
 
 @compiled

@@ -34,6 +34,9 @@ ROWS = (1, 2, 4, 8, 16, 64, 256)
 BANK = {"cpu": 64 << 20, "gpu": 512 << 20}
 """Bytes that no cache holds."""
 
+REPEATS = {"cpu": 1, "gpu": 8}
+"""Calls on the way at once, so that a GPU does not wait for the host."""
+
 SLOWEST = 20.0
 """Seconds of one call beyond which larger M are left out."""
 
@@ -104,8 +107,8 @@ def rows(
             for name in by:
                 for count in counts if name != "torch" or isinstance(bank, NVFP4) else ():
                     x = uniform((many, count, shape.size), "bfloat16", jnp.uint32(count), 0.0, 1.0)
-                    run, result = IMPLEMENTATIONS[name](x, bank)
-                    seconds = medians(run, 0.3).wall
+                    run, repeats, result = IMPLEMENTATIONS[name](x, bank)
+                    seconds = medians(run, 0.3).wall / repeats
                     yield {
                         "weight": f"{shape.name} {format}",
                         "by": name,
@@ -126,15 +129,20 @@ def available() -> list[str]:
     return ["kernel", "xla", *(["torch"] if torch else [])]
 
 
-Implementation = Callable[[jax.Array, Weight], tuple[Callable[[], Any], Callable[[], np.ndarray]]]
-"""From x [n, b, k] and a bank of n matrices to what runs the product, and what gives its result."""
+Implementation = Callable[[jax.Array, Weight], tuple[Callable[[], Any], int, Callable[[], np.ndarray]]]
+"""From x [n, b, k] and a bank of n matrices to what runs the product, how often it does, and what gives its result."""
 
 
 def _jax(kernels: str, x: jax.Array, bank: Weight):
     with _environment(kernels):
         expert = jnp.arange(len(x), dtype=jnp.int32)
         program = jax.jit(lambda *operands: choice.blocks(*operands)).lower(x, expert, bank).compile()
-    return lambda: jax.block_until_ready(program(x, expert, bank)), lambda: np.asarray(program(x, expert, bank)[0])
+    repeats = REPEATS[jax.default_backend()]
+
+    def run() -> None:
+        jax.block_until_ready([program(x, expert, bank) for _ in range(repeats)])
+
+    return run, repeats, lambda: np.asarray(program(x, expert, bank)[0])
 
 
 def _torch(x: jax.Array, bank: Any):
@@ -150,7 +158,7 @@ def _torch(x: jax.Array, bank: Any):
         w = torch.stack([lookup[codes[i] & 15], lookup[codes[i] >> 4]], -1).reshape(*scale[i].shape, -1)
         return torch.nn.functional.linear(rows[i], (w * scale[i][..., None]).reshape(bank.shape[1:]))
 
-    return lambda: [product(i) for i in range(len(rows))], lambda: product(0).numpy()
+    return lambda: [product(i) for i in range(len(rows))], 1, lambda: product(0).numpy()
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {

@@ -38,7 +38,7 @@ def plain_read(nbytes: int, seconds: float) -> float:
     A limit, so it is the fastest of about `seconds` of repeats: a machine that is busy reads more slowly, but what it
     could do stays. The reader goes as often as needed over a buffer that no cache holds, and so needs little memory.
     """
-    threads = os.cpu_count() or 1
+    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     buffer = np.ones(max(1, min(nbytes, LARGEST_BUFFER) // 8), np.uint64)
     rounds, rest = divmod(nbytes // 8, buffer.size)
     parts = [part for piece in [*[buffer] * rounds, buffer[:rest]] for part in np.array_split(piece, threads)]

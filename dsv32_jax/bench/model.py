@@ -7,6 +7,7 @@ capacity serves all contexts, so a batch takes one program.
 import dataclasses
 import json
 import math
+import re
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -35,10 +36,11 @@ from .parts import DTYPE, Step, filled, random_model
 EXPLANATION = """\
 step: ms of one decode step of all rows, median; tok/s: tokens a second of all rows together. weights: GB a device reads
 in a step, the experts being those that rows of random tokens are expected to choose. GB/s: the two together, and as a
-share of what the device copies a second in this run (bytes read and written). Below each row: ms of a step by part,
-from a profile, as a device is busy with it."""
+share of what the device copies a second in this run (bytes read and written). floor: ms that reading these weights at
+that speed and the step's all-reduces take. Below each row: ms of a step by part, from a profile, as a device is busy
+with it."""
 
-HEADINGS = "batch  context   step ms     tok/s  weights GB     GB/s  of copy  memory GB  compile s"
+HEADINGS = "batch  context   step ms     tok/s  weights GB     GB/s  of copy  floor ms  memory GB  compile s"
 
 BATCH, CONTEXT = (1, 8), (1024, 8192)
 
@@ -117,8 +119,9 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
     """A row for each batch and context as soon as it is measured, then one for reading a chunk of a prompt."""
     start = time.perf_counter()
     model = random_model(asked.cfg, asked.mesh)
-    yield {"kind": "made", "seconds": time.perf_counter() - start, "memory": _held(asked.mesh)}
-    copied = copy_speed(asked.mesh)
+    made = {"kind": "made", "seconds": time.perf_counter() - start, "memory": _held(asked.mesh)}
+    copied, reduced = copy_speed(asked.mesh), all_reduce_latency(asked.cfg, asked.mesh)
+    yield {**made, "copied": copied, "all_reduce": reduced}
     weights = weight_bytes(asked.cfg, asked.mesh)
     for batch in asked.batches:
         program, read = None, step_bytes(asked.cfg, weights, batch)
@@ -137,6 +140,7 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
                 "step": each,
                 "read": read,
                 "share": read / each / copied,
+                "floor": read / copied + all_reduces(program.as_text()) * reduced,
                 "memory": _held(asked.mesh),
                 "parts": {name: spent / asked.steps for name, spent in parts.items()},
             }
@@ -172,6 +176,25 @@ def copy_speed(mesh: Mesh | None) -> float:
     return 2 * size / medians(lambda: jax.block_until_ready(copy(x)), 0.5).wall
 
 
+def all_reduce_latency(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:
+    """Seconds of an all-reduce of one row's hidden vector over the whole mesh, one of `count` after the other."""
+    if mesh is None:
+        return 0.0
+    axes = tuple(mesh.axis_names)
+
+    def reduce(x: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x, axes) / mesh.size, x)
+
+    run = jax.jit(jax.shard_map(reduce, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
+    x = jnp.ones((1, cfg.hidden_size), jnp.float32)
+    return medians(lambda: jax.block_until_ready(run(x)), 0.3).wall / count
+
+
+def all_reduces(text: str) -> int:
+    """How many a compiled program has; those of a decode program are its step's."""
+    return len(re.findall(r" all-reduce(?:-start)?\(", text))
+
+
 def _held(mesh: Mesh | None) -> int:
     """The most bytes that the first device has held; on a CPU the process."""
     stats = (jax.local_devices()[0] if mesh is None else mesh.local_devices[0]).memory_stats()
@@ -188,7 +211,11 @@ def print_model(asked: Plan, as_json: bool) -> None:
 
 def _text(row: Row) -> str:
     if row["kind"] == "made":
-        return f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held\n{HEADINGS}"
+        reduced = f", an all-reduce takes {row['all_reduce'] * 1e6:.0f} us" if row["all_reduce"] else ""
+        return (
+            f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held; a device copies "
+            f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{HEADINGS}"
+        )
     if row["kind"] == "read":
         speed = f"{CHUNK / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
         return f"reading {CHUNK} tokens behind {row['context']}: {speed}"
@@ -197,6 +224,6 @@ def _text(row: Row) -> str:
     return (
         f"{row['batch']:5}  {row['context']:7}  {row['step'] * 1e3:8.2f}  {row['batch'] / row['step']:8.1f}"
         f"  {row['read'] / 1e9:10.3f}  {row['read'] / row['step'] / 1e9:7.1f}  {row['share']:7.1%}"
-        f"  {row['memory'] / 1e9:9.2f}  {compiled:>9}\n"
+        f"  {row['floor'] * 1e3:8.2f}  {row['memory'] / 1e9:9.2f}  {compiled:>9}\n"
         f"       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
     )

@@ -18,10 +18,10 @@ namespace dsv32::avx2 {
 
 inline __m256i words(int value) { return _mm256_set1_epi16(short(value)); }
 
-// Eight float8_e4m3fn numbers, a word each, as bits of float16 numbers 2^8 times as small.
-inline __m128i e4m3_to_half(__m128i w) {
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x80)), 8);
-  return _mm_or_si128(sign, _mm_slli_epi16(_mm_and_si128(w, _mm_set1_epi16(0x7f)), 7));
+// Sixteen float8_e4m3fn numbers, a word each, as bits of float16 numbers 2^8 times as small.
+inline __m256i e4m3_to_half(__m256i w) {
+  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(w, words(0x80)), 8);
+  return _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(w, words(0x7f)), 7));
 }
 
 // Adds the eight sums, each added up, to eight numbers.
@@ -58,7 +58,7 @@ inline void multiply(__m256 w, int j, const float* x, __m256* sums) {
 }
 
 struct Nvfp4 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 32, kScales = 4, kMostScales = 512;
+  static constexpr int kChunk = 64, kBytes = 32, kScales = 4;
 
   // A byte's nibbles are two neighbours; unpacking interleaves within halves of the register.
   static constexpr int order(int i) {
@@ -69,23 +69,25 @@ struct Nvfp4 : Float32X {
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
     const int64_t width = call.k / call.row_scales, each = width / 16;
-    const int64_t from = start * kScales / each, count = (chunks * kScales + each - 1) / each;
+    const int64_t before = start * kScales, from = before / each;
+    const int64_t count = (before + chunks * kScales + each - 1) / each - from;
     const uint8_t* codes = call.scales + row * call.row_scales;
-    for (int64_t i = 0; i < count; i += 8) {
-      uint64_t eight = 0;
+    for (int64_t i = 0; i < count; i += 16) {
+      __m128i code = _mm_setzero_si128();
       const int64_t there = call.row_scales - from - i;
-      if (there >= 8)
-        std::memcpy(&eight, codes + from + i, 8);
+      if (there >= 16)
+        code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + from + i));
       else if (there > 0)
-        std::memcpy(&eight, codes + from + i, there);
-      __m128i code = _mm_cvtsi64_si128(int64_t(eight));
+        std::memcpy(&code, codes + from + i, size_t(there));
       const __m128i most = _mm_set1_epi8(0x7e), nan = _mm_set1_epi8(0x7f);
       code = _mm_blendv_epi8(code, most, _mm_cmpeq_epi8(_mm_and_si128(code, nan), nan));
-      const __m256 value = _mm256_cvtph_ps(e4m3_to_half(_mm_cvtepu8_epi16(code)));
-      _mm256_storeu_ps(scale + i, _mm256_mul_ps(value, _mm256_set1_ps(256)));
+      const __m256i half = e4m3_to_half(_mm256_cvtepu8_epi16(code));
+      const __m256 unit = _mm256_set1_ps(256);
+      _mm256_store_ps(scale + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit));
+      _mm256_store_ps(scale + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit));
     }
     if (each > 1)
-      for (int64_t i = chunks * kScales - 1; i >= 0; --i) scale[i] = scale[i / each];
+      for (int64_t i = chunks * kScales - 1; i >= 0; --i) scale[i] = scale[(before + i) / each - from];
   }
 
   // E2M1 as bfloat16, its upper byte by one table and its lower by another. The scale multiplies the sums of a few rows;
@@ -128,7 +130,7 @@ struct Nvfp4 : Float32X {
 };
 
 struct Fp8 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1, kMostScales = 128;
+  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
   static constexpr int order(int i) { return i; }
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
@@ -151,21 +153,21 @@ struct Fp8 : Float32X {
     uint32_t bits;
     std::memcpy(&bits, scale, 4);
     const bool exact = (bits & 0x7fffff) == 0;
-    for (int j = 0; j < 8; ++j) {
-      const __m128i code = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(values + 8 * j));
-      const __m128i word = _mm_cvtepu8_epi16(code);
-      const __m128i magnitude = _mm_and_si128(word, _mm_set1_epi16(0x7f));
-      const __m128i nan = _mm_cmpeq_epi16(magnitude, _mm_set1_epi16(0x7f));
-      __m256 w = _mm256_cvtph_ps(_mm_or_si128(e4m3_to_half(word), _mm_and_si128(nan, _mm_set1_epi16(0x7e00))));
-      w = _mm256_mul_ps(_mm256_mul_ps(w, unit), s);
-      if (!exact) w = rounded(w);
-      multiply<R>(w, j, x, sums);
+    for (int j = 0; j < 8; j += 2) {
+      const __m256i word = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8 * j)));
+      const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(word, words(0x7f)), words(0x7f));
+      const __m256i half = _mm256_or_si256(e4m3_to_half(word), _mm256_and_si256(nan, words(0x7e00)));
+      for (int i = 0; i < 2; ++i) {
+        const __m128i eight = i ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
+        const __m256 w = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(eight), unit), s);
+        multiply<R>(exact ? w : rounded(w), j + i, x, sums);
+      }
     }
   }
 };
 
 struct Bf16 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0, kMostScales = 1;
+  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static constexpr int order(int i) { return i / 16 * 16 + 2 * (i % 8) + i / 8 % 2; }
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 

@@ -47,7 +47,7 @@ inline void multiply(__m512i w, int j, const uint16_t* x, __m512* sums) {
 }
 
 struct Nvfp4 : Bf16X {
-  static constexpr int kChunk = 128, kBytes = 64, kScales = 8, kMostScales = 1024;
+  static constexpr int kChunk = 128, kBytes = 64, kScales = 8;
 
   // Sixteen bits hold four neighbours: the j-th vector has the j-th of each.
   static constexpr int order(int i) { return 4 * (i % 32) + i / 32; }
@@ -78,7 +78,7 @@ struct Nvfp4 : Bf16X {
 };
 
 struct Fp8 : Bf16X {
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1, kMostScales = 256;
+  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
     avx2::Fp8::scales(call, row, start, chunks, scale);
@@ -107,7 +107,7 @@ struct Fp8 : Bf16X {
 };
 
 struct Bf16 : Bf16X {
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0, kMostScales = 1;
+  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 
   template <int R>

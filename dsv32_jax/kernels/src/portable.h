@@ -48,7 +48,7 @@ struct E4m3 {
 inline const E4m3 kE4m3;
 
 struct Nvfp4 : Float32X {
-  static constexpr int kChunk = 16, kBytes = 8, kScales = 1, kMostScales = 512;
+  static constexpr int kChunk = 16, kBytes = 8, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
     const int64_t width = call.k / call.row_scales;
@@ -71,7 +71,7 @@ struct Nvfp4 : Float32X {
 };
 
 struct Fp8 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1, kMostScales = 128;
+  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
     const float* blocks = reinterpret_cast<const float*>(call.scales) + row * call.row_scales;
@@ -94,7 +94,7 @@ struct Fp8 : Float32X {
 };
 
 struct Bf16 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0, kMostScales = 1;
+  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 
   template <int R>

@@ -1,0 +1,46 @@
+"""`dsv32 bench kernels`, at tiny size so that it cannot rot: what it counts, and that all compute the same."""
+
+import jax
+import pytest
+
+from dsv32_jax import cli
+from dsv32_jax.bench import kernels as bench
+from dsv32_jax.config import Config
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Banks that take no time."""
+    monkeypatch.setitem(bench.BANK, "cpu", 1 << 14)
+
+
+@pytest.mark.parametrize("format", ["nvfp4", "fp8", "bf16"])
+def test_rows(format):
+    """Every implementation at every number of rows, with the same small error."""
+    shape = bench.Shape("small", 96, 256)
+    by = [name for name in bench.available() if name != "torch"]
+    rows = list(bench.rows([shape], [format], (1, 3), by, 1e9))
+    assert [(row["by"], row["rows"]) for row in rows] == [(name, count) for name in by for count in (1, 3)]
+    bits = {"nvfp4": 4.5, "fp8": 8 + 32 / 128, "bf16": 16}[format]
+    for row in rows:
+        assert row["bytes"] == 96 * 256 * bits / 8 + 4 * (format == "nvfp4")
+        assert row["operations"] == 2 * row["rows"] * 96 * 256 and row["seconds"] > 0
+        assert row["share"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["error"] < 1e-6
+
+
+def test_shapes(tiny):
+    """Those of the model that is asked about."""
+    sizes = {shape.name: (shape.out, shape.size) for shape in bench.shapes(tiny)}
+    assert sizes["expert-up"] == (tiny.moe_intermediate_size, tiny.hidden_size)
+    assert sizes["output"] == (tiny.hidden_size, tiny.num_attention_heads * tiny.v_head_dim)
+
+
+def test_the_command(monkeypatch, capsys, tiny):
+    """A table with a line for each row."""
+    monkeypatch.setattr(Config, "from_json", lambda path: tiny)
+    monkeypatch.setattr(bench, "shapes", lambda cfg: [bench.Shape("small", 96, 256), bench.Shape("other", 32, 64)])
+    assert cli.main(["bench", "kernels", "--weight", "small", "--rows", "2", "--by", "kernel", "--format", "fp8"]) == 0
+    explanation, table = capsys.readouterr().out.split("weight  ")
+    assert "memory is read" in explanation and len(table.splitlines()) == 2 and "small fp8" in table
+    assert jax.default_backend() == "cpu"
