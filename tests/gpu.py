@@ -46,7 +46,7 @@ def kernels() -> None:
         for n, b, out, size in SIZES:
             size = -(-size // 128) * 128 if kind == "fp8" else size
             w, plain = bank(kind, rng, 3, out, size)
-            assert "cuda" in choice.kernels(w), choice.description()
+            assert "cuda" in choice.kernels(w, 1), choice.description()
             expert = rng.integers(-1, 4, n).astype(np.int32)
             matrices = np.stack([plain[e] if 0 <= e < 3 else 0 * plain[0] for e in expert]).astype(np.float64)
             for dtype in (jnp.bfloat16, jnp.float32):

@@ -123,7 +123,7 @@ def test_wider_scales(width, size):
     w = bank("nvfp4", rng, 2, 9, size)
     w = NVFP4(w.codes, w.block_scale[..., : size // width], w.tensor_scale)
     expert = jnp.asarray([1, 0], jnp.int32)
-    assert choice.kernels(w)
+    assert choice.kernels(w, 1)
     for rows in (1, 3, 8):
         x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
         close(choice.blocks(x, expert, w), x, expert, w)
@@ -180,10 +180,10 @@ def test_the_environment_chooses(monkeypatch):
     """ "xla" takes the reference, whatever is there; another word is refused."""
     w = bank("nvfp4", np.random.default_rng(0), 1, 4, 32)
     monkeypatch.setenv(choice.VARIABLE, "xla")
-    assert choice.kernels(w) == {}
+    assert choice.kernels(w, 1) == {}
     monkeypatch.setenv(choice.VARIABLE, "fast")
     with pytest.raises(UsageError, match="DSV32_KERNELS is one of auto, xla, not 'fast'"):
-        choice.kernels(w)
+        choice.kernels(w, 1)
 
 
 def test_without_kernels(monkeypatch, caplog):

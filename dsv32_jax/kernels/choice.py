@@ -35,10 +35,10 @@ def asked() -> str:
     return name
 
 
-def kernels(w: Weight) -> dict[str, Kernel]:
-    """By platform, the kernel for the format and shape of `w`, where there is one."""
+def kernels(w: Weight, rows: int) -> dict[str, Kernel]:
+    """By platform, the kernel for `rows` rows and the format and shape of `w`, where there is one."""
     rooms = {"cuda": _gpu(), "cpu": cpu} if jax.default_backend() == "gpu" else {"cpu": cpu}
-    found = {platform: room for platform, room in rooms.items() if room.serves(w) and asked() != "xla"}
+    found = {platform: room for platform, room in rooms.items() if room.serves(w, rows) and asked() != "xla"}
     for room in [room for room in found.values() if room is next(iter(rooms.values())) and room.missing()]:
         _say(room.missing())
     return {platform: room.blocks for platform, room in found.items() if not room.missing()}
@@ -76,14 +76,17 @@ def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1
     An id that is no expert stands for no matrix, and makes zeros. Where the experts are spread over `devices`, about
     one block in so many has an expert here; it decides nothing but how the work is cut.
     """
-    found = {platform: _scaled(partial(kernel, devices=devices)) for platform, kernel in kernels(bank).items()}
+    found = {
+        platform: _scaled(partial(kernel, devices=devices))
+        for platform, kernel in kernels(bank, x_nbk.shape[1]).items()
+    }
     product = _differentiable(reference.blocks, found) if found else reference.blocks
     return product(x_nbk, expert_n, bank)
 
 
 def columns(x_nbk: jax.Array, bank_nko: jax.Array) -> jax.Array:
     """Block i of a few rows times the plain matrix i of the bank, which lies the other way: float32 [n, b, o]."""
-    if x_nbk.shape[1] > FEW or not kernels(bank_nko):
+    if x_nbk.shape[1] > FEW or not kernels(bank_nko, x_nbk.shape[1]):
         return reference.columns(x_nbk, bank_nko)
     return _differentiable(reference.columns, {"cpu": cpu.columns})(x_nbk, bank_nko)
 

@@ -21,6 +21,9 @@ COLUMNS = "dsv32_bf16_columns"
 SMALLEST_WIDTH = 16
 """Inputs that share a block scale; other formats have multiples of it."""
 
+MOST_ROWS_FP8 = 64
+"""Beyond, decoding a matrix again for every eight rows costs more than XLA's dequantizing it once to memory."""
+
 
 def compiled() -> Path | None:
     """The library that the package build made."""
@@ -50,13 +53,13 @@ def description() -> str:
     return f"C++ with {library.dsv32_instructions().decode()}, XLA for the rest"
 
 
-def serves(w: Weight) -> bool:
-    """Whether there is a kernel for the format of `w` [..., o, k]."""
+def serves(w: Weight, rows: int) -> bool:
+    """Whether there is a kernel for `rows` rows and the format of `w` [..., o, k] that is faster than XLA's product."""
     match w:
         case NVFP4():
             return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0
         case Fp8Block():
-            return w.shape[-1] % FP8_BLOCK == 0
+            return w.shape[-1] % FP8_BLOCK == 0 and rows <= MOST_ROWS_FP8
         case _:
             return w.dtype == jnp.bfloat16
 

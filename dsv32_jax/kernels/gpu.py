@@ -3,6 +3,7 @@
 Letters: n blocks of b rows of x; E matrices [o, k], one of which multiplies each block.
 """
 
+import importlib
 import importlib.util
 from functools import cache
 from typing import Any, NamedTuple
@@ -74,8 +75,8 @@ def description() -> str:
     return "Triton for quantized weights, XLA for the rest"
 
 
-def serves(w: Weight) -> bool:
-    """Whether there is a kernel for the format of `w` [..., o, k]."""
+def serves(w: Weight, rows: int) -> bool:
+    """Whether there is a kernel for the format of `w` [..., o, k]; any number of rows will do."""
     match w:
         case NVFP4():
             return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0
@@ -87,8 +88,7 @@ def serves(w: Weight) -> bool:
 
 def blocks(x: jax.Array, expert: jax.Array, bank: Any, devices: int) -> jax.Array:
     """`reference.blocks` without the tensor scale. The experts of the blocks are spread over `devices`."""
-    from . import triton_kernels
-
+    triton_kernels: Any = importlib.import_module(".triton_kernels", __package__)
     if isinstance(bank, Fp8Block):
         return _dot(triton_kernels.fp8_kernel, FP8_TILES, 1, x, expert, bank.values, bank.block_scale, devices)
     width, scale = x.shape[-1] // bank.block_scale.shape[-1], bank.block_scale
@@ -99,8 +99,7 @@ def blocks(x: jax.Array, expert: jax.Array, bank: Any, devices: int) -> jax.Arra
 
 def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -> jax.Array:
     """Launch `kernel`, a column of which has so many elements."""
-    import jax_triton
-
+    jax_triton: Any = importlib.import_module("jax_triton")
     if x.dtype == jnp.float32:
         tiles = [tile for tile in tiles if tile.rows <= MOST_ROWS_FLOAT32]
         parts = jnp.concatenate(_bfloat16_parts(x), axis=1)

@@ -149,7 +149,7 @@ struct Fp8 : Float32X {
 
   template <int R>
   static void add(const uint8_t* values, const float* scale, const float* x, __m256* sums) {
-    const __m256 s = _mm256_set1_ps(*scale), unit = _mm256_set1_ps(256);
+    const __m256 s = _mm256_set1_ps(256 * *scale);
     uint32_t bits;
     std::memcpy(&bits, scale, 4);
     const bool exact = (bits & 0x7fffff) == 0;
@@ -159,7 +159,7 @@ struct Fp8 : Float32X {
       const __m256i half = _mm256_or_si256(e4m3_to_half(word), _mm256_and_si256(nan, words(0x7e00)));
       for (int i = 0; i < 2; ++i) {
         const __m128i eight = i ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-        const __m256 w = _mm256_mul_ps(_mm256_mul_ps(_mm256_cvtph_ps(eight), unit), s);
+        const __m256 w = _mm256_mul_ps(_mm256_cvtph_ps(eight), s);
         multiply<R>(exact ? w : rounded(w), j + i, x, sums);
       }
     }

@@ -91,13 +91,13 @@ struct Fp8 : Bf16X {
     const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi16(magnitude, _mm256_set1_epi16(0x7f)),
                                          _mm256_set1_epi16(0x7e00));
     const __m256i half = _mm256_or_si256(_mm256_or_si256(sign, _mm256_slli_epi16(magnitude, 7)), nan);
-    return _mm512_mul_ps(_mm512_mul_ps(_mm512_cvtph_ps(half), _mm512_set1_ps(256)), unit);
+    return _mm512_mul_ps(_mm512_cvtph_ps(half), unit);
   }
 
   // The conversion rounds to bfloat16 as the format says.
   template <int R>
   static void add(const uint8_t* values, const float* scale, const uint16_t* x, __m512* sums) {
-    const __m512 unit = _mm512_set1_ps(*scale);
+    const __m512 unit = _mm512_set1_ps(256 * *scale);
     for (int j = 0; j < 2; ++j) {
       const __m512 low = decode(values + 32 * j, unit), high = decode(values + 32 * j + 16, unit);
       const __m512i w = (__m512i)_mm512_cvtne2ps_pbh(high, low);

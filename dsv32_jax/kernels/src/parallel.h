@@ -45,17 +45,23 @@ void parallel(Pool& pool, int64_t items, const Work& work) {
   shared->idle.wait(lock, [&] { return shared->busy == 0; });
 }
 
+constexpr int64_t kPackedBytes = 32 << 20;  // of blocks that are worked on together, unless one has more
+
 template <class Pool>
 void run(Pool& pool, const Kernel& kernel, const Call& call) {
-  const size_t each = (kernel.packed_bytes(call) + 63) / 64 * 64;
-  std::vector<uint8_t> packed(each * call.n + 64);
-  uint8_t* base = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64);
-  parallel(pool, call.n, [&](int64_t block) { kernel.pack(call, block, base + block * each); });
+  const auto each = int64_t(kernel.packed_bytes(call) + 63) / 64 * 64;
+  const int64_t together = std::clamp<int64_t>(kPackedBytes / each, 1, call.n);
   const int64_t tiles = (call.o + kernel.tile - 1) / kernel.tile;
-  parallel(pool, call.n * tiles, [&](int64_t item) {
-    const int64_t block = item / tiles, first = item % tiles * kernel.tile;
-    kernel.rows(call, block, base + block * each, first, std::min(first + kernel.tile, call.o));
-  });
+  std::vector<uint8_t> packed(size_t(each * together + 64));
+  uint8_t* base = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64);
+  for (int64_t start = 0; start < call.n; start += together) {
+    const int64_t count = std::min(together, call.n - start);
+    parallel(pool, count, [&](int64_t i) { kernel.pack(call, start + i, base + i * each); });
+    parallel(pool, count * tiles, [&](int64_t item) {
+      const int64_t i = item / tiles, first = item % tiles * kernel.tile;
+      kernel.rows(call, start + i, base + i * each, first, std::min(first + kernel.tile, call.o));
+    });
+  }
 }
 
 }  // namespace dsv32
