@@ -38,10 +38,8 @@ OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_gpu_graph_min_graph_size": 1 << 20,
 }
-"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once.
-
-On a GPU the kernels cannot be parts of CUDA graphs, and XLA makes a graph of whatever lies between two of them: to
-start all these takes seven times as long as a step without them. Each backend reads its own options.
+"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. On a GPU
+kernels cannot be parts of CUDA graphs, and no graphs are made of what lies between them. Each backend reads its own.
 """
 
 WHOLE = Programs(

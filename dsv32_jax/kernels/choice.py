@@ -36,19 +36,24 @@ def asked() -> str:
 
 
 def kernels(w: Weight, rows: int) -> dict[str, Kernel]:
-    """By platform, the kernel for `rows` rows and the format and shape of `w`, where there is one."""
-    rooms = {"cuda": _gpu(), "cpu": cpu} if jax.default_backend() == "gpu" else {"cpu": cpu}
-    found = {platform: room for platform, room in rooms.items() if room.serves(w, rows) and asked() != "xla"}
-    for room in [room for room in found.values() if room is next(iter(rooms.values())) and room.missing()]:
+    """By platform, the kernel for `rows` rows and the format and shape of `w`, where there is one: at most that of the
+    platform that JAX computes on by default."""
+    platform, room = _room()
+    if asked() == "xla" or not room.serves(w, rows):
+        return {}
+    if room.missing():
         _say(room.missing())
-    return {platform: room.blocks for platform, room in found.items() if not room.missing()}
+        return {}
+    return {platform: room.blocks}
 
 
-def _gpu() -> ModuleType:
-    """The kernels for GPUs; they are not imported where there is none."""
+def _room() -> tuple[str, ModuleType]:
+    """The platform and its kernels; those for GPUs are not imported where there is none."""
+    if jax.default_backend() != "gpu":
+        return "cpu", cpu
     from . import gpu
 
-    return gpu
+    return "cuda", gpu
 
 
 @cache
@@ -61,13 +66,13 @@ def description() -> str:
     """What multiplies on this machine, for people."""
     if asked() == "xla":
         return f"XLA alone ({VARIABLE}=xla)"
-    room = _gpu() if jax.default_backend() == "gpu" else cpu
+    _, room = _room()
     return f"XLA alone, which is slow: {room.missing()}" if room.missing() else room.description()
 
 
 def smallest_block() -> int:
     """Rows of different tokens that a kernel multiplies in the time of one."""
-    return _gpu().SMALLEST_BLOCK if jax.default_backend() == "gpu" and asked() != "xla" else 1
+    return 1 if asked() == "xla" else _room()[1].SMALLEST_BLOCK
 
 
 def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
@@ -76,10 +81,8 @@ def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1
     An id that is no expert stands for no matrix, and makes zeros. Where the experts are spread over `devices`, about
     one block in so many has an expert here; it decides nothing but how the work is cut.
     """
-    found = {
-        platform: _scaled(partial(kernel, devices=devices))
-        for platform, kernel in kernels(bank, x_nbk.shape[1]).items()
-    }
+    there = kernels(bank, x_nbk.shape[1])
+    found = {platform: _scaled(partial(kernel, devices=devices)) for platform, kernel in there.items()}
     product = _differentiable(reference.blocks, found) if found else reference.blocks
     return product(x_nbk, expert_n, bank)
 

@@ -15,8 +15,10 @@ import jax.numpy as jnp
 from ..formats import NVFP4, Fp8Block, Weight
 from ..quantize import FP8_BLOCK
 
-SYMBOLS = {NVFP4: "dsv32_nvfp4_dot", Fp8Block: "dsv32_fp8_dot", jax.Array: "dsv32_bf16_dot"}
-COLUMNS = "dsv32_bf16_columns"
+NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS = "dsv32_nvfp4_dot", "dsv32_fp8_dot", "dsv32_bf16_dot", "dsv32_bf16_columns"
+
+SMALLEST_BLOCK = 1
+"""Rows that are multiplied in the time of one."""
 
 SMALLEST_WIDTH = 16
 """Inputs that share a block scale; other formats have multiples of it."""
@@ -39,7 +41,7 @@ def missing() -> str:
         return "the package was built without a C++ compiler; install it again where there is one (g++ or clang)"
     try:
         library = ctypes.CDLL(str(file))
-        for symbol in (*SYMBOLS.values(), COLUMNS):
+        for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return f"{file.name} does not load ({error}); build the package again for this Python and JAX"
@@ -66,14 +68,20 @@ def serves(w: Weight, rows: int) -> bool:
 
 def blocks(x: jax.Array, expert: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
     """`reference.blocks` without the tensor scale; it makes no difference over how many devices experts are spread."""
-    parts = [part for part in jax.tree.leaves(bank) if part is not getattr(bank, "tensor_scale", None)]
-    symbol = next(symbol for kind, symbol in SYMBOLS.items() if isinstance(bank, kind))
-    result = jax.ShapeDtypeStruct((*x.shape[:2], bank.shape[1]), jnp.float32)
-    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(x, expert.astype(jnp.int32), *parts)
+    match bank:
+        case NVFP4():
+            return _call(NVFP4_DOT, bank.shape[1], x, expert, bank.codes, bank.block_scale)
+        case Fp8Block():
+            return _call(FP8_DOT, bank.shape[1], x, expert, bank.values, bank.block_scale)
+        case _:
+            return _call(BF16_DOT, bank.shape[1], x, expert, bank)
 
 
 def columns(x: jax.Array, bank: jax.Array) -> jax.Array:
     """`reference.columns`."""
-    result = jax.ShapeDtypeStruct((*x.shape[:2], bank.shape[-1]), jnp.float32)
-    expert = jnp.arange(len(bank), dtype=jnp.int32)
-    return jax.ffi.ffi_call(COLUMNS, result, vmap_method="sequential")(x, expert, bank)
+    return _call(BF16_COLUMNS, bank.shape[-1], x, jnp.arange(len(bank)), bank)
+
+
+def _call(symbol: str, outputs: int, x: jax.Array, expert: jax.Array, *parts: jax.Array) -> jax.Array:
+    result = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
+    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(x, expert.astype(jnp.int32), *parts)
