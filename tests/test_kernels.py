@@ -245,3 +245,20 @@ def test_sanitizers(tmp_path, sanitizer):
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)
     done = subprocess.run([program], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_blocks_with_room(monkeypatch, tokens):
+    """Where a kernel multiplies eight rows in the time of one, blocks have room for as many; the sums are the same."""
+    rng = np.random.default_rng(tokens)
+    w = jnp.asarray(rng.standard_normal((8, 6, 16), np.float32))
+    down = jnp.asarray(rng.standard_normal((8, 16, 6), np.float32))
+    h = jnp.asarray(rng.standard_normal((tokens, 16), np.float32))
+    chosen = jnp.asarray(np.argsort(rng.random((tokens, 9)))[:, :3].astype(np.int32))
+    gates = jnp.asarray(rng.random((tokens, 3), np.float32))
+    want = experts.apply_experts(h, chosen, gates, w, w, down)
+    monkeypatch.setattr(choice, "smallest_block", lambda: 8)
+    assert experts.in_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
+    np.testing.assert_allclose(
+        experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
+    )
