@@ -262,3 +262,16 @@ def test_blocks_with_room(monkeypatch, tokens):
     np.testing.assert_allclose(
         experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
     )
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_row_is_alone(kind, dtype):
+    """Bit for bit what it is in any company, so that drafts and batches change no token."""
+    rng = np.random.default_rng(4)
+    w = bank(kind, rng, 1, 33, 7168)
+    x, one = jnp.asarray(rng.standard_normal((1, 15, 7168)), dtype), jnp.zeros(1, jnp.int32)
+    together = np.asarray(choice.blocks(x, one, w))
+    for first, last in ((0, 1), (3, 5), (2, 9), (14, 15)):
+        np.testing.assert_array_equal(choice.blocks(x[:, first:last], one, w), together[:, first:last])

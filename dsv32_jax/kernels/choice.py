@@ -21,8 +21,8 @@ LOG = logging.getLogger("dsv32_jax")
 VARIABLE = "DSV32_KERNELS"
 CHOICES = ("auto", "xla")
 
-FEW = 16
-"""Rows up to which the kernel of `columns` is faster than XLA's product."""
+FEW = 128
+"""Rows of a head up to which `columns` has its kernel: those of decoding."""
 
 Kernel = Callable[..., jax.Array]
 

@@ -24,18 +24,14 @@ inline __m256i e4m3_to_half(__m256i w) {
   return _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(w, words(0x7f)), 7));
 }
 
-// Adds the eight sums, each added up, to eight numbers.
+// Eight sums, each added up.
 inline void totals(const __m256* sums, float* to) {
   __m256 two[4];
   for (int i = 0; i < 4; ++i) two[i] = _mm256_hadd_ps(sums[2 * i], sums[2 * i + 1]);
   const __m256 low = _mm256_hadd_ps(two[0], two[1]), high = _mm256_hadd_ps(two[2], two[3]);
   const __m256 upper = _mm256_permute2f128_ps(low, high, 0x21), lower = _mm256_blend_ps(low, high, 0xf0);
-  _mm256_store_ps(to, _mm256_add_ps(_mm256_load_ps(to), _mm256_add_ps(lower, upper)));
+  _mm256_storeu_ps(to, _mm256_add_ps(lower, upper));
 }
-
-// Sums a row, so that eight do not wait for one another.
-template <int R>
-constexpr int kWays = 8 / R;
 
 struct Float32X {
   using X = float;
@@ -48,12 +44,13 @@ struct Float32X {
 inline __m256 even(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 inline __m256 odd(__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff0000))); }
 
-// Adds the products of w, the j-th vector of a chunk of 64 weights.
+// Adds the products of w[0..7], a chunk of 64 weights, with R rows.
 template <int R>
-inline void multiply(__m256 w, int j, const float* x, __m256* sums) {
+inline void multiply(const __m256* w, const float* x, __m256* sums) {
   for (int r = 0; r < R; ++r) {
-    __m256& sum = sums[r * kWays<R> + j % kWays<R>];
-    sum = _mm256_fmadd_ps(w, _mm256_loadu_ps(x + r * 64 + 8 * j), sum);
+    __m256 part[2] = {};
+    for (int j = 0; j < 8; ++j) part[j % 2] = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * 64 + 8 * j), part[j % 2]);
+    sums[r] = _mm256_add_ps(sums[r], _mm256_add_ps(part[0], part[1]));
   }
 }
 
@@ -90,8 +87,7 @@ struct Nvfp4 : Float32X {
       for (int64_t i = chunks * kScales - 1; i >= 0; --i) scale[i] = scale[(before + i) / each - from];
   }
 
-  // E2M1 as bfloat16, its upper byte by one table and its lower by another. The scale multiplies the sums of a few rows;
-  // for more it is cheaper to multiply the weights.
+  // E2M1 as bfloat16, its upper byte by one table and its lower by another. The scales multiply sums of products.
   template <int R>
   static void add(const uint8_t* codes, const float* scale, const float* x, __m256* sums) {
     const __m256i upper = _mm256_setr_epi8(
@@ -101,31 +97,26 @@ struct Nvfp4 : Float32X {
         0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64,
         0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64);
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scale));
-    const __m256 s[2] = {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2)),
-                         _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3))};
-    __m256 part[R][2] = {};
     const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    __m256 w[8];
     for (int half = 0; half < 2; ++half) {
       const __m256i code = _mm256_and_si256(half ? _mm256_srli_epi16(both, 4) : both, nibble);
       const __m256i high = _mm256_shuffle_epi8(upper, code), low = _mm256_shuffle_epi8(lower, code);
-      for (int i = 0; i < 2; ++i) {
-        const __m256i w = i ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
-        const int j = 4 * half + 2 * i;
-        if constexpr (R > 2) {
-          multiply<R>(_mm256_mul_ps(even(w), s[i]), j, x, sums);
-          multiply<R>(_mm256_mul_ps(odd(w), s[i]), j + 1, x, sums);
-        } else {
-          for (int r = 0; r < R; ++r) {
-            part[r][i] = _mm256_fmadd_ps(even(w), _mm256_loadu_ps(x + r * 64 + 8 * j), part[r][i]);
-            part[r][i] = _mm256_fmadd_ps(odd(w), _mm256_loadu_ps(x + r * 64 + 8 * j + 8), part[r][i]);
-          }
-        }
-      }
+      const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
+      w[4 * half] = even(first), w[4 * half + 1] = odd(first);
+      w[4 * half + 2] = even(second), w[4 * half + 3] = odd(second);
     }
-    if constexpr (R <= 2)
-      for (int r = 0; r < R; ++r)
-        for (int i = 0; i < 2; ++i) sums[r * kWays<R> + i] = _mm256_fmadd_ps(part[r][i], s[i], sums[r * kWays<R> + i]);
+    const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scale));
+    const __m256 s[2] = {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2)),
+                         _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3))};
+    for (int r = 0; r < R; ++r) {
+      __m256 part[2] = {};
+      for (int j = 0; j < 8; ++j) {
+        __m256& sum = part[j / 2 % 2];
+        sum = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * 64 + 8 * j), sum);
+      }
+      sums[r] = _mm256_fmadd_ps(part[0], s[0], _mm256_fmadd_ps(part[1], s[1], sums[r]));
+    }
   }
 };
 
@@ -153,16 +144,18 @@ struct Fp8 : Float32X {
     uint32_t bits;
     std::memcpy(&bits, scale, 4);
     const bool exact = (bits & 0x7fffff) == 0;
+    __m256 w[8];
     for (int j = 0; j < 8; j += 2) {
       const __m256i word = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8 * j)));
       const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(word, words(0x7f)), words(0x7f));
       const __m256i half = _mm256_or_si256(e4m3_to_half(word), _mm256_and_si256(nan, words(0x7e00)));
       for (int i = 0; i < 2; ++i) {
         const __m128i eight = i ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-        const __m256 w = _mm256_mul_ps(_mm256_cvtph_ps(eight), s);
-        multiply<R>(exact ? w : rounded(w), j + i, x, sums);
+        w[j + i] = _mm256_mul_ps(_mm256_cvtph_ps(eight), s);
+        if (!exact) w[j + i] = rounded(w[j + i]);
       }
     }
+    multiply<R>(w, x, sums);
   }
 };
 
@@ -173,11 +166,12 @@ struct Bf16 : Float32X {
 
   template <int R>
   static void add(const uint8_t* values, const float*, const float* x, __m256* sums) {
+    __m256 w[8];
     for (int j = 0; j < 4; ++j) {
       const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * j));
-      multiply<R>(even(v), 2 * j, x, sums);
-      multiply<R>(odd(v), 2 * j + 1, x, sums);
+      w[2 * j] = even(v), w[2 * j + 1] = odd(v);
     }
+    multiply<R>(w, x, sums);
   }
 };
 

@@ -18,9 +18,6 @@
 
 namespace dsv32::avx512 {
 
-template <int R>
-constexpr int kWays = 8 / R;
-
 struct Bf16X {
   using X = uint16_t;
   using Vector = __m512;
@@ -37,13 +34,11 @@ inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
 }
 
-// Adds the products of w, the j-th 32 of a chunk of 64 weights.
+// Adds the products of w[0..1], a chunk of 64 weights, with R rows.
 template <int R>
-inline void multiply(__m512i w, int j, const uint16_t* x, __m512* sums) {
-  for (int r = 0; r < R; ++r) {
-    __m512& sum = sums[r * kWays<R> + j % kWays<R>];
-    sum = dot(sum, w, x + r * 64 + 32 * j);
-  }
+inline void multiply(const __m512i* w, const uint16_t* x, __m512* sums) {
+  for (int r = 0; r < R; ++r)
+    sums[r] = _mm512_add_ps(sums[r], dot(dot(_mm512_setzero_ps(), w[0], x + r * 64), w[1], x + r * 64 + 32));
 }
 
 struct Nvfp4 : Bf16X {
@@ -72,7 +67,7 @@ struct Nvfp4 : Bf16X {
     for (int r = 0; r < R; ++r) {
       __m512 part = _mm512_setzero_ps();
       for (int j = 0; j < 4; ++j) part = dot(part, w[j], x + r * kChunk + 32 * j);
-      sums[r * kWays<R>] = _mm512_fmadd_ps(part, s, sums[r * kWays<R>]);
+      sums[r] = _mm512_fmadd_ps(part, s, sums[r]);
     }
   }
 };
@@ -98,11 +93,12 @@ struct Fp8 : Bf16X {
   template <int R>
   static void add(const uint8_t* values, const float* scale, const uint16_t* x, __m512* sums) {
     const __m512 unit = _mm512_set1_ps(256 * *scale);
+    __m512i w[2];
     for (int j = 0; j < 2; ++j) {
       const __m512 low = decode(values + 32 * j, unit), high = decode(values + 32 * j + 16, unit);
-      const __m512i w = (__m512i)_mm512_cvtne2ps_pbh(high, low);
-      multiply<R>(w, j, x, sums);
+      w[j] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
     }
+    multiply<R>(w, x, sums);
   }
 };
 
@@ -112,10 +108,8 @@ struct Bf16 : Bf16X {
 
   template <int R>
   static void add(const uint8_t* values, const float*, const uint16_t* x, __m512* sums) {
-    for (int j = 0; j < 2; ++j) {
-      const __m512i w = _mm512_loadu_si512(values + 64 * j);
-      multiply<R>(w, j, x, sums);
-    }
+    const __m512i w[2] = {_mm512_loadu_si512(values), _mm512_loadu_si512(values + 64)};
+    multiply<R>(w, x, sums);
   }
 };
 

@@ -19,15 +19,17 @@ struct Float32X {
   static float packed(const Call& call, int64_t index) { return x_at(call, index); }
 
   static void totals(const Lanes* sums, float* to) {
-    for (int i = 0; i < 8; ++i)
+    for (int i = 0; i < 8; ++i) {
+      to[i] = 0;
       for (float part : sums[i].lane) to[i] += part;
+    }
   }
 
   template <int R, int N>
   static void multiply(const float* w, const float* x, Lanes* sums) {
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < N; j += 8)
-        for (int l = 0; l < 8; ++l) sums[r * (8 / R)].lane[l] += w[j + l] * x[r * N + j + l];
+        for (int l = 0; l < 8; ++l) sums[r].lane[l] += w[j + l] * x[r * N + j + l];
   }
 };
 
