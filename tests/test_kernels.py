@@ -224,6 +224,7 @@ from pathlib import Path
 from dsv32_jax.kernels import cpu, choice
 from tests import test_kernels as tests
 cpu.compiled = lambda: Path({str(library)!r})
+cpu.missing.cache_clear()
 assert not cpu.missing()
 for kind in tests.FORMATS:
     for dtype in (jnp.float32, jnp.bfloat16):
