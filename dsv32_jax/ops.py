@@ -25,7 +25,8 @@ def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """
     left, right, out = spec.replace("->", ",").split(",")
     count = contracted(left, right, out)
-    if not kernels(w, math.prod(x.shape[: x.ndim - count])):
+    rows = math.prod(size for letter, size in zip(left, x.shape, strict=True) if letter not in right)
+    if not kernels(w, rows):
         return product(spec, x, w)
     if count and left[:-count] + right[:-count] == out:
         return over_letters(left, right, out, partial(_linear, count))(x, w)

@@ -23,7 +23,7 @@ SMALLEST_BLOCK = 1
 SMALLEST_WIDTH = 16
 """Inputs that share a block scale; other formats have multiples of it."""
 
-MOST_ROWS_FP8 = 64
+MOST_ROWS, MOST_ROWS_FP8 = 128, 64
 """Beyond, decoding a matrix again for every eight rows costs more than XLA's dequantizing it once to memory."""
 
 
@@ -59,11 +59,11 @@ def serves(w: Weight, rows: int) -> bool:
     """Whether there is a kernel for `rows` rows and the format of `w` [..., o, k] that is faster than XLA's product."""
     match w:
         case NVFP4():
-            return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0
+            return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0 and rows <= MOST_ROWS
         case Fp8Block():
             return w.shape[-1] % FP8_BLOCK == 0 and rows <= MOST_ROWS_FP8
         case _:
-            return w.dtype == jnp.bfloat16
+            return w.dtype == jnp.bfloat16 and rows <= MOST_ROWS
 
 
 def blocks(x: jax.Array, expert: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
