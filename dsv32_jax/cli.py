@@ -99,12 +99,14 @@ def _add_bench_model(bench) -> None:
 
 
 def _add_bench_kernels(bench) -> None:
-    kernels = bench.add_parser("kernels", help="products with stored weights at the true shapes, by kernel and by XLA")
+    kernels = bench.add_parser(
+        "kernels", help="products with stored weights at the true shapes, with kernels and by XLA alone"
+    )
     add = kernels.add_argument
     add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="formats of the weights (nvfp4)")
     add("--rows", type=int, action="append", metavar="M", help="rows of activations (1, 2, 4, 8, 16, 64 and 256)")
     add("--weight", action="append", metavar="NAME", help="a weight of the first column (all)")
-    add("--by", choices=("kernel", "xla", "torch"), action="append", help="what computes (all that is there)")
+    add("--by", choices=("auto", "xla", "torch"), action="append", help="what computes (all that is there)")
     kernels.set_defaults(run=_bench_kernels)
 
 

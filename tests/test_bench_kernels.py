@@ -40,7 +40,7 @@ def test_the_command(monkeypatch, capsys, tiny):
     """A table with a line for each row."""
     monkeypatch.setattr(Config, "from_json", lambda path: tiny)
     monkeypatch.setattr(bench, "shapes", lambda cfg: [bench.Shape("small", 96, 256), bench.Shape("other", 32, 64)])
-    assert cli.main(["bench", "kernels", "--weight", "small", "--rows", "2", "--by", "kernel", "--format", "fp8"]) == 0
+    assert cli.main(["bench", "kernels", "--weight", "small", "--rows", "2", "--by", "auto", "--format", "fp8"]) == 0
     explanation, table = capsys.readouterr().out.split("weight  ")
     assert "memory is read" in explanation and len(table.splitlines()) == 2 and "small fp8" in table
     assert jax.default_backend() == "cpu"

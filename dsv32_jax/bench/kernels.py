@@ -1,5 +1,5 @@
-"""`dsv32 bench kernels`: products with stored weights at the true shapes, by kernel, by XLA, and by PyTorch if it is
-there.
+"""`dsv32 bench kernels`: products with stored weights at the true shapes, by what the model takes, by XLA
+alone, and by PyTorch if it is there.
 
 Each time is that of one matrix out of a bank that no cache holds, against a plain read (on a GPU a copy) of memory in
 the same run.
@@ -28,7 +28,7 @@ EXPLANATION = """\
 One product of M rows with one matrix [out, in], activations in bfloat16. us: microseconds, median, of one of several
 matrices gone through in turn. GB/s: of packed weight bytes. of limit: that as a share of {speed:.0f} GB/s, the
 speed at which memory is {verb} in this run. TFLOP/s: 2 M in out over the time. error: norm of the difference from
-float64 over the norm."""
+float64 over the norm. auto: what the model multiplies with, beyond some rows XLA on a CPU; xla: XLA alone."""
 
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 BANK = {"cpu": 64 << 20, "gpu": 512 << 20}
@@ -126,7 +126,7 @@ def rows(
 def available() -> list[str]:
     """The implementations that this machine has."""
     torch = importlib.util.find_spec("torch") is not None and jax.default_backend() == "cpu"
-    return ["kernel", "xla", *(["torch"] if torch else [])]
+    return ["auto", "xla", *(["torch"] if torch else [])]
 
 
 Implementation = Callable[[jax.Array, Weight], tuple[Callable[[], Any], int, Callable[[], np.ndarray]]]
@@ -162,7 +162,7 @@ def _torch(x: jax.Array, bank: Any):
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "kernel": partial(_jax, "auto"),
+    "auto": partial(_jax, "auto"),
     "xla": partial(_jax, "xla"),
     "torch": _torch,
 }

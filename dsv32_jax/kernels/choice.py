@@ -72,7 +72,8 @@ def description() -> str:
 
 def smallest_block() -> int:
     """Rows of different tokens that a kernel multiplies in the time of one."""
-    return 1 if asked() == "xla" else _room()[1].SMALLEST_BLOCK
+    _, room = _room()
+    return 1 if asked() == "xla" or room.missing() else room.SMALLEST_BLOCK
 
 
 def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
