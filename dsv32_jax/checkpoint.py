@@ -16,6 +16,7 @@ from .compilation import keep_on_disk
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
 from .formats import NVFP4, Fp8Block, Weight, dequantize
+from .kernels import variable
 from .layout import Leaf, leaves
 from .model import Model, Origin, build
 from .storage import integrity
@@ -45,6 +46,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
     """
     keep_on_disk()
+    variable.asked()
     if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
         raise UsageError(f"dtype must be bfloat16 or float32, not {np.dtype(dtype)}; weights keep their own formats")
     if verify not in LEVELS:

@@ -5,6 +5,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from .kernels import variable
+
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
 
 PROMPT = '''def read_lines(path):
@@ -18,6 +20,7 @@ def run(new_tokens: int) -> None:
     """Convert, load, generate, and measure the perplexity of a held-out paragraph; print what happened and how long."""
     from dsv32_jax import convert
 
+    variable.asked()
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
         target = Path(scratch, "converted")
         with _timed("converted a Hugging Face checkpoint") as done:

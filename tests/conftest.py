@@ -19,6 +19,10 @@ jax.config.update("jax_enable_compilation_cache", False)
 hypothesis.settings.register_profile("suite", deadline=None, derandomize=True, max_examples=50, database=None)
 hypothesis.settings.load_profile("suite")
 
+QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
+if jax.__version_info__ < (0, 11):
+    QUICK.append("--xla_cpu_use_fusion_emitters=false")
+
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
 NOWHERE = Path("nowhere")
@@ -32,11 +36,11 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    """Most of the suite's time is compilation, a quarter of it LLVM's optimizations: only the whole sets, and processes
-    that tests start, have them."""
+    """Most of the suite's time is compilation, and most of that is making programs fast: only the whole sets, and
+    processes that tests start, have fast ones."""
     if config.getoption("--shared") is None:
         flags = os.environ["XLA_FLAGS"]
-        os.environ["XLA_FLAGS"] = flags + " --xla_backend_optimization_level=0"
+        os.environ["XLA_FLAGS"] = " ".join([flags, *QUICK])
         jax.devices()
         os.environ["XLA_FLAGS"] = flags
 

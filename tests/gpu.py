@@ -15,6 +15,7 @@ from dsv32_jax import quantize
 from dsv32_jax.bench.context import SMALL, config
 from dsv32_jax.formats import NVFP4, Fp8Block
 from dsv32_jax.kernels import choice
+from dsv32_jax.kernels.variable import VARIABLE
 from dsv32_jax.model import build
 from dsv32_jax.random_weights import leaf_maker
 
@@ -68,7 +69,7 @@ def models(mesh: str | None) -> None:
     model = build(cfg, jnp.float32, leaf_maker(cfg, jnp.float32, mesh=where), mesh=where)
     found = {}
     for kernels in ("auto", "xla"):
-        os.environ[choice.VARIABLE] = kernels
+        os.environ[VARIABLE] = kernels
         jax.clear_caches()
         logits = np.asarray(ds.forward(model, tokens).logits)
         made = ds.generate(model, tokens.tolist(), max_new_tokens=8).tokens

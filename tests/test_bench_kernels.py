@@ -19,13 +19,13 @@ def test_rows(format):
     """Every implementation at every number of rows, with the same small error."""
     shape = bench.Shape("small", 96, 256)
     by = [name for name in bench.available() if name != "torch"]
-    rows = list(bench.rows([shape], [format], (1, 3), by, 1e9))
+    rows = list(bench.rows([shape], [format], (1, 3), by))
     assert [(row["by"], row["rows"]) for row in rows] == [(name, count) for name in by for count in (1, 3)]
     bits = {"nvfp4": 4.5, "fp8": 8 + 32 / 128, "bf16": 16}[format]
     for row in rows:
         assert row["bytes"] == 96 * 256 * bits / 8 + 4 * (format == "nvfp4")
         assert row["operations"] == 2 * row["rows"] * 96 * 256 and row["seconds"] > 0
-        assert row["share"] == pytest.approx(row["bytes"] / row["seconds"] / 1e9)
+        assert row["limit"] > 0
         assert row["error"] < 1e-6
 
 

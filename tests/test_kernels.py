@@ -14,10 +14,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv32_jax import experts, ops, quantize
+import dsv32_jax as ds
+from dsv32_jax import demo, experts, ops, quantize
 from dsv32_jax.errors import UsageError
 from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.kernels import choice, cpu, reference
+from dsv32_jax.kernels.variable import VARIABLE
 
 compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
 toolchain = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -158,7 +160,7 @@ def test_einsum(monkeypatch, spec, left, right):
     rng = np.random.default_rng(1)
     x, w = jnp.asarray(rng.standard_normal(left), jnp.bfloat16), jnp.asarray(rng.standard_normal(right), jnp.bfloat16)
     got = ops.einsum32(spec, x, w)
-    monkeypatch.setenv(choice.VARIABLE, "xla")
+    monkeypatch.setenv(VARIABLE, "xla")
     want = ops.einsum32(spec, x, w)
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
@@ -179,11 +181,15 @@ def test_derivatives_are_those_of_the_reference(kind):
 def test_the_environment_chooses(monkeypatch):
     """ "xla" takes the reference, whatever is there; another word is refused."""
     w = bank("nvfp4", np.random.default_rng(0), 1, 4, 32)
-    monkeypatch.setenv(choice.VARIABLE, "xla")
+    monkeypatch.setenv(VARIABLE, "xla")
     assert choice.kernels(w, 1) == {}
-    monkeypatch.setenv(choice.VARIABLE, "fast")
+    monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(UsageError, match="DSV32_KERNELS is one of auto, xla, not 'fast'"):
         choice.kernels(w, 1)
+    with pytest.raises(UsageError, match="nothing was run"):
+        ds.load("nowhere")
+    with pytest.raises(UsageError, match="nothing was run"):
+        demo.run(1)
 
 
 def test_without_kernels(monkeypatch, caplog):
@@ -222,10 +228,9 @@ def test_without_vector_instructions(tmp_path):
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
 from dsv32_jax.kernels import cpu, choice
-from tests import test_kernels as tests
 cpu.compiled = lambda: Path({str(library)!r})
-cpu.missing.cache_clear()
 assert not cpu.missing()
+from tests import test_kernels as tests
 for kind in tests.FORMATS:
     for dtype in (jnp.float32, jnp.bfloat16):
         rng = np.random.default_rng(7)

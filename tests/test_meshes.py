@@ -18,6 +18,7 @@ import dsv32_jax as ds
 from dsv32_jax import batch, decoding, request, sharding
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.experts import apply_experts, over_mesh
+from dsv32_jax.layout import leaves
 from dsv32_jax.storage import pieces
 from tests import golden
 from tests.conftest import DATA
@@ -109,6 +110,19 @@ def test_experts_over_a_mesh():
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
         none = alone(h, jnp.full_like(experts, 8), gates, *banks)
         assert not np.asarray(none).any()
+
+
+@pytest.mark.parametrize("size", [64, 128, 192, 256, 320])
+def test_fp8_blocks_are_not_cut(tiny, size):
+    """A device has whole blocks of 128 of each matrix, or all of its one block: what would cut one is refused."""
+    leaf = next(leaf for leaf in leaves(tiny) if leaf.letters == "EDM")
+    leaf = leaf._replace(shape=(*leaf.shape[:2], size))
+    blocks = (*leaf.shape[:2], -(-size // 128))
+    if size in (192, 320):
+        with pytest.raises(CapacityError, match=rf"M {size} in {blocks[2]} blocks over model=2 \(possible: 1\)"):
+            pieces.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
+    else:
+        pieces.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,7 @@
 """`dsv32 bench kernels`: products with stored weights at the true shapes, by what the model takes, by XLA
 alone, and by PyTorch if it is there.
 
-Each time is that of one matrix out of a bank that no cache holds, against a plain read (on a GPU a copy) of memory in
-the same run.
+Each time is that of one matrix out of a bank that no cache holds, against a plain read (on a GPU a copy) of memory.
 """
 
 import importlib
@@ -20,15 +19,17 @@ import numpy as np
 from ..config import Config
 from ..formats import NVFP4, Weight, dequantize
 from ..kernels import choice
+from ..kernels.variable import VARIABLE
 from ..random_weights import random_bank, uniform
-from .measure import Row, medians, plain_read, table
-from .model import copy_speed
+from .measure import Row, in_turn, medians, reader, table
+from .model import copying
 
 EXPLANATION = """\
-One product of M rows with one matrix [out, in], activations in bfloat16. us: microseconds, median, of one of several
-matrices gone through in turn. GB/s: of packed weight bytes. of limit: that as a share of {speed:.0f} GB/s, the
-speed at which memory is {verb} in this run. TFLOP/s: 2 M in out over the time. error: norm of the difference from
-float64 over the norm. auto: what the model multiplies with, beyond some rows XLA on a CPU; xla: XLA alone."""
+One product of M rows with one matrix [out, in] of a bank that is gone through in turn, activations in bfloat16. us:
+microseconds. GB/s: of packed weight bytes. limit: GB/s at which memory is {verb} meanwhile. TFLOP/s: 2 M in out over
+the time. error: norm of the difference from float64 over the norm. auto: what the model multiplies with, beyond some
+rows XLA on a CPU; xla: XLA alone. What one implementation does goes in turn with the limit, and times are the fastest
+of many: what else a machine does only adds to them."""
 
 ROWS = (1, 2, 4, 8, 16, 64, 256)
 BANK = {"cpu": 64 << 20, "gpu": 512 << 20}
@@ -36,6 +37,9 @@ BANK = {"cpu": 64 << 20, "gpu": 512 << 20}
 
 REPEATS = {"cpu": 1, "gpu": 8}
 """Calls on the way at once, so that a GPU does not wait for the host."""
+
+SECONDS = 0.5
+"""For which a product is repeated."""
 
 SLOWEST = 20.0
 """Seconds of one call beyond which larger M are left out."""
@@ -55,7 +59,8 @@ COLUMNS = (
     ("M", 4, lambda row: str(row["rows"])),
     ("us", 10, lambda row: f"{row['seconds'] * 1e6:.1f}"),
     ("GB/s", 8, lambda row: f"{row['bytes'] / row['seconds'] / 1e9:.1f}"),
-    ("of limit", 8, lambda row: f"{row['share']:.1%}"),
+    ("limit", 8, lambda row: f"{row['limit'] / 1e9:.1f}"),
+    ("of limit", 8, lambda row: f"{row['bytes'] / row['seconds'] / row['limit']:.1%}"),
     ("TFLOP/s", 8, lambda row: f"{row['operations'] / row['seconds'] / 1e12:.3f}"),
     ("error", 8, lambda row: f"{row['error']:.1e}"),
 )
@@ -67,10 +72,8 @@ def print_kernels(formats: Sequence[str], counts: Sequence[int], only: Sequence[
 
     cfg = Config.from_json(configs.path("deepseek_v32"))
     chosen = [shape for shape in shapes(cfg) if not only or shape.name in only]
-    verb = "copied" if jax.default_backend() == "gpu" else "read"
-    speed = memory_speed()
-    print(EXPLANATION.format(verb=verb, speed=speed / 1e9))
-    for line in table(COLUMNS, rows(chosen, formats, counts, implementations, speed)):
+    print(EXPLANATION.format(verb="copied" if jax.default_backend() == "gpu" else "read"))
+    for line in table(COLUMNS, rows(chosen, formats, counts, implementations)):
         print(line, flush=True)
 
 
@@ -88,39 +91,47 @@ def shapes(cfg: Config) -> list[Shape]:
     ]
 
 
-def memory_speed() -> float:
-    """Bytes a second that a device can deliver: on a CPU of a plain read, on a GPU of a copy, read and written."""
-    if jax.default_backend() == "gpu":
-        return copy_speed(None)
-    return BANK["cpu"] / plain_read(BANK["cpu"], 1.0)
+def memory() -> tuple[Callable[[], Any], int]:
+    """What only moves memory, and the bytes it moves: on a CPU it reads, on a GPU it copies."""
+    return copying(None) if jax.default_backend() == "gpu" else (reader(BANK["cpu"]), BANK["cpu"])
 
 
-def rows(
-    chosen: Sequence[Shape], formats: Sequence[str], counts: Sequence[int], by: Sequence[str], speed: float
-) -> Iterator[Row]:
+def rows(chosen: Sequence[Shape], formats: Sequence[str], counts: Sequence[int], by: Sequence[str]) -> Iterator[Row]:
     """A row for each format, shape, implementation and number of rows."""
     for format in formats:
         for shape in chosen:
             many = max(2, BANK[jax.default_backend()] // (shape.out * shape.size // 2))
             bank = random_bank((many, shape.out, shape.size), format, 0)
-            nbytes = sum(part.nbytes for part in jax.tree.leaves(bank)) / many
             for name in by:
-                for count in counts if name != "torch" or isinstance(bank, NVFP4) else ():
-                    x = uniform((many, count, shape.size), "bfloat16", jnp.uint32(count), 0.0, 1.0)
-                    run, repeats, result = IMPLEMENTATIONS[name](x, bank)
-                    seconds = medians(run, 0.3).wall / repeats
-                    yield {
-                        "weight": f"{shape.name} {format}",
-                        "by": name,
-                        "rows": count,
-                        "seconds": seconds / many,
-                        "bytes": nbytes,
-                        "share": nbytes * many / seconds / speed,
-                        "operations": 2 * count * shape.out * shape.size,
-                        "error": _error(result, x, bank),
-                    }
-                    if seconds > SLOWEST:
-                        break
+                if name != "torch" or isinstance(bank, NVFP4):
+                    yield from _measured(f"{shape.name} {format}", name, bank, counts)
+
+
+def _measured(weight: str, by: str, bank: Any, counts: Sequence[int]) -> Iterator[Row]:
+    """The rows of one implementation, whose products go in turn with a plain read or copy."""
+    many, out, size = bank.shape
+    move, moved = memory()
+    runs: dict[Any, Callable[[], Any]] = {"memory": move}
+    errors, repeats = {}, 1
+    for count in counts:
+        x = uniform((many, count, size), "bfloat16", jnp.uint32(count), 0.0, 1.0)
+        runs[count], repeats, result = IMPLEMENTATIONS[by](x, bank)
+        errors[count] = _error(result, x, bank)
+        if medians(runs[count], 0).wall > SLOWEST:
+            break
+    times = in_turn(runs, SECONDS * len(errors))
+    nbytes = sum(part.nbytes for part in jax.tree.leaves(bank)) / many
+    for count, error in errors.items():
+        yield {
+            "weight": weight,
+            "by": by,
+            "rows": count,
+            "seconds": times[count].wall / repeats / many,
+            "bytes": nbytes,
+            "limit": moved / times["memory"].wall,
+            "operations": 2 * count * out * size,
+            "error": error,
+        }
 
 
 def available() -> list[str]:
@@ -170,12 +181,12 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
 
 @contextmanager
 def _environment(kernels: str) -> Iterator[None]:
-    before = os.environ.get(choice.VARIABLE)
-    os.environ[choice.VARIABLE] = kernels
+    before = os.environ.get(VARIABLE)
+    os.environ[VARIABLE] = kernels
     try:
         yield
     finally:
-        os.environ.pop(choice.VARIABLE) if before is None else os.environ.update({choice.VARIABLE: before})
+        os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
 
 
 def _error(result: Callable[[], np.ndarray], x: jax.Array, bank: Weight) -> float:

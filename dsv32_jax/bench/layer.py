@@ -24,15 +24,15 @@ from ..layout import leaves
 from ..mla import MLA
 from ..moe import MoE
 from ..random_weights import leaf_maker, uniform
-from .measure import Row, medians, peak_bytes, plain_read, table
+from .measure import Row, in_turn, peak_bytes, reader, table
 
 DTYPE = jnp.bfloat16
 """The compute dtype, and that of activations and cache."""
 
 EXPLANATION = """\
-time: one new token a row, median. cpu: the processor time in it, all cores together; where time is longer than that,
-the machine was busy with something else. weights: bytes the block has to read (MoE: the shared expert and those that
-were chosen). read: as many bytes only read, by all cores, fastest of many. ratio: time / read, 1 is the limit. temp:
+time: one new token a row. cpu: the processor time in it, all cores together. weights: bytes the block has to read (MoE:
+the shared expert and those that were chosen). read: as many bytes only read, by all cores. ratio: time / read, 1 is the
+limit. Block and read go in turn, and times are the fastest of many: what else a machine does only adds to them. temp:
 memory the program needs besides weights, inputs and results. peak: memory of the process so far."""
 
 COLUMNS = (
@@ -179,12 +179,12 @@ def _compiled(function, *arguments) -> tuple[Any, float]:
 
 def _measured(program, run: Callable[[], Any], nbytes: int, seconds: float) -> Row:
     """The columns about `run`, which runs the compiled `program` and has `nbytes` of weights to read."""
-    times = medians(run, seconds)
+    times = in_turn({"block": run, "read": reader(nbytes)}, seconds)
     return {
         "bytes": nbytes,
-        "seconds": times.wall,
-        "cpu_seconds": times.cpu,
-        "read_seconds": plain_read(nbytes, seconds / 2),
+        "seconds": times["block"].wall,
+        "cpu_seconds": times["block"].cpu,
+        "read_seconds": times["read"].wall,
         "temporary_bytes": program.memory_analysis().temp_size_in_bytes,
     }
 

@@ -1,14 +1,15 @@
 """What the benches share: times, memory, a plain read to compare with, and a table."""
 
+import collections
 import os
 import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ LARGEST_BUFFER = 256 << 20
 PROCESS = Path("/proc/self/status")
 
 Row = dict[str, Any]
+Key = TypeVar("Key", bound=Hashable)
 
 
 class Times(NamedTuple):
@@ -32,33 +34,46 @@ def medians(run: Callable[[], Any], seconds: float) -> Times:
     return Times(*map(statistics.median, zip(*_repeat(run, seconds), strict=True)))
 
 
-def plain_read(nbytes: int, seconds: float) -> float:
-    """Seconds in which the host reads `nbytes` of memory and only adds them up, with a thread for each core.
+def in_turn(runs: Mapping[Key, Callable[[], Any]], seconds: float) -> dict[Key, Times]:
+    """The fastest times of each of `runs`: called once to warm up, then in turn, round by round for about `seconds` but
+    at least three times, each round from another on. What else a machine does only adds to times, and meets all alike.
+    """
+    found: dict[Key, list[Times]] = {key: [] for key in runs}
+    for run in runs.values():
+        run()
+    keys, end = list(runs), time.perf_counter() + seconds
+    while len(found[keys[0]]) < FEWEST_REPEATS or time.perf_counter() < end:
+        for key in keys:
+            found[key].append(_timed(runs[key]))
+        keys = keys[1:] + keys[:1]
+    return {key: Times(*map(min, zip(*times, strict=True))) for key, times in found.items()}
 
-    A limit, so it is the fastest of about `seconds` of repeats: a machine that is busy reads more slowly, but what it
-    could do stays. The reader goes as often as needed over a buffer that no cache holds, and so needs little memory.
+
+def reader(nbytes: int) -> Callable[[], Any]:
+    """What reads `nbytes` of memory and only adds them up, with a thread for each core: no computation is faster.
+
+    It goes as often as needed over a buffer that no cache holds, and so needs little memory.
     """
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     buffer = np.ones(max(1, min(nbytes, LARGEST_BUFFER) // 8), np.uint64)
     rounds, rest = divmod(nbytes // 8, buffer.size)
     parts = [part for piece in [*[buffer] * rounds, buffer[:rest]] for part in np.array_split(piece, threads)]
-    with ThreadPoolExecutor(threads) as pool:
-
-        def read() -> None:
-            list(pool.map(np.add.reduce, parts))
-
-        read()
-        return min(times.wall for times in _repeat(read, seconds))
+    pool = ThreadPoolExecutor(threads)
+    return lambda: collections.deque(pool.map(np.add.reduce, parts), maxlen=0)
 
 
 def _repeat(run: Callable[[], Any], seconds: float) -> list[Times]:
     times: list[Times] = []
     end = time.perf_counter() + seconds
     while len(times) < FEWEST_REPEATS or time.perf_counter() < end:
-        wall, cpu = time.perf_counter(), time.process_time()
-        run()
-        times.append(Times(time.perf_counter() - wall, time.process_time() - cpu))
+        times.append(_timed(run))
     return times
+
+
+def _timed(run: Callable[[], Any]) -> Times:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return Times(time.perf_counter() - wall, time.process_time() - cpu)
 
 
 def peak_bytes() -> int:

@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -168,12 +168,18 @@ def _reading(asked: Plan, model: Model, seconds: float) -> Iterator[Row]:
 
 def copy_speed(mesh: Mesh | None) -> float:
     """Bytes a second that a device reads and writes while it copies."""
+    run, nbytes = copying(mesh)
+    return nbytes / medians(run, 0.5).wall
+
+
+def copying(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
+    """What copies memory on every device, and the bytes that each reads and writes in it."""
     size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
     many = 1 if mesh is None else mesh.size
     spread = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
     x = jax.jit(lambda: jnp.zeros(size * many // 4, jnp.uint32), out_shardings=spread)()
     copy = jax.jit(lambda x: x + 1)
-    return 2 * size / medians(lambda: jax.block_until_ready(copy(x)), 0.5).wall
+    return lambda: jax.block_until_ready(copy(x)), 2 * size
 
 
 def all_reduce_latency(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:

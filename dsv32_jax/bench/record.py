@@ -1,7 +1,7 @@
 """`dsv32 bench record`: what the flight recorder costs in decoding, kind by kind."""
 
-import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import jax
 
@@ -9,7 +9,7 @@ from .. import recording, tape
 from ..cache import Cache
 from ..config import Config
 from .context import config
-from .measure import FEWEST_REPEATS, Row, Times, table
+from .measure import Row, in_turn, table
 from .parts import DTYPE, Step, filled, random_model
 
 CONTEXTS = (2048, 8192)
@@ -51,7 +51,7 @@ def rows(cfg: Config, contexts: Sequence[int] = CONTEXTS, seconds: float = 90.0)
     choices = {"off": (), **{kind: (kind,) for kind in tape.KINDS}, "all": tape.KINDS}
     for context in contexts:
         steps = {name: Step(model, *_ready(cfg, context, kinds)) for name, kinds in choices.items()}
-        fastest = _fastest(steps, seconds)
+        fastest = in_turn({name: partial(_run, step) for name, step in steps.items()}, seconds)
         clock = 1 if jax.default_backend() == "cpu" else 0
         for name, kinds in choices.items():
             yield {
@@ -72,17 +72,5 @@ def _ready(cfg: Config, context: int, kinds: tuple[str, ...]):
     return cache, recording.whole(kinds)
 
 
-def _fastest(steps: dict[str, Step], seconds: float) -> dict[str, Times]:
-    """The fastest times of each step, after one to warm up."""
-    names = list(steps)
-    found: dict[str, list[Times]] = {name: [] for name in names}
-    for name in names:
-        jax.block_until_ready(steps[name].run())
-    end = time.perf_counter() + seconds
-    while len(found[names[0]]) < FEWEST_REPEATS or time.perf_counter() < end:
-        for name in names:
-            wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(steps[name].run())
-            found[name].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
-        names = names[1:] + names[:1]
-    return {name: Times(*map(min, zip(*times, strict=True))) for name, times in found.items()}
+def _run(step: Step) -> None:
+    jax.block_until_ready(step.run())

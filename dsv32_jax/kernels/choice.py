@@ -4,7 +4,6 @@ The environment variable DSV32_KERNELS, read when a program is traced, can say "
 """
 
 import logging
-import os
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
@@ -12,27 +11,16 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from ..errors import UsageError
 from ..formats import NVFP4, Weight
 from . import cpu, reference
+from .variable import VARIABLE, asked
 
 LOG = logging.getLogger("dsv32_jax")
-
-VARIABLE = "DSV32_KERNELS"
-CHOICES = ("auto", "xla")
 
 FEW = 128
 """Rows of a head up to which `columns` has its kernel: those of decoding."""
 
 Kernel = Callable[..., jax.Array]
-
-
-def asked() -> str:
-    """What the environment asks for. Raises UsageError."""
-    name = os.environ.get(VARIABLE) or CHOICES[0]
-    if name not in CHOICES:
-        raise UsageError(f"{VARIABLE} is one of {', '.join(CHOICES)}, not {name!r}; nothing was run")
-    return name
 
 
 def kernels(w: Weight, rows: int) -> dict[str, Kernel]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 from ..errors import CapacityError, UsageError, listing
 from ..layout import Leaf
+from ..quantize import FP8_BLOCK
 
 AXES = {"B": "data", "H": "model", "F": "model", "M": "model", "V": "model", "E": "expert"}
 NAMES = ("data", "model", "expert")
@@ -68,10 +69,10 @@ def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> Non
     for leaf, shape in components:
         whole = zip(leaf.letters, leaf.shape, shape, axes(mesh, leaf, shape), strict=True)
         for letter, logical, size, axis in whole:
-            if axis is not None and size % mesh[axis]:
+            if axis is not None and not _cuts(mesh[axis], logical, size):
                 pattern = re.sub(r"layers\.\d+\.", "layers.*.", leaf.path)
                 what = f"{letter} {logical}" if size == logical else f"{letter} {logical} in {size} blocks"
-                why = f"{what} over {axis}={mesh[axis]} (possible: {listing(_divisors(size), 6)})"
+                why = f"{what} over {axis}={mesh[axis]} (possible: {listing(_possible(logical, size), 6)})"
                 found.setdefault((pattern, why), set()).add(leaf.path)
     if found:
         lines = [f"{len(paths):4} x {pattern}: {why}" for (pattern, why), paths in sorted(found.items())]
@@ -82,5 +83,12 @@ def check(mesh: Mesh, components: Iterable[tuple[Leaf, tuple[int, ...]]]) -> Non
         )
 
 
-def _divisors(size: int) -> list[int]:
-    return [count for count in range(1, size + 1) if size % count == 0]
+def _cuts(count: int, logical: int, size: int) -> bool:
+    """Whether an axis that is stored as `size` blocks falls into `count` equal pieces of whole blocks. Where FP8's last
+    block is shorter than the others, it falls into none."""
+    shorter_last = logical % FP8_BLOCK and size == -(-logical // FP8_BLOCK)
+    return count == 1 or (size % count == 0 and not shorter_last)
+
+
+def _possible(logical: int, size: int) -> list[int]:
+    return [count for count in range(1, size + 1) if _cuts(count, logical, size)]

@@ -5,6 +5,7 @@
 
 #include <cstring>
 
+#include "ahead.h"
 #include "call.h"
 
 #if defined(__clang__)
@@ -55,6 +56,7 @@ inline void multiply(const __m256* w, const float* x, __m256* sums) {
 }
 
 struct Nvfp4 : Float32X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 64, kBytes = 32, kScales = 4;
 
   // A byte's nibbles are two neighbours; unpacking interleaves within halves of the register.
@@ -121,6 +123,7 @@ struct Nvfp4 : Float32X {
 };
 
 struct Fp8 : Float32X {
+  using Scale = float;
   static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
   static constexpr int order(int i) { return i; }
 
@@ -160,6 +163,7 @@ struct Fp8 : Float32X {
 };
 
 struct Bf16 : Float32X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static constexpr int order(int i) { return i / 16 * 16 + 2 * (i % 8) + i / 8 % 2; }
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}

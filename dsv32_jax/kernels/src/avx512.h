@@ -3,8 +3,10 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cstring>
 
+#include "ahead.h"
 #include "avx2.h"
 #include "call.h"
 
@@ -42,13 +44,28 @@ inline void multiply(const __m512i* w, const uint16_t* x, __m512* sums) {
 }
 
 struct Nvfp4 : Bf16X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 128, kBytes = 64, kScales = 8;
 
   // Sixteen bits hold four neighbours: the j-th vector has the j-th of each.
   static constexpr int order(int i) { return 4 * (i % 32) + i / 32; }
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    avx2::Nvfp4::scales(call, row, 2 * start, 2 * chunks, scale);
+    if (call.row_scales * 16 != call.k) return avx2::Nvfp4::scales(call, row, 2 * start, 2 * chunks, scale);
+    const uint8_t* codes = call.scales + row * call.row_scales + start * kScales;
+    const int64_t there = std::min(chunks * kScales, call.row_scales - start * kScales);
+    for (int64_t i = 0; i < there; i += 32) {
+      const __mmask32 valid = there - i < 32 ? (1u << (there - i)) - 1 : ~0u;
+      const __m256i code = _mm256_maskz_loadu_epi8(valid, codes + i);
+      const __m256i nan = _mm256_set1_epi8(0x7f);
+      const __mmask32 bad = _mm256_cmpeq_epi8_mask(_mm256_and_si256(code, nan), nan);
+      const __m512i w = _mm512_cvtepu8_epi16(_mm256_mask_mov_epi8(code, bad, _mm256_set1_epi8(0x7e)));
+      const __m512i half = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(0x3f80)),
+                                           _mm512_and_si512(_mm512_slli_epi16(w, 8), _mm512_set1_epi16(short(0x8000))));
+      const __m512 unit = _mm512_set1_ps(256);
+      _mm512_store_ps(scale + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), unit));
+      _mm512_store_ps(scale + i + 16, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), unit));
+    }
   }
 
   template <int R>
@@ -73,6 +90,7 @@ struct Nvfp4 : Bf16X {
 };
 
 struct Fp8 : Bf16X {
+  using Scale = float;
   static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
@@ -103,6 +121,7 @@ struct Fp8 : Bf16X {
 };
 
 struct Bf16 : Bf16X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 

@@ -19,16 +19,20 @@ struct Call {
 };
 
 // Outputs that a thread computes at once: their weights stay in the second-level cache, their sums in the first.
-constexpr int64_t kTile = 32, kColumnTile = 512;
+constexpr int64_t kTile = 16, kColumnTile = 512;
+
+// The outputs first..last-1 of a block: what a thread computes at once. Nothing where there are none.
+struct Part {
+  int64_t block, first, last;
+};
 
 // How one instruction set computes one format. `pack` lays the rows of one block out as `rows` wants them, in a buffer
-// of `packed_bytes`; `rows` computes the outputs
-// first..last-1 of that block, at most `tile`.
+// of `packed_bytes`; `rows` computes a part of at most `tile` outputs, and is told which part the thread computes next.
 struct Kernel {
   int64_t tile;
   size_t (*packed_bytes)(const Call&);
   void (*pack)(const Call&, int64_t block, void* packed);
-  void (*rows)(const Call&, int64_t block, const void* packed, int64_t first, int64_t last);
+  void (*rows)(const Call&, const void* packed, Part part, Part next);
 };
 
 inline float from_bf16(uint16_t bits) {

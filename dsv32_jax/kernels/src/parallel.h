@@ -12,8 +12,9 @@
 
 namespace dsv32 {
 
-// Runs work(0..items-1) on the pool and the calling thread. The caller waits only for those who have begun: a pool
-// whose threads all wait for one another would never begin.
+// Runs work(item, next) for items 0..items-1 on the pool and the calling thread; `next` is what the same thread takes
+// next, none where it is not below `items`. The caller waits only for those who have begun: a pool whose threads all
+// wait for one another would never begin.
 template <class Pool, class Work>
 void parallel(Pool& pool, int64_t items, const Work& work) {
   struct Shared {
@@ -25,7 +26,10 @@ void parallel(Pool& pool, int64_t items, const Work& work) {
   };
   auto shared = std::make_shared<Shared>();
   const auto take = [items, &work](Shared& shared) {
-    for (int64_t i; (i = shared.next.fetch_add(1)) < items;) work(i);
+    for (int64_t i = shared.next.fetch_add(1), then; i < items; i = then) {
+      then = shared.next.fetch_add(1);
+      work(i, then);
+    }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
   for (int64_t h = 0; h < helpers; ++h)
@@ -56,10 +60,14 @@ void run(Pool& pool, const Kernel& kernel, const Call& call) {
   uint8_t* base = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64);
   for (int64_t start = 0; start < call.n; start += together) {
     const int64_t count = std::min(together, call.n - start);
-    parallel(pool, count, [&](int64_t i) { kernel.pack(call, start + i, base + i * each); });
-    parallel(pool, count * tiles, [&](int64_t item) {
-      const int64_t i = item / tiles, first = item % tiles * kernel.tile;
-      kernel.rows(call, start + i, base + i * each, first, std::min(first + kernel.tile, call.o));
+    parallel(pool, count, [&](int64_t i, int64_t) { kernel.pack(call, start + i, base + i * each); });
+    const auto part = [&](int64_t item) {
+      if (item >= count * tiles) return Part{};
+      const int64_t first = item % tiles * kernel.tile;
+      return Part{start + item / tiles, first, std::min(first + kernel.tile, call.o)};
+    };
+    parallel(pool, count * tiles, [&](int64_t item, int64_t next) {
+      kernel.rows(call, base + item / tiles * each, part(item), part(next));
     });
   }
 }

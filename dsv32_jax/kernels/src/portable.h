@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "ahead.h"
 #include "call.h"
 
 namespace dsv32::portable {
@@ -50,6 +51,7 @@ struct E4m3 {
 inline const E4m3 kE4m3;
 
 struct Nvfp4 : Float32X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 16, kBytes = 8, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
@@ -73,6 +75,7 @@ struct Nvfp4 : Float32X {
 };
 
 struct Fp8 : Float32X {
+  using Scale = float;
   static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
 
   static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
@@ -96,6 +99,7 @@ struct Fp8 : Float32X {
 };
 
 struct Bf16 : Float32X {
+  using Scale = uint8_t;
   static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
   static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 
