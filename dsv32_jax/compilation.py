@@ -23,6 +23,11 @@ def keep_on_disk() -> None:
         jax.config.update("jax_compilation_cache_dir", str(root / "dsv32_jax" / "compiled"))
 
 
+def kept(words: str) -> str:
+    """`words`, which say that programs are kept, where they are."""
+    return words if jax.config.values["jax_enable_compilation_cache"] else ""
+
+
 @dataclasses.dataclass(eq=False)
 class Meter:
     """Programs compiled while the meter ran, and the seconds they took (from disk they take less)."""
@@ -51,7 +56,7 @@ def announced(what: str, meter: Meter, after: float = 2.0) -> Iterator[None]:
 
     def say() -> None:
         if meter.seconds:
-            LOG.warning("compiling %s; programs are kept on disk for next time", what)
+            LOG.warning("compiling %s%s", what, kept("; programs are kept on disk for next time"))
 
     timer = threading.Timer(after, say)
     timer.daemon = True

@@ -30,6 +30,7 @@ def run(new_tokens: int) -> None:
         with _timed("imported JAX and loaded the model") as done:
             from . import chat
             from .checkpoint import load
+            from .compilation import kept
             from .generation import generate
             from .sampling import Sampling
             from .scoring import score
@@ -49,7 +50,8 @@ def run(new_tokens: int) -> None:
                 stop=["\ndef", "\nclass", "\n```"],
             )
             stats = made.stats
-            done(f"{stats.compile_seconds:.1f} s of it compiling {stats.compiles} programs, kept for the next run")
+            programs = f"{stats.compiles} programs{kept(', kept for the next run')}"
+            done(f"{stats.compile_seconds:.1f} s of it compiling {programs}")
         print(PROMPT + (made.text or [""])[0])
         with _timed("read a paragraph that it was not trained on") as done:
             text = (CHECKPOINT / "heldout.txt").read_text(encoding="utf-8")

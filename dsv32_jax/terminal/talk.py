@@ -9,7 +9,7 @@ from typing import Any
 
 from ..chat import Conversation, Tokenizer, prepare, template
 from ..chat.messages import to_json
-from ..compilation import metered
+from ..compilation import kept, metered
 from ..errors import UsageError
 from ..host import interruptible
 from ..run import Stream
@@ -68,7 +68,7 @@ class Talk:
         ids = prepare([self.conversation.all_messages()[0]], self._tokenizer).ids
         if (room := self.capacity - len(ids)) < 2:
             raise UsageError(f"the system text and tools have {len(ids)} tokens, the context holds {self.capacity}")
-        self.screen.status("getting ready: what is compiled now is kept on disk for next time")
+        self.screen.status("getting ready" + kept(": what is compiled now is kept on disk for next time"))
         limit = min(self._limit or room, room)
         with contextlib.closing(self._stream(ids, max_new_tokens=limit, min_new_tokens=min(2, limit))) as tokens:
             for _ in itertools.islice(tokens, 2):

@@ -262,16 +262,20 @@ def test_g35_wrong_stop_strings(model, stop):
 
 
 def test_g03_a_long_compilation_says_so(caplog):
-    """After some seconds, once, where something is compiled; never where nothing is."""
+    """After some seconds, once, where something is compiled; never where nothing is. And whether it is kept."""
     with metered() as meter, compilation.announced("prefill of 1 rows", meter, after=0.05):
         jax.jit(lambda x: x + 41)(1)
         time.sleep(0.3)
-    assert [record.message for record in caplog.records] == [
-        "compiling prefill of 1 rows; programs are kept on disk for next time"
-    ]
+    assert [record.message for record in caplog.records] == ["compiling prefill of 1 rows"]
     with metered() as meter, compilation.announced("nothing", meter, after=0.01):
         time.sleep(0.1)
     assert len(caplog.records) == 1
+    assert not compilation.kept("kept")
+    jax.config.update("jax_enable_compilation_cache", True)
+    try:
+        assert compilation.kept("kept") == "kept"
+    finally:
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def test_g05_a_device_without_memory(model, greedy, monkeypatch):
