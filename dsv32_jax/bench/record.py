@@ -21,8 +21,8 @@ EXPLANATION = """\
 Decoding: ms a token, batch 1, one MoE layer of the true dimensions ({experts} experts, vocabulary {vocabulary}) at the
 end of a context of synthetic values, with the recorder off and keeping one kind or all. They run in turn, round by
 round, each time from another on; times are the fastest of many, as what else a machine does only adds to them. cpu:
-processor time of all cores. cost: time over that of off, less 1. tape: what a token leaves on it. In a context of {topk}
-everything is selected, and only a recorder asks for index scores."""
+processor time of all cores. cost: time over that of off, less 1. tape: what a token leaves on it. In a context of
+{topk} everything is selected, and only a recorder asks for index scores."""
 
 COLUMNS = (
     ("context", 7, lambda row: str(row["context"])),
