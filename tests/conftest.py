@@ -22,6 +22,7 @@ hypothesis.settings.load_profile("suite")
 QUICK = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if jax.__version_info__ < (0, 11):
     QUICK.append("--xla_cpu_use_fusion_emitters=false")
+"""What makes XLA compile in half the time; what tests start inherits it."""
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -30,19 +31,17 @@ NOWHERE = Path("nowhere")
 
 def pytest_addoption(parser):
     """`--shared PATH`: also run every golden case found in PATH/golden and PATH/golden_nvfp4. `--notebooks`: run them
-    all, which takes two minutes."""
+    all, which takes two minutes. `--sanitizers`: compile kernels with sanitizers and run that."""
     parser.addoption("--notebooks", action="store_true", help="run every notebook")
+    parser.addoption("--sanitizers", action="store_true", help="run the kernels under sanitizers")
     parser.addoption("--shared", type=Path, default=None, metavar="PATH", help="folder of the whole golden sets")
 
 
 def pytest_configure(config):
-    """Most of the suite's time is compilation, and most of that is making programs fast: only the whole sets, and
-    processes that tests start, have fast ones."""
+    """Most of the suite's time is compilation, and most of that is making programs fast: only the whole sets have fast
+    ones."""
     if config.getoption("--shared") is None:
-        flags = os.environ["XLA_FLAGS"]
-        os.environ["XLA_FLAGS"] = " ".join([flags, *QUICK])
-        jax.devices()
-        os.environ["XLA_FLAGS"] = flags
+        os.environ["XLA_FLAGS"] = " ".join([os.environ["XLA_FLAGS"], *QUICK])
 
 
 def pytest_generate_tests(metafunc):

@@ -33,7 +33,7 @@ MESHES = (None, {"expert": 4, "model": 2}, {"data": 2, "expert": 4})
 def small(tiny):
     """One dense layer and one of experts, and MTP, in sizes that the meshes divide."""
     sizes = {"num_hidden_layers": 2, "num_attention_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2}
-    return dataclasses.replace(tiny, **sizes, moe_intermediate_size=64, vocab_size=96)
+    return dataclasses.replace(tiny, **sizes, intermediate_size=128, moe_intermediate_size=64, vocab_size=96)
 
 
 @pytest.fixture(scope="module")

@@ -244,8 +244,10 @@ for kind in tests.FORMATS:
 
 @toolchain
 @pytest.mark.parametrize("sanitizer", ["address,undefined", "thread"])
-def test_sanitizers(tmp_path, sanitizer):
+def test_sanitizers(pytestconfig, tmp_path, sanitizer):
     """Nothing is read or written outside of arrays, nothing is undefined, no thread races another."""
+    if not pytestconfig.getoption("--sanitizers"):
+        pytest.skip("--sanitizers compiles and runs this")
     source, program = Path(__file__).with_name("kernels_sanitized.cc"), tmp_path / "program"
     flags = ["-std=c++17", "-O1", "-g", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-pthread"]
     subprocess.run(["g++", *flags, str(source), "-o", str(program)], check=True)

@@ -26,7 +26,7 @@ FLOORS = (
     "chat.conversation",
     "storage.passport storage.pieces storage.orbax_habits random_checkpoint",
     "storage.manifest_text formats sharding",
-    "storage.manifest kernels.reference kernels.cpu kernels.triton_kernels",
+    "storage.manifest kernels.variable kernels.reference kernels.cpu kernels.triton_kernels",
     "kernels.gpu",
     "kernels.choice",
     "storage.integrity storage.store",

@@ -14,9 +14,10 @@ import pytest
 from dsv32_jax.convert import convert
 
 from dsv32_jax import random_checkpoint
+from tests.conftest import QUICK
 
 REQUESTS = [{"ids": [0, 5, 6]}, {"ids": [0, 9]}, {"ids": [0, 7, 7, 7, 9]}]
-FLAGS = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+FLAGS = " ".join(["--xla_force_host_platform_device_count=2", *QUICK])
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def blocks(language: str) -> list[str]:
 
 def test_the_python_snippet_runs(tiny, tmp_path, monkeypatch, capsys):
     """Line by line as a user would, on a random checkpoint."""
-    random_checkpoint.write(tmp_path / "hf", dataclasses.replace(tiny, num_hidden_layers=2))
+    random_checkpoint.write(tmp_path / "hf", dataclasses.replace(tiny, num_hidden_layers=1, first_k_dense_replace=0))
     convert.convert(tmp_path / "hf", tmp_path / "converted")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
