@@ -16,7 +16,7 @@ from flax import nnx
 from .cache import LayerCache
 from .config import Config
 from .formats import Weight
-from .ops import dot, einsum, einsum32, hadamard, layer_norm, rotate_halves
+from .ops import dot, einsum32, hadamard, layer_norm, rotate_halves
 
 LAYER_NORM_EPS = 1e-6
 
@@ -38,14 +38,14 @@ class Indexer(nnx.Module):
     @jax.named_scope("index projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
         """k [B, T, J], as it is cached: LayerNorm, rotation, Hadamard."""
-        k_BTJ = layer_norm(einsum("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
-        return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr))
+        k_BTJ = layer_norm(einsum32("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
+        return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr)).astype(h_BTD.dtype)
 
     @jax.named_scope("index projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
         """q [B, T, I, J]: rotation and Hadamard of W^IQ c^Q."""
-        q_BTIJ = einsum("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
-        return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None]))
+        q_BTIJ = einsum32("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
+        return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None])).astype(c_q_BTQ.dtype)
 
     @jax.named_scope("index projections")
     def head_weights(self, h_BTD: jax.Array) -> jax.Array:

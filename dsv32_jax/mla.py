@@ -15,7 +15,7 @@ from flax import nnx
 from .cache import LayerCache
 from .config import Config
 from .formats import Weight
-from .ops import dot, einsum, rms_norm, rotate_interleaved
+from .ops import dot, einsum, einsum32, rms_norm, rotate_interleaved
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,21 +37,23 @@ class MLA(nnx.Module):
     @jax.named_scope("projections")
     def latent_query(self, h_BTD: jax.Array) -> jax.Array:
         """c^Q: what MLA's queries and the indexer's are made of."""
-        return rms_norm(einsum("BTD,QD->BTQ", h_BTD, self.w_dq_QD), self.q_norm_Q, self.cfg.rms_norm_eps)
+        c_q_BTQ = rms_norm(einsum32("BTD,QD->BTQ", h_BTD, self.w_dq_QD), self.q_norm_Q, self.cfg.rms_norm_eps)
+        return c_q_BTQ.astype(h_BTD.dtype)
 
     @jax.named_scope("projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The content part q^C [B, T, H, N] and the rotated part q^R [B, T, H, R] of each head's query."""
         q_c_BTHN = einsum("BTQ,HNQ->BTHN", c_q_BTQ, self.w_uq_HNQ)
-        q_r_BTHR = einsum("BTQ,HRQ->BTHR", c_q_BTQ, self.w_qr_HRQ)
-        return q_c_BTHN, rotate_interleaved(q_r_BTHR, cos_BTr[:, :, None], sin_BTr[:, :, None])
+        q_r_BTHR = einsum32("BTQ,HRQ->BTHR", c_q_BTQ, self.w_qr_HRQ)
+        q_r_BTHR = rotate_interleaved(q_r_BTHR, cos_BTr[:, :, None], sin_BTr[:, :, None])
+        return q_c_BTHN, q_r_BTHR.astype(c_q_BTQ.dtype)
 
     @jax.named_scope("projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The latent c^KV [B, T, C] and the rotated key k^R [B, T, R]: what is cached."""
-        c_kv_BTC = rms_norm(einsum("BTD,CD->BTC", h_BTD, self.w_dkv_CD), self.kv_norm_C, self.cfg.rms_norm_eps)
-        k_r_BTR = einsum("BTD,RD->BTR", h_BTD, self.w_kr_RD)
-        return c_kv_BTC, rotate_interleaved(k_r_BTR, cos_BTr, sin_BTr)
+        c_kv_BTC = rms_norm(einsum32("BTD,CD->BTC", h_BTD, self.w_dkv_CD), self.kv_norm_C, self.cfg.rms_norm_eps)
+        k_r_BTR = rotate_interleaved(einsum32("BTD,RD->BTR", h_BTD, self.w_kr_RD), cos_BTr, sin_BTr)
+        return c_kv_BTC.astype(h_BTD.dtype), k_r_BTR.astype(h_BTD.dtype)
 
     @jax.named_scope("projections")
     def output(self, o_BTHP: jax.Array) -> jax.Array:

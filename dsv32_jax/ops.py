@@ -21,7 +21,7 @@ from .sharding import over_letters
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32.
 
-    The letters of `spec` are those of the arrays' names; on a mesh they say how it is spread.
+    A norm, rotation or activation that follows is computed in float32 too, and rounded once, at its end. The letters of `spec` are those of the arrays' names; on a mesh they say how it is spread.
     """
     left, right, out = spec.replace("->", ",").split(",")
     count = contracted(left, right, out)
@@ -88,10 +88,8 @@ Product = Callable[[jax.Array, Weight], jax.Array]
 
 @jax.named_scope("feed-forward")
 def swiglu(x: jax.Array, w_gate: Weight, w_up: Weight, w_down: Weight, up: Product, down: Product) -> jax.Array:
-    """down(silu(gate(x)) * up(x)), float32 out: the dense feed-forward and each expert."""
-    gate = up(x, w_gate).astype(x.dtype).astype(jnp.float32)
-    value = up(x, w_up).astype(x.dtype).astype(jnp.float32)
-    return down((jax.nn.silu(gate) * value).astype(x.dtype), w_down)
+    """down(silu(gate(x)) * up(x)), float32 out: the dense feed-forward and each expert. Rounded once, before down."""
+    return down((jax.nn.silu(up(x, w_gate)) * up(x, w_up)).astype(x.dtype), w_down)
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:

@@ -110,9 +110,9 @@ MISTAKES = (
     mistake("idx_interleaved", f"{UNITS}rope {INDEX}", OPS, HALVES, PAIRS),
     mistake(
         "mla_neox", SPARSE, MLA,
-        "return q_c_BTHN, rotate_interleaved(", "return q_c_BTHN, rotate_halves(",
-        "return c_kv_BTC, rotate_interleaved(", "return c_kv_BTC, rotate_halves(",
-        "einsum, rms_norm, rotate_interleaved", "einsum, rms_norm, rotate_halves",
+        "q_r_BTHR = rotate_interleaved(", "q_r_BTHR = rotate_halves(",
+        "k_r_BTR = rotate_interleaved(", "k_r_BTR = rotate_halves(",
+        "einsum32, rms_norm, rotate_interleaved", "einsum32, rms_norm, rotate_halves",
     ),
     mistake("no_mscale", f"{UNITS}softmax_scale", CONFIG, "return scale * (0.1", "return scale + 0 * (0.1"),
     mistake("mscale_once", f"{UNITS}softmax_scale", CONFIG, "log(yarn.factor) + 1) ** 2", "log(yarn.factor) + 1)"),
