@@ -21,7 +21,8 @@ from .sharding import over_letters
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32.
 
-    A norm, rotation or activation that follows is computed in float32 too, and rounded once, at its end. The letters of `spec` are those of the arrays' names; on a mesh they say how it is spread.
+    A norm, rotation or activation that follows is computed in float32 too, and rounded once, at its end. The letters
+    of `spec` are those of the arrays' names; on a mesh they say how it is spread.
     """
     left, right, out = spec.replace("->", ",").split(",")
     count = contracted(left, right, out)
