@@ -25,7 +25,8 @@ def keep_on_disk() -> None:
 
 def kept(words: str) -> str:
     """`words`, which say that programs are kept, where they are."""
-    return words if jax.config.values["jax_enable_compilation_cache"] else ""
+    values = jax.config.values
+    return words if values["jax_enable_compilation_cache"] and values["jax_compilation_cache_dir"] is not None else ""
 
 
 @dataclasses.dataclass(eq=False)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax import batch, decoding, request, sharding
+from dsv32_jax import batch, decoding, inventory, request, sharding
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.experts import apply_experts, over_mesh
 from dsv32_jax.layout import leaves
@@ -56,13 +56,13 @@ def test_forward_and_generate(checkpoint, sharded):
 
 
 def test_a_device_holds_its_part(checkpoint, sharded):
-    """Every array is cut as its letters say, and a device has no more than its pieces."""
+    """Every array is cut as its letters say, and a device has no more than its pieces: the bytes that `fit` predicts."""
     mesh = sharded.mesh.shape
     held = dict.fromkeys(sharded.mesh.devices.flat, 0)
     expected = 0
-    for path, part in jax.tree_util.tree_leaves_with_path(sharded):
+    for part in {id(part): part for part in jax.tree.leaves(sharded)}.values():
         shards = part.addressable_shards
-        assert len(shards) == sharded.mesh.size, path
+        assert len(shards) == sharded.mesh.size
         for shard in shards:
             held[shard.device] += shard.data.nbytes
         expected += math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize
@@ -71,10 +71,9 @@ def test_a_device_holds_its_part(checkpoint, sharded):
     assert moe.w_gate_EMD.codes.sharding.spec == jax.sharding.PartitionSpec(
         *(axis if axis in mesh else None for axis in ("expert", "model", None))
     )
-    parts = mesh.get("expert", 1) * mesh.get("model", 1)
-    for bank in (moe.w_gate_EMD, moe.w_up_EMD, moe.w_down_EDM):
-        assert math.prod(bank.codes.sharding.shard_shape(bank.codes.shape)) * parts == bank.codes.size
-    assert parts == 1 or expected < sum(part.nbytes for part in jax.tree.leaves(checkpoint.model))
+    assert expected == sum(inventory.read(checkpoint.converted).device_bytes(dict(mesh), jnp.float32))
+    whole = sum(part.nbytes for part in jax.tree.leaves(checkpoint.model))
+    assert expected < whole or not {"expert", "model"} & {axis for axis, size in mesh.items() if size > 1}
 
 
 def test_no_weight_is_gathered(checkpoint, sharded):

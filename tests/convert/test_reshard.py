@@ -1,5 +1,6 @@
 """Other chunks, the same content: each device reads its own bytes, and any mesh reads any checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import convert
 from convert.back.reshard import reshard
 from convert.back.verify import verify
 from convert.inspect.inspection import inspect
-from dsv32_jax import cli
+from dsv32_jax import cli, random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.layout import leaves
@@ -138,21 +139,24 @@ print(convert.convert(*sys.argv[1:]).digest)
 
 
 @pytest.mark.skipif(not OTHER_PYTHON, reason="OTHER_PYTHON=path names no other Python with another JAX")
-def test_other_python_reads_what_this_one_wrote_and_the_reverse(converted, resharded, originals, tmp_path):
-    """On 1, 2, 4 and 8 devices too; FP8, whose blocks the meshes with a model axis would cut, on 1 and 2."""
+def test_other_python_reads_what_this_one_wrote_and_the_reverse(converted, resharded, originals, small, tmp_path):
+    """On 1, 2, 4 and 8 devices too; in FP8 with whole blocks, which the meshes do not cut."""
     other = os.path.abspath(OTHER_PYTHON)
     version = "import jax, sys; print(jax.__version__, *sys.version_info[:2])"
     versions = [subprocess.run([python, "-c", version], capture_output=True) for python in (sys.executable, other)]
     assert len({done.stdout for done in versions}) == 2 and not any(done.returncode for done in versions)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "XLA_FLAGS": ""}
-    for storage in ("nvfp4", "fp8"):
-        command = [other, "-c", CONVERT, str(originals[storage]), str(tmp_path / storage)]
+    whole = tmp_path / "whole"
+    random_checkpoint.write(whole, dataclasses.replace(small, intermediate_size=256), "fp8")
+    convert.convert(whole, tmp_path / "here")
+    cases = {originals["nvfp4"]: (converted["nvfp4"], resharded), whole: (tmp_path / "here",)}
+    for source, folders in cases.items():
+        theirs = tmp_path / f"theirs-{source.name}"
+        command = [other, "-c", CONVERT, str(source), str(theirs)]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        assert done.stdout.strip() == Manifest.read(converted[storage]).digest
-    for here, theirs in ((converted["nvfp4"], tmp_path / "nvfp4"), (converted["fp8"], tmp_path / "fp8")):
+        assert done.stdout.strip() == Manifest.read(folders[0]).digest
         ((expected, _),) = loaded(sys.executable, 1, theirs).values()
-        folders, counts = ((here, resharded), (1, 2, 4, 8)) if theirs.name == "nvfp4" else ((here,), (1, 2))
-        for count in counts:
+        for count in (1, 2, 4, 8):
             assert {digest for digest, _ in loaded(other, count, *folders).values()} == {expected}
 
 

@@ -261,7 +261,7 @@ def test_g35_wrong_stop_strings(model, stop):
     refused(lambda: ds.generate(model, PROMPTS, tokenizer=Letters(), stop=stop), UsageError, "stop string")
 
 
-def test_g03_a_long_compilation_says_so(caplog):
+def test_g03_a_long_compilation_says_so(caplog, tmp_path):
     """After some seconds, once, where something is compiled; never where nothing is. And whether it is kept."""
     with metered() as meter, compilation.announced("prefill of 1 rows", meter, after=0.05):
         jax.jit(lambda x: x + 41)(1)
@@ -271,11 +271,15 @@ def test_g03_a_long_compilation_says_so(caplog):
         time.sleep(0.1)
     assert len(caplog.records) == 1
     assert not compilation.kept("kept")
-    jax.config.update("jax_enable_compilation_cache", True)
+    was = {name: jax.config.values[name] for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")}
     try:
+        jax.config.update("jax_enable_compilation_cache", True)
+        assert bool(compilation.kept("kept")) == (was["jax_compilation_cache_dir"] is not None)
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path))
         assert compilation.kept("kept") == "kept"
     finally:
-        jax.config.update("jax_enable_compilation_cache", False)
+        for name, value in was.items():
+            jax.config.update(name, value)
 
 
 def test_g05_a_device_without_memory(model, greedy, monkeypatch):
