@@ -56,7 +56,7 @@ def test_forward_and_generate(checkpoint, sharded):
 
 
 def test_a_device_holds_its_part(checkpoint, sharded):
-    """Every array is cut as its letters say, and a device has no more than its pieces: the bytes that `fit` predicts."""
+    """Every array is cut as its letters say, and a device has no more than its pieces: what `fit` predicts."""
     mesh = sharded.mesh.shape
     held = dict.fromkeys(sharded.mesh.devices.flat, 0)
     expected = 0
