@@ -1,5 +1,7 @@
 """DeepSeek sparse attention: MLA over the tokens that the lightning indexer selects."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -9,6 +11,7 @@ from .config import Config
 from .indexer import KEYS, Indexer, scores_of_cache, select, select_all
 from .mla import MLA
 from .ops import over_tokens, rotation
+from .sharding import over_rows
 
 LARGEST_TEMPORARY = 1 << 26
 """Elements of the largest array that attention makes on its way; longer prompts go through it in blocks of queries."""
@@ -41,7 +44,7 @@ def attention(
             visible_BTS = jnp.arange(cache.capacity) <= position_BT[..., None]
             form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
             return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
-        selected_BTk = select(score_BTS, cfg.index_topk)
+        selected_BTk = over_rows(partial(select, topk=cfg.index_topk))(score_BTS)
         return forms.sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk), score_BTS, selected_BTk
 
     o_BTHP, score_BTS, selected_BTk = over_tokens(attend, queries, block)

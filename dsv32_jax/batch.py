@@ -36,10 +36,10 @@ class Programs(NamedTuple):
 
 OPTIONS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_gpu_graph_min_graph_size": 1 << 20,
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
-"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. On a GPU
-kernels cannot be parts of CUDA graphs, and no graphs are made of what lies between them. Each backend reads its own.
+"""XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. On a GPU a
+step is a CUDA graph whose kernels wait for nothing but what they need. Each backend reads its own.
 """
 
 WHOLE = Programs(

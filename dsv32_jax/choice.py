@@ -37,8 +37,8 @@ class Tally:
 
     def add(self, token_B: jax.Array, really_B: jax.Array) -> "Tally":
         """With one more token in the rows where it is `really` so."""
-        row_B = jnp.arange(token_B.shape[0])
-        return dataclasses.replace(self, made_BV=self.made_BV.at[row_B, token_B].add(really_B.astype(jnp.int32)))
+        count = jax.vmap(lambda made, token, one: made.at[token].add(one))
+        return dataclasses.replace(self, made_BV=count(self.made_BV, token_B, really_B.astype(jnp.int32)))
 
 
 def choose(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:

@@ -156,7 +156,8 @@ def begin(
         task.most_B == 0,
         jnp.ones(batch, bool),
     )
-    state = chosen(task, state, model.logits(context.h_BD[:, None])[:, 0], context.cache.length_B, ~state.done_B)
+    logit_BV = by_rows(model.mesh, model.logits(context.h_BD[:, None])[:, 0])
+    state = chosen(task, state, logit_BV, context.cache.length_B, ~state.done_B)
     if context.drafting is None:
         return by_rows(model.mesh, state)
     later = [(0, 0), (0, drafts)]
@@ -174,7 +175,7 @@ def step(model: Model, task: Task, state: State) -> State:
     on_B = ~state.done_B
     h_B1D, cache, _ = model(state.token_B[:, None], state.cache, on_B.astype(jnp.int32))
     state = dataclasses.replace(state, cache=cache, step_B=state.step_B + on_B.astype(jnp.int32))
-    return chosen(task, state, model.logits(h_B1D)[:, 0], cache.length_B, on_B)
+    return chosen(task, state, by_rows(model.mesh, model.logits(h_B1D)[:, 0]), cache.length_B, on_B)
 
 
 def decode(step, model: Model, task: Task, state: State, steps) -> State:
@@ -200,7 +201,8 @@ def decode(step, model: Model, task: Task, state: State, steps) -> State:
 def chosen(task: Task, state: State, logit_BV: jax.Array, position_B: jax.Array, on_B: jax.Array) -> State:
     """`state` with one more token, at `position_B`, in the rows that are `on`; a token of `end_BV` ends its row.
 
-    Log-probabilities are the model's own, before penalties, bias, temperature and truncation.
+    Log-probabilities are the model's own, before penalties, bias, temperature and truncation. On a mesh, a device
+    should have all logits of its rows: else it asks the others for every sum and maximum.
     """
     finite_B = state.finite_B & (~on_B | jnp.all(jnp.isfinite(logit_BV), axis=-1))
     too_early_BV = task.end_BV & (state.made_B < task.least_B)[:, None]
@@ -208,23 +210,25 @@ def chosen(task: Task, state: State, logit_BV: jax.Array, position_B: jax.Array,
     token_B = jnp.where(on_B, choose(task.knobs, weighed_BV, position_B), state.token_B)
     logprob_BV = jax.nn.log_softmax(logit_BV, axis=-1)
     top_logprob_Bw, top_id_Bw = jax.lax.top_k(logprob_BV, state.top_id_Bnw.shape[-1])
-    row_B = jnp.arange(len(token_B))
+    logprob_B = _of_token(logprob_BV, token_B)
     slot_B = jnp.where(on_B, state.made_B, state.tokens_Bn.shape[1])
-
-    def kept(slots, new):
-        return slots.at[row_B, slot_B].set(new, mode="drop")
+    kept = jax.vmap(lambda slots, slot, new: slots.at[slot].set(new, mode="drop"))
 
     made_B = state.made_B + on_B.astype(jnp.int32)
-    ended_B = task.end_BV[row_B, token_B] | (made_B >= task.most_B) | ~finite_B
+    ended_B = _of_token(task.end_BV, token_B) | (made_B >= task.most_B) | ~finite_B
     return dataclasses.replace(
         state,
         token_B=token_B,
         tally=state.tally.add(token_B, on_B),
-        tokens_Bn=kept(state.tokens_Bn, token_B),
-        logprob_Bn=kept(state.logprob_Bn, logprob_BV[row_B, token_B]),
-        top_id_Bnw=kept(state.top_id_Bnw, top_id_Bw),
-        top_logprob_Bnw=kept(state.top_logprob_Bnw, top_logprob_Bw),
+        tokens_Bn=kept(state.tokens_Bn, slot_B, token_B),
+        logprob_Bn=kept(state.logprob_Bn, slot_B, logprob_B),
+        top_id_Bnw=kept(state.top_id_Bnw, slot_B, top_id_Bw),
+        top_logprob_Bnw=kept(state.top_logprob_Bnw, slot_B, top_logprob_Bw),
         made_B=made_B,
         done_B=state.done_B | (on_B & ended_B),
         finite_B=finite_B,
     )
+
+
+def _of_token(of_BV: jax.Array, token_B: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(of_BV, token_B[:, None], axis=1)[:, 0]

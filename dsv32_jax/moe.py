@@ -12,6 +12,7 @@ from .config import Config
 from .experts import apply_experts, over_mesh
 from .formats import Weight
 from .ops import einsum32, swiglu
+from .sharding import over_rows
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +71,8 @@ class MoE(nnx.Module):
     @jax.named_scope("gate")
     def route(self, h_BTD: jax.Array) -> Routing:
         """Affinities in float32 from whatever precision the activations have."""
-        return gate(einsum32("BTD,ED->BTE", h_BTD.astype(jnp.float32), self.router_ED), self.bias_E, self.cfg)
+        logit_BTE = einsum32("BTD,ED->BTE", h_BTD.astype(jnp.float32), self.router_ED)
+        return over_rows(partial(gate, bias_E=self.bias_E, cfg=self.cfg))(logit_BTE)
 
 
 def gate(logit_BTE: jax.Array, bias_E: jax.Array, cfg: Config) -> Routing:

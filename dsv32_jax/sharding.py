@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.core import Tracer
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from .errors import CapacityError
 from .layout import Leaf
@@ -54,22 +54,43 @@ def by_rows(mesh: Mesh | None, tree: Any) -> Any:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
-        split = "data" in mesh.shape and len(x) % mesh.shape["data"] == 0
-        spread = NamedSharding(mesh, PartitionSpec("data" if split else None))
+        spread = NamedSharding(mesh, PartitionSpec("data" if _divided(mesh, len(x)) else None))
         return (jax.lax.with_sharding_constraint if isinstance(x, Tracer) else jax.device_put)(x, spread)
 
     return jax.tree.map(place, tree)
 
 
+def over_rows(function: Callable) -> Callable:
+    """`function`, whose arguments and results have a row of the batch each, on the rows that a device has, all of them.
+
+    To sort a row, or to pick and place in it, XLA would ask the other devices again and again.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def spread(*arrays: Any) -> Any:
+        split = all(_divided(mesh, len(x)) for x in jax.tree.leaves(arrays))
+        spec = PartitionSpec("data" if split else None)
+        return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
+
+    return spread
+
+
+def _divided(mesh: Mesh | AbstractMesh, rows: int) -> bool:
+    return "data" in mesh.shape and rows % mesh.shape["data"] == 0
+
+
 def on(mesh: Mesh | None) -> AbstractContextManager:
-    """Inside the `with`, `over_letters` spreads its work over `mesh`."""
+    """Inside the `with`, `over_letters` and `over_rows` spread their work over `mesh`."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, Any], jax.Array]):
     """`product` of an array with axes `left` and a weight with axes `right`, each device multiplying the parts it has.
 
-    Where a letter that is summed over is split, the parts are added up over the devices.
+    Where a letter that is summed over is split, the parts are added up over the devices. Experts are `experts`' affair:
+    the one weight here that has their letter is the router, and every device routes alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -77,7 +98,7 @@ def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, 
 
     def axes(letters: str, part: jax.Array) -> list[str | None]:
         found = zip(pieces.axes_of(mesh.shape, letters, part.shape), part.shape, strict=True)
-        return [None if size % mesh.shape.get(axis, 1) else axis for axis, size in found]
+        return [None if axis == "expert" or size % mesh.shape.get(axis, 1) else axis for axis, size in found]
 
     def spread(x: jax.Array, w: Any) -> jax.Array:
         splitting = axes(left, x)

@@ -14,6 +14,7 @@ from .cache import LayerCache
 from .choice import choose, weighed
 from .decoding import Fresh, State, Task, chosen
 from .model import Model
+from .sharding import by_rows
 
 
 def step(model: Model, task: Task, state: State) -> State:
@@ -23,7 +24,7 @@ def step(model: Model, task: Task, state: State) -> State:
     drafts = draft_Bk.shape[1]
     tokens_Bt = jnp.concatenate([state.token_B[:, None], draft_Bk], axis=1)
     h_BtD, cache, _ = model(tokens_Bt, state.cache, jnp.zeros_like(length_B))
-    logit_BtV = model.logits(h_BtD)
+    logit_BtV = by_rows(model.mesh, model.logits(h_BtD))
 
     made_B = state.made_B
     state = dataclasses.replace(state, step_B=state.step_B + on_B.astype(jnp.int32))
@@ -52,6 +53,6 @@ def _drafts(model: Model, task: Task, state: State) -> tuple[jax.Array, LayerCac
     for k in range(fresh.next_Bt.shape[1] - 1):
         if k:
             z_B1D, cache, _ = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + k)[:, None])
-        logit_BV = weighed(task.knobs, state.tally, mtp.logits(z_B1D)[:, 0])
+        logit_BV = weighed(task.knobs, state.tally, by_rows(model.mesh, mtp.logits(z_B1D)[:, 0]))
         drafts.append(choose(task.knobs, logit_BV, length_B + 1 + k))
     return jnp.stack(drafts, axis=1), cache

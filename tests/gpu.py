@@ -87,6 +87,6 @@ if __name__ == "__main__":
     if jax.device_count() == 1:
         models(None)
     else:
-        models(f"expert={jax.device_count()}")
-        models(f"model={jax.device_count()}")
+        for axis in ("expert", "model", "data"):
+            models(f"{axis}={jax.device_count()}")
     print("all is the same")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ import dsv32_jax as ds
 from dsv32_jax import demo, experts, ops, quantize
 from dsv32_jax.errors import UsageError
 from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
-from dsv32_jax.kernels import choice, cpu, reference
+from dsv32_jax.kernels import choice, cpu, launch, reference
 from dsv32_jax.kernels.variable import VARIABLE
 
 compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
@@ -283,3 +284,25 @@ def test_a_row_is_alone(kind, dtype):
     together = np.asarray(choice.blocks(x, one, w))
     for first, last in ((0, 1), (3, 5), (2, 9), (14, 15)):
         np.testing.assert_array_equal(choice.blocks(x[:, first:last], one, w), together[:, first:last])
+
+
+def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
+    """A call that graphs can hold carries the bytes of jax_triton's call; a kernel is compiled once for each shape."""
+    told, traced = b"\x78\x9c\x00 \xff", []
+
+    def triton_call(*operands, kernel, out_shape, grid, **constants):
+        traced.append((kernel, grid, constants))
+        old = {"custom_call_api_version": 2, "legacy_backend_config": told}
+        return jax.ffi.ffi_call("triton_kernel_call", out_shape, **old)(*operands)
+
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
+    launch._compiled.cache_clear()
+    out, x = jax.ShapeDtypeStruct((4, 5), np.float32), np.zeros((4, 3), np.float32)
+
+    def twice(x):
+        return [launch.launch("kernel", out, x, grid=(1, 2, 3), WIDTH=7) for _ in range(2)]
+
+    text = jax.jit(twice).lower(x).as_text()
+    assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
+    assert traced == [("kernel", (1, 2, 3), {"WIDTH": 7})]
+    launch._compiled.cache_clear()

@@ -90,6 +90,9 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     for part, after in zip(jax.tree.leaves(state), jax.tree.leaves(program.output_shardings), strict=True):
         assert part.sharding.is_equivalent_to(after, part.ndim)
     text = program.as_text()
+    layers, mesh = checkpoint.cfg.num_hidden_layers, sharded.mesh.shape
+    waits = len(re.findall(r" (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text))
+    assert waits <= layers * (2 * ("model" in mesh) + ("expert" in mesh)) + 4
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)(?:-start)?\(", text)
     largest = max((math.prod(map(int, shape.split(","))) for shape in moved if shape), default=0)
     assert "all-reduce" in text

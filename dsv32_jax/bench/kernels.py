@@ -21,8 +21,8 @@ from ..formats import NVFP4, Weight, dequantize
 from ..kernels import choice
 from ..kernels.variable import VARIABLE
 from ..random_weights import random_bank, uniform
+from .limits import copying
 from .measure import Row, in_turn, medians, reader, table
-from .model import copying
 
 EXPLANATION = """\
 One product of M rows with one matrix [out, in] of a bank that is gone through in turn, activations in bfloat16. us:

@@ -7,9 +7,8 @@ capacity serves all contexts, so a batch takes one program.
 import dataclasses
 import json
 import math
-import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import memory, sharding
+from .. import block, memory, sharding
 from ..batch import WHOLE
 from ..cache import dtype_of
 from ..compilation import metered
@@ -30,19 +29,21 @@ from ..model import Model
 from ..random_weights import random_leaf, storage
 from ..request import CHUNK, bucket
 from . import scopes
+from .limits import all_reduce_latency, all_reduces, copy_speed
 from .measure import Row, medians, peak_bytes
 from .parts import DTYPE, Step, filled, random_model
 
 EXPLANATION = """\
-step: ms of one decode step of all rows, median; tok/s: tokens a second of all rows together. weights: GB a device reads
-in a step, the experts being those that rows of random tokens are expected to choose. GB/s: the two together, and as a
-share of what the device copies a second in this run (bytes read and written). floor: ms that reading these weights at
-that speed and the step's all-reduces take. Below each row: ms of a step by part, from a profile, as a device is busy
-with it."""
+step: ms of one decode step of all rows, median; tok/s: tokens a second of all rows together. experts: the share that
+the rows choose together in a layer. weights: GB a device reads in a step, these experts and all the rest. GB/s: the two
+together, and as a share of what the device copies a second in this run (bytes read and written). floor: ms that reading
+these weights at that speed and the step's all-reduces take. Below each row: ms of a step by part, from a profile, as a
+device is busy with it; on a GPU of the same step without CUDA graphs, inside which a profile sees nothing."""
 
-HEADINGS = "batch  context   step ms     tok/s  weights GB     GB/s  of copy  floor ms  memory GB  compile s"
+HEADINGS = "batch  context   step ms     tok/s  experts  weights GB     GB/s  of copy  floor ms  memory GB  compile s"
 
 BATCH, CONTEXT = (1, 8), (1024, 8192)
+SHORT = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,11 +109,24 @@ def weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     return found
 
 
-def step_bytes(cfg: Config, weights: dict[str, int], batch: int) -> float:
-    """Bytes of weights that a step of `batch` rows is expected to read on a device, if rows choose independently."""
-    touched = 1 - (1 - cfg.num_experts_per_tok / cfg.n_routed_experts) ** batch
+def step_bytes(cfg: Config, weights: dict[str, int], touched: float) -> float:
+    """Bytes of weights that a step reads on a device, if it reads this share of the experts."""
     read = [leaf for leaf in leaves(cfg) if leaf.path != "embed_VD"]
     return sum(weights[leaf.path] * (touched if leaf.stacked else 1) for leaf in read)
+
+
+def touched(model: Model, tokens: jax.Array) -> float:
+    """The share of the experts that rows choose together for these tokens, one each behind a short context: the mean
+    over layers."""
+    cache = filled(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
+    position, shares = cache.length_B[:, None], []
+    stream = model.embed_VD[tokens[:, None]].astype(jnp.float32)
+    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
+        with sharding.on(model.mesh):
+            stream, _, seen = block.run(layer, stream, layer_cache, position)
+        if seen.routing is not None:
+            shares.append(len(np.unique(seen.routing.expert_BTX)) / model.cfg.n_routed_experts)
+    return float(np.mean(shares)) if shares else 0.0
 
 
 def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
@@ -124,20 +138,24 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
     yield {**made, "copied": copied, "all_reduce": reduced}
     weights = weight_bytes(asked.cfg, asked.mesh)
     for batch in asked.batches:
-        program, read = None, step_bytes(asked.cfg, weights, batch)
+        program = in_pieces = None
         for context in asked.contexts:
             cache = filled(asked.cfg, asked.capacity, asked.cache_dtype, batch, context, asked.mesh)
             with metered() as compiled:
                 step = Step(model, cache, steps=asked.steps, program=program)
             program, run = step.program, step.run
             each = medians(lambda run=run: jax.block_until_ready(run()), seconds).wall / asked.steps
-            parts = scopes.spent(program, run, 1)
+            chosen = touched(model, step.held.token_B)
+            read = step_bytes(asked.cfg, weights, chosen)
+            step.program = in_pieces = in_pieces or step.in_pieces()
+            parts = scopes.spent(in_pieces, run, 1)
             yield {
                 "kind": "decode",
                 "batch": batch,
                 "context": context,
                 "compile": compiled.seconds,
                 "step": each,
+                "experts": chosen,
                 "read": read,
                 "share": read / each / copied,
                 "floor": read / copied + all_reduces(program.as_text()) * reduced,
@@ -164,41 +182,6 @@ def _reading(asked: Plan, model: Model, seconds: float) -> Iterator[Row]:
             return jax.block_until_ready(held.h_BD)
 
         yield {"kind": "read", "context": context, "step": medians(run, seconds).wall}
-
-
-def copy_speed(mesh: Mesh | None) -> float:
-    """Bytes a second that a device reads and writes while it copies."""
-    run, nbytes = copying(mesh)
-    return nbytes / medians(run, 0.5).wall
-
-
-def copying(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
-    """What copies memory on every device, and the bytes that each reads and writes in it."""
-    size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
-    many = 1 if mesh is None else mesh.size
-    spread = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
-    x = jax.jit(lambda: jnp.zeros(size * many // 4, jnp.uint32), out_shardings=spread)()
-    copy = jax.jit(lambda x: x + 1)
-    return lambda: jax.block_until_ready(copy(x)), 2 * size
-
-
-def all_reduce_latency(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:
-    """Seconds of an all-reduce of one row's hidden vector over the whole mesh, one of `count` after the other."""
-    if mesh is None:
-        return 0.0
-    axes = tuple(mesh.axis_names)
-
-    def reduce(x: jax.Array) -> jax.Array:
-        return jax.lax.fori_loop(0, count, lambda _, x: jax.lax.psum(x, axes) / mesh.size, x)
-
-    run = jax.jit(jax.shard_map(reduce, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False))
-    x = jnp.ones((1, cfg.hidden_size), jnp.float32)
-    return medians(lambda: jax.block_until_ready(run(x)), 0.3).wall / count
-
-
-def all_reduces(text: str) -> int:
-    """How many a compiled program has; those of a decode program are its step's."""
-    return len(re.findall(r" all-reduce(?:-start)?\(", text))
 
 
 def _held(mesh: Mesh | None) -> int:
@@ -229,7 +212,8 @@ def _text(row: Row) -> str:
     parts = sorted(row["parts"].items(), key=lambda part: -part[1])
     return (
         f"{row['batch']:5}  {row['context']:7}  {row['step'] * 1e3:8.2f}  {row['batch'] / row['step']:8.1f}"
-        f"  {row['read'] / 1e9:10.3f}  {row['read'] / row['step'] / 1e9:7.1f}  {row['share']:7.1%}"
+        f"  {row['experts']:7.1%}  {row['read'] / 1e9:10.3f}"
+        f"  {row['read'] / row['step'] / 1e9:7.1f}  {row['share']:7.1%}"
         f"  {row['floor'] * 1e3:8.2f}  {row['memory'] / 1e9:9.2f}  {compiled:>9}\n"
         f"       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
     )

@@ -188,18 +188,29 @@ class Step:
         nothing = jnp.zeros((batch, vocabulary), bool)
         choice = knobs([Sampling()] * batch, vocabulary, vocabulary)
         self._task = by_rows(model.mesh, Task(choice, nothing, jnp.zeros(batch, jnp.int32), unlimited))
-        hidden = by_rows(model.mesh, jnp.zeros((batch, model.cfg.hidden_size), model.dtype))
+        hidden = by_rows(model.mesh, uniform((batch, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0))
         self.held = programs.begin(
             model, self._task, Context(cache, hidden, None), by_rows(model.mesh, nothing), slots=1, width=0, drafts=0
         )
-        decode = programs.decode.lower(model, self._task, self._state, self._steps) if program is None else None
-        self.program: Any = program if decode is None else decode.compile()
+        self._decode = programs.decode
+        self.program: Any = self._compiled({}) if program is None else program
 
     @property
     def _state(self) -> State:
         """At the same place again."""
         cache = dataclasses.replace(self.held.cache, length_B=by_rows(self.model.mesh, self._length))
         return dataclasses.replace(self.held, cache=cache)
+
+    def in_pieces(self) -> Any:
+        """The program in the pieces that a profile tells apart: inside a CUDA graph it sees nothing."""
+        return (
+            self._compiled({"xla_gpu_graph_min_graph_size": 1 << 20})
+            if jax.default_backend() == "gpu"
+            else self.program
+        )
+
+    def _compiled(self, options: dict[str, Any]) -> Any:
+        return self._decode.lower(self.model, self._task, self._state, self._steps).compile(options or None)
 
     def run(self) -> jax.Array:
         """Choose the tokens; the cache is donated and comes back."""

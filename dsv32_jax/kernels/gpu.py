@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from ..formats import NVFP4, Fp8Block, Weight
 from ..quantize import FP8_BLOCK, NVFP4_BLOCK
+from .launch import launch
 
 SMALLEST_BLOCK = 8
 """Rows that are multiplied in the time of one."""
@@ -99,7 +100,6 @@ def blocks(x: jax.Array, expert: jax.Array, bank: Any, devices: int) -> jax.Arra
 
 def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -> jax.Array:
     """Launch `kernel`, a column of which has so many elements."""
-    jax_triton: Any = importlib.import_module("jax_triton")
     if x.dtype == jnp.float32:
         tiles = [tile for tile in tiles if tile.rows <= MOST_ROWS_FLOAT32]
         parts = jnp.concatenate(_bfloat16_parts(x), axis=1)
@@ -114,13 +114,13 @@ def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -
     steps = -(-k // (elements * tile.columns))
     each = -(-steps // _parts(programs * -(-n // devices) * tile.warps, steps, min(13 * b, 800) / k))
     parts = -(-steps // each)
-    y_pnbo = jax_triton.triton_call(
+    y_pnbo = launch(
+        kernel,
+        jax.ShapeDtypeStruct((parts, n, b, o), jnp.float32),
         _in_planes(x, tile.columns) if elements == 8 else x,
         expert.astype(jnp.int32),
         values,
         scale,
-        kernel=kernel,
-        out_shape=jax.ShapeDtypeStruct((parts, n, b, o), jnp.float32),
         grid=(programs, n, parts),
         num_warps=tile.warps,
         num_stages=tile.stages,
