@@ -2,6 +2,7 @@
 
 import collections
 import os
+import random
 import resource
 import statistics
 import sys
@@ -35,18 +36,22 @@ def medians(run: Callable[[], Any], seconds: float) -> Times:
 
 
 def in_turn(runs: Mapping[Key, Callable[[], Any]], seconds: float) -> dict[Key, Times]:
-    """The fastest times of each of `runs`: called once to warm up, then in turn, round by round for about `seconds` but
-    at least three times, each round from another on. What else a machine does only adds to times, and meets all alike.
-    """
+    """The fastest times of each of `runs`, in `rounds`: what else a machine does only adds to them, and meets all."""
+    return {key: Times(*map(min, zip(*times, strict=True))) for key, times in rounds(runs, seconds).items()}
+
+
+def rounds(runs: Mapping[Key, Callable[[], Any]], seconds: float) -> dict[Key, list[Times]]:
+    """The times of each of `runs`: called once to warm up, then in turn, in rounds, for about `seconds` but at least
+    three times, each round in an order of its own: what ran before leaves its traces in the caches."""
     found: dict[Key, list[Times]] = {key: [] for key in runs}
     for run in runs.values():
         run()
-    keys, end = list(runs), time.perf_counter() + seconds
+    keys, order, end = list(runs), random.Random(0), time.perf_counter() + seconds
     while len(found[keys[0]]) < FEWEST_REPEATS or time.perf_counter() < end:
+        order.shuffle(keys)
         for key in keys:
             found[key].append(_timed(runs[key]))
-        keys = keys[1:] + keys[:1]
-    return {key: Times(*map(min, zip(*times, strict=True))) for key, times in found.items()}
+    return found
 
 
 def reader(nbytes: int) -> Callable[[], Any]:
