@@ -207,5 +207,6 @@ def test_the_recorder_is_timed_beside_a_run_without(single, ready, monkeypatch, 
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {row[1]: row for row in lines if row and row[0] == str(single.index_topk + 12)}
     assert list(found) == ["off", "indexer", "all"]
-    assert found["off"][4:] == ["+0.0", "%", "0.0"] and found["indexer"][-1] == f"{8 * single.index_topk / 1e3:.1f}"
+    assert found["off"][4:] == ["+0.0", "±", "0.0", "%", "0.0"]
+    assert found["indexer"][-1] == f"{8 * single.index_topk / 1e3:.1f}"
     assert all(float(row[2]) > 0 for row in found.values())

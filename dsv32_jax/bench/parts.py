@@ -203,11 +203,9 @@ class Step:
 
     def in_pieces(self) -> Any:
         """The program in the pieces that a profile tells apart: inside a CUDA graph it sees nothing."""
-        return (
-            self._compiled({"xla_gpu_graph_min_graph_size": 1 << 20})
-            if jax.default_backend() == "gpu"
-            else self.program
-        )
+        if jax.default_backend() != "gpu":
+            return self.program
+        return self._compiled({"xla_gpu_graph_min_graph_size": 1 << 20})
 
     def _compiled(self, options: dict[str, Any]) -> Any:
         return self._decode.lower(self.model, self._task, self._state, self._steps).compile(options or None)
