@@ -39,7 +39,7 @@ OPTIONS = {
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 """XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. On a GPU a
-step is a CUDA graph whose kernels wait for nothing but what they need. Each backend reads its own.
+step runs as CUDA graphs whose kernels wait for nothing but what they need. Each backend reads its own.
 """
 
 WHOLE = Programs(

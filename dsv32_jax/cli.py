@@ -93,7 +93,7 @@ def _add_bench_model(bench) -> None:
     model.add_argument("--batch", type=int, action="append", metavar="B", help="rows; may be given again (1 and 8)")
     model.add_argument("--context", type=int, action="append", metavar="N", help="tokens a row has (1024 and 8192)")
     model.add_argument("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="storage of the cache")
-    model.add_argument("--steps", type=int, default=64, metavar="N", help="decode steps a call takes (64)")
+    model.add_argument("--steps", type=int, metavar="N", help="decode steps a call takes (8, on a GPU 64)")
     model.add_argument("--json", action="store_true", help="a JSON object a line")
     model.set_defaults(run=_bench_model)
 

@@ -54,7 +54,7 @@ def by_rows(mesh: Mesh | None, tree: Any) -> Any:
         return tree
 
     def place(x: jax.Array) -> jax.Array:
-        spread = NamedSharding(mesh, PartitionSpec("data" if _divided(mesh, len(x)) else None))
+        spread = NamedSharding(mesh, PartitionSpec("data" if groups(mesh, len(x)) > 1 else None))
         return (jax.lax.with_sharding_constraint if isinstance(x, Tracer) else jax.device_put)(x, spread)
 
     return jax.tree.map(place, tree)
@@ -70,15 +70,17 @@ def over_rows(function: Callable) -> Callable:
         return function
 
     def spread(*arrays: Any) -> Any:
-        split = all(_divided(mesh, len(x)) for x in jax.tree.leaves(arrays))
+        split = all(groups(mesh, len(x)) > 1 for x in jax.tree.leaves(arrays))
         spec = PartitionSpec("data" if split else None)
         return jax.shard_map(function, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(*arrays)
 
     return spread
 
 
-def _divided(mesh: Mesh | AbstractMesh, rows: int) -> bool:
-    return "data" in mesh.shape and rows % mesh.shape["data"] == 0
+def groups(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
+    """How many groups of devices have rows of their own: one where "data" does not divide the rows."""
+    parts = 1 if mesh is None else mesh.shape.get("data", 1)
+    return 1 if rows % parts else parts
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager:

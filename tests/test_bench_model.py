@@ -11,7 +11,7 @@ from dsv32_jax import cli
 from dsv32_jax.bench import model as bench
 from dsv32_jax.bench import scopes
 from dsv32_jax.bench.parts import random_model
-from dsv32_jax.errors import CapacityError
+from dsv32_jax.errors import CapacityError, UsageError
 from tests.conftest import REPOSITORY
 
 TINY = str(REPOSITORY / "configs" / "tiny.json")
@@ -69,6 +69,11 @@ def test_what_does_not_fit_is_refused(monkeypatch):
         bench.plan(TINY, 2, None, (1,), (24,), "fp8", 1)
     with pytest.raises(CapacityError, match="expert=8"):
         bench.plan(TINY, 2, "expert=8", (1,), (24,), "fp8", 1)
+
+
+def test_numbers_below_one_are_refused():
+    with pytest.raises(UsageError, match="1 or more, not 0, -3; nothing was made"):
+        bench.plan(TINY, 2, None, (1, 0), (24,), "fp8", -3)
 
 
 def test_the_command(capsys):

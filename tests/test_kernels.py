@@ -4,6 +4,7 @@ import logging
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv32_jax as ds
-from dsv32_jax import demo, experts, ops, quantize
+from dsv32_jax import compilation, demo, experts, ops, quantize
 from dsv32_jax.errors import UsageError
 from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.kernels import choice, cpu, launch, reference
@@ -292,6 +293,7 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
 
     def triton_call(*operands, kernel, out_shape, grid, **constants):
         traced.append((kernel, grid, constants))
+        time.sleep(0.2)
         old = {"custom_call_api_version": 2, "legacy_backend_config": told}
         return jax.ffi.ffi_call("triton_kernel_call", out_shape, **old)(*operands)
 
@@ -302,7 +304,10 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
     def twice(x):
         return [launch.launch("kernel", out, x, grid=(1, 2, 3), WIDTH=7) for _ in range(2)]
 
-    text = jax.jit(twice).lower(x).as_text()
+    start = time.perf_counter()
+    with compilation.metered() as meter:
+        text = jax.jit(twice).lower(x).as_text()
+    assert 0.2 < meter.seconds < time.perf_counter() - start
     assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
     assert traced == [("kernel", (1, 2, 3), {"WIDTH": 7})]
     launch._compiled.cache_clear()

@@ -23,7 +23,7 @@ from ..cache import dtype_of
 from ..compilation import metered
 from ..config import Config
 from ..decoding import Context
-from ..errors import CapacityError
+from ..errors import CapacityError, UsageError, listing
 from ..layout import leaves
 from ..model import Model
 from ..random_weights import random_leaf, storage
@@ -35,14 +35,18 @@ from .parts import DTYPE, Step, filled, random_model
 
 EXPLANATION = """\
 step: ms of one decode step of all rows, median; tok/s: tokens a second of all rows together. experts: the share that
-the rows choose together in a layer. weights: GB a device reads in a step, these experts and all the rest. GB/s: the two
-together, and as a share of what the device copies a second in this run (bytes read and written). floor: ms that reading
-these weights at that speed and the step's all-reduces take. Below each row: ms of a step by part, from a profile, as a
-device is busy with it; on a GPU of the same step without CUDA graphs, inside which a profile sees nothing."""
+a device's rows choose together in a layer, for the last tokens behind a short context. weights: GB a device reads in a
+step, these experts and all the rest. GB/s: the two together, and as a share of what the device copies a second in this
+run (bytes read and written). floor: ms that reading these weights at that speed and the step's all-reduces take. Below
+each row: ms of a step by part, from a profile, as a device is busy with it; on a GPU of the same step without CUDA
+graphs, inside which a profile sees nothing."""
 
 HEADINGS = "batch  context   step ms     tok/s  experts  weights GB     GB/s  of copy  floor ms  memory GB  compile s"
 
 BATCH, CONTEXT = (1, 8), (1024, 8192)
+STEPS = {"cpu": 8, "gpu": 64}
+"""That a call takes: about as long as `generate` stays on the device."""
+
 SHORT = 128
 
 
@@ -70,7 +74,7 @@ def plan(
     batches: Sequence[int],
     contexts: Sequence[int],
     cache_dtype: str,
-    steps: int,
+    steps: int | None,
 ) -> Plan:
     """Check what is asked for. Raises UsageError, ConfigError, CapacityError."""
     from dsv32_jax import configs
@@ -81,7 +85,16 @@ def plan(
         cfg = dataclasses.replace(cfg, num_hidden_layers=layers, first_k_dense_replace=dense)
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
     where = None if mesh is None else sharding.mesh(mesh)
-    asked = Plan(cfg, where, batches, contexts, dtype_of(cache_dtype, None), steps)
+    asked = Plan(
+        cfg,
+        where,
+        batches,
+        contexts,
+        dtype_of(cache_dtype, None),
+        STEPS[jax.default_backend()] if steps is None else steps,
+    )
+    if small := [number for number in (*batches, *contexts, asked.steps) if number < 1]:
+        raise UsageError(f"batches, contexts and steps are 1 or more, not {listing(map(str, small))}; nothing was made")
     if where is not None:
         sharding.check(where, [(leaf, leaf.shape) for leaf in leaves(cfg)])
     weights = sum(weight_bytes(cfg, where).values())
@@ -116,17 +129,18 @@ def step_bytes(cfg: Config, weights: dict[str, int], touched: float) -> float:
 
 
 def touched(model: Model, tokens: jax.Array) -> float:
-    """The share of the experts that rows choose together for these tokens, one each behind a short context: the mean
-    over layers."""
+    """The share of the experts that the rows of a device choose together for these tokens, one each behind a short
+    context: the mean over layers and devices."""
     cache = filled(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
+    groups = sharding.groups(model.mesh, len(tokens))
     position, shares = cache.length_B[:, None], []
     stream = model.embed_VD[tokens[:, None]].astype(jnp.float32)
     for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
         with sharding.on(model.mesh):
             stream, _, seen = block.run(layer, stream, layer_cache, position)
         if seen.routing is not None:
-            shares.append(len(np.unique(seen.routing.expert_BTX)) / model.cfg.n_routed_experts)
-    return float(np.mean(shares)) if shares else 0.0
+            shares += [len(np.unique(rows)) for rows in np.split(np.asarray(seen.routing.expert_BTX), groups)]
+    return float(np.mean(shares)) / model.cfg.n_routed_experts if shares else 0.0
 
 
 def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
@@ -145,6 +159,7 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
                 step = Step(model, cache, steps=asked.steps, program=program)
             program, run = step.program, step.run
             each = medians(lambda run=run: jax.block_until_ready(run()), seconds).wall / asked.steps
+            held = _held(asked.mesh)
             chosen = touched(model, step.held.token_B)
             read = step_bytes(asked.cfg, weights, chosen)
             step.program = in_pieces = in_pieces or step.in_pieces()
@@ -159,7 +174,7 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
                 "read": read,
                 "share": read / each / copied,
                 "floor": read / copied + all_reduces(program.as_text()) * reduced,
-                "memory": _held(asked.mesh),
+                "memory": held,
                 "parts": {name: spent / asked.steps for name, spent in parts.items()},
             }
             del step, run, cache

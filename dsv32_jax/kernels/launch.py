@@ -5,6 +5,7 @@ same call in the newer one, with a stage of its own in which kernels are loaded;
 buffer, is the same.
 """
 
+import contextvars
 import importlib
 from collections.abc import Iterator
 from functools import cache, partial
@@ -24,10 +25,15 @@ def launch(kernel: Any, out: jax.ShapeDtypeStruct, *operands: jax.Array, **how: 
 
 @cache
 def _compiled(kernel: Any, out: jax.ShapeDtypeStruct, shapes: tuple[jax.ShapeDtypeStruct, ...], how: tuple) -> bytes:
-    """What jax_triton tells jaxlib: the kernel in machine code, and how to launch it."""
+    """What jax_triton tells jaxlib: the kernel in machine code, and how to launch it.
+
+    It is made while another program is traced, of whose time it is a part: in a context of its own nobody counts it
+    twice.
+    """
     jax_triton: Any = importlib.import_module("jax_triton")
-    call = partial(jax_triton.triton_call, kernel=kernel, out_shape=out, **dict(how))
-    program: Any = jax.jit(call).lower(*shapes).compiler_ir("stablehlo")
+    call = jax.jit(partial(jax_triton.triton_call, kernel=kernel, out_shape=out, **dict(how)))
+    lowered = contextvars.Context().run(lambda: call.trace(*shapes).lower(lowering_platforms=("cuda",)))
+    program: Any = lowered.compiler_ir("stablehlo")
     (made,) = (op for op in _operations(program.operation) if op.name == "stablehlo.custom_call")
     return made.attributes["backend_config"].value_bytes
 
