@@ -80,7 +80,7 @@ def over_mesh(
     """
     banks = (w_gate_EMD, w_up_EMD, w_down_EDM)
     tokens = "data" if len(h_tD) % mesh.shape.get("data", len(h_tD) + 1) == 0 else None
-    added = tuple(axis for axis in ("expert", "model") if axis in mesh.shape)
+    added = tuple(axis for axis in ("expert", "model") if mesh.shape.get(axis, 1) > 1)
     own = w_gate_EMD.shape[0] // mesh.shape.get("expert", 1)
 
     def local(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm):

@@ -100,7 +100,10 @@ def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, 
 
     def axes(letters: str, part: jax.Array) -> list[str | None]:
         found = zip(pieces.axes_of(mesh.shape, letters, part.shape), part.shape, strict=True)
-        return [None if axis == "expert" or size % mesh.shape.get(axis, 1) else axis for axis, size in found]
+        return [axis if axis != "expert" and cuts(axis, size) else None for axis, size in found]
+
+    def cuts(axis: str | None, size: int) -> bool:
+        return mesh.shape.get(axis, 1) > 1 and size % mesh.shape[axis] == 0
 
     def spread(x: jax.Array, w: Any) -> jax.Array:
         splitting = axes(left, x)
