@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import block, memory, sharding
+from .. import memory, sharding
 from ..batch import WHOLE
 from ..cache import dtype_of
 from ..compilation import metered
@@ -133,14 +133,10 @@ def touched(model: Model, tokens: jax.Array) -> float:
     context: the mean over layers and devices."""
     cache = filled(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
     groups = sharding.groups(model.mesh, len(tokens))
-    position, shares = cache.length_B[:, None], []
-    stream = model.embed_VD[tokens[:, None]].astype(jnp.float32)
-    for layer, layer_cache in zip(model.layers, cache.layers, strict=True):
-        with sharding.on(model.mesh):
-            stream, _, seen = block.run(layer, stream, layer_cache, position)
-        if seen.routing is not None:
-            shares += [len(np.unique(rows)) for rows in np.split(np.asarray(seen.routing.expert_BTX), groups)]
-    return float(np.mean(shares)) / model.cfg.n_routed_experts if shares else 0.0
+    _, _, seen = model(tokens[:, None], cache, jnp.ones(len(tokens), jnp.int32))
+    chosen = [np.asarray(layer.routing.expert_BTX) for layer in seen if layer.routing is not None]
+    counts = [len(np.unique(rows)) for experts in chosen for rows in np.split(experts, groups)]
+    return float(np.mean(counts)) / model.cfg.n_routed_experts if counts else 0.0
 
 
 def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
