@@ -1,6 +1,7 @@
 """Rows that are continued together: the host's side of `decoding`, which never waits for more than it asked for."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -34,13 +35,18 @@ class Programs(NamedTuple):
     decode_drafting: Callable
 
 
-OPTIONS = {
+DEFAULTS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,COLLECTIVES",
     "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
 }
 """XLA's CPU backend by default runs as much as it can side by side: it would dequantize all layers at once. On a GPU a
-step runs as CUDA graphs whose kernels wait for nothing but what they need. Each backend reads its own.
+step runs as CUDA graphs, all-reduces in them, whose kernels wait for nothing but what they need. Each backend reads its
+own.
 """
+
+OPTIONS = {name: value for name, value in DEFAULTS.items() if name not in os.environ.get("XLA_FLAGS", "")}
+"""What the user's own XLA_FLAGS name is as they say."""
 
 WHOLE = Programs(
     decoding.blank,

@@ -1,10 +1,11 @@
-"""Each token's own experts, and no others (DeepSeekMoE, arXiv 2401.06066).
+"""Each token's own experts, and no others, and the shared one (DeepSeekMoE, arXiv 2401.06066).
 
 The (token, expert) assignments are sorted by expert and laid out in blocks of one expert each; a product picks each
 block's matrix by index. Shapes are static, work is proportional to the assignments, the bytes of experts
 that nobody chose are never touched, and all of it can be differentiated.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -13,10 +14,14 @@ from jax.sharding import Mesh, PartitionSpec
 
 from .formats import Weight
 from .kernels import choice as kernels
-from .ops import swiglu
+from .ops import einsum32, swiglu
 from .storage.pieces import axes_of
 
 LARGEST_BLOCK = 256
+
+
+Matrices = tuple[Weight, Weight, Weight]
+"""Gate, up and down."""
 
 
 class Blocks(NamedTuple):
@@ -25,6 +30,17 @@ class Blocks(NamedTuple):
     expert_n: jax.Array
     token_nb: jax.Array
     slot_tX: jax.Array
+
+
+def mixture(h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices) -> jax.Array:
+    """What routed and shared experts make of each token: summed in float32 [t, D], before anything is rounded."""
+    return apply_experts(h_tD, expert_tX, gate_tX, *routed) + shared_expert(h_tD, *shared)
+
+
+def shared_expert(h_tD: jax.Array, shared_gate_MD: Weight, shared_up_MD: Weight, shared_down_DM: Weight) -> jax.Array:
+    """What the shared expert makes of every token, float32 [t, D]."""
+    up, down = partial(einsum32, "tD,MD->tM"), partial(einsum32, "tM,DM->tD")
+    return swiglu(h_tD, shared_gate_MD, shared_up_MD, shared_down_DM, up, down)
 
 
 def apply_experts(
@@ -65,40 +81,36 @@ def each_expert(
 
 @jax.named_scope("experts")
 def over_mesh(
-    mesh: Mesh,
-    h_tD: jax.Array,
-    expert_tX: jax.Array,
-    gate_tX: jax.Array,
-    w_gate_EMD: Weight,
-    w_up_EMD: Weight,
-    w_down_EDM: Weight,
+    mesh: Mesh, h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices
 ) -> jax.Array:
-    """`apply_experts` where E is split over the mesh axis "expert", M over "model" and tokens over "data".
+    """`mixture` where E is split over the mesh axis "expert", M over "model" and tokens over "data".
 
-    A device visits its own experts with the tokens that chose them, each with its part of M; what they make is added
-    up over the devices.
+    A device visits its own experts with the tokens that chose them, each with its part of M, as it has a part of the
+    shared expert; what they make is added up over the devices, all at once.
     """
-    banks = (w_gate_EMD, w_up_EMD, w_down_EDM)
+    devices = mesh.shape.get("expert", 1)
+    own = routed[0].shape[0] // devices
     tokens = "data" if len(h_tD) % mesh.shape.get("data", len(h_tD) + 1) == 0 else None
     added = tuple(axis for axis in ("expert", "model") if mesh.shape.get(axis, 1) > 1)
-    own = w_gate_EMD.shape[0] // mesh.shape.get("expert", 1)
 
-    def local(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm):
-        first = jax.lax.axis_index("expert") * own if "expert" in mesh.shape else 0
+    def local(h_tD, expert_tX, gate_tX, routed, shared):
+        first = jax.lax.axis_index("expert") * own if devices > 1 else 0
         here_tX = (expert_tX >= first) & (expert_tX < first + own)
-        expert_tX = jnp.where(here_tX, expert_tX - first, own)
-        y_tD = apply_experts(h_tD, expert_tX, gate_tX, w_gate_emD, w_up_emD, w_down_eDm, mesh.shape.get("expert", 1))
-        return jax.lax.psum(y_tD, added)
+        y_tD = apply_experts(h_tD, jnp.where(here_tX, expert_tX - first, own), gate_tX, *routed, devices)
+        return jax.lax.psum(y_tD + jnp.where(first == 0, shared_expert(h_tD, *shared), 0), added)
 
-    specs = [
-        jax.tree.map(lambda part, letters=letters: PartitionSpec(*axes_of(mesh.shape, letters, part.shape)), bank)
-        for bank, letters in zip(banks, ("EMD", "EMD", "EDM"), strict=True)
-    ]
+    def specs(matrices: Matrices, *letters: str) -> tuple:
+        return tuple(
+            jax.tree.map(lambda part, of=of: PartitionSpec(*axes_of(mesh.shape, of, part.shape)), matrix)
+            for matrix, of in zip(matrices, letters, strict=True)
+        )
+
     by_token = PartitionSpec(tokens)
+    weights = specs(routed, "EMD", "EMD", "EDM"), specs(shared, "MD", "MD", "DM")
     run = jax.shard_map(
-        local, mesh=mesh, in_specs=(by_token, by_token, by_token, *specs), out_specs=by_token, check_vma=False
+        local, mesh=mesh, in_specs=(by_token, by_token, by_token, *weights), out_specs=by_token, check_vma=False
     )
-    return run(h_tD, expert_tX, gate_tX, *banks)
+    return run(h_tD, expert_tX, gate_tX, routed, shared)
 
 
 def in_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:

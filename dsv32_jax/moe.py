@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from .config import Config
-from .experts import apply_experts, over_mesh
+from .experts import Matrices, mixture, over_mesh
 from .formats import Weight
 from .ops import einsum32, swiglu
 from .sharding import over_rows
@@ -59,14 +59,18 @@ class MoE(nnx.Module):
         routing = self.route(h_BTD)
         h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
         expert_tX, gate_tX = (part.reshape(-1, part.shape[-1]) for part in (routing.expert_BTX, routing.gate_BTX))
-        experts = apply_experts if self.mesh is None else partial(over_mesh, self.mesh)
-        y_tD = experts(h_tD, expert_tX, gate_tX, self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM)
-        return y_tD.reshape(h_BTD.shape) + self.shared(h_BTD), routing
+        experts = mixture if self.mesh is None else partial(over_mesh, self.mesh)
+        return experts(h_tD, expert_tX, gate_tX, self.routed, self.shared).reshape(h_BTD.shape), routing
 
-    def shared(self, h_BTD: jax.Array) -> jax.Array:
-        """What the shared expert makes of every token."""
-        up, down = partial(einsum32, "BTD,MD->BTM"), partial(einsum32, "BTM,DM->BTD")
-        return swiglu(h_BTD, self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM, up, down)
+    @property
+    def routed(self) -> Matrices:
+        """Of all experts of which a token uses X."""
+        return self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM
+
+    @property
+    def shared(self) -> Matrices:
+        """Of the expert that always runs."""
+        return self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM
 
     @jax.named_scope("gate")
     def route(self, h_BTD: jax.Array) -> Routing:

@@ -91,11 +91,12 @@ def on(mesh: Mesh | None) -> AbstractContextManager:
 def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, Any], jax.Array]):
     """`product` of an array with axes `left` and a weight with axes `right`, each device multiplying the parts it has.
 
-    Where a letter that is summed over is split, the parts are added up over the devices. Experts are `experts`' affair:
-    the one weight here that has their letter is the router, and every device routes alike.
+    Where a letter that is summed over is split, the parts are added up over the devices; inside a shard_map that is its
+    own affair. Experts are `experts`' affair: the one weight here that has their letter is the router, and every device
+    routes alike.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.manual_axes:
         return product
 
     def axes(letters: str, part: jax.Array) -> list[str | None]:

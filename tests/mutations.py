@@ -52,7 +52,8 @@ def mistake(name: str, tests: str, file: str, *texts: str, also: tuple[Edit, ...
 
 
 OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
-MOE, MODEL, LAYOUT, CONFIG = (f"dsv32_jax/{name}.py" for name in ("moe", "model", "layout", "config"))
+EXPERTS, MOE, MODEL = (f"dsv32_jax/{name}.py" for name in ("experts", "moe", "model"))
+LAYOUT, CONFIG = (f"dsv32_jax/{name}.py" for name in ("layout", "config"))
 FORMATS, CHECKPOINT, WEIGHTS = "dsv32_jax/formats.py", "dsv32_jax/checkpoint.py", "convert/read/weights.py"
 
 UNITS, GOLDEN = "tests/test_units.py::test_", "tests/test_golden.py::test_"
@@ -154,8 +155,8 @@ MISTAKES = (
     mistake("no_renorm", GATE, MOE, SHARE, "chosen_BTX * cfg.routed_scaling_factor"),
     mistake("no_rsf", GATE, MOE, SHARE, SHARE.removesuffix(" * cfg.routed_scaling_factor")),
     mistake(
-        "shared_scaled", f"{GOLDEN}prefill[p2_noyarn_mtp_latesparse]", MOE,
-        "y_tD.reshape(h_BTD.shape) + self.shared(h_BTD)", "y_tD.reshape(h_BTD.shape) + 2.5 * self.shared(h_BTD)",
+        "shared_scaled", f"{GOLDEN}prefill[p2_noyarn_mtp_latesparse]", EXPERTS,
+        "*routed) + shared_expert(h_tD, *shared)", "*routed) + 2.5 * shared_expert(h_tD, *shared)",
     ),
     mistake(
         "mtp_prenorm_hidden", MTP, MODEL,

@@ -17,7 +17,7 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import batch, decoding, inventory, request, sharding
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.experts import apply_experts, over_mesh
+from dsv32_jax.experts import mixture, over_mesh, shared_expert
 from dsv32_jax.layout import leaves
 from dsv32_jax.storage import pieces
 from tests import golden
@@ -92,7 +92,8 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     text = program.as_text()
     layers, mesh = checkpoint.cfg.num_hidden_layers, sharded.mesh.shape
     waits = len(re.findall(r" (?:all-\w+|collective-permute|reduce-scatter)(?:-start)?\(", text))
-    assert waits <= layers * (2 * (mesh.get("model", 1) > 1) + (mesh.get("expert", 1) > 1)) + 4
+    model, expert = (mesh.get(axis, 1) > 1 for axis in ("model", "expert"))
+    assert waits <= layers * (model + (model or expert)) + 4
     moved = re.findall(r"= \w+\[([\d,]*)\]\S* (?:all-gather|all-to-all)(?:-start)?\(", text)
     largest = max((math.prod(map(int, shape.split(","))) for shape in moved if shape), default=0)
     assert "all-reduce" in text
@@ -100,20 +101,22 @@ def test_no_weight_is_gathered(checkpoint, sharded):
 
 
 def test_experts_over_a_mesh():
-    """Any assignment, many tokens and few: the sum over devices is the sum over experts; no expert is missed."""
+    """Any assignment, many tokens and few: the sum over devices is that of routed and shared experts, none missed."""
     rng = np.random.default_rng(0)
-    banks = [jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in ((8, 6, 16), (8, 6, 16), (8, 16, 6))]
+    shapes = [(8, 6, 16), (8, 6, 16), (8, 16, 6)]
+    routed = tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
+    shared = tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for _, *shape in shapes)
     mesh = ds.mesh("expert=4,model=2")
-    over_devices, alone = jax.jit(partial(over_mesh, mesh)), jax.jit(apply_experts)
+    over_devices, alone = jax.jit(partial(over_mesh, mesh)), jax.jit(mixture)
     for tokens in (1, 40):
         h = jnp.asarray(rng.standard_normal((tokens, 16), np.float32))
         experts = jnp.asarray(np.argsort(rng.random((tokens, 8)))[:, :3].astype(np.int32))
         gates = jnp.asarray(rng.random((tokens, 3), np.float32))
-        want = alone(h, experts, gates, *banks)
-        got = over_devices(h, experts, gates, *banks)
+        want = alone(h, experts, gates, routed, shared)
+        got = over_devices(h, experts, gates, routed, shared)
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
-        none = alone(h, jnp.full_like(experts, 8), gates, *banks)
-        assert not np.asarray(none).any()
+        none = over_devices(h, jnp.full_like(experts, 8), gates, routed, shared)
+        np.testing.assert_allclose(none, jax.jit(shared_expert)(h, *shared), atol=1e-5 * float(jnp.abs(none).max()))
 
 
 @pytest.mark.parametrize("size", [64, 128, 192, 256, 320])

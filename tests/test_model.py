@@ -422,7 +422,7 @@ def test_shared_expert_is_not_scaled(cfg):
     y, routing = moe(h)
     np.testing.assert_allclose(routing.gate_BTX.sum(axis=-1), cfg.routed_scaling_factor, rtol=1e-6)
     silent = dataclasses.replace(moe, w_down_EDM=jnp.zeros_like(moe.w_down_EDM))
-    same(silent(h)[0], moe.shared(h))
+    same(silent(h)[0][0], experts.shared_expert(h[0], *moe.shared))
     assert np.abs(silent(h)[0] - y).max() > 0.1
 
 
