@@ -45,8 +45,13 @@ step runs as CUDA graphs, all-reduces in them, whose kernels wait for nothing bu
 own.
 """
 
-OPTIONS = {name: value for name, value in DEFAULTS.items() if name not in os.environ.get("XLA_FLAGS", "")}
-"""What the user's own XLA_FLAGS name is as they say."""
+
+def options(flags: str) -> dict[str, str]:
+    """What programs of the whole model are compiled with: what the user's own XLA_FLAGS name is as they say."""
+    return {name: value for name, value in DEFAULTS.items() if f"--{name}=" not in flags}
+
+
+OPTIONS = options(os.environ.get("XLA_FLAGS", ""))
 
 WHOLE = Programs(
     decoding.blank,

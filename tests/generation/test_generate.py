@@ -16,7 +16,7 @@ import configs
 import convert
 import dsv32_jax as ds
 from dsv32_jax import compilation, indexer, memory, random_checkpoint, request
-from dsv32_jax.batch import Batch
+from dsv32_jax.batch import DEFAULTS, Batch, options
 from dsv32_jax.compilation import metered
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
@@ -36,6 +36,15 @@ def model(tiny):
     return models.random_model(
         dataclasses.replace(tiny, num_hidden_layers=2, num_nextn_predict_layers=0, eos_token_id=ends)
     )
+
+
+def test_a_users_flags_win():
+    """An option of XLA that XLA_FLAGS name is not given to a program; the others are."""
+    graphs = "xla_gpu_enable_command_buffer"
+    assert options("--xla_gpu_enable_command_buffer_unnamed=1 --xla_cpu_multi_thread_eigen=false") == DEFAULTS
+    assert DEFAULTS.items() - options(f"--xla_cpu_multi_thread_eigen=false --{graphs}=").items() == {
+        (graphs, DEFAULTS[graphs])
+    }
 
 
 @pytest.fixture(scope="module")
