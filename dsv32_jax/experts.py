@@ -93,7 +93,7 @@ def over_mesh(
     tokens = "data" if len(h_tD) % mesh.shape.get("data", len(h_tD) + 1) == 0 else None
     added = tuple(axis for axis in ("expert", "model") if mesh.shape.get(axis, 1) > 1)
 
-    def local(h_tD, expert_tX, gate_tX, routed, shared):
+    def local(h_tD, expert_tX, gate_tX, routed: Matrices, shared: Matrices):
         first = jax.lax.axis_index("expert") * own if devices > 1 else 0
         here_tX = (expert_tX >= first) & (expert_tX < first + own)
         y_tD = apply_experts(h_tD, jnp.where(here_tX, expert_tX - first, own), gate_tX, *routed, devices)
