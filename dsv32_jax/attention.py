@@ -41,7 +41,7 @@ def attention(
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
         score_BTS = scores_of_cache(q_index_BTIJ, w_BTI, cache, position_BT)
         if fits:
-            visible_BTS = jnp.arange(cache.capacity) <= position_BT[..., None]
+            visible_BTS = cache.visible(position_BT)
             form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
             return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
         selected_BTk = over_rows(partial(select, topk=cfg.index_topk))(score_BTS)

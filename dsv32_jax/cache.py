@@ -55,6 +55,10 @@ class LayerCache:
             k_index_BSJ=put(self.k_index_BSJ, k_index_BTJ),
         )
 
+    def visible(self, position_BT: jax.Array) -> jax.Array:
+        """Whether a query at this position sees a slot [B, T, S]: its own and those before it."""
+        return jnp.arange(self.capacity) <= position_BT[..., None]
+
     def latents(self, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, S, C] and k^R [B, S, R] of every slot."""
         return rows.read(self.c_kv_BSC, dtype), rows.read(self.k_r_BSR, dtype)

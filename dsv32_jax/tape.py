@@ -182,20 +182,21 @@ def _of_layer(kinds: tuple[str, ...], layer: Block, seen: Seen, cache: LayerCach
 
 def attended(layer: Block, seen: Seen, cache: LayerCache, position_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The weight of each selected position, the mean over heads [B, T, k], and the mean over heads of the entropy of
-    their weights [B, T], in nats. Computed as attention computes it, from the stream that enters the layer."""
+    their weights [B, T], in nats. Computed as attention computes it, from the stream that enters the layer: in one
+    program it is computed once."""
     cfg = layer.cfg
     h_BTD = rms_norm(seen.x_BTD, layer.attn_norm_D, cfg.rms_norm_eps).astype(layer.dtype)
     queries = layer.mla.queries(layer.mla.latent_query(h_BTD), *rotation(position_BT, cfg))
 
-    def of(q_c_BTHN, q_r_BTHR, selected_BTk):
+    def of(q_c_BTHN, q_r_BTHR, selected_BTk, position_BT):
         if cache.capacity <= cfg.index_topk:
-            weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk >= 0)
+            weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, cache.visible(position_BT))
         else:
             weight_BTHk, _ = mla.sparse_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
         return weight_BTHk.mean(axis=2), jax.scipy.special.entr(weight_BTHk).sum(axis=-1).mean(axis=2)
 
     block = queries_at_once(cfg, len(position_BT), cache.capacity)
-    return over_tokens(of, (*queries, seen.selected_BTk), block)
+    return over_tokens(of, (*queries, seen.selected_BTk, position_BT), block)
 
 
 def _logits(model: Model, h_BTD: jax.Array) -> Slots:

@@ -59,7 +59,7 @@ def _shares(layer: Block, seen: Seen, cache: LayerCache) -> jax.Array:
 
     def of(q_c_BTHN, q_r_BTHR, selected_BTk, position_BT):
         slot_S = jnp.arange(cache.capacity)
-        visible_BTS = slot_S <= position_BT[..., None]
+        visible_BTS = cache.visible(position_BT)
         weight_BTHS, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
         weight_BTS = weight_BTHS.mean(axis=2)
         chosen_BTk = jnp.take_along_axis(weight_BTS, jnp.maximum(selected_BTk, 0), axis=-1)
