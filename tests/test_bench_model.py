@@ -1,6 +1,7 @@
 """`dsv32 bench model`, at tiny size so that it cannot rot: what it makes, what it counts, what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -44,6 +45,27 @@ def test_rows(asked):
     assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
     assert read["kind"] == "read" and read["step"] > 0
     assert all(bench._text(row) for row in (made, decode, read))
+
+
+def test_kernels_that_exchange():
+    """On GPUs NCCL's kernels are collectives, whatever instruction the profile names; unknown events are nothing."""
+
+    def event(name, microseconds, **stats):
+        return SimpleNamespace(name=name, duration_ns=microseconds * 1e3, stats=tuple(stats.items()))
+
+    nccl = "ncclDevKernel_AllReduce_Sum_f32_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
+    events = [
+        event(nccl, 20),
+        event(nccl, 10, hlo_op="all-reduce.7"),
+        event("other", 99),
+        event("dot_3", 4, hlo_op="dot.3"),
+    ]
+    lines = [SimpleNamespace(events=events)]
+    devices = [SimpleNamespace(name=f"/device:GPU:{i}", lines=lines) for i in range(2)]
+    found = scopes._busy(
+        SimpleNamespace(planes=[*devices, SimpleNamespace(name="/host:CPU", lines=lines)]), {"dot.3": "head"}
+    )
+    assert found == pytest.approx({"collectives": 30e-6, "head": 4e-6})
 
 
 def test_bytes_of_a_step(asked):

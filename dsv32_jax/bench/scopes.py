@@ -26,6 +26,9 @@ OTHER = "other"
 
 INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.-]+) = .*? ([\w-]+)\(", re.MULTILINE)
 CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
+NCCL = "nccl"
+"""How the names of the kernels begin that exchange between GPUs; of what instruction they are is not asked."""
+
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -70,6 +73,8 @@ def _busy(profile: Any, scope_of: dict[str, str]) -> dict[str, float]:
             for event in line.events:
                 known = str(dict(event.stats).get("hlo_op", event.name))
                 scope = scope_of.get(known) or scope_of.get(known.replace("_", "."))
+                if event.name.startswith(NCCL):
+                    scope = "collectives"
                 if scope is not None:
                     found[scope] += event.duration_ns * 1e-9 / (len(devices) or 1)
     return dict(found)
