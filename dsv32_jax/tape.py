@@ -193,10 +193,15 @@ def attended(layer: Block, seen: Seen, cache: LayerCache, position_BT: jax.Array
             weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, cache.visible(position_BT))
         else:
             weight_BTHk, _ = mla.sparse_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
-        return weight_BTHk.mean(axis=2), jax.scipy.special.entr(weight_BTHk).sum(axis=-1).mean(axis=2)
+        return weight_BTHk.mean(axis=2), _entropy(weight_BTHk).mean(axis=2)
 
     block = queries_at_once(cfg, len(position_BT), cache.capacity)
     return over_tokens(of, (*queries, seen.selected_BTk, position_BT), block)
+
+
+def _entropy(weight: jax.Array) -> jax.Array:
+    """Of weights along the last axis, in nats; what has none adds none."""
+    return -jnp.sum(weight * jnp.log(jnp.maximum(weight, jnp.finfo(weight.dtype).tiny)), axis=-1)
 
 
 def _logits(model: Model, h_BTD: jax.Array) -> Slots:
