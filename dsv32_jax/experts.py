@@ -80,7 +80,6 @@ def each_expert(
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
-@jax.named_scope("experts")
 def over_mesh(
     mesh: Mesh, h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices
 ) -> jax.Array:
