@@ -20,7 +20,7 @@ from .indexer import Indexer
 from .mla import MLA
 from .moe import MLP, MoE
 from .mtp import MTP
-from .ops import einsum32, rms_norm
+from .ops import einsum32, rms_norm, rows_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,8 @@ class Model(nnx.Module):
         lies beyond the row's length, where no token looks before another is written there.
         """
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        x_BTD = self.embed_VD[tokens_BT].astype(jnp.float32)
+        with sharding.on(self.mesh):
+            x_BTD = rows_of(tokens_BT, self.embed_VD)
         caches, seen = [], []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             with sharding.on(self.mesh):

@@ -13,7 +13,7 @@ from .block import Block, Seen
 from .cache import LayerCache
 from .config import Config
 from .formats import Weight
-from .ops import einsum32, rms_norm
+from .ops import einsum32, rms_norm, rows_of
 
 
 @dataclasses.dataclass(eq=False)
@@ -44,9 +44,9 @@ class MTP(nnx.Module):
         halves. The result is normed: `logits` of it predict, and it can stand for h in another step.
         """
         eps = self.cfg.rms_norm_eps
-        e_BTD = rms_norm(self.embed_VD[next_BT].astype(jnp.float32), self.e_norm_D, eps).astype(self.dtype)
         normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
         with sharding.on(self.mesh):
+            e_BTD = rms_norm(rows_of(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
             u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
             z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
         return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen

@@ -28,10 +28,12 @@ def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     count = contracted(left, right, out)
     rows = math.prod(size for letter, size in zip(left, x.shape, strict=True) if letter not in right)
     if not kernels(w, rows):
-        return product(spec, x, w)
-    if count and left[:-count] + right[:-count] == out:
-        return over_letters(left, right, out, partial(_linear, count))(x, w)
-    return over_letters(left, right, out, _of_heads if count else _of_heads_columns)(x, w)
+        multiply = partial(product, spec)
+    elif count and left[:-count] + right[:-count] == out:
+        multiply = partial(_linear, count)
+    else:
+        multiply = _of_heads if count else _of_heads_columns
+    return over_letters(left, right, out, multiply)(x, w)
 
 
 def _linear(count: int, x: jax.Array, w: Weight) -> jax.Array:
@@ -66,6 +68,23 @@ def _by_row(y: jax.Array, x: jax.Array) -> jax.Array:
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """`einsum32`, rounded to x's dtype."""
     return einsum32(spec, x, w).astype(x.dtype)
+
+
+def rows_of(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
+    """The row of each token, float32 [B, T, D].
+
+    Where V is split, a device gives the rows that it has and zeros for the others, which are added up: to look up a
+    single token XLA's GPU compiler would gather the whole matrix.
+    """
+    vocabulary = len(embed_VD)
+
+    def local(token_BT, embed_vD):
+        own = len(embed_vD)
+        first = jax.lax.axis_index("model") * own if own < vocabulary else 0
+        there = embed_vD.at[token_BT - first]
+        return there.get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(jnp.float32)
+
+    return over_letters("BT", "VD", "BTD", local)(token_BT, embed_VD)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

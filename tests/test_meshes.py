@@ -77,8 +77,9 @@ def test_a_device_holds_its_part(checkpoint, sharded):
 
 
 def test_no_weight_is_gathered(checkpoint, sharded):
-    """The compiled decode loop moves activations between devices: nothing as large as the smallest cut weight. What
-    comes out is spread as it went in, so the next call needs no program of its own."""
+    """The compiled decode loop moves activations between devices: nothing as large as the smallest cut weight. Which
+    token's row is looked up where is not left to the compiler: for a GPU it gathers the whole embedding. What comes out
+    is spread as it went in, so the next call needs no program of its own."""
     rows = 4
     asked = request.plan(sharded, [[5, 6, 7]] * rows, capacity=64, max_new_tokens=16)
     blank = decoding.blank(checkpoint.cfg, np.dtype(np.float32), rows, 64, asked.cache_dtype, 0)
@@ -86,7 +87,8 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     task = request.task(sharded, asked, range(rows), rows)
     nothing = np.zeros((rows, checkpoint.cfg.vocab_size), bool)
     state = batch.WHOLE.begin(sharded, task, context, nothing, slots=16, width=0, drafts=0)
-    program = batch.WHOLE.decode.lower(sharded, task, state, 5).compile()
+    lowered = batch.WHOLE.decode.lower(sharded, task, state, 5)
+    program = lowered.compile()
     for part, after in zip(jax.tree.leaves(state), jax.tree.leaves(program.output_shardings), strict=True):
         assert part.sharding.is_equivalent_to(after, part.ndim)
     text = program.as_text()
@@ -98,6 +100,10 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     largest = max((math.prod(map(int, shape.split(","))) for shape in moved if shape), default=0)
     assert "all-reduce" in text
     assert largest <= rows * max(checkpoint.cfg.num_attention_heads * 64, checkpoint.cfg.vocab_size)
+    looked_up = re.findall(r'"stablehlo\.gather".*: \(tensor<(\d+x\d+)x\w+>', lowered.as_text())
+    parts = mesh.get("model", 1)
+    assert f"{checkpoint.cfg.vocab_size // parts}x{checkpoint.cfg.hidden_size}" in looked_up
+    assert parts == 1 or f"{checkpoint.cfg.vocab_size}x{checkpoint.cfg.hidden_size}" not in looked_up
 
 
 def test_experts_over_a_mesh():
