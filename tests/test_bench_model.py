@@ -68,6 +68,19 @@ def test_kernels_that_exchange():
     assert found == pytest.approx({"collectives": 30e-6, "head": 4e-6})
 
 
+def test_sums_over_devices_are_collectives():
+    """As instructions of their own, and in the kernels that XLA makes of small ones."""
+    where = 'metadata={op_name="jit(decode)/while/body/jit(run)/projections/'
+    text = f"""
+      %all-reduce.7 = f32[8,7168]{{1,0}} all-reduce(%dot.3), {where}shard_map/psum"}}
+      %psum_63_0_fusion.1 = f32[1,1,7168]{{2,1,0}} fusion(%dot.3), kind=kCustom, calls=%fused, {where}shard_map/psum"}}
+      ROOT %dot.3 = f32[1,1,7168]{{2,1,0}} custom-call(%x, %w), {where}dot_general"}}
+      %while.1 = (s32[]) while(%x), {where}while"}}
+    """
+    collectives = dict.fromkeys(("all-reduce.7", "psum_63_0_fusion.1"), "collectives")
+    assert scopes._scopes(text) == {**collectives, "dot.3": "projections"}
+
+
 def test_bytes_of_a_step(asked):
     """A step reads the experts that its rows choose, and everything else but the embedding."""
     weights = bench.weight_bytes(asked.cfg, None)

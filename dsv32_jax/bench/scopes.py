@@ -29,6 +29,10 @@ CONTAINERS = ("while", "call", "conditional", "async-start", "async-done")
 NCCL = "nccl"
 """How the names of the kernels begin that exchange between GPUs; of what instruction they are is not asked."""
 
+SUM = "psum"
+"""What the model calls every sum over devices. XLA makes kernels of its own of small ones, which look like any other.
+"""
+
 COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 
 
@@ -55,12 +59,12 @@ def _scopes(text: str) -> dict[str, str]:
         match = INSTRUCTION.match(line)
         if match is None or match[2] in CONTAINERS:
             continue
-        if match[2].startswith(COLLECTIVES):
-            found[match[1]] = "collectives"
-            continue
         name = re.search(r'op_name="([^"]*)"', line)
-        path = name[1].split("/") if name else []
-        found[match[1]] = next((piece for piece in path if piece in SCOPES), OTHER)
+        path = name[1].split("/") if name else [""]
+        if match[2].startswith(COLLECTIVES) or path[-1] == SUM:
+            found[match[1]] = "collectives"
+        else:
+            found[match[1]] = next((piece for piece in path if piece in SCOPES), OTHER)
     return found
 
 
