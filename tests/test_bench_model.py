@@ -63,7 +63,7 @@ def test_kernels_that_exchange():
     lines = [SimpleNamespace(events=events)]
     devices = [SimpleNamespace(name=f"/device:GPU:{i}", lines=lines) for i in range(2)]
     found = scopes._busy(
-        SimpleNamespace(planes=[*devices, SimpleNamespace(name="/host:CPU", lines=lines)]), {"dot.3": "head"}
+        SimpleNamespace(planes=[*devices, SimpleNamespace(name="/host:CPU", lines=lines)]), {"dot_3": "head"}
     )
     assert found == pytest.approx({"collectives": 30e-6, "head": 4e-6})
 
@@ -77,8 +77,8 @@ def test_sums_over_devices_are_collectives():
       ROOT %dot.3 = f32[1,1,7168]{{2,1,0}} custom-call(%x, %w), {where}dot_general"}}
       %while.1 = (s32[]) while(%x), {where}while"}}
     """
-    collectives = dict.fromkeys(("all-reduce.7", "psum_63_0_fusion.1"), "collectives")
-    assert scopes._scopes(text) == {**collectives, "dot.3": "projections"}
+    collectives = dict.fromkeys(("all_reduce_7", "psum_63_0_fusion_1"), "collectives")
+    assert scopes._scopes(text) == {**collectives, "dot_3": "projections"}
 
 
 def test_bytes_of_a_step(asked):

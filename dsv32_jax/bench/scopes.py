@@ -53,7 +53,7 @@ def spent(program: Any, run: Callable[[], Any], times: int) -> dict[str, float]:
 
 
 def _scopes(text: str) -> dict[str, str]:
-    """The scope of each instruction of a program's text; an instruction that only holds others has none."""
+    """The scope of each kernel of a program, by its text; an instruction that only holds others has none."""
     found = {}
     for line in text.splitlines():
         match = INSTRUCTION.match(line)
@@ -62,10 +62,15 @@ def _scopes(text: str) -> dict[str, str]:
         name = re.search(r'op_name="([^"]*)"', line)
         path = name[1].split("/") if name else [""]
         if match[2].startswith(COLLECTIVES) or path[-1] == SUM:
-            found[match[1]] = "collectives"
+            found[_kernel(match[1])] = "collectives"
         else:
-            found[match[1]] = next((piece for piece in path if piece in SCOPES), OTHER)
+            found[_kernel(match[1])] = next((piece for piece in path if piece in SCOPES), OTHER)
     return found
+
+
+def _kernel(instruction: str) -> str:
+    """What XLA calls the kernel of an instruction."""
+    return re.sub(r"\W", "_", instruction)
 
 
 def _busy(profile: Any, scope_of: dict[str, str]) -> dict[str, float]:
@@ -75,8 +80,7 @@ def _busy(profile: Any, scope_of: dict[str, str]) -> dict[str, float]:
     for plane in planes:
         for line in plane.lines:
             for event in line.events:
-                known = str(dict(event.stats).get("hlo_op", event.name))
-                scope = scope_of.get(known) or scope_of.get(known.replace("_", "."))
+                scope = scope_of.get(_kernel(str(dict(event.stats).get("hlo_op", event.name))))
                 if event.name.startswith(NCCL):
                     scope = "collectives"
                 if scope is not None:
