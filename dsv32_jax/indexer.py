@@ -8,6 +8,8 @@ and attention sees only the index_topk tokens with the largest score. One key a 
 """
 
 import dataclasses
+import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +24,11 @@ LAYER_NORM_EPS = 1e-6
 
 KEYS = 4096
 """Slots of a long cache that are scored at once."""
+
+MATCHES = 1 << 21
+"""Of queries' heads with keys: with more of them a CPU takes HEADS heads at a time."""
+
+HEADS = 4
 
 
 @dataclasses.dataclass(eq=False)
@@ -56,9 +63,31 @@ class Indexer(nnx.Module):
 
 def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
     """I [B, T, S] in float32; -inf where a token is not visible to the query."""
-    match_BTIS = jax.nn.relu(dot("BTIJ,BSJ->BTIS", q_BTIJ, k_BSJ))
-    score_BTS = dot("BTI,BTIS->BTS", w_BTI, match_BTIS)
-    return jnp.where(visible_BTS, score_BTS, -jnp.inf)
+    sums = all_heads
+    if w_BTI.size * k_BSJ.shape[1] > MATCHES:
+        sums = partial(jax.lax.platform_dependent, cpu=some_heads, default=all_heads)
+    return jnp.where(visible_BTS, sums(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
+
+
+def all_heads(q_BTiJ: jax.Array, w_BTi: jax.Array, k_BSJ: jax.Array) -> jax.Array:
+    """The sum over these heads [B, T, S], as the paper states it."""
+    match_BTiS = jax.nn.relu(dot("BTiJ,BSJ->BTiS", q_BTiJ, k_BSJ))
+    return dot("BTi,BTiS->BTS", w_BTi, match_BTiS)
+
+
+def some_heads(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Array:
+    """The same, HEADS heads after the other: the matches stay in a CPU's caches, and it takes half the time."""
+    *before, heads = w_BTI.shape
+    at_once = math.gcd(heads, HEADS)
+    q_nBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
+    w_nBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
+
+    def add(score_BTS, group):
+        q_BTiJ, w_BTi = group
+        return score_BTS + all_heads(q_BTiJ, w_BTi, k_BSJ), None
+
+    nothing_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
+    return jax.lax.scan(add, nothing_BTS, (q_nBTiJ, w_nBTi))[0]
 
 
 @jax.named_scope("index scores")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import cache, mla, ops, quantize, rows
+from dsv32_jax import cache, indexer, mla, ops, quantize, rows
 from dsv32_jax.cache import LayerCache
 from dsv32_jax.formats import NVFP4, dequantize, quantize_nvfp4
 from dsv32_jax.indexer import index_scores, select, select_all
@@ -129,8 +129,11 @@ def test_hadamard_is_byte_exact(units):
     np.testing.assert_allclose(ops.hadamard(ops.hadamard(x32)), x32, atol=1e-5)
 
 
-def test_indexer_scores(units):
-    """64 heads of 128 over 192 keys: the scores of the reference and its 64 best visible keys."""
+@pytest.mark.parametrize("matches", [indexer.MATCHES, 0])
+def test_indexer_scores(units, monkeypatch, matches):
+    """64 heads of 128 over 192 keys: the scores of the reference and its 64 best visible keys, all heads at once and
+    some at a time."""
+    monkeypatch.setattr(indexer, "MATCHES", matches)
     query = _fp8(units, "index.q_fp8_u8") * units["index.q_scale"][..., None]
     key = _fp8(units, "index.k_fp8_u8") * units["index.k_scale"][:, None]
     weight = units["index.weights_proj_out_f32"] * np.float32((64 * 128) ** -0.5)
@@ -140,6 +143,17 @@ def test_indexer_scores(units):
     assert np.isneginf(score[~visible]).all() and units["index.top64_margin"].min() > 1e-4
     selected = np.asarray(select(jnp.asarray(score)[None], 64))[0]
     np.testing.assert_array_equal(np.sort(selected, axis=-1), np.sort(units["index.top64"], axis=-1))
+
+
+@pytest.mark.parametrize("heads", [1, 5, 6, 64])
+def test_heads_some_at_a_time(heads):
+    """Any number of them, in bfloat16 and several rows, make the sum of all at once."""
+    rng = np.random.default_rng(heads)
+    query = jnp.asarray(rng.standard_normal((2, 7, heads, 16)), jnp.bfloat16)
+    weight = jnp.asarray(rng.standard_normal((2, 7, heads)), jnp.float32)
+    key = jnp.asarray(rng.standard_normal((2, 33, 16)), jnp.bfloat16)
+    want = np.asarray(indexer.all_heads(query, weight, key))
+    np.testing.assert_allclose(indexer.some_heads(query, weight, key), want, atol=1e-6 * abs(want).max())
 
 
 def test_index_inputs_of_the_reference(units):
