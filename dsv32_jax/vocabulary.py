@@ -24,6 +24,8 @@ def check(folder: Path, cfg: Config) -> int | None:
         vocab = raw["model"]["vocab"]
         ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
         ids |= {token["id"] for token in raw.get("added_tokens", [])}
+        if wrong := [i for i in ids if type(i) is not int]:
+            raise TypeError(f"{len(wrong)} ids are no whole numbers: {wrong[0]!r}")
         largest = max(ids)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(

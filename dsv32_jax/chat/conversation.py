@@ -77,7 +77,8 @@ class Conversation:
         """The names of the functions whose results come next."""
         given = len(list(itertools.takewhile(lambda message: message["role"] == "tool", reversed(self.messages))))
         caller = self.messages[-1 - given] if given < len(self.messages) else {}
-        return [call["function"]["name"] for call in caller.get("tool_calls") or ()][given:]
+        calls = caller.get("tool_calls") if caller.get("role") == "assistant" else None
+        return [call["function"]["name"] for call in calls or ()][given:]
 
     @property
     def _head(self) -> Mapping[str, Any]:

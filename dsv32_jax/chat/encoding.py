@@ -62,7 +62,7 @@ def pieces(messages, *, thinking, tools=None, context=(), drop_thinking=True, bo
             index, role = position - len(earlier), dialogue.roles[position]
             writer = WRITERS.get(role, _unknown)
             written += _attempt(faults, index, f"message {index} ({role:.40})", writer, dialogue, position)
-    if drop_thinking:
+    if drop_thinking and given:
         faults += dialogue.dropped(len(earlier))
     if faults:
         raise EncodingError(faults)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from . import template
 from .faults import ParsingError
 from .messages import to_json
-from .parsing import as_arguments, checked, message, parse
+from .parsing import as_arguments, checked, message, read
 
 BLOCK = re.compile(r"(?:\A|(?<=\n))[ \t]*(?:<｜DSML｜function_calls\s*>?|(?=<｜DSML｜invoke))")
 BLOCK_END = re.compile(r"</｜DSML｜function_calls\s*>?")
@@ -15,6 +15,7 @@ INVOKE_END = re.compile(r"</｜DSML｜invoke\s*>?")
 NAME = re.compile(r'\s*name\s*=\s*"([^"\n]*)"\s*>')
 PARAMETER = re.compile(r'\s*name\s*=\s*"([^"\n]*)"(?:\s+string\s*=\s*"([^"\n]*)")?\s*>')
 PARAMETER_END = re.compile(r"</｜DSML｜parameter\s*>?")
+UNENDED = "the text ends without the end-of-sentence token"
 
 
 class Lenient(NamedTuple):
@@ -32,13 +33,24 @@ def parse_lenient(text: str, *, thinking: bool) -> Lenient:
     empty exactly where the text is well formed and complete; then the message is the one that `parse` gives.
     """
     checked(text, thinking)
+    forgiven: list[str] = []
+
+    def unmarked(key: str, value: str) -> str:
+        if _is_json(value):
+            return value
+        if template.DSML in value:
+            raise ParsingError("parameter_format", 0, f"the value of {key!r} seems not to be closed")
+        forgiven.append(f"a value of {key!r} is not JSON; it was taken as a string")
+        return to_json(value)
+
+    ended = text + template.EOS if text.endswith(template.READ_CALLS_END) else text
     try:
-        found = parse(text, thinking=thinking)
+        found = read(ended, thinking, unmarked)
     except ParsingError:
         return _loosely(text, thinking)
-    arguments = [call["function"]["arguments"] for call in found["tool_calls"]]
-    complete = text.endswith(template.EOS) and all(map(_is_json, arguments))
-    return Lenient(found, []) if complete else _loosely(text, thinking)
+    if not ended.endswith(template.EOS):
+        return _loosely(text, thinking)
+    return Lenient(found, forgiven if ended == text else [*forgiven, UNENDED])
 
 
 def _is_json(text: str) -> bool:
@@ -53,10 +65,12 @@ def _loosely(text: str, thinking: bool) -> Lenient:
     forgiven: list[str] = []
     body, eos, rest = text.partition(template.EOS)
     if not eos:
-        forgiven.append("the text ends without the end-of-sentence token")
+        forgiven.append(UNENDED)
     if rest:
         forgiven.append(f"{len(rest)} characters after the end-of-sentence token were left out")
-    body = body.removeprefix(template.BOS)
+    if body.startswith(template.BOS):
+        forgiven.append("the text begins a sentence, which the prompt did")
+        body = body.removeprefix(template.BOS)
     reasoning, body = _reasoning(body, thinking, forgiven)
     content, calls = _content(body, forgiven)
     held = [mark for mark in template.SCREENED if mark in content or mark in reasoning]
@@ -101,12 +115,23 @@ def _content(body: str, forgiven: list[str]) -> tuple[str, list[tuple[str, str]]
         forgiven.append("the tool calls are not closed")
     inner = body[block.end() : end.start() if end else len(body)]
     before, *parts = inner.split(template.READ_INVOKE)
-    calls = [_call(part, number, forgiven) for number, part in enumerate(parts)]
+    calls = []
+    for number, part in enumerate(parts):
+        calls.append(_call(part, number, forgiven))
+        if _open(part) and parts[number + 1 :]:
+            forgiven.append(f"what follows tool call {number} may be in its unclosed parameter and was left out")
+            break
     for stray in (before, body[end.end() :] if end else ""):
         if stray.strip():
             forgiven.append("text beside the tool calls was put behind the content")
             content += stray
     return content, [call for call in calls if call]
+
+
+def _open(part: str) -> bool:
+    """Whether the last parameter of a call is not closed: what looks like another call may be in its value."""
+    last = part.rfind(template.READ_PARAMETER)
+    return last >= 0 and PARAMETER_END.search(part, last) is None
 
 
 def _call(part: str, number: int, forgiven: list[str]) -> tuple[str, str] | None:
@@ -118,10 +143,11 @@ def _call(part: str, number: int, forgiven: list[str]) -> tuple[str, str] | None
         forgiven.append(f"{called} {'is cut off' if end is None else 'has no name'} and was left out")
         return None
     before, *parts = part[name.end() : end.start()].split(template.READ_PARAMETER)
-    if before.strip() and not parts:
-        return _object(name[1], before.strip(), called, forgiven)
-    if before.strip() or part[end.end() :].strip():
+    alone = before.strip() and not parts
+    if (before.strip() and not alone) or part[end.end() :].strip():
         forgiven.append(f"{called} has text outside of its parameters, which was left out")
+    if alone:
+        return _object(name[1], before.strip(), called, forgiven)
     values: dict[str, str] = {}
     for parameter in parts:
         found = _parameter(parameter, called, forgiven)

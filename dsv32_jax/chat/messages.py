@@ -27,7 +27,10 @@ def text(message: Message, field: str, none: str | None = None) -> str:
         raise Malformed(
             "content_not_text", f"{field} must be a string, not a {kind(value)}; join the parts of a list yourself"
         )
-    return str(value)
+    try:
+        return str(value)
+    except ValueError as error:
+        raise Malformed("content_not_text", f"{field} must be a string: {error}") from None
 
 
 def schemas(message: Message) -> list[str]:

@@ -1,6 +1,7 @@
 """From the model's text to an assistant message, accepting exactly what the reference parser accepts."""
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 from ..errors import UsageError
@@ -23,7 +24,13 @@ def parse(text: str, *, thinking: bool) -> dict[str, Any]:
     Raises ParsingError. `parse_lenient` reads text with mistakes, and says which.
     """
     checked(text, thinking)
-    cursor = Cursor(text)
+    return read(text, thinking, lambda key, value: value)
+
+
+def read(text: str, thinking: bool, unmarked: Callable[[str, str], str]) -> dict[str, Any]:
+    """What `parse` gives, where `unmarked` makes the JSON text of a parameter that is not marked as a string, of its
+    name and its text."""
+    cursor = Cursor(text, unmarked)
     reasoning, calls = "", []
     if thinking:
         reasoning, stop = cursor.read(template.THINK_END, template.READ_CALLS)
@@ -71,10 +78,11 @@ def _screen(text: str, start: int) -> None:
 
 
 class Cursor:
-    """A text that is read from stop to stop."""
+    """A text that is read from stop to stop; `unmarked` is that of `read`."""
 
-    def __init__(self, text: str):
+    def __init__(self, text: str, unmarked: Callable[[str, str], str]):
         self.text = text
+        self.unmarked = unmarked
         self.position = 0
 
     @property
@@ -129,7 +137,7 @@ def _parameter(cursor: Cursor) -> tuple[str, str]:
     if head is None or not body.endswith("<"):
         raise cursor.error("parameter_format", 'a parameter is not name="..." string="true|false">...</')
     value = body[head.end() : -1]
-    return head[1], to_json(value) if head[2] == "true" else value
+    return head[1], to_json(value) if head[2] == "true" else cursor.unmarked(head[1], value)
 
 
 def as_arguments(values: dict[str, str]) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
+from ..paths import path_of
 from . import template
 from .byte_level import Vocabulary
 from .template import Mark
@@ -43,7 +44,7 @@ class Tokenizer:
         Raises UsageError where `tokenizers` is not installed; CheckpointError where there is no tokenizer.json, where
         it is not a byte-level BPE that brings text back unchanged, or belongs to another model.
         """
-        vocabulary, plain = read(Path(folder).expanduser() / "tokenizer.json", cfg)
+        vocabulary, plain = read(path_of(folder) / "tokenizer.json", cfg)
         return cls(vocabulary, plain, cfg.vocab_size)
 
     def encode(self, text: str | Iterable[str], *, allow_special: bool = False) -> list[int]:

@@ -16,6 +16,8 @@ def test_a_conversation_with_tools():
     """Reasoning stays through the tool results of a turn, and is gone with the user's next."""
     talk = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("2+3?").assistant(CALLING)
     assert talk.waiting == ["add", "clock"]
+    calls = [{"function": {"name": "f", "arguments": "{}"}}]
+    assert Conversation(messages=[{"role": "user", "content": "x", "tool_calls": calls}]).waiting == []
     talk = talk.results(["5", "noon"])
     assert talk.waiting == [] and "<think>r1</think>" in talk.text() and talk.text().endswith("\n\n<think>")
     talk, forgiven = talk.completed(f"r2</think>It is 5.{EOS}")

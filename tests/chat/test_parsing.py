@@ -12,7 +12,7 @@ from dsv32_jax.errors import DsvError, UsageError
 from tests.chat.dialogues import answers, decoded, texts
 
 USER = [{"role": "user", "content": "go"}]
-EOS = template.EOS
+BOS, EOS = template.BOS, template.EOS
 OPEN, CLOSE = "\n\n<｜DSML｜function_calls>\n", "\n</｜DSML｜function_calls>"
 HEAD, TAIL = '<｜DSML｜invoke name="f">\n', "\n</｜DSML｜invoke>"
 X = '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>'
@@ -140,6 +140,42 @@ def test_text_that_ends_by_length(length):
     whole = [("f", {"x": 1, "y": "a\nb"}), F]
     assert functions(message) == whole[: WHOLE[:length].count("</｜DSML｜invoke")]
     assert forgiven and message["reasoning_content"][:1] == "r"[:length]
+
+
+QUOTED = f'<｜DSML｜parameter name="text" string="true">{HEAD}{{}}{TAIL}{CLOSE}</｜DSML｜parameter>'
+"""A value that quotes a whole call and the end of all."""
+
+
+@pytest.mark.parametrize(
+    ("more", "end", "said"),
+    [("", "", "without the end-of-sentence"), ("\n" + X.replace("1", "one"), EOS, "not JSON"), ("", EOS, None)],
+)
+def test_a_value_that_quotes_a_call_is_a_value(more, end, said):
+    """Nothing in it is run, and nothing of it is lost, however the text around it ends."""
+    whole = f"r</think>c{OPEN}{HEAD.replace('f', 'write')}{QUOTED}{more}{TAIL}{CLOSE}"
+    message, forgiven = chat.parse_lenient(whole + end, thinking=True)
+    ((name, arguments),) = functions(message)
+    assert (name, arguments["text"], message["content"]) == ("write", f"{HEAD}{{}}{TAIL}{CLOSE}", "c")
+    assert said in "; ".join(forgiven) if said else not forgiven
+
+
+def test_a_call_in_an_unclosed_value_is_not_run():
+    """What follows a value that is not closed may be a part of it."""
+    whole = f"r</think>c{OPEN}{HEAD}{QUOTED}{TAIL}{CLOSE}"
+    for cut in (whole[: -len(CLOSE)], whole[: -len(CLOSE + TAIL)], whole.replace(f"{CLOSE}</｜DSML｜parameter>", "")):
+        message, forgiven = chat.parse_lenient(cut, thinking=True)
+        assert functions(message) == [] and "left out" in "; ".join(forgiven)
+    two = f"r</think>c{OPEN}{HEAD}{X.removesuffix('</｜DSML｜parameter>')}{TAIL}\n{HEAD}{X}{TAIL}{CLOSE}{EOS}"
+    message, forgiven = chat.parse_lenient(two, thinking=True)
+    assert functions(message) == [] and "unclosed parameter" in "; ".join(forgiven)
+
+
+def test_what_is_left_out_is_said():
+    _, forgiven = chat.parse_lenient(f'{OPEN}{HEAD}{{"x": 1}}{TAIL} so it is', thinking=False)
+    assert "text outside" in "; ".join(forgiven)
+    assert chat.parse_lenient(f"{BOS}hi{EOS}", thinking=False).forgiven == [
+        "the text begins a sentence, which the prompt did"
+    ]
 
 
 fragments = st.sampled_from(

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsv32_jax import chat
@@ -92,7 +92,8 @@ def counts(tokenizer: Tokenizer, ids: list[int]) -> dict[str, int]:
 
 @given(texts, st.booleans())
 def test_a_prompt_is_tokenized_as_a_whole(tokenizer, library, text, thinking):
-    """Content and the format's text around it are merged as the reference's one string is."""
+    """Content and the format's text around it are merged as the reference's one string is, but for special tokens."""
+    assume(not any(special in text for special in tokenizer.specials))
     messages = [
         {"role": "system", "content": text, "tools": [{"function": {"name": text}}]},
         {"role": "developer", "content": text or "-"},
@@ -199,7 +200,7 @@ WRONG = {
     "an id twice": (lambda raw: added(raw, template.USER).update(id=70), ["two tokens: 70"]),
     "an id past the model": (lambda raw: added(raw, template.USER).update(id=640), ["640"]),
     "a negative id": (lambda raw: added(raw, template.USER).update(id=-5), ["whole number"]),
-    "an id that is none": (lambda raw: added(raw, template.USER).update(id=600.5), ["whole number"]),
+    "an id that is none": (lambda raw: added(raw, template.USER).update(id=600.5), ["whole number", "600.5"]),
     "no user token": (lambda raw: raw["added_tokens"].remove(added(raw, template.USER)), ["no token <｜User｜>"]),
     "a token that eats spaces": (lambda raw: added(raw, template.USER).update(lstrip=True), ["spaces", "User"]),
     "a byte without a token": (lambda raw: raw["model"]["vocab"].pop("Ā"), ["1 bytes"]),
