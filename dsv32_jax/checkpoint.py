@@ -19,6 +19,7 @@ from .formats import NVFP4, Fp8Block, Weight, dequantize
 from .kernels import variable
 from .layout import Leaf, leaves
 from .model import Model, Origin, build
+from .paths import path_of
 from .storage import integrity
 from .storage.arrays import Key
 from .storage.manifest import LeafEntry, Manifest
@@ -73,10 +74,11 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | Path, verify: str | None = None) -> "Checkpoint":
         """Read the manifest only, and with `verify` compare the files with it. Raises as `load` does."""
-        folder = Path(folder).expanduser().resolve()
+        folder = path_of(folder).resolve()
         manifest = Manifest.read(folder)
         if verify is not None:
             integrity.require_files(folder, manifest)
+        integrity.require_weights(folder, manifest)
         cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
         table = {leaf.path: leaf for leaf in leaves(cfg)}
         _compare(folder, table, manifest.leaves)

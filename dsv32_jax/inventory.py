@@ -9,6 +9,7 @@ from .checkpoint import ABSORBED
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
 from .layout import COPIES, Leaf, leaves
+from .paths import path_of
 from .quantize import FP8_BLOCK, NVFP4_BLOCK
 from .random_weights import UNQUANTIZED
 from .storage import pieces
@@ -52,7 +53,7 @@ def read(path: str | Path, format: str | None = None) -> Inventory:
 
     Raises UsageError, ConfigError, CheckpointError.
     """
-    path = Path(path).expanduser()
+    path = path_of(path)
     if path.is_file():
         if format not in (None, *FORMATS):
             raise UsageError(f"the format is one of {listing(FORMATS)}, not {format!r}; nothing was read")

@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     "errors host lazy storage.chunks compilation inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
-    "yarn quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
+    "yarn paths quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
     "terminal.joining",
     "config quantize_search terminal.keyboard",
     "layout vocabulary record chat.template chat.faults chat.stops",

@@ -15,6 +15,7 @@ import numpy as np
 from dsv32_jax.config import Config
 from dsv32_jax.errors import StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage.arrays import FOLDER, Arrays, Key, raw
 from dsv32_jax.storage.manifest import ArrayEntry, LeafEntry, Manifest
 from dsv32_jax.storage.passport import SourceTensor
@@ -49,7 +50,7 @@ class Converted:
     """The folder `folder`, as its manifest describes it. Raises CheckpointError where it holds nothing of the kind."""
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = path_of(folder).absolute()
         self.manifest = Manifest.read(self.folder)
         self.config = Config.from_dict(self.manifest.config, f"the config in {self.folder.name}'s manifest")
         self.arrays = Arrays(self.folder)

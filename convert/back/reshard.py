@@ -11,6 +11,7 @@ import numpy as np
 
 from dsv32_jax.errors import OutputExistsError, VerificationError
 from dsv32_jax.layout import leaves
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage import pieces
 from dsv32_jax.storage.arrays import Key
 from dsv32_jax.storage.integrity import files
@@ -38,7 +39,7 @@ def reshard(
     read; VerificationError when an array has changed; OutputExistsError, UsageError, StorageError.
     """
     sizes = pieces.parse(mesh) if isinstance(mesh, str) else dict(mesh or {})
-    converted, out = Converted(folder), Path(out).expanduser().absolute()
+    converted, out = Converted(folder), path_of(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     pieces.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
     _require_whole(converted)

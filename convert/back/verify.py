@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage.integrity import damaged_files, require_manifest
 from dsv32_jax.storage.manifest import FILE
 
@@ -59,9 +60,9 @@ def verify(
     if against is not None and level == "quick":
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
-    converted = _opened(Path(folder).expanduser().absolute())
+    converted = _opened(path_of(folder).absolute())
     damaged = damaged_files(converted.folder, converted.manifest) + converted.damaged_arrays()
-    source = None if against is None else Source(Path(against).expanduser().absolute())
+    source = None if against is None else Source(path_of(against).absolute())
     proof = Proof(converted, source, progress)
     if level == "full":
         proof.run()

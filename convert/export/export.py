@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dsv32_jax.errors import OutputExistsError, UsageError, listing
+from dsv32_jax.paths import path_of
 from dsv32_jax.quantize import NVFP4_BLOCK
 from dsv32_jax.storage.manifest import sync_folder
 
@@ -59,7 +60,7 @@ def export(
     """
     if family not in FAMILIES:
         raise UsageError(f"the format must be one of {', '.join(FAMILIES)}, not {family!r}")
-    converted, out = Converted(folder), Path(out).expanduser().absolute()
+    converted, out = Converted(folder), path_of(out).absolute()
     require_apart(converted.folder, out)
     _require_new(out)
     work = _Export(converted, family, share_scales)
@@ -71,9 +72,9 @@ def export(
         _empty(unfinished)
         require_space(unfinished, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
         work.write(unfinished, shards, progress)
-        (unfinished / LOCK).unlink()
         _require_new(out)
         os.rename(unfinished, out)
+        (out / LOCK).unlink()
     sync_folder(out.parent)
     return work.report(out, shards)
 

@@ -75,7 +75,7 @@ def rescaled(used: Iterable[int], own: np.float32, other: np.float32) -> np.ndar
         code = CODES.get(VALUES[LARGEST if magnitude == NAN else magnitude] * ratio)
         if code is None:
             return None
-        table[byte] = code | (byte & SIGN)
+        table[byte] = code if magnitude == NAN else code | (byte & SIGN)
     return table
 
 

@@ -38,7 +38,7 @@ class Target(NamedTuple):
     def strategy(self) -> str:
         """What one FP8 scale is for, in the words of compressed-tensors: block, channel or tensor."""
         rows, shape = self.tensors[0].shape[0], self.tensors[1].shape
-        if shape in ((), (1,)):
+        if shape in ((), (1,)) or (shape == (1, 1) and max(self.tensors[0].shape) > FP8_BLOCK):
             return "tensor"
         return "channel" if shape == (rows, 1) and rows > 1 else "block"
 

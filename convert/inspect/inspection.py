@@ -14,6 +14,7 @@ from typing import Any
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage.manifest import FILE, LeafEntry, Manifest
 
 from ..read.detect import detect
@@ -62,7 +63,7 @@ class Inspection:
 
 def inspect(folder: str | Path) -> Inspection:
     """What `folder` holds, in either layout. Raises CheckpointError that lists what is wrong with its headers."""
-    folder = Path(folder).expanduser().absolute()
+    folder = path_of(folder).absolute()
     if (folder / FILE).exists():
         return _converted(folder)
     return of_source(Source(folder))

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, UsageError
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage.arrays import FOLDER
 from dsv32_jax.storage.manifest import FILE
 
@@ -24,7 +25,7 @@ def tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:
     """The tensors (in a converted folder: arrays) whose names match the shell pattern: name, dtype, shape, bytes, and
     place. Raises UsageError where none does.
     """
-    folder = Path(folder).expanduser().absolute()
+    folder = path_of(folder).absolute()
     found = list(_arrays(folder, pattern) if (folder / FILE).exists() else _tensors(folder, pattern))
     if not found:
         raise _nothing(folder, pattern)
@@ -36,7 +37,7 @@ def statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
 
     Raises UsageError where none does.
     """
-    folder, found = Path(folder).expanduser().absolute(), False
+    folder, found = path_of(folder).absolute(), False
     for row in _of_leaves(folder, pattern) if (folder / FILE).exists() else _of_weights(folder, pattern):
         found = True
         yield row

@@ -20,14 +20,18 @@ def entry(array: np.ndarray) -> ArrayEntry:
 
 
 def scale_facts(arrays: dict[str, np.ndarray]) -> dict[str, int]:
-    """How many NVFP4 block scales are NaN (they count as 448) and how many are zero (the block is)."""
+    """How many NVFP4 block scales are NaN (they count as 448), and how many blocks are zero: by their scale, or by all
+    of their codes."""
     if "codes" not in arrays:
         return {}
     nan = zero = 0
-    for piece in _pieces(_bytes(arrays["block_scale"])):
-        magnitude = piece & 0x7F
+    scales = _bytes(arrays["block_scale"])
+    codes = _bytes(arrays["codes"]).reshape(scales.size, -1)
+    for at in range(0, scales.size, PIECE // codes.shape[1]):
+        some = slice(at, at + PIECE // codes.shape[1])
+        magnitude = scales[some] & 0x7F
         nan += int(np.count_nonzero(magnitude == 0x7F))
-        zero += int(np.count_nonzero(magnitude == 0))
+        zero += int(np.count_nonzero((magnitude == 0) | ~(codes[some] & 0x77).any(axis=1)))
     return {"nan_scale_bytes": nan, "zero_blocks": zero}
 
 

@@ -4,6 +4,7 @@ In memory are, beside the program: the group of leaves that is being built, what
 before, which is still being written, and the band of it that is on its way to the disk.
 """
 
+import dataclasses
 import functools
 import math
 import os
@@ -66,7 +67,10 @@ def parse(text: str | int) -> int:
 @functools.lru_cache(maxsize=4096)
 def working_bytes(leaf: PlannedLeaf) -> int:
     """What one worker has in hand beside the leaf itself: one weight as it is read, in between, and as it is stored."""
-    most = max((_reading(stored) + _converting(stored) for stored in leaf.sources), default=0)
+    sources = leaf.sources
+    if leaf.form.dequantized is not None:
+        sources = [dataclasses.replace(stored, wanted="bf16") for stored in sources]
+    most = max((_reading(stored) + _converting(stored) for stored in sources), default=0)
     whole = not leaf.leaf.stacked and leaf.leaf.cut is None
     return max(0, most - leaf.nbytes) if whole else most
 

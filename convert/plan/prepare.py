@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+from dsv32_jax.errors import UsageError
+from dsv32_jax.paths import path_of
 from dsv32_jax.storage import pieces
 from dsv32_jax.storage.manifest import digest
 
@@ -83,8 +85,12 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
 
     Raises UsageError, ConfigError, CheckpointError, or CapacityError where the memory or the mesh does not do.
     """
-    src, dst = Path(src).expanduser().absolute(), Path(dst).expanduser().absolute()
+    src, dst = path_of(src).absolute(), path_of(dst).absolute()
     kinds = (options.get("scales", "rtn"), options.get("tensor_scales", "own"))
+    if kinds != ("rtn", "own") and options.get("to") != "nvfp4" and options.get("policy") is None:
+        raise UsageError(
+            "--scales and --tensor-scales say how weights become NVFP4, and none does: add --to nvfp4. Nothing was read"
+        )
     wanted = recipe(options.get("to"), options.get("policy"), *kinds)
     budget = memory.budget(options.get("max_memory"), options.get("workers"))
     mesh = options.get("mesh") or {}

@@ -84,6 +84,11 @@ class Source:
             for file, identity in sorted(self.files.items())
         }
 
+    @property
+    def stamps(self) -> dict[str, list[int]]:
+        """Inode and time of the last change of every shard, by name: where they differ, its bytes may."""
+        return {file.name: [found.inode, found.mtime_ns] for file, found in sorted(self.files.items())}
+
     def read(self, tensor: Tensor) -> np.ndarray:
         """The whole tensor. Raises StorageError when the file changed since its header was read."""
         return self._bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)

@@ -4,9 +4,12 @@ Nor is text read that would take much memory: the objects of Python are up to th
 """
 
 import json
+import re
 from typing import Any, NamedTuple
 
 from dsv32_jax.errors import CheckpointError, listing
+
+SPACED = re.compile(r'"\s+:')
 
 
 class Limits(NamedTuple):
@@ -24,14 +27,15 @@ MODEST = Limits(1_000, 10_000, 2_000_000)
 def strict_json(text: bytes, limits: Limits = MODEST) -> Any:
     """`text` parsed, by the fast parser, and once more with its slow hooks where a count says that keys may be doubled.
 
-    Without a backslash in the text, every `":` follows a key and no string holds one. Raises CheckpointError.
+    Without a backslash and space before colons, every `":` follows a key, every key is followed by one, and no string
+    holds one. Raises CheckpointError.
     """
     for what, mark, most in zip(Limits._fields, (b"{", b"[", b","), limits, strict=True):
         if (count := text.count(mark)) > most:
             raise CheckpointError(f"not valid here: JSON of {count} {what}, at most {most} are read")
     try:
         decoded = text.decode("utf-8")
-        if "\\" not in decoded and "-0" not in decoded:
+        if "\\" not in decoded and "-0" not in decoded and not SPACED.search(decoded):
             parsed = json.loads(decoded, parse_constant=_no_constant)
             if _keys(parsed) == decoded.count('":'):
                 return parsed

@@ -1,7 +1,7 @@
 """Whether a folder holds (the beginning of) the same conversion, and in what it differs where it does not."""
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 from dsv32_jax.errors import OutputExistsError, listing
@@ -41,11 +41,12 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found + _changed("--mesh: {} was {}, {} now", before.get("mesh", {}), now["mesh"])
 
 
-def require_same_bytes(source: Source, leaves: Iterable[LeafEntry]) -> None:
+def require_same_bytes(source: Source, leaves: Iterable[LeafEntry], touched: Collection[str] = ()) -> None:
     """Raise OutputExistsError where tensors that were converted before have other bytes now.
 
-    Headers do not show that a checkpoint was replaced by another training of the same model: so of each file, one
-    tensor that was converted is read again.
+    Headers do not show that a checkpoint was replaced by another training of the same model, or that a damaged file was
+    downloaded again: so of each file, one tensor that was converted is read again, and all of those files that were
+    `touched` since.
     """
     digests = {t.name: t.sha256 for leaf in leaves if leaf.passport for t in leaf.passport.sources}
     probes: dict[str, Tensor] = {}
@@ -53,17 +54,28 @@ def require_same_bytes(source: Source, leaves: Iterable[LeafEntry]) -> None:
         best = probes.get(tensor.file.name)
         if tensor.nbytes <= PROBE_BYTES and (best is None or tensor.nbytes > best.nbytes):
             probes[tensor.file.name] = tensor
+    again = [probes[name] for name in sorted(probes) if name not in touched]
+    again += [source.tensors[name] for name in digests if name in source.tensors and _file(source, name) in touched]
     changed = [
-        f"{tensor.name} in {name}"
-        for name, tensor in sorted(probes.items())
-        if hashlib.sha256(source.read(tensor).reshape(-1).view("uint8").data).hexdigest() != digests[tensor.name]
+        f"{tensor.name} in {tensor.file.name}" for tensor in again if _sha256(source, tensor) != digests[tensor.name]
     ]
     if changed:
         raise OutputExistsError(
-            f"the source has changed since this conversion began: {len(changed)} of {len(probes)} tensors that were "
+            f"the source has changed since this conversion began: {len(changed)} of {len(again)} tensors that were "
             f"read again have other bytes ({listing(changed)}). Nothing was touched; "
             "convert to another folder, or delete this one yourself"
         )
+
+
+def _file(source: Source, name: str) -> str:
+    return source.tensors[name].file.name
+
+
+def _sha256(source: Source, tensor: Tensor) -> str:
+    found = hashlib.sha256()
+    for piece in source.pieces(tensor):
+        found.update(piece.data)
+    return found.hexdigest()
 
 
 def _changed(text: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -67,8 +67,9 @@ def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
     from dsv32_jax.storage.store import Writer
 
     source, dst, planned = prepared.source, prepared.dst, prepared.plan
-    journal = Journal(dst, prepared.digest, source.folder.name, prepared.basis)
-    require_same_bytes(source, [entry for part in journal.leaves.values() for entry in part.values()])
+    journal = Journal(dst, prepared.digest, source.folder.name, prepared.basis, source.stamps)
+    touched = [name for name, stamp in source.stamps.items() if journal.stamps.get(name) != stamp]
+    require_same_bytes(source, [entry for part in journal.leaves.values() for entry in part.values()], touched)
     writer = Writer(dst, pieces.by_mesh(prepared.mesh, [leaf.leaf for leaf in planned.leaves]))
     journal.forget(part for part, leaves in journal.leaves.items() if _stored(leaves) and not writer.has(part))
     writer.keep(journal.leaves)

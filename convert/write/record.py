@@ -13,6 +13,7 @@ from ..leaves.amax import amax
 from ..leaves.cut import FLOATS
 from ..plan.plan import PlannedLeaf
 from ..read.header import Tensor
+from ..read.stored import Stored
 from ..read.weights import Read
 
 SCALAR_BYTES = 8
@@ -28,6 +29,7 @@ class Recorder:
         self.sha256: dict[str, str] = {}
         self.bits: dict[str, str] = {}
         self.zero: set[str] = set()
+        self.uniform: set[str] = set()
 
     def __call__(self, tensor: Tensor) -> np.ndarray:
         array = self._read(tensor)
@@ -38,17 +40,19 @@ class Recorder:
                 self.bits[tensor.name] = raw.tobytes().hex()
             if not raw[:GLANCE].any() and not raw.any():
                 self.zero.add(tensor.name)
+            elif raw.size and (raw[:GLANCE] == raw[0]).all() and (raw == raw[0]).all():
+                self.uniform.add(tensor.name)
         return array
 
     def require_written(self, planned: PlannedLeaf) -> None:
         """Raise CheckpointError that lists the matrices of a leaf which are zero throughout.
 
         A download that reserves its space first leaves such holes. NVFP4 can say that a matrix is meant to be zero: by
-        a tensor scale of zero.
+        a tensor scale of zero, or by block scales that are all the same.
         """
         holes = []
         for stored in planned.sources:
-            if len(stored.shape) == 2 and (stored.tensor_scale is None or stored.tensor_scale.name not in self.zero):
+            if len(stored.shape) == 2 and not self._is_meant(stored):
                 holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self.zero]
         if holes:
             names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
@@ -56,6 +60,11 @@ class Recorder:
                 f"{len(holes)} tensors of {planned.leaf.path} are zero throughout: {names}. The files have their full "
                 "size but were not downloaded completely: download them again. What was written before is kept"
             )
+
+    def _is_meant(self, stored: Stored) -> bool:
+        if stored.tensor_scale is None:
+            return False
+        return stored.tensor_scale.name in self.zero or (stored.scale is not None and stored.scale.name in self.uniform)
 
 
 def with_passport(planned: PlannedLeaf, entry: LeafEntry, built: dict[str, np.ndarray], read: Recorder) -> LeafEntry:

@@ -1,7 +1,7 @@
 """Whether the files of a converted checkpoint are those that were written. Nothing here needs JAX.
 
-The manifest lists every file with its size. Small ones, which hold the structure, are listed with their SHA-256 too;
-in large ones lie the arrays, each of which has its own.
+The manifest lists every file with its size. All but large ones of the store are listed with their SHA-256 too: in those
+lie the arrays, each of which has its own.
 """
 
 import hashlib
@@ -10,13 +10,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import VerificationError, listing
+from ..errors import CheckpointError, VerificationError, listing
 from .arrays import Key, raw
 from .manifest import FILE, JOURNAL, LeafEntry, Manifest
 from .manifest_text import is_sealed
 
 SMALL = 1 << 20
-"""Bytes of the largest file that is listed with its SHA-256."""
+"""Bytes of the largest file of the store that is listed with its SHA-256."""
 
 WEIGHTS = "weights/"
 OWN = (FILE, FILE + ".tmp", JOURNAL, ".lock")
@@ -24,8 +24,11 @@ OWN = (FILE, FILE + ".tmp", JOURNAL, ".lock")
 
 
 def files(folder: str | Path) -> dict[str, list]:
-    """Every file below `folder` by its path: size, and SHA-256 of a small one or None."""
-    return {name: [size, _sha256(file) if size <= SMALL else None] for name, file, size in _walk(Path(folder))}
+    """Every file below `folder` by its path: size, and SHA-256, or None of a large one of the store."""
+    return {
+        name: [size, None if size > SMALL and name.startswith(WEIGHTS) else _sha256(file)]
+        for name, file, size in _walk(Path(folder))
+    }
 
 
 def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
@@ -41,6 +44,21 @@ def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
         elif name.startswith(WEIGHTS):
             problems.append(f"{name} does not belong to the checkpoint")
     return problems
+
+
+def require_weights(folder: str | Path, manifest: Manifest) -> None:
+    """Raise CheckpointError that lists every file of the store which is missing or has another size; none is read."""
+    folder = Path(folder)
+    recorded = {name: size for name, (size, _) in manifest.storage.get("files", {}).items() if name.startswith(WEIGHTS)}
+    problems = [f"{name} is missing" for name in recorded if not (folder / name).is_file()]
+    for name, size in recorded.items():
+        if (folder / name).is_file() and (found := (folder / name).stat().st_size) != size:
+            problems.append(f"{name} has {found} bytes, not {size}")
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: {listing(problems)}. "
+            "Copy the folder again, or convert again"
+        )
 
 
 def require_manifest(folder: str | Path) -> None:

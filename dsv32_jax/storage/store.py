@@ -52,7 +52,7 @@ class Writer:
     def keep(self, wanted: Collection[str]) -> None:
         """Remove every part but those `wanted`: parts that were stored and then not noted by their writer."""
         for entry in os.scandir(self.folder):
-            if entry.name not in wanted:
+            if entry.name not in wanted and entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path)
 
     def save(self, part: str, group: Mapping[Key, np.ndarray]) -> None:

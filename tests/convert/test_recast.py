@@ -14,6 +14,7 @@ from convert.leaves import cut
 from convert.leaves.outcome import relative_rms, summary
 from convert.leaves.recast import Outcome
 from convert.read.detect import detect
+from convert.read.source import Source
 from dsv32_jax.errors import CheckpointError, OutputExistsError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantize import fp8_quantize
@@ -104,6 +105,33 @@ def unfinished(checkpoints, tmp_path_factory) -> Path:
         patch.setattr(cut, "build", build)
         convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
     return out
+
+
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9])
+def test_a_flipped_bit_in_the_journal_is_told(share, unfinished, checkpoints, tmp_path):
+    out = shutil.copytree(unfinished, tmp_path / "damaged")
+    raw = bytearray((out / "journal.jsonl").read_bytes())
+    raw[int(share * len(raw))] ^= 1
+    (out / "journal.jsonl").write_bytes(raw)
+    with pytest.raises(OutputExistsError, match="journal.jsonl is damaged.*Nothing was touched"):
+        convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
+
+
+def test_a_shard_that_was_downloaded_again_is_read_again(unfinished, checkpoints, tmp_path):
+    """Copied as it was, the conversion goes on; with other bytes in any tensor that was converted, it does not."""
+    source = shutil.copytree(checkpoints["fp8"], tmp_path / checkpoints["fp8"].name)
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    entries = [json.loads(line)["line"]["leaves"] for line in (out / "journal.jsonl").read_text().splitlines()[1:]]
+    names = [tensor[0] for leaves in entries for leaf in leaves.values() for tensor in leaf["passport"]["sources"]]
+    tensor = min((Source(source).tensors[name] for name in names), key=lambda tensor: tensor.nbytes)
+    raw = bytearray(tensor.file.read_bytes())
+    tensor.file.write_bytes(raw)
+    shutil.copytree(out, tmp_path / "same")
+    convert.convert(source, tmp_path / "same", to="nvfp4", group_bytes=60_000)
+    raw[tensor.offset] ^= 1
+    tensor.file.write_bytes(raw)
+    with pytest.raises(OutputExistsError, match="the source has changed since this conversion began: 1 of"):
+        convert.convert(source, out, to="nvfp4", group_bytes=60_000)
 
 
 @pytest.mark.parametrize("options", OTHER)

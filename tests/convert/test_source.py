@@ -43,6 +43,10 @@ MALFORMED = {
     "NaN": (fakes.file_bytes(b'{"a": NaN}'), "NaN"),
     "duplicate keys": (fakes.file_bytes(b'{"a": 1, "a": 2}'), "twice: 'a'"),
     "duplicate shape": (fakes.file_bytes(b'{"a": {"dtype": "U8", "shape": [4], "shape": [4]}}'), "twice: 'shape'"),
+    "duplicate beside a space": (
+        fakes.file_bytes(b'{"a":{"dtype":"F32","dtype":"I32","shape" :[2],"data_offsets":[0,8]}}', b"12345678"),
+        "twice: 'dtype'",
+    ),
     "unknown dtype": (fakes.file_bytes(entry(dtype="F4"), b"1234"), "dtype 'F4'.*supported: BOOL"),
     "dtype is a number": (fakes.file_bytes(entry(dtype=3), b"1234"), "dtype 3"),
     "negative size": (fakes.file_bytes(entry(shape=[-4]), b"1234"), "shape"),

@@ -142,6 +142,16 @@ def test_files_that_are_missing_short_or_foreign_are_named(level, copy):
     assert "tokenizer.json" not in text
 
 
+def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
+    """All files but those of the store have a digest, however large."""
+    source = shutil.copytree(originals["nvfp4"], tmp_path / "source")
+    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x" * (1 << 21): 0}}}))
+    convert.convert(source, tmp_path / "out")
+    flip(tmp_path / "out" / "tokenizer.json", 1 << 20, 0)
+    with pytest.raises(VerificationError, match="tokenizer.json"):
+        verify(tmp_path / "out", level="quick")
+
+
 def test_a_missing_part_names_its_arrays(converted, copy):
     shutil.rmtree(copy / "weights" / "00000")
     with pytest.raises(VerificationError) as caught:
