@@ -133,7 +133,7 @@ class Batch:
             context,
             occurring(prompts, batch, self._model.cfg.vocab_size),
             slots=bucket(request.limit),
-            width=request.top_logprobs and rows_bucket(request.top_logprobs),
+            width=request.top_logprobs and min(rows_bucket(request.top_logprobs), self._model.cfg.vocab_size),
             drafts=request.draft,
         )
 
@@ -169,6 +169,11 @@ class Batch:
     def steps(self) -> int:
         """Steps that all rows have taken."""
         return int(fetch(self.state.step_B).sum())
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were kept: what all rows made beyond their first token and one a step."""
+        return int(np.maximum(fetch(self.state.made_B) - 1, 0).sum()) - self.steps
 
     def news(self) -> Iterator[tuple[int, Token]]:
         """The tokens that were made since the last call, by row of the request; a row that hits a stop string ends."""

@@ -118,9 +118,10 @@ def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, posi
 
 @jax.named_scope("top-k")
 def select(score_BTS: jax.Array, topk: int) -> jax.Array:
-    """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist."""
+    """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist. NaN
+    is the largest: it is attended to, and seen in the logits."""
     top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
-    return jnp.where(top_BTk > -jnp.inf, selected_BTk, -1)
+    return jnp.where(top_BTk != -jnp.inf, selected_BTk, -1)
 
 
 def select_all(visible_BTS: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Programs that record, and the Record that is made of their tapes."""
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from functools import cache, partial, wraps
 from typing import Any
@@ -105,10 +106,13 @@ class Rows:
         """What stands where nothing was recorded, NaN for values, [layers, rows, tokens, ...] by name; of what was
         selected, no more columns than tokens."""
         cfg = self._model.cfg
-        whole = jax.eval_shape(lambda: tape.empty(cfg, len(self._seen), max(longest, 1), self._kinds))
+        routing = dataclasses.replace(cfg, first_k_dense_replace=0)
+        whole, every = (
+            jax.eval_shape(partial(tape.empty, cfg, len(self._seen), max(longest, 1), self._kinds))
+            for cfg in (cfg, routing)
+        )
         found = {name: part.update(shape=(len(part), longest, *part.shape[2:])) for name, part in whole.head.items()}
-        for name in dict.fromkeys(name for layer in whole.layers for name in layer):
-            parts = [layer[name] for layer in whole.layers if name in layer]
-            rows, _, *rest = parts[0].shape
-            found[name] = parts[0].update(shape=(len(parts), rows, longest, *rest))
+        for name, part in every.layers[0].items():
+            layers = sum(name in layer for layer in whole.layers)
+            found[name] = part.update(shape=(layers, len(part), longest, *part.shape[2:]))
         return {name: np.full(part.shape, tape.PAD.get(name, np.nan), part.dtype) for name, part in found.items()}

@@ -9,7 +9,8 @@ from .record import Record
 class Stats:
     """Where the time went. Rates count real tokens of all rows; compilation is in neither of them.
 
-    `steps` counts the steps of all rows: with drafts a step makes several tokens.
+    `steps` counts the steps of all rows: with drafts a step makes several tokens, of which `accepted` were drafted.
+    Tokens behind a stop string are among these two, not among `new_tokens`.
     """
 
     rows: int
@@ -22,6 +23,7 @@ class Stats:
     capacity: int
     steps: int
     drafts: int
+    accepted: int
 
     @property
     def prefill_tokens_per_second(self) -> float:
@@ -37,8 +39,7 @@ class Stats:
     @property
     def acceptance(self) -> float:
         """The share of drafted tokens that the model kept; 0 without drafts."""
-        kept = self.new_tokens - self.rows - self.steps
-        return kept / (self.steps * self.drafts) if self.steps and self.drafts else 0.0
+        return self.accepted / (self.steps * self.drafts) if self.steps and self.drafts else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Run:
         ]
         self._progress = progress
         self._saw = Rows(self.request.record, model, self.request.prompts, len(self.request.samplings))
-        self._read = self._steps = self._compiles = 0
+        self._read = self._steps = self._accepted = self._compiles = 0
         self._seconds: dict[str, float] = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
 
     @property
@@ -68,6 +68,7 @@ class Run:
                     batch.advance(steps)
                 yield from batch.news()
         self._steps += batch.steps
+        self._accepted += batch.accepted
         self._saw.take(batch)
 
     def result(self) -> Generation:
@@ -86,6 +87,7 @@ class Run:
             capacity=self.request.capacity,
             steps=self._steps,
             drafts=self.request.draft,
+            accepted=self._accepted,
         )
         tokens = [one.tokens for one in self._transcripts]
         return Generation(

@@ -1,8 +1,8 @@
 """How tokens are to be chosen: what the user says, checked, and brought into the form that `choice` works on."""
 
 import dataclasses
-import math
 import operator
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 
 from .choice import Knobs
 from .errors import UsageError, listing
+
+LARGEST_BIAS = 1e30
+"""Far beyond any logit; what is larger could not be told from infinity."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,8 +55,11 @@ class Sampling:
             raise UsageError(f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty!r}")
         _require(self.presence_penalty, -100, 100, "presence_penalty must be from -100 to 100")
         _require(self.frequency_penalty, -100, 100, "frequency_penalty must be from -100 to 100")
-        if not isinstance(self.logit_bias, Mapping) or not all(map(_is_number, self.logit_bias.values())):
-            raise UsageError(f"logit_bias must give a finite number for each token id, not {self.logit_bias!r}")
+        if not isinstance(self.logit_bias, Mapping) or not all(map(_is_bias, self.logit_bias.values())):
+            raise UsageError(
+                f"logit_bias must give a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g} for each token id, "
+                f"not {self.logit_bias!r}"
+            )
         for name in ("allowed_ids", "forbidden_ids"):
             ids = getattr(self, name)
             if ids is not None and (isinstance(ids, str | bytes) or not isinstance(ids, Collection)):
@@ -67,7 +73,11 @@ class Sampling:
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+def _is_bias(value: Any) -> bool:
+    return _is_number(value) and abs(value) <= LARGEST_BIAS
 
 
 def _require(value: Any, least: float, most: float, rule: str) -> None:

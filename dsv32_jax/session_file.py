@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from .decoding import Context
 from .errors import CheckpointError, StorageError, UsageError, listing
 from .model import Model
 
-KIND = "dsv32_jax session 2"
+KIND = "dsv32_jax session 3"
 
 
 def identity(model: Model) -> str:
@@ -29,6 +30,7 @@ def write(file: Path, model: Model, settings: dict[str, Any], context: Context |
     """Write `context`, whose slots are all used: the whole file or, with StorageError, none."""
     arrays = {name: _bytes(slots) for name, slots in _slots(context).items()}
     about = {"kind": KIND, "model": identity(model), "settings": json.dumps(settings)}
+    about["sha256"] = _digest(about["settings"], arrays)
     unfinished = file.with_name(file.name + ".unfinished")
     try:
         save_file(arrays or {"empty": np.zeros(0, np.uint8)}, unfinished, about)
@@ -61,19 +63,28 @@ def read_into(file: Path, context: Context) -> Context:
     wanted = _slots(context)
     with safe_open(file, "numpy") as opened:
         sizes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-        expected = {name: [slots.nbytes] for name, slots in wanted.items()}
+        about, expected = opened.metadata(), {name: [slots.nbytes] for name, slots in wanted.items()}
         if sizes != expected:
             wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
             raise CheckpointError(f"{file} is damaged: {len(wrong)} arrays are not of their size: {listing(wrong)}")
+        arrays = {name: opened.get_tensor(name) for name in wanted}
+    if _digest(about["settings"], arrays) != about.get("sha256"):
+        raise CheckpointError(f"{file} is damaged: its bytes are not those that were written")
 
-        def filled(path, slots):
-            name = jax.tree_util.keystr(path)
-            if name not in wanted:
-                return slots
-            return jnp.asarray(opened.get_tensor(name).view(slots.dtype).reshape(slots.shape))
+    def filled(path, slots):
+        name = jax.tree_util.keystr(path)
+        return jnp.asarray(arrays[name].view(slots.dtype).reshape(slots.shape)) if name in wanted else slots
 
-        context = jax.tree_util.tree_map_with_path(filled, context)
-    return context
+    return jax.tree_util.tree_map_with_path(filled, context)
+
+
+def _digest(settings: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """The SHA-256 of everything that a session is."""
+    found = hashlib.sha256(settings.encode())
+    for name in sorted(arrays):
+        found.update(name.encode())
+        found.update(arrays[name].data)
+    return found.hexdigest()
 
 
 def _slots(context: Context | None) -> dict[str, Any]:

@@ -32,6 +32,9 @@ OWN = ("capacity", "cache_dtype", "draft", "record")
 """Options that a session has for all its turns."""
 
 
+BUSY = "this session is in the middle of a turn; wait for it, or close its stream"
+
+
 class Session:
     """One row's cache over many turns.
 
@@ -66,14 +69,17 @@ class Session:
         return Stream(run, self._turn(run, 1, lambda: False))
 
     def fork(self) -> Self:
-        """Another session that holds the same tokens and goes its own way."""
+        """Another session that holds the same tokens and goes its own way. Raises UsageError during a turn."""
+        self._require_rest()
         other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft, self.record)
         other.tokens, other._drafted = list(self.tokens), self._drafted
         other._context = jax.tree.map(jnp.copy, self._context)
         return other
 
     def save(self, file: str | Path) -> None:
-        """Write the session to one file (safetensors); `load_session` continues it with the same model."""
+        """Write the session to one file (safetensors); `load_session` continues it with the same model. Raises
+        UsageError in the middle of a turn."""
+        self._require_rest()
         settings = {
             "capacity": self.capacity,
             "cache_dtype": self.cache_dtype.name,
@@ -84,6 +90,10 @@ class Session:
         }
         used = None if self._context is None else resized(self.model.cfg, self._context, len(self.tokens))
         session_file.write(Path(file), self.model, settings, used)
+
+    def _require_rest(self) -> None:
+        if self._turns.locked():
+            raise UsageError(BUSY)
 
     def _run(self, tokens: Sequence[int], sampling: Any, options: Options) -> Run:
         if given := [name for name in OWN if name in options]:
@@ -101,7 +111,7 @@ class Session:
     def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Generator[Token, None, None]:
         """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
         if not self._turns.acquire(blocking=False):
-            raise UsageError("this session is in the middle of another turn; wait for it, close its stream, or fork")
+            raise UsageError(BUSY)
         try:
             yield from self._continued(run, steps, asked_to_stop)
         finally:
@@ -131,9 +141,10 @@ class Session:
         return known if not self.draft else max(0, min(known, common - 1, self._drafted))
 
     def _keep(self, prompt: list[int], batch: Batch) -> None:
-        """Hold what `batch` has read and made; nothing where it did not get that far."""
+        """Hold what `batch` has read and made; nothing where it did not get that far, or met a value that is not
+        finite: it would spoil what is read later."""
         state = batch.held
-        if state is None:
+        if state is None or not fetch(state.finite_B).all():
             return
         length = int(fetch(state.cache.length_B)[0])
         made = fetch(state.tokens_Bn)[0, : int(fetch(state.made_B)[0])].tolist()

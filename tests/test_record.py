@@ -54,6 +54,17 @@ def test_it_changes_nothing(model, drafted):
         np.testing.assert_allclose(row, want, atol=1e-4)
 
 
+def test_routing_of_a_model_without_experts(tiny, tmp_path):
+    """Has no layers; the rest of the file is read all the same."""
+    dense = models.random_model(
+        dataclasses.replace(tiny, num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
+    )
+    record = ds.generate(dense, PROMPTS[:1], max_new_tokens=2, record={"routing", "logits"}).record
+    record.save(tmp_path / "record")
+    read = type(record).load(tmp_path / "record")
+    assert read["expert"].shape[0] == read["gate"].shape[0] == 0 and read["top_id"].shape[0] == 1
+
+
 def test_rows_are_whole(drafted):
     """Prompt and new tokens but the last, padding marked as such."""
     record = drafted.record

@@ -214,6 +214,12 @@ def _fp8(units, name: str) -> np.ndarray:
     return units[name].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 
 
+def test_select_keeps_nan():
+    """A score that is no number is not dropped: it is seen in what attention makes of it."""
+    got = np.asarray(select(jnp.asarray([[[1.0, np.nan, 3.0, -np.inf]]]), 4))[0, 0]
+    assert set(got[:3].tolist()) == {0, 1, 2} and got[3] == -1
+
+
 def test_select_on_ties_and_short_rows():
     """The lower position wins a tie; a query with fewer keys than k gets -1; nothing invisible is ever selected."""
     inf = np.inf

@@ -136,6 +136,8 @@ def test_each_row_has_its_own_settings():
         ({"presence_penalty": float("inf")}, "presence_penalty"),
         ({"frequency_penalty": "much"}, "frequency_penalty"),
         ({"logit_bias": {3: float("-inf")}}, "logit_bias"),
+        ({"logit_bias": {3: 1e39}}, "logit_bias"),
+        ({"logit_bias": {3: 10**400}}, "logit_bias"),
         ({"logit_bias": [3]}, "logit_bias"),
         ({"allowed_ids": "abc"}, "allowed_ids"),
         ({"forbidden_ids": 3}, "forbidden_ids"),

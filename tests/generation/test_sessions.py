@@ -107,6 +107,42 @@ def test_an_empty_session(model, tmp_path):
     assert ds.load_session(model, tmp_path / "session").tokens == []
 
 
+def test_a_turn_is_not_saved_or_forked_in_its_middle(model, tmp_path):
+    """While its stream is open the session holds nothing: a file that was saved before stays as it was."""
+    session = ds.session(model, capacity=64)
+    session.generate(FIRST, max_new_tokens=3)
+    session.save(tmp_path / "session")
+    stream = session.stream(FIRST, max_new_tokens=4)
+    next(stream)
+    for call in (session.fork, lambda: session.save(tmp_path / "session")):
+        with pytest.raises(UsageError, match="in the middle of a turn"):
+            call()
+    stream.close()
+    assert len(ds.load_session(model, tmp_path / "session").tokens) > len(FIRST)
+
+
+@pytest.mark.parametrize("at", [-20, -3000])
+def test_a_flipped_bit_in_a_session(model, tmp_path, at):
+    session = ds.session(model, capacity=64)
+    session.generate(FIRST, max_new_tokens=3)
+    session.save(tmp_path / "session")
+    raw = bytearray((tmp_path / "session").read_bytes())
+    raw[at] ^= 4
+    (tmp_path / "session").write_bytes(raw)
+    with pytest.raises(CheckpointError, match="damaged: its bytes"):
+        ds.load_session(model, tmp_path / "session")
+
+
+def test_what_is_not_finite_is_not_kept(model):
+    """A turn that fails on it leaves an empty session, not one that spoils the next."""
+    spoilt = dataclasses.replace(model, embed_VD=model.embed_VD.at[11].set(jnp.nan))
+    session = ds.session(spoilt, capacity=64)
+    with pytest.raises(FloatingPointError):
+        session.generate([*FIRST, 11], max_new_tokens=2)
+    assert session.tokens == []
+    assert session.generate(FIRST, max_new_tokens=3).tokens == alone(spoilt, FIRST, {}, 3)
+
+
 def test_a_session_of_another_model(model, tiny, tmp_path):
     """Refused by the digests of both."""
     session = ds.session(dataclasses.replace(model, origin=Origin("abc")), capacity=64)

@@ -50,6 +50,22 @@ def test_penalties_and_ends_with_drafts(checkpoint, prompts):
     assert "stop" in plain.finish_reason and min(map(len, plain.tokens)) > 3
 
 
+def test_acceptance_behind_a_stop_string(checkpoint, prompts):
+    """Steps that go beyond the stop string count with all that they made."""
+
+    class Numbers:
+        def bytes_of(self, ids):
+            return b"".join(b"<%d>" % i for i in ids)
+
+    options = {"max_new_tokens": NEW, "draft": DRAFTS, "tokenizer": Numbers(), "sampling": HOT}
+    whole = ds.generate(checkpoint.model, prompts[:1], **options)
+    stopped = ds.generate(checkpoint.model, prompts[:1], stop=f"<{whole.tokens[0][4]}>", **options)
+    assert len(stopped.tokens[0]) <= 5
+    for gen in (whole, stopped):
+        assert gen.stats.acceptance == gen.stats.accepted / (gen.stats.steps * DRAFTS) >= 0
+    assert whole.stats.accepted == len(whole.tokens[0]) - 1 - whole.stats.steps
+
+
 def test_up_to_the_last_slot(checkpoint, prompts):
     """Drafts beyond the capacity are dropped, and the cache is used to its last slot."""
     count = len(prompts[1])
