@@ -17,6 +17,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed, 5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C."""
     argv = list(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(format="%(message)s")
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")
     try:
         if argv[:1] == ["convert"]:
             return _convert(argv[1:])

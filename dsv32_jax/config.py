@@ -108,7 +108,7 @@ class Config:
         """Read a config.json. Raises ConfigError that lists everything that is wrong with it."""
         try:
             text = Path(path).read_text(encoding="utf-8")
-            raw = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_no_duplicates)
+            raw = json.loads(text, parse_constant=_no_constant, object_pairs_hook=no_duplicates)
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path} cannot be read as a model's config.json: {error}") from error
         return cls.from_dict(raw, str(path))
@@ -118,6 +118,8 @@ class Config:
         """A Config from the parsed config.json `raw`; `name` is what errors call it."""
         if not isinstance(raw, Mapping):
             raise ConfigError(f"{name} must hold one JSON object, but holds a {type(raw).__name__}")
+        if wrong := [key for key in raw if not isinstance(key, str)]:
+            raise ConfigError(f"{name} has {len(wrong)} keys that are no strings: {listing(map(repr, wrong))}")
         problems: list[str] = []
         raw = {"num_nextn_predict_layers": 0, **one_spelling(dict(raw), problems)}
         fields = {field.name: field for field in dataclasses.fields(cls)}
@@ -153,7 +155,8 @@ def _no_constant(text: str):
     raise ValueError(f"the number {text} is not JSON")
 
 
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, for its parser. Raises ValueError where a key is given twice."""
     keys = [key for key, _ in pairs]
     if len(found := dict(pairs)) < len(keys):
         raise ValueError(f"keys that are given twice: {listing(sorted({key for key in keys if keys.count(key) > 1}))}")
@@ -173,13 +176,19 @@ def _value(field: dataclasses.Field, value: Any, problems: list[str]) -> Any:
     return None
 
 
+MOST_LAYERS, MOST_EXPERTS = 1_000, 500_000
+"""Every weight has a name: more of them than any model has would take memory and time before anything is refused."""
+
 MAY_BE_ZERO = {"bos_token_id", "first_k_dense_replace", "num_nextn_predict_layers"}
 
 
 def _contradictions(cfg: Config) -> list[str]:
     """What no single field shows."""
     per_group = cfg.n_routed_experts // cfg.n_group
+    experts = cfg.num_hidden_layers * cfg.n_routed_experts
     rules = [
+        (experts <= MOST_EXPERTS, f"{experts} experts in all layers are too many: at most {MOST_EXPERTS} are read"),
+        (cfg.num_hidden_layers <= MOST_LAYERS, f"num_hidden_layers is larger than {MOST_LAYERS}"),
         (cfg.n_routed_experts % cfg.n_group == 0, "n_routed_experts must be a multiple of n_group"),
         (per_group >= 2, "a group needs at least 2 experts: its score is the sum of its two best"),
         (cfg.topk_group <= cfg.n_group, "topk_group is larger than n_group"),

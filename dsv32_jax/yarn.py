@@ -1,7 +1,6 @@
 """YaRN's parameters, and how a config.json spells them."""
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,9 +67,10 @@ def parse(raw: Any, problems: list[str]) -> Yarn | None:
         problems.append(f"unknown keys in rope_scaling ({len(unknown)}): {listing(unknown)}")
     if missing := sorted(set(fields) - set(raw)):
         problems.append(f"missing keys in rope_scaling ({len(missing)}): {listing(missing)}")
-        return None
     before = len(problems)
-    values = {key: number(key, field.type, raw[key], 1, problems) for key, field in fields.items()}
+    values = {key: number(key, field.type, raw[key], 1, problems) for key, field in fields.items() if key in raw}
+    if missing:
+        return None
     if len(problems) == before and values["mscale"] != values["mscale_all_dim"]:
         problems.append(
             f"rope_scaling.mscale ({values['mscale']}) and mscale_all_dim ({values['mscale_all_dim']}) differ; "
@@ -85,7 +85,7 @@ def number(name: str, kind: Any, value: Any, smallest: int, problems: list[str])
         if type(value) is int and smallest <= value <= LARGEST:
             return value
         problems.append(f"{name} must be a whole number from {smallest} to {LARGEST}, not {value!r}")
-    elif type(value) in (int, float) and math.isfinite(value) and 0 < value <= LARGEST:
+    elif type(value) in (int, float) and 0 < value <= LARGEST:
         return float(value)
     else:
         problems.append(f"{name} must be a positive number, not {value!r}")

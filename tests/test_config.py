@@ -77,6 +77,19 @@ def test_round_trip(name):
     assert Config.from_dict(json.loads(json.dumps(several.to_dict()))) == several
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
+        ({1: 2, "zz": 3}, ["1 keys that are no strings"]),
+        ({"rope_scaling": {"type": "yarn", "factor": "x"}}, ["missing keys in rope_scaling (5)", "factor must be"]),
+    ],
+)
+def test_odd_values_are_refused(raw, wrong, said):
+    message = refusal(raw | wrong)
+    assert all(part in message for part in said), message
+
+
 def test_it_is_frozen_and_hashable(tiny):
     """A Config is a key of compiled programs."""
     assert hash(tiny) == hash(dataclasses.replace(tiny)) and tiny == dataclasses.replace(tiny)

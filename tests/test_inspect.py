@@ -233,6 +233,7 @@ def test_figures(small):
         plots.needle(np.array([[1, 30, 200], [5, 9, 3]]), 20, ["a", "\n", "$"]),
         plots.sharding(inspect.placement(cfg, BANK, "expert=4,model=2")),
         plots.sharding(inspect.placement(cfg, "layers.0.indexer.w_k_JD", "expert=4,model=2")),
+        plots.sharding(inspect.placement(cfg, "norm_D", "expert=4,model=2")),
         plots.stacks({"a": {"x": 1.0, "y": 2.0}, "b": {"x": 2.0}}, "GB"),
         plots.lines({"a": [1, 2], "b": [2, 1]}, "step", "tokens"),
     ]

@@ -13,6 +13,7 @@ from typing import Any
 
 from .. import random_checkpoint
 from ..config import Config
+from ..paths import path_of
 from ..storage.manifest import Manifest
 from .measure import Row, held_bytes, medians, peak_bytes, table
 
@@ -67,7 +68,7 @@ def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Ite
         if checkpoint is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-bench-")))
             checkpoint = _random(scratch, cfg or _about_1_gb())
-        folder = Path(checkpoint).expanduser().resolve()
+        folder = path_of(checkpoint).resolve()
         Manifest.read(folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)

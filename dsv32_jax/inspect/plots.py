@@ -195,7 +195,12 @@ def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
 
 
 def sharding(placed: Placement) -> Picture:
-    """A weight of any rank as the rectangle of its (at most two) split axes, each piece with its devices."""
+    """A weight of any rank as the rectangle of its (at most two) split axes, each piece with its devices; a vector as a
+    row or a column."""
+    if len(placed.shape) == 1:
+        parts = tuple(((0, 1), *part) for part in placed.parts)
+        placed = placed._replace(letters="1" + placed.letters, shape=(1, *placed.shape), parts=parts)
+        placed = placed._replace(split=(None, *placed.split))
     split = [axis for axis, name in enumerate(placed.split) if name is not None]
     down = split[0] if split else 0
     across = split[1] if len(split) > 1 else next(axis for axis in range(len(placed.shape)) if axis != down)

@@ -12,6 +12,7 @@ from .. import inventory
 from ..errors import UsageError, printable
 from ..formats import NVFP4, Fp8Block
 from ..model import Model
+from ..paths import path_of
 from ..storage.manifest import ArrayEntry, LeafEntry
 from .converter import converter
 
@@ -62,7 +63,7 @@ def tree(what: str | Path | Model, format: str | None = None) -> Tree:
         return Tree(inspection.summed("a model", "loaded", what.cfg.to_dict(), items, []))
     if not isinstance(what, str | Path):
         raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
-    if Path(what).expanduser().is_file():
+    if path_of(what).is_file():
         found = inventory.read(what, format)
         items = inspection.of_leaves(found.cfg, found.entries)
         return Tree(inspection.summed(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))

@@ -17,6 +17,7 @@ from .. import host
 from ..config import Config
 from ..errors import CapacityError, UsageError, VerificationError, listing
 from ..layout import Leaf, leaves
+from ..paths import path_of
 from ..quantize import fp8_dequantize, nvfp4_dequantize
 from ..storage.arrays import Arrays, dtype_of, raw
 from ..storage.manifest import FILE, Manifest
@@ -72,7 +73,7 @@ class Folder:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser().absolute()
+        self.folder = path_of(folder).absolute()
         self.converted = (self.folder / FILE).exists()
         self._read = _Converted(self.folder) if self.converted else _Source(self.folder)
         self.config: Config = self._read.config

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import prepare
+from ..config import no_duplicates
 from ..errors import DsvError, UsageError
+from ..paths import path_of
 from ..sampling import Sampling
 from .arguments import SAMPLING, given, token_ids
 from .opening import Opened
@@ -95,8 +97,10 @@ class Reader:
         kinds = [kind for kind in KINDS if kind in given]
         if len(kinds) != 1:
             raise UsageError(f"it needs one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}")
-        sampling = Sampling(**{**self._sampling, **_sampling(given)})
+        sampling = Sampling(**{**self._sampling, **sampling_of(given)})
         (kind,) = kinds
+        if kind == "prompt" and (not isinstance(given["prompt"], str) or not given["prompt"]):
+            raise UsageError(f"prompt must be a text with at least one character, not {given['prompt']!r:.60}")
         asked = self._of_ids if kind == "ids" else self._of_messages if self._is_chat(kind) else self._of_text
         return asked(given, about, sampling)
 
@@ -111,8 +115,6 @@ class Reader:
 
     def _of_text(self, given: Mapping[str, Any], about: dict[str, Any], sampling: Sampling) -> Asked:
         self._refuse(given, "thinking", "tools")
-        if not isinstance(given["prompt"], str) or not given["prompt"]:
-            raise UsageError(f"prompt must be a text with at least one character, not {given['prompt']!r:.60}")
         return self._prepared(given["prompt"], about, None, sampling)
 
     def _of_messages(self, given: Mapping[str, Any], about: dict[str, Any], sampling: Sampling) -> Asked:
@@ -120,6 +122,8 @@ class Reader:
         if not isinstance(messages, list):
             raise UsageError(f"messages must be a list of messages, not {messages!r:.60}")
         thinking = given.get("thinking", self._arguments.thinking)
+        if type(thinking) is not bool:
+            raise UsageError(f"thinking must be true or false, not {thinking!r:.60}")
         return self._prepared(messages, about, thinking, sampling, tools=given.get("tools"))
 
     def _prepared(self, prompt: Any, about: dict[str, Any], thinking: bool | None, sampling: Sampling, **how) -> Asked:
@@ -140,7 +144,7 @@ class Reader:
 def _object(line: str) -> dict[str, Any]:
     """A line of a .jsonl file."""
     try:
-        found = json.loads(line)
+        found = json.loads(line, object_pairs_hook=no_duplicates)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"it is not JSON: {error}") from None
     if not isinstance(found, dict):
@@ -150,11 +154,11 @@ def _object(line: str) -> dict[str, Any]:
     return found
 
 
-def _sampling(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The sampling options of a line; JSON has no numbers for keys."""
+def sampling_of(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The sampling options of an object from JSON, which has no numbers for keys."""
     found = {name: given[name] for name in SAMPLING if name in given}
     if isinstance(bias := found.get("logit_bias"), dict):
-        if wrong := [key for key in bias if not key.isdecimal()]:
+        if wrong := [key for key in bias if not key.isdecimal() or str(int(key)) != key]:
             raise UsageError(f"logit_bias has {wrong[0]!r} for a token id")
         found["logit_bias"] = {int(key): value for key, value in bias.items()}
     return found
@@ -175,7 +179,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def text_of(file: Path) -> str:
     """The text in a file. Raises UsageError where it is not UTF-8, or far too long."""
-    with open(file.expanduser(), "rb") as opened:
+    with open(path_of(file), "rb") as opened:
         return _decoded(opened.read(LARGEST + 1), str(file))
 
 

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
-from ..sampling import Sampling
+from ..paths import path_of
+from ..request import used
+from ..sampling import Sampling, bias
 from . import saving
-from .asking import text_of
+from .asking import sampling_of, text_of
 from .screen import one_line
 from .talk import Talk
 
@@ -64,7 +66,7 @@ class Commands:
         if not turns:
             raise UsageError("there is nothing to take back")
         self._talk.change(messages=messages[: turns[-1]])
-        self._talk.screen.note(f"taken back: {one_line(str(messages[turns[-1]]['content']), 60)}")
+        self._talk.screen.note(f"taken back: {one_line(str(messages[turns[-1]].get('content')), 60)}")
 
     def system(self, text: str) -> None:
         if text:
@@ -95,9 +97,12 @@ class Commands:
             raise UsageError(f"there is no {one_line(name, 40)!r} to set; there are {', '.join(FIELDS)}")
         try:
             found = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise UsageError(f"/set {name} needs a number or a list, not {value!r:.60}") from None
-        self._talk.sampling = dataclasses.replace(self._talk.sampling, **{name: found})
+        sampling = dataclasses.replace(self._talk.sampling, **sampling_of({name: found}))
+        model = self._talk.session.model
+        bias(sampling, model.cfg.vocab_size, used(model))
+        self._talk.sampling = sampling
         self._talk.screen.note(json.dumps(_chosen(self._talk.sampling)))
 
     def save(self, name: str) -> None:
@@ -114,7 +119,7 @@ class Commands:
         talk.change(**{field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)})
         talk.session = found
         self._known.add(saving.files(file)[0])
-        said = [str(message["content"]) for message in conversation.messages if message["role"] == "user"]
+        said = [str(message.get("content")) for message in conversation.messages if message["role"] == "user"]
         turns = f"{len(said)} turn{'s' * (len(said) != 1)}"
         last = f"; the last: {one_line(said[-1], 60)}" if said else ""
         talk.screen.note(turns + last + (f"\nit will be read again: {why}" if why else ""))
@@ -127,7 +132,7 @@ class Commands:
 def _path(text: str) -> Path:
     if not text.strip():
         raise UsageError("which file? write its name behind the command")
-    return Path(text.strip()).expanduser()
+    return path_of(text.strip())
 
 
 def _chosen(sampling: Sampling) -> dict:

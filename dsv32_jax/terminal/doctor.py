@@ -15,6 +15,7 @@ from typing import Any
 
 from .. import host
 from ..errors import DsvError
+from ..paths import path_of
 from .screen import Screen, json_line, one_line, shown
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors", "tokenizers")
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, look in {"versions": versions, "machine": machine, "devices": devices, "runs": runs}.items():
         findings.look(name, look)
     if arguments.checkpoint is not None:
-        findings.look("checkpoint", partial(checkpoint, folder=arguments.checkpoint.expanduser()))
+        findings.look("checkpoint", partial(checkpoint, folder=path_of(arguments.checkpoint)))
     as_json = json_line({**findings.sections, "problems": findings.problems})
     Screen().result((as_json if arguments.json else text(findings)) + "\n")
     return 0

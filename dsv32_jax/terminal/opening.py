@@ -14,6 +14,7 @@ from ..checkpoint import load
 from ..config import Config
 from ..errors import CheckpointError, UsageError
 from ..model import Model, Origin, build
+from ..paths import path_of
 from ..storage.manifest import Manifest
 from .screen import Screen
 
@@ -30,7 +31,7 @@ class Opened:
     def of(cls, folder: str | Path, *, ids: bool = False) -> "Opened":
         """The checkpoint in `folder`. Raises CheckpointError where it is none; where its tokenizer cannot be used and
         not `ids`, CheckpointError or UsageError."""
-        folder = Path(folder).expanduser()
+        folder = path_of(folder)
         cfg = Config.from_dict(Manifest.read(folder).config, f"the config in {folder.name}'s manifest")
         if ids:
             return cls(folder, cfg, None)

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..chat import Conversation
 from ..errors import CheckpointError, DsvError, OutputExistsError, UsageError
+from ..paths import path_of
 from ..sessions import OWN, Session, load_session, session
 
 KIND = "dsv32_jax conversation 1"
@@ -17,7 +18,10 @@ LARGEST = 256 << 20
 
 def files(file: Path) -> tuple[Path, Path]:
     """Where `file` keeps messages and cache: FILE.json and FILE.safetensors."""
-    stem = file.expanduser().with_suffix("") if file.suffix in (".json", ".safetensors") else file.expanduser()
+    stem = path_of(file)
+    if not stem.name:
+        raise UsageError(f"{file} is no name of a file; nothing was written or read")
+    stem = stem.with_suffix("") if stem.suffix in (".json", ".safetensors") else stem
     return stem.with_name(stem.name + ".json"), stem.with_name(stem.name + ".safetensors")
 
 
@@ -72,7 +76,7 @@ def _conversation(file: Path) -> Conversation:
 
 def read_json(file: Path) -> Any:
     """The value in a JSON file. Raises CheckpointError where it is none."""
-    file = file.expanduser()
+    file = path_of(file)
     with open(file, "rb") as opened:
         raw = opened.read(LARGEST + 1)
     try:

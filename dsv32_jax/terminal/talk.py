@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat import Conversation, Tokenizer, prepare, template
+from ..chat.lenient import UNENDED
 from ..chat.messages import to_json
 from ..compilation import kept, metered
 from ..errors import UsageError
@@ -17,10 +18,6 @@ from ..sampling import Sampling
 from ..sessions import Session
 from .answer import Answer
 from .screen import Screen, one_line
-
-CUT = "the text ends without the end-of-sentence token"
-"""What is forgiven of every answer that was stopped."""
-
 
 MOST_NEW = 4096
 """Tokens of an answer, unless it is said otherwise."""
@@ -142,7 +139,7 @@ class Talk:
     def _tell(self, answer: Answer, forgiven: Sequence[str], used: int) -> None:
         """The calls of an answer, and what else there is to know about it."""
         self.show_calls()
-        notes = [text for text in forgiven if text != CUT]
+        notes = [text for text in forgiven if text != UNENDED]
         if answer.finish_reason == "interrupted":
             notes.append("stopped; what was said so far is kept, /undo takes it back")
         elif used >= self.capacity:

@@ -18,6 +18,7 @@ import pytest
 from dsv32_jax import cli
 from dsv32_jax.chat import Conversation, Tokenizer, template
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
+from dsv32_jax.model import Origin
 from dsv32_jax.sampling import Sampling
 from dsv32_jax.sessions import session
 from dsv32_jax.terminal import saving
@@ -44,7 +45,7 @@ class Model:
     """As much of a model as a chat looks at."""
 
     def __init__(self, cfg):
-        self.cfg = cfg
+        self.cfg, self.origin = cfg, Origin()
 
 
 class Script:
@@ -196,6 +197,8 @@ def test_commands(talk, capsys, tmp_path):
     commands.do("/set temperature 0.5")
     commands.do("/set")
     assert chat.sampling == Sampling(temperature=0.5) and '{"temperature": 0.5}' in capsys.readouterr().err
+    commands.do('/set logit_bias {"42": -1.5}')
+    assert chat.sampling == Sampling(temperature=0.5, logit_bias={42: -1.5})
     (tmp_path / "long.txt").write_text("from a file\n", encoding="utf-8")
     assert commands.do(f"/file {tmp_path / 'long.txt'}") is True
     assert chat.session.options[-1]["sampling"].temperature == 0.5
@@ -212,6 +215,12 @@ def test_commands(talk, capsys, tmp_path):
         ("/set warmth 3", UsageError, "no 'warmth' to set"),
         ("/set top_k many", UsageError, "needs a number or a list"),
         ("/set top_p 7", UsageError, "top_p must be"),
+        ("/set top_k " + "[" * 5000, UsageError, "needs a number or a list"),
+        ('/set logit_bias {"9999999": 1}', UsageError, "outside the vocabulary"),
+        ("/set allowed_ids [1, true]", UsageError, "outside the vocabulary"),
+        ("/save ~nobody-of-that-name/x", UsageError, "is no path here"),
+        ("/load .", UsageError, "no name of a file"),
+        ("/file a\0b", UsageError, "zero byte"),
         ("/save", UsageError, "which file"),
         ("/load", UsageError, "which file"),
         ("/load nowhere", FileNotFoundError, "nowhere.json"),

@@ -133,12 +133,15 @@ BAD_LINES = {
     '{"prompt": "a", "temperature": -1}': "temperature must be from 0",
     '{"prompt": "a", "temperature": NaN}': "temperature must be from 0",
     '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' for a token id",
+    '{"prompt": "a", "logit_bias": {"01": 1}}': "'01' for a token id",
+    '{"prompt": "a", "prompt": "b"}': "given twice: prompt",
     '{"ids": "0,1"}': "must be a list of token ids",
     '{"messages": "hi"}': "must be a list of messages",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "\\u001b[2Jx", "content": ""}]}': "message 1",
     '{"messages": [{"role": "tool", "content": "1"}]}': "made 0 tool calls",
     '{"messages": [{"role": "user", "content": "\\ud800"}]}': "half a surrogate pair",
-    '{"messages": [{"role": "user", "content": "a"}], "thinking": 1}': "thinking must be True",
+    '{"messages": [{"role": "user", "content": "a"}], "thinking": 1}': "thinking must be true or false, not 1",
+    '{"messages": [{"role": "user", "content": "a"}], "thinking": null}': "thinking must be true or false, not None",
 }
 
 
