@@ -318,7 +318,7 @@ def test_g28_many_threads(model, greedy):
     session = ds.session(model, capacity=32)
     stream = session.stream(PROMPTS[0], max_new_tokens=4)
     next(stream)
-    with pytest.raises(UsageError, match="in the middle of another turn"):
+    with pytest.raises(UsageError, match="in the middle of a turn"):
         session.generate(PROMPTS[0], max_new_tokens=4)
     stream.close()
     assert session.generate(PROMPTS[0], max_new_tokens=4).tokens[0] == greedy.tokens[0][:4]
