@@ -81,6 +81,7 @@ def test_round_trip(name):
     ("wrong", "said"),
     [
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
+        ({"n_routed_experts": 1_000_000}, ["61000000 experts in all layers are too many"]),
         ({1: 2, "zz": 3}, ["1 keys that are no strings"]),
         ({"rope_scaling": {"type": "yarn", "factor": "x"}}, ["missing keys in rope_scaling (5)", "factor must be"]),
     ],

@@ -50,12 +50,13 @@ def require_same_bytes(source: Source, leaves: Iterable[LeafEntry], touched: Col
     """
     digests = {t.name: t.sha256 for leaf in leaves if leaf.passport for t in leaf.passport.sources}
     probes: dict[str, Tensor] = {}
-    for tensor in (source.tensors[name] for name in digests if name in source.tensors):
+    read = [source.tensors[name] for name in digests if name in source.tensors]
+    for tensor in read:
         best = probes.get(tensor.file.name)
         if tensor.nbytes <= PROBE_BYTES and (best is None or tensor.nbytes > best.nbytes):
             probes[tensor.file.name] = tensor
     again = [probes[name] for name in sorted(probes) if name not in touched]
-    again += [source.tensors[name] for name in digests if name in source.tensors and _file(source, name) in touched]
+    again += [tensor for tensor in read if tensor.file.name in touched]
     changed = [
         f"{tensor.name} in {tensor.file.name}" for tensor in again if _sha256(source, tensor) != digests[tensor.name]
     ]
@@ -65,10 +66,6 @@ def require_same_bytes(source: Source, leaves: Iterable[LeafEntry], touched: Col
             f"read again have other bytes ({listing(changed)}). Nothing was touched; "
             "convert to another folder, or delete this one yourself"
         )
-
-
-def _file(source: Source, name: str) -> str:
-    return source.tensors[name].file.name
 
 
 def _sha256(source: Source, tensor: Tensor) -> str:

@@ -199,8 +199,8 @@ def sharding(placed: Placement) -> Picture:
     row or a column."""
     if len(placed.shape) == 1:
         parts = tuple(((0, 1), *part) for part in placed.parts)
-        placed = placed._replace(letters="1" + placed.letters, shape=(1, *placed.shape), parts=parts)
-        placed = placed._replace(split=(None, *placed.split))
+        letters, shape, split = "1" + placed.letters, (1, *placed.shape), (None, *placed.split)
+        placed = placed._replace(letters=letters, shape=shape, split=split, parts=parts)
     split = [axis for axis, name in enumerate(placed.split) if name is not None]
     down = split[0] if split else 0
     across = split[1] if len(split) > 1 else next(axis for axis in range(len(placed.shape)) if axis != down)

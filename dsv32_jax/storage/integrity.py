@@ -48,12 +48,13 @@ def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
 
 def require_weights(folder: str | Path, manifest: Manifest) -> None:
     """Raise CheckpointError that lists every file of the store which is missing or has another size; none is read."""
-    folder = Path(folder)
+    found = {name: size for name, _, size in _walk(Path(folder))}
     recorded = {name: size for name, (size, _) in manifest.storage.get("files", {}).items() if name.startswith(WEIGHTS)}
-    problems = [f"{name} is missing" for name in recorded if not (folder / name).is_file()]
-    for name, size in recorded.items():
-        if (folder / name).is_file() and (found := (folder / name).stat().st_size) != size:
-            problems.append(f"{name} has {found} bytes, not {size}")
+    problems = [
+        f"{name} has {found[name]} bytes, not {size}" if name in found else f"{name} is missing"
+        for name, size in recorded.items()
+        if found.get(name) != size
+    ]
     if problems:
         raise CheckpointError(
             f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: {listing(problems)}. "

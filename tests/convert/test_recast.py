@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 import convert
-from convert.leaves import cut
+from convert.export.sharing_scales import rescaled
+from convert.leaves import cut, facts
 from convert.leaves.outcome import relative_rms, summary
 from convert.leaves.recast import Outcome
 from convert.read.detect import detect
 from convert.read.source import Source
-from dsv32_jax.errors import CheckpointError, OutputExistsError
+from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantize import fp8_quantize
 
@@ -105,6 +106,29 @@ def unfinished(checkpoints, tmp_path_factory) -> Path:
         patch.setattr(cut, "build", build)
         convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
     return out
+
+
+def test_scales_without_nvfp4_are_refused(checkpoints, tmp_path):
+    for options in ({"scales": "mse"}, {"tensor_scales": "shared"}, {"scales": "mse", "to": "bf16"}):
+        with pytest.raises(UsageError, match="add --to nvfp4"):
+            convert.convert(checkpoints["fp8"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_scales_are_shared_as_what_they_stand_for():
+    """Both NaN bytes mean 448, neither is negative."""
+    table = rescaled([0x7F, 0xFF, 0xB8], np.float32(1), np.float32(2))
+    assert table is not None and table[0x7F] == table[0xFF] == 0x76 and table[0xB8] == 0xB0
+
+
+def test_zero_blocks_of_any_width():
+    """By their scale or by their codes, in blocks of 16 and of 32 inputs."""
+    for block in (16, 32):
+        codes = np.full((2, 64), 0x11, np.uint8)
+        codes[0, : block // 2] = 0x80
+        scale = np.full((2, 128 // block), 0x38, np.uint8)
+        scale[1, 1] = 0x80
+        assert facts.scale_facts({"codes": codes, "block_scale": scale}) == {"nan_scale_bytes": 0, "zero_blocks": 2}
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9])

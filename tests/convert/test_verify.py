@@ -142,6 +142,18 @@ def test_files_that_are_missing_short_or_foreign_are_named(level, copy):
     assert "tokenizer.json" not in text
 
 
+def test_load_names_weights_that_are_short_or_missing(copy):
+    """Before any is read, and without `verify`."""
+    first, second, *_ = sorted((copy / "weights").rglob("ocdbt_data/*"))
+    first.write_bytes(first.read_bytes()[:-1])
+    second.unlink()
+    with pytest.raises(
+        CheckpointError, match="^2 files of .* are not as they were written; nothing was loaded"
+    ) as told:
+        ds.load(copy)
+    assert f"{second.name} is missing" in str(told.value) and "bytes, not" in str(told.value)
+
+
 def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
     """All files but those of the store have a digest, however large."""
     source = shutil.copytree(originals["nvfp4"], tmp_path / "source")
