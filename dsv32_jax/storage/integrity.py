@@ -104,11 +104,15 @@ def _differences(name: str, file: Path, size: int, recorded_size: int, sha256: s
 
 
 def _walk(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    for root, _, names in os.walk(folder):
+    """Every file below `folder`, behind links too, each folder once: a link may lead back above itself."""
+    entered = set()
+    for root, folders, names in os.walk(folder, followlinks=True):
+        entered.add(os.path.realpath(root))
+        folders[:] = [name for name in folders if os.path.realpath(Path(root, name)) not in entered]
         for name in names:
             file = Path(root, name)
             relative = file.relative_to(folder).as_posix()
-            if relative not in OWN:
+            if relative not in OWN and file.exists():
                 yield relative, file, file.stat().st_size
 
 

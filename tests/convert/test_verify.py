@@ -154,6 +154,20 @@ def test_load_names_weights_that_are_short_or_missing(copy):
     assert f"{second.name} is missing" in str(told.value) and "bytes, not" in str(told.value)
 
 
+def test_files_behind_links_are_files_of_the_folder(copy, tmp_path):
+    """As on a disk of their own; a link that leads back up, or to nothing, adds none."""
+    (linked := tmp_path / "linked").mkdir()
+    for file in copy.iterdir():
+        (linked / file.name).symlink_to(file)
+    (linked / "above").symlink_to(tmp_path)
+    (linked / "nothing").symlink_to(tmp_path / "none")
+    ds.load(linked, verify="full")
+    damaged = next(file for file in (copy / "weights").rglob("ocdbt_data/*"))
+    damaged.unlink()
+    with pytest.raises(CheckpointError, match=f"^1 files of .*{damaged.name} is missing"):
+        ds.load(linked)
+
+
 def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
     """All files but those of the store have a digest, however large."""
     source = shutil.copytree(originals["nvfp4"], tmp_path / "source")
