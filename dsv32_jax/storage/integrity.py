@@ -6,7 +6,7 @@ lie the arrays, each of which has its own.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,27 @@ OWN = (FILE, FILE + ".tmp", JOURNAL, ".lock")
 def files(folder: str | Path) -> dict[str, list]:
     """Every file below `folder` by its path: size, and SHA-256, or None of a large one of the store."""
     return {
-        name: [size, None if size > SMALL and name.startswith(WEIGHTS) else _sha256(file)]
-        for name, file, size in _walk(Path(folder))
+        name: [size := file.stat().st_size, None if size > SMALL and name.startswith(WEIGHTS) else _sha256(file)]
+        for name, file in _walk(Path(folder))
+        if name not in OWN
     }
 
 
 def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
     """What is wrong with the files of `folder`, measured against `manifest`; reads only small ones."""
     folder, recorded = Path(folder), manifest.storage.get("files", {})
-    problems = []
-    found = {name: (file, size) for name, file, size in _walk(folder)}
-    for name in sorted(set(recorded) | set(found)):
-        if name not in found:
-            problems.append(f"{name} is missing")
-        elif name in recorded:
-            problems += _differences(name, *found[name], *recorded[name])
-        elif name.startswith(WEIGHTS):
-            problems.append(f"{name} does not belong to the checkpoint")
-    return problems
+    found = set(recorded) | {WEIGHTS + name for name, _ in _walk(folder / WEIGHTS)}
+    return [problem for name in sorted(found) for problem in _differences(name, folder / name, recorded.get(name))]
 
 
 def require_weights(folder: str | Path, manifest: Manifest) -> None:
     """Raise CheckpointError that lists every file of the store which is missing or has another size; none is read."""
-    found = {name: size for name, _, size in _walk(Path(folder))}
-    recorded = {name: size for name, (size, _) in manifest.storage.get("files", {}).items() if name.startswith(WEIGHTS)}
+    recorded = {name: [size, None] for name, (size, _) in manifest.storage.get("files", {}).items()}
     problems = [
-        f"{name} has {found[name]} bytes, not {size}" if name in found else f"{name} is missing"
-        for name, size in recorded.items()
-        if found.get(name) != size
+        problem
+        for name, entry in recorded.items()
+        if name.startswith(WEIGHTS)
+        for problem in _differences(name, Path(folder, name), entry)
     ]
     if problems:
         raise CheckpointError(
@@ -95,25 +88,24 @@ def require_arrays(folder: str | Path, entries: Mapping[str, LeafEntry], arrays:
         )
 
 
-def _differences(name: str, file: Path, size: int, recorded_size: int, sha256: str | None) -> list[str]:
-    if size != recorded_size:
-        return [f"{name} has {size} bytes instead of {recorded_size}"]
+def _differences(name: str, file: Path, entry: Sequence | None) -> list[str]:
+    if entry is None:
+        return [f"{name} does not belong to the checkpoint"]
+    if not file.is_file():
+        return [f"{name} is missing"]
+    (size, sha256), found = entry, file.stat().st_size
+    if found != size:
+        return [f"{name} has {found} bytes instead of {size}"]
     if sha256 is not None and _sha256(file) != sha256:
         return [f"{name} has changed"]
     return []
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, Path, int]]:
-    """Every file below `folder`, behind links too, each folder once: a link may lead back above itself."""
-    entered = set()
-    for root, folders, names in os.walk(folder, followlinks=True):
-        entered.add(os.path.realpath(root))
-        folders[:] = [name for name in folders if os.path.realpath(Path(root, name)) not in entered]
+def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
+    for root, _, names in os.walk(folder):
         for name in names:
             file = Path(root, name)
-            relative = file.relative_to(folder).as_posix()
-            if relative not in OWN and file.exists():
-                yield relative, file, file.stat().st_size
+            yield file.relative_to(folder).as_posix(), file
 
 
 def _sha256(file: Path) -> str:
