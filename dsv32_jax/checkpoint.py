@@ -48,8 +48,8 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     """
     keep_on_disk()
     variable.asked()
-    if np.dtype(dtype) not in (np.dtype(jnp.bfloat16), np.dtype(jnp.float32)):
-        raise UsageError(f"dtype must be bfloat16 or float32, not {np.dtype(dtype)}; weights keep their own formats")
+    if (compute := _dtype(dtype)) not in ("bfloat16", "float32"):
+        raise UsageError(f"dtype must be bfloat16 or float32, not {compute}; weights keep their own formats")
     if verify not in LEVELS:
         raise UsageError(f"verify must be one of {listing(LEVELS)}, not {verify!r}")
     stored = Checkpoint.open(folder, verify)
@@ -107,6 +107,14 @@ class Checkpoint:
         if verify == "full":
             integrity.require_arrays(self.folder, entries, arrays)
         return _weights(entries, arrays, dtype)
+
+
+def _dtype(dtype) -> str:
+    """The name of `dtype`, as it was written where there is no such dtype."""
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return repr(dtype)
 
 
 def _groups(entries: dict[str, LeafEntry]) -> Iterator[list[str]]:

@@ -1,5 +1,6 @@
 """Misuse, caught on the host: JAX would clamp, wrap or overwrite in silence. Values that are traced pass unseen."""
 
+import numbers
 import operator
 from typing import Any
 
@@ -9,15 +10,34 @@ import numpy as np
 from jax.core import Tracer
 
 from .cache import Cache
+from .config import Config
 from .errors import UsageError, listing
+
+UNORDERED = (str, bytes, dict, set, frozenset)
+"""What has a length and is no list of token ids."""
+
+
+def config_of(model: Any) -> Config:
+    """The config of `model`, where that is a Model."""
+    cfg = getattr(model, "cfg", None)
+    if not isinstance(cfg, Config):
+        raise UsageError(f"model must be what ds.load(folder) gives, not {model!r:.200}")
+    return cfg
 
 
 def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
     """`tokens` as int32 [B, T]."""
     if isinstance(tokens, Tracer):
         return tokens
-    array = np.asarray(tokens)
-    if array.dtype.kind not in "iu":
+    try:
+        array = np.asarray(tokens)
+    except ValueError:
+        lengths = sorted({len(row) for row in tokens if hasattr(row, "__len__")})
+        raise UsageError(
+            f"tokens must be a matrix, but its rows are of {len(lengths)} lengths ({listing(lengths)}): fill them up "
+            "on the right with any token, and say in count_B how many of each row are real"
+        ) from None
+    if array.size and array.dtype.kind not in "iu":
         raise UsageError(f"token ids must be whole numbers, not {array.dtype}; nothing was run")
     if array.ndim != 2 or 0 in array.shape:
         raise UsageError(
@@ -29,13 +49,13 @@ def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
 
 def prompts(rows: Any, vocab_size: int) -> list[list[int]]:
     """`rows`, a list of lists of token ids, checked; a flat list of ids is refused rather than guessed at."""
-    if isinstance(rows, str | bytes | dict | set) or not hasattr(rows, "__len__"):
+    if isinstance(rows, UNORDERED) or not hasattr(rows, "__len__"):
         raise UsageError(f"prompts must be a list of lists of token ids, not a {type(rows).__name__}")
     if not len(rows):
         raise UsageError("prompts is empty: there is nothing to generate from")
     checked: list[list[int]] = []
     for b, row in enumerate(rows):
-        if row is None or isinstance(row, str | bytes) or not hasattr(row, "__len__"):
+        if isinstance(row, UNORDERED) or not hasattr(row, "__len__"):
             raise UsageError(f"prompt {b} must be a list of token ids, not {row!r}")
         if not len(row):
             raise UsageError(f"prompt {b} is empty: give it at least the beginning-of-sentence token")
@@ -86,18 +106,26 @@ def length(tokens: int, most: int) -> int:
     return tokens
 
 
-def whole(name: str, value: Any, least: int, most: int) -> None:
-    """`value` is a whole number in the range."""
-    if type(value) is not int or not least <= value <= most:
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """`value`, a whole number in the range."""
+    found = as_whole(value)
+    if found is None or not least <= found <= most:
         raise UsageError(f"{name} must be a whole number from {least} to {most}, not {value!r}; nothing was run")
+    return found
+
+
+def as_whole(value: Any) -> int | None:
+    """`value`, Python's or NumPy's, as an int; None where it is no whole number."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
 
 
 def capacity(slots: Any, count_B: Any) -> int:
     """`slots`, where it is a size that holds the new tokens of every row."""
     need = 1 if isinstance(count_B, Tracer) else int(np.max(count_B))
-    if type(slots) is not int or slots < need:
+    found = as_whole(slots)
+    if found is None or found < need:
         raise UsageError(f"capacity is {slots!r}, but a row has {need} tokens; use capacity={need} or more")
-    return slots
+    return found
 
 
 def room(cache: Cache, count_B: jax.Array | np.ndarray) -> None:

@@ -93,7 +93,7 @@ def forward(
     `capacity` slots (default T). Raises UsageError before anything is compiled where tokens are outside the
     vocabulary or do not fit in the cache.
     """
-    tokens_BT = checks.token_matrix(tokens_BT, model.cfg.vocab_size)
+    tokens_BT = checks.token_matrix(tokens_BT, checks.config_of(model).vocab_size)
     batch, new = tokens_BT.shape
     count_B = np.full(batch, new, np.int32) if count_B is None else checks.counts(count_B, batch, new)
     if cache is None:

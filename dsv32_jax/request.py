@@ -1,6 +1,7 @@
 """A generation request: checked on the host, and rounded up to shapes that many requests share."""
 
 import dataclasses
+import difflib
 from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
 
@@ -10,7 +11,7 @@ import numpy as np
 from . import cache, checks, memory, tape
 from .compilation import keep_on_disk
 from .decoding import Task
-from .errors import UsageError
+from .errors import UsageError, listing
 from .model import Model
 from .sampling import Sampling, bias, knobs, of_rows, token_ids
 
@@ -96,24 +97,24 @@ def plan(
 ) -> Request:
     """Check a request and choose its shapes; nothing is compiled here. `kinds`: what is recorded, of tape.KINDS."""
     keep_on_disk()
-    cfg = model.cfg
+    cfg = checks.config_of(model)
     rows = checks.prompts(prompts, cfg.vocab_size)
-    checks.whole("n", n, 1, 1024)
-    checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
-    checks.whole("draft", draft, 0, MOST_DRAFTS)
+    n = checks.whole("n", n, 1, 1024)
+    top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    draft = checks.whole("draft", draft, 0, MOST_DRAFTS)
     if draft and model.mtp is None:
         raise UsageError(
             f"draft={draft} needs the drafting layer (MTP), which this checkpoint does not have; use draft=0"
         )
     limit, capacity = _room(model, max(map(len, rows)), max_new_tokens, capacity)
-    checks.whole("min_new_tokens", min_new_tokens, 0, limit)
+    min_new_tokens = checks.whole("min_new_tokens", min_new_tokens, 0, limit)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     samplings = of_rows(sampling, len(rows), n)
     ends = [*cfg.eos_token_id, *token_ids("stop_token_ids", stop_token_ids, cfg.vocab_size)]
     for one in samplings[::n]:
         _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
     if batch_size is not None:
-        checks.whole("batch_size", batch_size, n, 1 << 20)
+        batch_size = checks.whole("batch_size", batch_size, n, 1 << 20)
     tape.require_room(cfg, len(rows) * n, max(map(len, rows)) + limit, kinds)
     kept = tape.row_bytes(cfg, capacity, kinds)
     return Request(
@@ -132,30 +133,41 @@ def plan(
     )
 
 
+def require_known(options: Collection[str]) -> None:
+    """Raise UsageError that names every option which is not one of `Options`, and where it belongs."""
+    if unknown := [_unknown(name) for name in options if name not in Options.__annotations__]:
+        raise UsageError(f"{len(unknown)} options are not known: {listing(unknown)}; nothing was run")
+
+
+def _unknown(name: str) -> str:
+    if name in {field.name for field in dataclasses.fields(Sampling)}:
+        return f"{name} (it is one of sampling: sampling=Sampling({name}=...))"
+    similar = difflib.get_close_matches(name, Options.__annotations__, 1)
+    return f"{name} (do you mean {similar[0]}?)" if similar else name
+
+
 def _room(model: Model, longest: int, max_new_tokens: Any, capacity: Any) -> tuple[int, int]:
     """How many tokens a row may make, and the capacity."""
     largest = model.cfg.max_position_embeddings
-    if capacity is not None and (type(capacity) is not int or not 1 <= capacity <= largest):
+    slots = None if capacity is None else checks.as_whole(capacity) or 0
+    if slots is not None and not 1 <= slots <= largest:
         raise UsageError(
             f"capacity must be a whole number from 1 to max_position_embeddings ({largest}), not {capacity!r}"
         )
-    available = (largest if capacity is None else capacity) - longest
-    if max_new_tokens is None:
-        max_new_tokens = max(available, 0)
-    if type(max_new_tokens) is not int or max_new_tokens < 0:
+    available = (slots or largest) - longest
+    limit = max(available, 0) if max_new_tokens is None else checks.as_whole(max_new_tokens)
+    if limit is None or limit < 0:
         raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
-    if max_new_tokens > available:
-        need = longest + max_new_tokens
+    if limit > available:
+        need = longest + limit
         remedies = [f"use max_new_tokens={available} or less"] if available >= 0 else ["shorten the prompt"]
         remedies += [f"use capacity={need}"] if need <= largest else []
         raise UsageError(
-            f"the longest prompt has {longest} tokens and {max_new_tokens} new ones are asked for, but a row holds "
+            f"the longest prompt has {longest} tokens and {limit} new ones are asked for, but a row holds "
             f"{available + longest}; {' or '.join(remedies)}"
         )
-    if capacity is None:
-        read = bucket(longest) if longest <= CHUNK else longest
-        capacity = bucket(read + max_new_tokens)
-    return max_new_tokens, capacity
+    read = bucket(longest) if longest <= CHUNK else longest
+    return limit, slots or bucket(read + limit)
 
 
 def _require_choice(bias_V: np.ndarray, ends: list[int], least: int) -> None:

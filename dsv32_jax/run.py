@@ -15,7 +15,7 @@ from .compilation import announced, metered
 from .decoding import Context
 from .model import Model
 from .recording import Rows
-from .request import plan
+from .request import plan, require_known
 from .result import Generation, Stats
 from .transcript import Token, Transcript
 
@@ -24,9 +24,20 @@ class Run:
     """Checks a request, then runs it. `stop`, `tokenizer` and `progress` are those of `request.Options`."""
 
     def __init__(
-        self, programs: Programs, model: Model, prompts, sampling, *, tokenizer=None, stop=(), progress=None, **options
+        self,
+        programs: Programs,
+        model: Model,
+        prompts,
+        sampling,
+        *,
+        kinds: tuple[str, ...] = (),
+        tokenizer=None,
+        stop=(),
+        progress=None,
+        **options,
     ):
-        self.request = plan(model, prompts, sampling, **options)
+        require_known(options)
+        self.request = plan(model, prompts, sampling, kinds=kinds, **options)
         processes.require_same(model.mesh, (self.request, stop))
         self._programs, self._model, self._tokenizer = programs, model, tokenizer
         self._transcripts = [

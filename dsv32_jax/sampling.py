@@ -3,12 +3,13 @@
 import dataclasses
 import operator
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from . import checks
 from .choice import Knobs
 from .errors import UsageError, listing
 
@@ -46,13 +47,13 @@ class Sampling:
 
     def __post_init__(self):
         _require(self.temperature, 0, 5, "temperature must be from 0 (greedy) to 5")
-        if type(self.top_k) is not int or not 0 <= self.top_k < 2**31:
+        top_k = checks.as_whole(self.top_k)
+        if top_k is None or not 0 <= top_k < 2**31:
             raise UsageError(f"top_k must be a whole number, 0 for no limit, not {self.top_k!r}")
         if not (_is_number(self.top_p) and 0 < self.top_p <= 1):
             raise UsageError(f"top_p must be above 0 and at most 1 (no limit), not {self.top_p!r}")
         _require(self.min_p, 0, 1, "min_p must be from 0 (no limit) to 1")
-        if not (_is_number(self.repetition_penalty) and 0 < self.repetition_penalty <= 100):
-            raise UsageError(f"repetition_penalty must be above 0 and at most 100, not {self.repetition_penalty!r}")
+        _require(self.repetition_penalty, 0.01, 100, "repetition_penalty must be from 0.01 to 100")
         _require(self.presence_penalty, -100, 100, "presence_penalty must be from -100 to 100")
         _require(self.frequency_penalty, -100, 100, "frequency_penalty must be from -100 to 100")
         if not isinstance(self.logit_bias, Mapping) or not all(map(_is_bias, self.logit_bias.values())):
@@ -60,20 +61,20 @@ class Sampling:
                 f"logit_bias must give a number from {-LARGEST_BIAS:g} to {LARGEST_BIAS:g} for each token id, "
                 f"not {self.logit_bias!r}"
             )
-        for name in ("allowed_ids", "forbidden_ids"):
-            ids = getattr(self, name)
-            if ids is not None and (isinstance(ids, str | bytes) or not isinstance(ids, Collection)):
-                raise UsageError(f"{name} must be a list of token ids, not {ids!r}")
-        try:
-            seeds = [self.seed] if isinstance(self.seed, int) else list(self.seed)
-        except TypeError:
-            seeds = []
-        if not seeds or any(type(seed) is not int or not 0 <= seed < 2**63 for seed in seeds):
+        _require_ids("forbidden_ids", self.forbidden_ids)
+        if self.allowed_ids is not None:
+            _require_ids("allowed_ids", self.allowed_ids)
+        given: Any = self.seed
+        many = isinstance(given, Iterable) and not isinstance(given, str)
+        seeds = [checks.as_whole(seed) for seed in (given if many else [given])]
+        if not seeds or any(seed is None or not 0 <= seed < 2**63 for seed in seeds):
             raise UsageError(f"seed must be a whole number below 2^63, or one a row, not {self.seed!r}")
+        object.__setattr__(self, "seed", tuple(seeds) if many else seeds[0])
 
 
 def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    plain = value.item() if isinstance(value, np.number) else value
+    return type(plain) in (int, float) and abs(plain) <= sys.float_info.max
 
 
 def _is_bias(value: Any) -> bool:
@@ -83,6 +84,11 @@ def _is_bias(value: Any) -> bool:
 def _require(value: Any, least: float, most: float, rule: str) -> None:
     if not (_is_number(value) and least <= value <= most):
         raise UsageError(f"{rule}, not {value!r}")
+
+
+def _require_ids(name: str, ids: Any) -> None:
+    if isinstance(ids, str | bytes) or not isinstance(ids, Collection):
+        raise UsageError(f"{name} must be a list of token ids, not {ids!r}")
 
 
 def of_rows(sampling: Any, rows: int, n: int) -> list[Sampling]:
@@ -156,6 +162,7 @@ def bias(one: Sampling, vocab_size: int, used: int) -> np.ndarray:
 
 def token_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
     """`ids` as whole numbers in the vocabulary."""
+    _require_ids(name, ids)
     wrong = [token for token in ids if isinstance(token, bool) or not _is_id(token, vocab_size)]
     if wrong:
         raise UsageError(

@@ -38,11 +38,11 @@ def score(
 ) -> Score:
     """Score rows of token ids, of any lengths, chunk by chunk: the logits of all positions are never there at once."""
     keep_on_disk()
-    cfg = model.cfg
+    cfg = checks.config_of(model)
     rows = checks.prompts(tokens, cfg.vocab_size)
-    checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
     if batch_size is not None:
-        checks.whole("batch_size", batch_size, 1, 1 << 20)
+        batch_size = checks.whole("batch_size", batch_size, 1, 1 << 20)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     capacity = bucket(checks.length(max(map(len, rows)), cfg.max_position_embeddings))
     each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh)

@@ -34,9 +34,10 @@ def write(file: Path, model: Model, settings: dict[str, Any], context: Context |
     unfinished = file.with_name(file.name + ".unfinished")
     try:
         save_file(arrays or {"empty": np.zeros(0, np.uint8)}, unfinished, about)
-    except SafetensorError as error:
+        os.replace(unfinished, file)
+    except (SafetensorError, OSError) as error:
+        unfinished.unlink(missing_ok=True)
         raise StorageError(f"{file} cannot be written: {error}") from error
-    os.replace(unfinished, file)
 
 
 def read_settings(file: Path, model: Model) -> dict[str, Any]:

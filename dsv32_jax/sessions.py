@@ -21,8 +21,9 @@ from .decoding import Context, resized, resumed, rewound
 from .errors import UsageError
 from .host import interruptible
 from .model import Model
+from .paths import file_of
 from .processes import fetch
-from .request import Options, bucket
+from .request import MOST_DRAFTS, Options, bucket
 from .result import Generation
 from .run import Run, Stream
 from .sampling import Sampling
@@ -78,8 +79,9 @@ class Session:
 
     def save(self, file: str | Path) -> None:
         """Write the session to one file (safetensors); `load_session` continues it with the same model. Raises
-        UsageError in the middle of a turn."""
+        UsageError in the middle of a turn or where `file` is a folder, StorageError where it cannot be written."""
         self._require_rest()
+        file = file_of(file)
         settings = {
             "capacity": self.capacity,
             "cache_dtype": self.cache_dtype.name,
@@ -89,7 +91,7 @@ class Session:
             "tokens": self.tokens,
         }
         used = None if self._context is None else resized(self.model.cfg, self._context, len(self.tokens))
-        session_file.write(Path(file), self.model, settings, used)
+        session_file.write(file, self.model, settings, used)
 
     def _require_rest(self) -> None:
         if self._turns.locked():
@@ -166,11 +168,11 @@ def session(
     `record` names what is kept of what layers see, as for `generate`: every turn gives the record of all its tokens.
     """
     kinds = tape.checked(record)
-    longest = model.cfg.max_position_embeddings
-    checks.whole("draft", draft, 0, 16)
+    longest = checks.config_of(model).max_position_embeddings
+    draft = checks.whole("draft", draft, 0, MOST_DRAFTS)
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
-        checks.whole("capacity", capacity, 1, longest)
+        capacity = checks.whole("capacity", capacity, 1, longest)
         kept = tape.row_bytes(model.cfg, capacity, kinds)
         memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh, kept)
     return Session(model, capacity, stored, draft, kinds)
@@ -179,7 +181,8 @@ def session(
 def load_session(model: Model, file: str | Path) -> Session:
     """The session in `file`, for the model it was saved with. Raises UsageError where that is another one,
     CheckpointError where the file is damaged."""
-    file = Path(file)
+    checks.config_of(model)
+    file = file_of(file)
     saved = session_file.read_settings(file, model)
     options = {name: saved[name] for name in OWN}
     loaded, tokens = session(model, **options), saved["tokens"]

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from .errors import CapacityError
+from .errors import CapacityError, UsageError, listing
 from .layout import Leaf
 from .storage import pieces
 
@@ -20,7 +20,11 @@ def of_leaf(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def check(mesh: Mesh, components: list[tuple[Leaf, tuple[int, ...]]]) -> None:
-    """Raise CapacityError that lists every leaf the mesh does not divide evenly."""
+    """Raise CapacityError that lists every leaf the mesh does not divide evenly, UsageError where it is no mesh."""
+    if not isinstance(mesh, Mesh):
+        raise UsageError(f'mesh must be what ds.mesh("expert=4,model=2") gives, not {mesh!r:.200}')
+    if strange := [name for name in mesh.shape if name not in pieces.NAMES]:
+        raise UsageError(f"the mesh has axes {listing(strange)}; known are {listing(pieces.NAMES)}")
     pieces.check(mesh.shape, components)
 
 
@@ -29,6 +33,8 @@ def mesh(sizes: str | Mapping[str, int]) -> Mesh:
 
     Raises UsageError where it is not understood, CapacityError where there are not as many devices.
     """
+    if not isinstance(sizes, str | Mapping):
+        raise UsageError(f'a mesh is written as "expert=4,model=2" or {{"expert": 4, "model": 2}}, not {sizes!r:.200}')
     sizes = pieces.parse(sizes if isinstance(sizes, str) else ",".join(f"{k}={v}" for k, v in sizes.items()))
     needed, devices = int(np.prod(list(sizes.values()))), jax.devices()
     if needed > len(devices):

@@ -537,6 +537,8 @@ def test_index_keys_are_written_even_where_nothing_is_scored(model, tokens, whol
         ([[True, False]], ["bool", "whole numbers"]),
         ([1, 2, 3], ["(3,)", "matrix"]),
         (np.zeros((1, 0), int), ["(1, 0)"]),
+        ([], ["(0,)", "matrix"]),
+        ([[1, 2], [3]], ["2 lengths (1, 2)", "count_B"]),
         ([[[1]]], ["(1, 1, 1)"]),
     ],
     ids=str,
@@ -544,7 +546,7 @@ def test_index_keys_are_written_even_where_nothing_is_scored(model, tokens, whol
 def test_forward_refuses_wrong_tokens(model, tokens, said):
     """Before anything is compiled, with the offending values."""
     with metered() as compiled, pytest.raises(UsageError) as caught:
-        ds.forward(model, np.array(tokens))
+        ds.forward(model, tokens)
     assert compiled.count == 0
     assert all(word in str(caught.value) for word in said), str(caught.value)
 

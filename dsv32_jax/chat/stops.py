@@ -1,6 +1,6 @@
 """Stop strings, found across the borders of tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from ..errors import UsageError
 
@@ -14,7 +14,7 @@ class StopStrings:
     """
 
     def __init__(self, stops: str | Sequence[str]):
-        stops = [stops] if isinstance(stops, str) else list(stops)
+        stops = [stops] if isinstance(stops, str) or not isinstance(stops, Iterable) else list(stops)
         wrong = [stop for stop in stops if not isinstance(stop, str) or not stop]
         if wrong:
             raise UsageError(f"a stop string must be text with at least one character, not {wrong[0]!r}")

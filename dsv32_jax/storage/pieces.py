@@ -29,7 +29,7 @@ def parse(text: str) -> dict[str, int]:
         name, _, size = item.strip().partition("=")
         if name not in NAMES or not re.fullmatch("[1-9][0-9]{0,4}", size) or name in found:
             raise UsageError(
-                f"--mesh {text!r} is not understood at {item.strip()!r}: write for example expert=8,model=2, "
+                f"the mesh {text!r} is not understood at {item.strip()!r}: write for example expert=8,model=2, "
                 f"each of {', '.join(NAMES)} at most once"
             )
         found[name] = int(size)

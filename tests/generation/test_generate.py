@@ -661,6 +661,8 @@ def test_g14_until_the_cache_is_full(model):
         (None, ["NoneType"]),
         (7, ["int"]),
         ({}, ["dict"]),
+        ({5, 6}, ["set"]),
+        ([{5, 6}], ["prompt 0", "{5, 6}"]),
         ({"a": [5]}, ["dict"]),
         (np.zeros((0, 3), int), ["empty"]),
         (np.zeros((2, 0), int), ["prompt 0", "empty"]),
@@ -784,7 +786,81 @@ def test_g24_the_right_tokenizer(converted):
     assert ds.load(converted, dtype=jnp.float32).cfg.vocab_size == 320
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.int8, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", ["float16", "int8", "float8_e4m3fn", "foo", 7])
 def test_wrong_compute_dtypes(converted, dtype):
     """Weights are stored in many formats; arithmetic is done in two."""
-    refused(lambda: ds.load(converted, dtype=dtype), UsageError, np.dtype(dtype).name, "bfloat16", "float32")
+    refused(lambda: ds.load(converted, dtype=dtype), UsageError, str(dtype), "bfloat16", "float32")
+
+
+@pytest.mark.parametrize("mesh", ["expert=4", {"expert": 4}, 4], ids=repr)
+def test_a_mesh_that_is_none(converted, mesh):
+    """What makes one is named."""
+    refused(lambda: ds.load(converted, mesh=mesh), UsageError, repr(mesh), "ds.mesh")
+
+
+@pytest.mark.parametrize("sizes", [None, 4, ["expert=4"]], ids=repr)
+def test_sizes_of_no_mesh(sizes):
+    """A mesh is text or a mapping."""
+    refused(lambda: ds.mesh(sizes), UsageError, repr(sizes), "expert=4,model=2")
+
+
+@pytest.mark.parametrize("folder", [None, 7, ["a"]], ids=repr)
+def test_a_path_that_is_none(folder):
+    """A path is text or a Path."""
+    refused(lambda: ds.load(folder), UsageError, repr(folder), "path")
+
+
+@pytest.mark.parametrize("model", ["folder", None], ids=repr)
+def test_a_model_that_is_none(model):
+    """Every way in says what gives one."""
+    for way_in in (ds.generate, ds.generate.layerwise, ds.stream, ds.forward, ds.score):
+        refused(lambda way_in=way_in: way_in(model, [[5]]), UsageError, repr(model), "ds.load")
+    refused(lambda: ds.session(model), UsageError, repr(model), "ds.load")
+    refused(lambda: ds.load_session(model, "file"), UsageError, repr(model), "ds.load")
+
+
+def test_unknown_options(model):
+    """All of them, with where they belong or what is meant; sessions alike."""
+    options: dict = {"temperature": 0.7, "max_tokens": 3, "echo": True}
+    said = "3 options", "sampling=Sampling(temperature=...)", "do you mean max_new_tokens?", "echo;"
+    refused(lambda: ds.generate(model, [[5]], **options), UsageError, *said)
+    refused(lambda: ds.stream(model, [5], **options), UsageError, *said)
+    refused(lambda: ds.session(model).generate([5], **options), UsageError, *said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"stop_token_ids": None}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": 5}, "stop_token_ids must be a list"),
+        ({"stop_token_ids": "5"}, "stop_token_ids must be a list"),
+        ({"stop": None}, "stop string must be text"),
+        ({"stop": 5}, "stop string must be text"),
+        ({"tokenizer": "folder"}, "chat.Tokenizer.load"),
+        ({"n": 1.0}, "n must be a whole number"),
+        ({"top_logprobs": True}, "top_logprobs must be a whole number"),
+    ],
+    ids=str,
+)
+def test_options_of_another_kind(model, options, said):
+    """Each is named with what it must be."""
+    refused(lambda: ds.generate(model, [[5]], **options), UsageError, said)
+
+
+def test_numbers_of_numpy(model, greedy):
+    """Are numbers, wherever a number is asked for."""
+    sampling = ds.Sampling(temperature=np.float32(0.0), top_k=np.int64(7), seed=np.arange(3))
+    options = {"max_new_tokens": np.int32(NEW), "capacity": np.int64(64), "top_logprobs": np.uint8(1)}
+    made = ds.generate(model, PROMPTS, sampling=sampling, **options)
+    assert made.tokens == greedy.tokens and sampling.seed == (0, 1, 2)
+    assert ds.Sampling(seed=np.int64(7)) == ds.Sampling(seed=7)
+
+
+def test_all_tokens_are_among_the_likeliest(tiny):
+    """Where a vocabulary has no more than `top_logprobs` may be."""
+    cfg = dataclasses.replace(tiny, vocab_size=8, bos_token_id=0, eos_token_id=(1,))
+    small = models.random_model(dataclasses.replace(cfg, num_hidden_layers=1, num_nextn_predict_layers=0))
+    made = ds.generate(small, [[5]], max_new_tokens=1, top_logprobs=8)
+    assert made.top_logprobs is not None
+    assert sorted(token for token, _ in made.top_logprobs[0][0]) == list(range(8))
+    refused(lambda: ds.generate(small, [[5]], top_logprobs=9), UsageError, "from 0 to 8")

@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.batch import WHOLE
-from dsv32_jax.errors import CheckpointError, UsageError
+from dsv32_jax.errors import CheckpointError, StorageError, UsageError
 from dsv32_jax.model import Origin
 from tests import models
 
@@ -195,6 +195,17 @@ def test_files_that_are_no_sessions(model, tmp_path, fault):
 def test_wrong_sessions(model, options, said):
     with pytest.raises(UsageError, match=said):
         ds.session(model, **options)
+
+
+def test_a_folder_is_no_session(model, tmp_path):
+    """Neither to write nor to read, and nothing is left beside it."""
+    with pytest.raises(UsageError, match="is a folder"):
+        ds.session(model).save(tmp_path)
+    with pytest.raises(UsageError, match="is a folder"):
+        ds.load_session(model, tmp_path)
+    with pytest.raises(StorageError, match="cannot be written"):
+        ds.session(model).save(tmp_path / "no" / "file")
+    assert not list(tmp_path.rglob("*"))
 
 
 def test_wrong_turns(model):
