@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from . import interrupts
 from .errors import DsvError, StorageError, printable, refusal
 from .evaluation import command as evaluation
 from .terminal import subcommands
@@ -22,8 +23,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if argv[:1] == ["convert"]:
             return _convert(argv[1:])
-        arguments = parser().parse_args(argv)
-        return arguments.run(arguments)
+        with interrupts.raised():
+            arguments = parser().parse_args(argv)
+            return arguments.run(arguments)
     except DsvError as error:
         print(printable(f"error: {error}"), file=sys.stderr)
         return error.exit_code

@@ -6,7 +6,7 @@ from typing import Unpack
 
 from . import recording, tape
 from .errors import UsageError
-from .host import interruptible
+from .interrupts import interruptible
 from .model import Model
 from .processes import asking
 from .request import Options

@@ -1,11 +1,7 @@
-"""What the machine around JAX says: free memory, and Ctrl-C."""
+"""What the machine around JAX has: free memory."""
 
-import contextlib
 import os
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CGROUP = (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"))
@@ -23,30 +19,3 @@ def available(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/m
         except (OSError, ValueError):
             continue
     return max(found, 0)
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside the `with`, the first Ctrl-C only makes the given function true; a second one raises KeyboardInterrupt.
-
-    Python delivers signals to its main thread, so elsewhere nothing changes; nor where SIGINT has a handler already.
-    """
-    asked = False
-
-    def on_signal(*_) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-
-    if (
-        threading.current_thread() is not threading.main_thread()
-        or signal.getsignal(signal.SIGINT) is not signal.default_int_handler
-    ):
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -19,7 +19,7 @@ from . import checks, memory, recording, session_file, tape
 from .batch import Batch
 from .decoding import Context, resized, resumed, rewound
 from .errors import UsageError
-from .host import interruptible
+from .interrupts import interruptible
 from .model import Model
 from .paths import file_of
 from .processes import fetch

@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host lazy storage.chunks compilation inspect.converter bench.measure evaluation.windows "
+    "errors host interrupts lazy storage.chunks compilation inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
     "yarn paths quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
     "terminal.joining",

@@ -10,7 +10,7 @@ from typing import Any
 from ..batch import LAYERWISE, WHOLE
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError
-from ..host import interruptible
+from ..interrupts import interruptible
 from ..processes import asking
 from ..result import Stats
 from ..run import Run

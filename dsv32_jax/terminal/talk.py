@@ -12,7 +12,7 @@ from ..chat.lenient import UNENDED
 from ..chat.messages import to_json
 from ..compilation import kept, metered
 from ..errors import UsageError
-from ..host import interruptible
+from ..interrupts import interruptible
 from ..run import Stream
 from ..sampling import Sampling
 from ..sessions import Session

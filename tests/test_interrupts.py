@@ -1,0 +1,100 @@
+"""Ctrl-C arrives, wherever the program is."""
+
+import gc
+import importlib
+import signal
+import sys
+import threading
+import time
+
+import pytest
+
+from dsv32_jax import cli, interrupts
+
+SIGNAL_IN_AN_IMPORT = """
+import signal
+signal.raise_signal(signal.SIGINT)
+done = True
+"""
+
+
+def wait() -> None:
+    """Longer than a signal takes to come again."""
+    deadline = time.monotonic() + 100 * interrupts.AGAIN
+    while time.monotonic() < deadline:
+        time.sleep(interrupts.AGAIN)
+
+
+def test_at_once():
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_out_of_a_destructor():
+    """Python would print what it raises, and go on."""
+
+    class Gone:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+        Gone()
+        wait()
+
+
+def test_out_of_the_garbage_collector():
+    """JAX has a hook there."""
+    pressed = []
+
+    def _xla_gc_callback(*_) -> None:
+        if not pressed:
+            pressed.append(True)
+            signal.raise_signal(signal.SIGINT)
+
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+        gc.callbacks.append(_xla_gc_callback)
+        try:
+            gc.collect()
+            wait()
+        finally:
+            gc.callbacks.remove(_xla_gc_callback)
+    assert pressed
+
+
+def test_after_an_import(tmp_path, monkeypatch):
+    """The module is whole."""
+    (tmp_path / "pressed_while_imported.py").write_text(SIGNAL_IN_AN_IMPORT)
+    monkeypatch.syspath_prepend(tmp_path)
+    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+        importlib.import_module("pressed_while_imported")
+        wait()
+    assert sys.modules["pressed_while_imported"].done
+
+
+def test_other_handlers_and_threads_are_left_alone():
+    """And what was there comes back."""
+    before = signal.getsignal(signal.SIGINT)
+    with interrupts.raised(), interrupts.interruptible() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
+    own = signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        with interrupts.raised(), interrupts.interruptible() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert not asked()
+    finally:
+        signal.signal(signal.SIGINT, own)
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["inspect", "nothing"])))
+    thread.start()
+    thread.join()
+    assert codes == [3] and signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_command_ends_with_130(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "parser", lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == "interrupted\n"
