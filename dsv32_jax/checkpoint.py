@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from . import sharding, vocabulary
-from .compilation import keep_on_disk
+from .compilation import prepare
 from .config import Config
 from .errors import CheckpointError, UsageError, listing
 from .formats import NVFP4, Fp8Block, Weight, dequantize
@@ -46,7 +46,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
     """
-    keep_on_disk()
+    prepare()
     variable.asked()
     if (compute := _dtype(dtype)) not in ("bfloat16", "float32"):
         raise UsageError(f"dtype must be bfloat16 or float32, not {compute}; weights keep their own formats")

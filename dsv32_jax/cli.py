@@ -11,6 +11,7 @@ from . import interrupts
 from .errors import DsvError, StorageError, printable, refusal
 from .evaluation import command as evaluation
 from .terminal import subcommands
+from .terminal.screen import Screen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -121,7 +122,7 @@ def _add_fit(commands) -> None:
         description="Predict what a model takes on each device, without loading it. Exit code 5 when it does not fit.",
     )
     fit.add_argument("path", metavar="CHECKPOINT", help="a converted checkpoint, or a config.json")
-    fit.add_argument("--context", type=int, default=4096, metavar="N", help="tokens of a row, prompt included (4096)")
+    fit.add_argument("--context", type=int, metavar="N", help="tokens of a row, prompt included (4096, or the most)")
     fit.add_argument("--batch", type=int, default=1, metavar="B", help="rows at once (1)")
     fit.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (one device)")
     fit.add_argument("--cache-dtype", choices=("bf16", "fp32", "fp8"), help="storage of the cache (as --dtype)")
@@ -137,7 +138,13 @@ def _fit(arguments: argparse.Namespace) -> int:
     from .fit import fit, print_fit
 
     options = {name: value for name, value in vars(arguments).items() if name not in ("path", "json", "run")}
-    return print_fit(fit(arguments.path, **options), arguments.json)
+    screen = Screen()
+    screen.status("compiling, to see what programs take")
+    try:
+        found = fit(arguments.path, **options)
+    finally:
+        screen.status("")
+    return print_fit(found, arguments.json)
 
 
 def _demo(arguments: argparse.Namespace) -> int:

@@ -11,9 +11,30 @@ from pathlib import Path
 
 import jax
 
+from .errors import CapacityError
+
 LOG = logging.getLogger("dsv32_jax")
 
 _EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+def prepare() -> None:
+    """What every way in does first: find a device, and keep programs on disk. Raises CapacityError without a device."""
+    require_device()
+    keep_on_disk()
+
+
+def require_device() -> None:
+    """Raise CapacityError where JAX finds no device to compute on."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = jax.config.values["jax_platforms"]
+        why = f" ({error})" if str(error) else ""
+        raise CapacityError(
+            f"JAX finds no device of the platforms it was told to use, JAX_PLATFORMS={asked}{why}. Unset it to compute "
+            "on what is there; dsv32 doctor lists that"
+        ) from error
 
 
 def keep_on_disk() -> None:

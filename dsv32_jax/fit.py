@@ -34,6 +34,7 @@ UNITS = {
 }
 
 LARGEST_BATCH = 1 << 20
+CONTEXT = 4096
 
 NOT_COUNTED = """\
 not counted: programs and their constants, what loading holds besides (one leaf, or 64 MiB of small ones), buffers of
@@ -77,7 +78,7 @@ class Fit:
 def fit(
     path: str | Path,
     *,
-    context: int = 4096,
+    context: int | None = None,
     batch: int = 1,
     mesh: str | None = None,
     cache_dtype: str | None = None,
@@ -88,15 +89,17 @@ def fit(
 ) -> Fit:
     """What a converted checkpoint, or a config.json with its matrices in `format`, takes on each device of `mesh`.
 
-    Rows hold `context` tokens, prompts included. Nothing is loaded. Raises UsageError, ConfigError, CheckpointError,
-    and CapacityError where the mesh does not divide the model.
+    Rows hold `context` tokens, prompts included; by default CONTEXT, or as many as the model's longest context. Nothing
+    is loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError where the mesh does not divide the
+    model.
     """
     sizes = {} if mesh is None else pieces.parse(mesh)
     compute = _dtype("dtype", dtype, ("bf16", "fp32"))
     stored = compute if cache_dtype is None else _dtype("cache dtype", cache_dtype, tuple(DTYPES))
     found = inventory.read(path, format)
     cfg = found.cfg
-    checks.whole("context", context, 1, cfg.max_position_embeddings)
+    longest = cfg.max_position_embeddings
+    context = min(CONTEXT, longest) if context is None else checks.whole("context", context, 1, longest)
     checks.whole("batch", batch, 1, LARGEST_BATCH)
     checks.whole("draft", draft, 0, MOST_DRAFTS)
     if draft and not cfg.num_nextn_predict_layers:
@@ -123,7 +126,7 @@ def fit(
         demand(rows, here.capacity),
         free,
         (1 << _largest(lambda power: demand(1 << (power - 1), here.capacity) <= free, 20)) >> 1,
-        _largest(lambda slots: demand(rows, slots) <= free, cfg.max_position_embeddings),
+        _largest(lambda slots: demand(rows, slots) <= free, longest),
     )
 
 

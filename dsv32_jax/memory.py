@@ -7,6 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from . import cache, host, processes
+from .compilation import require_device
 from .config import Config
 from .errors import CapacityError
 
@@ -26,6 +27,7 @@ def row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) -> int:
 
 def available(devices: int = 1) -> int:
     """Bytes that each of `devices` can still allocate; the devices of a CPU share the machine's memory."""
+    require_device()
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]

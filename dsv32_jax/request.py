@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from . import cache, checks, memory, tape
-from .compilation import keep_on_disk
+from .compilation import prepare
 from .decoding import Task
 from .errors import UsageError, listing
 from .model import Model
@@ -96,7 +96,7 @@ def plan(
     kinds: tuple[str, ...] = (),
 ) -> Request:
     """Check a request and choose its shapes; nothing is compiled here. `kinds`: what is recorded, of tape.KINDS."""
-    keep_on_disk()
+    prepare()
     cfg = checks.config_of(model)
     rows = checks.prompts(prompts, cfg.vocab_size)
     n = checks.whole("n", n, 1, 1024)

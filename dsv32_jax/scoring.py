@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from . import cache, checks, memory
 from .attention import LARGEST_TEMPORARY
-from .compilation import keep_on_disk
+from .compilation import prepare
 from .decoding import Context, blank, placed
 from .model import Model
 from .ops import over_tokens
@@ -37,7 +37,7 @@ def score(
     batch_size: int | None = None,
 ) -> Score:
     """Score rows of token ids, of any lengths, chunk by chunk: the logits of all positions are never there at once."""
-    keep_on_disk()
+    prepare()
     cfg = checks.config_of(model)
     rows = checks.prompts(tokens, cfg.vocab_size)
     top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))

@@ -9,6 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from .compilation import require_device
 from .errors import CapacityError, UsageError, listing
 from .layout import Leaf
 from .storage import pieces
@@ -36,6 +37,7 @@ def mesh(sizes: str | Mapping[str, int]) -> Mesh:
     if not isinstance(sizes, str | Mapping):
         raise UsageError(f'a mesh is written as "expert=4,model=2" or {{"expert": 4, "model": 2}}, not {sizes!r:.200}')
     sizes = pieces.parse(sizes if isinstance(sizes, str) else ",".join(f"{k}={v}" for k, v in sizes.items()))
+    require_device()
     needed, devices = int(np.prod(list(sizes.values()))), jax.devices()
     if needed > len(devices):
         raise CapacityError(

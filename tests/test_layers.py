@@ -13,9 +13,9 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host interrupts lazy storage.chunks compilation inspect.converter bench.measure evaluation.windows "
+    "errors host interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
-    "yarn paths quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
+    "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
     "terminal.joining",
     "config quantize_search terminal.keyboard",
     "layout vocabulary record chat.template chat.faults chat.stops",

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..compilation import require_device
 from ..config import Config
 from ..formats import NVFP4, Weight, dequantize
 from ..kernels import choice
@@ -70,6 +71,7 @@ def print_kernels(formats: Sequence[str], counts: Sequence[int], only: Sequence[
     """`dsv32 bench kernels`."""
     from dsv32_jax import configs
 
+    require_device()
     cfg = Config.from_json(configs.path("deepseek_v32"))
     chosen = [shape for shape in shapes(cfg) if not only or shape.name in only]
     print(EXPLANATION.format(verb="copied" if jax.default_backend() == "gpu" else "read"))

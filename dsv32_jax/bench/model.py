@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from .. import memory, sharding
 from ..batch import WHOLE
 from ..cache import dtype_of
-from ..compilation import metered
+from ..compilation import metered, require_device
 from ..config import Config
 from ..decoding import Context
 from ..errors import CapacityError, UsageError, listing
@@ -84,6 +84,7 @@ def plan(
         dense = min(cfg.first_k_dense_replace, max(layers - 1, 0))
         cfg = dataclasses.replace(cfg, num_hidden_layers=layers, first_k_dense_replace=dense)
     cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    require_device()
     where = None if mesh is None else sharding.mesh(mesh)
     asked = Plan(
         cfg,

@@ -17,7 +17,7 @@ import numpy as np
 from .. import checks
 from ..cache import LayerCache, empty_layer
 from ..checkpoint import Checkpoint
-from ..compilation import keep_on_disk
+from ..compilation import prepare
 from ..errors import UsageError, listing
 from ..model import Model, build
 from ..mtp import MTP
@@ -78,7 +78,7 @@ def layers(
     Outputs are for the first `tokens` tokens (1024, where the model's longest context allows) of the first text.
     What is asked for is checked at once. Raises UsageError where the two are not the same model.
     """
-    keep_on_disk()
+    prepare()
     first, second = (Source(Checkpoint.open(_folder(given))) for given in (a, b))
     cfg = first.checkpoint.cfg
     _require_one_model(first.checkpoint, second.checkpoint)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ..compilation import keep_on_disk
+from ..compilation import prepare
 from ..decoding import Context, blank, placed
 from ..formats import Weight
 from ..memory import rows_bucket
@@ -81,7 +81,7 @@ def vectors(
 ) -> Iterator[tuple[jax.Array, int, np.ndarray]]:
     """Hidden vectors [B, T, D] of the windows in `group`, a chunk of tokens at a time, with the position of the first
     and the token after each. B is filled up to a power of two."""
-    keep_on_disk()
+    prepare()
     rows = read.filled(group)
     batch, start = rows_bucket(len(rows)), 0
     stored: Any = variant.stored(model)

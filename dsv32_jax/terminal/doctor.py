@@ -110,6 +110,9 @@ def devices(findings: Findings) -> Facts:
     """What JAX computes on, and who else is there."""
     import jax
 
+    from ..compilation import require_device
+
+    require_device()
     found: Facts = {"platform": jax.default_backend()}
     for device in jax.local_devices():
         stats = device.memory_stats() or {}
@@ -135,10 +138,10 @@ def runs(_: Findings) -> Facts:
     """What computes, and where compiled programs are kept."""
     import jax
 
-    from ..compilation import keep_on_disk
+    from ..compilation import prepare
     from ..kernels import choice
 
-    keep_on_disk()
+    prepare()
     folder, kept = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
     found: Facts = {"kernels": choice.description(), "arithmetic": "bfloat16 (--dtype float32 for parity)"}
     if not (folder and kept):

@@ -2,7 +2,10 @@
 
 import importlib.metadata
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -96,3 +99,14 @@ def test_gpus_without_a_plugin(dsv32, monkeypatch):
     monkeypatch.setattr(doctor, "_gpu_processes", lambda: ["4711, 60000 MiB, python"])
     code, out, _ = dsv32("doctor")
     assert code == 0 and "4711, 60000 MiB, python" in out and "JAX computes on the CPU" in out
+
+
+@pytest.mark.parametrize("command", ["doctor", "generate", "fit", "bench"])
+def test_without_a_device(command, checkpoint):
+    """Where JAX is told to use what is not there, a sentence says so."""
+    argv = {"doctor": [], "generate": [checkpoint, "a"], "fit": [checkpoint], "bench": ["model", "--layers", "1"]}
+    line = [sys.executable, "-W", "ignore", "-m", "dsv32_jax", command, *map(str, argv[command])]
+    done = subprocess.run(line, env={**os.environ, "JAX_PLATFORMS": "none"}, capture_output=True, text=True)
+    assert done.returncode == (0 if command == "doctor" else 5)
+    assert "JAX finds no device" in done.stdout + done.stderr and "JAX_PLATFORMS=none" in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
