@@ -15,8 +15,8 @@ REPOSITORY = Path(__file__).parents[1]
 FLOORS = (
     "errors host interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
-    "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments processes "
-    "terminal.joining",
+    "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments "
+    "processes terminal.joining",
     "config quantize_search terminal.keyboard",
     "layout vocabulary record chat.template chat.faults chat.stops",
     "chat.messages chat.byte_level terminal.parts",

@@ -49,6 +49,7 @@ class Proof:
 
     def run(self) -> None:
         """Read everything."""
+        self._progress(Progress(0, self._converted.nbytes, ""))
         with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
             tasks = [pool.submit(self._group, group) for group in self._converted.groups]
             if self._source is not None:

@@ -83,6 +83,7 @@ def _run(
     sizes = {part: sum(nbytes_of(converted.expected[key]) for key in keys) for part, keys in parts.items()}
     done = sum(size for part, size in sizes.items() if part in journal.leaves)
     require_space(out, converted.nbytes - done)
+    progress(Progress(done, converted.nbytes, ""))
     for part in sorted(set(parts) - set(journal.leaves)):
         writer.save(part, {key: _read(converted, key) for key in parts[part]})
         paths = {path for path, _ in parts[part]}

@@ -110,6 +110,7 @@ class _Export:
         """Every shard, the index, and the configuration files."""
         groups = [group for group in self.converted.groups if group.weights[0].name in self.targets]
         done, total = 0, sum(map(self._nbytes, groups))
+        progress(Progress(done, total, ""))
         with ShardsWriter(folder, shards) as writer:
             for group in groups:
                 for weight, parts in self.converted.read(group, raise_damaged):

@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.errors import CheckpointError, UsageError
+from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.paths import path_of
 from dsv32_jax.storage.arrays import FOLDER
-from dsv32_jax.storage.manifest import FILE
+from dsv32_jax.storage.manifest import FILE, Manifest
 
 from ..back.converted import Converted, Group, nbytes_of, raise_damaged
 from ..read import weights
@@ -46,7 +46,9 @@ def statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
 
 
 def _nothing(folder: Path, pattern: str) -> UsageError:
-    return UsageError(f"no tensor of {folder} is called {pattern}; quote the pattern, as in --tensors '*mlp*'")
+    names = list(Manifest.read(folder).leaves if (folder / FILE).exists() else Source(folder).tensors)
+    some = listing(names[len(names) // 3 :: len(names) // 3 + 1], 3)
+    return UsageError(f"no tensor of {folder} is called {pattern}. Names there are like {some}; quote the pattern")
 
 
 def _tensors(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
