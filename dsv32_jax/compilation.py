@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import os
 import threading
@@ -41,7 +42,21 @@ def keep_on_disk() -> None:
     """Store compiled programs under the user's cache folder, unless JAX was already told where, or told not to."""
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(root / "dsv32_jax" / "compiled"))
+        if _can_be_written(folder := root / "dsv32_jax" / "compiled"):
+            jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
+@functools.cache
+def _can_be_written(folder: Path) -> bool:
+    """Whether `folder` is there and can be written; where not, that is said once."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if os.access(folder, os.W_OK):
+            return True
+    except OSError:
+        pass
+    LOG.warning("compiled programs are not kept: %s cannot be written; JAX_COMPILATION_CACHE_DIR names another", folder)
+    return False
 
 
 def kept(words: str) -> str:

@@ -16,6 +16,7 @@ from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.host import available
 from dsv32_jax.storage.chunks import LARGEST as BAND_BYTES
 
+from ..quantities import size_text
 from ..read.stored import Stored
 from .plan import PlannedLeaf
 
@@ -84,11 +85,11 @@ def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
     """Raise CapacityError when a leaf does not fit into `limit` bytes."""
     largest = max(leaves, key=need)
     if need(largest) > limit:
-        too_large = f"{largest.leaf.path} ({largest.nbytes / 1e9:.2f} GB, {largest.form.format})"
+        too_large = f"{largest.leaf.path} ({size_text(largest.nbytes)}, {largest.form.format})"
         smallest = -(-need(largest) >> 20)
         raise CapacityError(
-            f"{limit / 2**30:.2f} GiB of memory are too little: {too_large} alone takes "
-            f"{need(largest) / 2**30:.2f} GiB while it is converted. Nothing was written. "
+            f"{size_text(limit)} of memory are too little: {too_large} alone takes {size_text(need(largest))} while it "
+            f"is converted. Nothing was written. "
             f"The smallest limit that works is --max-memory {smallest}MiB"
         )
 
@@ -98,7 +99,7 @@ def require_free(peak: int) -> None:
     free = available()
     if peak > free:
         raise CapacityError(
-            f"the conversion takes up to {peak / 2**30:.2f} GiB of memory, and {free / 2**30:.2f} GiB are free here. "
+            f"the conversion takes up to {size_text(peak)} of memory, and {size_text(free)} are free here. "
             f"Nothing new was written; free some, or give a limit: --max-memory {int(free * SHARE) >> 20}MiB"
         )
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, StorageError, UsageError, listing
 from dsv32_jax.storage.manifest import FILE, JOURNAL
 
+from ..quantities import size_text
+
 LOCK = ".lock"
 RESERVE = 64 << 20
 """Bytes of disk that a conversion leaves free beyond what it plans to write."""
@@ -46,11 +48,11 @@ def require_ours(dst: Path) -> None:
 
 def require_space(dst: Path, needed: int) -> None:
     """Raise CapacityError when `needed` bytes do not fit on the disk of `dst`."""
-    free = shutil.disk_usage(dst).free
-    if free < needed + needed // 50 + RESERVE:
+    free, reserve = shutil.disk_usage(dst).free, needed // 50 + RESERVE
+    if free < needed + reserve:
         raise CapacityError(
-            f"{dst} has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB and a reserve of 2 % are still to be written. "
-            "Nothing new was written; free some space or convert to another disk"
+            f"{dst} has {size_text(free)} free, and {size_text(needed)} are still to be written, with "
+            f"{size_text(reserve)} to spare. Nothing new was written; free some space or convert to another disk"
         )
 
 

@@ -17,10 +17,10 @@ from . import bands
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Orbax tells every step through absl's logger; errors still pass."""
+    """Orbax tells every step through absl's logger, and an error that it raises once for each thread it ends."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -508,6 +508,18 @@ def test_the_compilation_cache_is_on_by_default(tmp_path):
     assert run("-c", other + script).stdout.strip() == "/elsewhere"
 
 
+def test_a_cache_folder_that_cannot_be_written(tmp_path, monkeypatch, caplog):
+    """It is said, once, and JAX is not told to try."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
+    monkeypatch.setitem(jax.config.values, "jax_enable_compilation_cache", True)
+    compilation.keep_on_disk()
+    compilation.keep_on_disk()
+    (said,) = caplog.messages
+    assert "are not kept" in said and str(tmp_path) in said and compilation.kept("words") == ""
+
+
 # ------------------------------------------------------------------------------------------------------------- misuse
 
 
