@@ -150,7 +150,8 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
     add(
         "--policy",
         metavar="POLICY",
-        help=f"what it names: {', '.join(PRESETS)}, or a JSON or TOML file of patterns with formats "
+        help=f"what it names: {', '.join(PRESETS)}, or a JSON or TOML file of patterns with formats or `keep`, the "
+        'first that matches decides: {"formats": {"*.o_proj.weight": "nvfp4", "*": "keep"}} '
         "(`default` for nvfp4, `full` for fp8 and bf16)",
     )
     add(

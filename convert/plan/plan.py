@@ -102,7 +102,7 @@ def plan(source: Source, recipe: Recipe | None = None) -> Plan:
     lossy = [leaf for leaf in kept if leaf.form.dequantized]
     notes += [f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}" for leaf in lossy]
     if recipe.policy.file is not None:
-        notes += [f"{recipe.policy.file}: no weight is called {pattern}" for pattern in chooser.unused]
+        notes += [f"{recipe.policy.file}: {one}" for one in chooser.idle()]
     rules = [list(rule) for rule in recipe.policy.rules]
     basis = {
         "format_version": FORMAT_VERSION,

@@ -122,9 +122,18 @@ def _problems(raw: Any) -> Iterator[str]:
             yield f"{pattern!r} is to become {format!r}, not one of {listing(formats)}"
 
 
+IDLE = (
+    "no weight is called {pattern}",
+    "{pattern} decides nothing: an earlier pattern matches each weight of that name",
+    "{pattern} changes nothing: quantized are only the matrices that DeepSeek quantizes, and weights whose last two "
+    "words a pattern ends with",
+)
+"""What a pattern is told to be, from the least use to more of it."""
+
+
 class Chooser:
-    """Applies a policy to the weights of one checkpoint. `unused` are the patterns that nothing matched so far,
-    `impossible` what was asked for and cannot be: (name, reason)."""
+    """Applies a policy to the weights of one checkpoint. `impossible` is what was asked for and cannot be: (name,
+    reason)."""
 
     def __init__(self, policy: Policy, mtp_layer: int):
         self._rules = [
@@ -132,20 +141,31 @@ class Chooser:
             for pattern, format in policy.rules
         ]
         self._otherwise = policy.otherwise
-        self.unused = dict.fromkeys(pattern for pattern, _ in policy.rules)
+        self._use = dict.fromkeys((pattern for pattern, _ in policy.rules), 0)
         self.impossible: list[tuple[str, str]] = []
 
     def __call__(self, stored: Stored) -> Stored:
         """`stored` with the format it shall have."""
-        matching = ((pattern, format) for regex, pattern, format in self._rules if regex.match(stored.name))
-        pattern, format = next(matching, ("", self._otherwise))
-        self.unused.pop(pattern, None)
-        if format == KEEP or stored.is_in(format) or not _covers(pattern, format, stored):
+        matching = [(pattern, format) for regex, pattern, format in self._rules if regex.match(stored.name)]
+        (pattern, format), *overruled = matching or [("", self._otherwise)]
+        covers = format == KEEP or _covers(pattern, format, stored)
+        self._note(pattern, len(IDLE) if covers else 2)
+        for other, _ in overruled:
+            self._note(other, 1)
+        if format == KEEP or stored.is_in(format) or not covers:
             return stored
         if reason := _obstacle(stored, format):
             self.impossible.append((stored.name, reason))
             return stored
         return dataclasses.replace(stored, wanted=format)
+
+    def idle(self) -> list[str]:
+        """What is to be said of each pattern that has been of no use."""
+        return [IDLE[use].format(pattern=pattern) for pattern, use in self._use.items() if use < len(IDLE)]
+
+    def _note(self, pattern: str, use: int) -> None:
+        if pattern in self._use:
+            self._use[pattern] = max(use, self._use[pattern])
 
 
 def _covers(pattern: str, format: str, stored: Stored) -> bool:

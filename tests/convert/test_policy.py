@@ -116,7 +116,7 @@ def test_the_first_pattern_decides(form, written):
         }
         assert {name: choose(stored(name, "F8_E4M3")).wanted for name in names} == names
     assert choose(stored("model.layers.2.self_attn.kv_b_proj.weight")).wanted == "fp8"
-    assert not choose.unused and not choose.impossible
+    assert not choose.idle() and not choose.impossible
 
 
 PROTECTED = ["lm_head.weight", "model.layers.2.mlp.gate.weight", "model.layers.3.eh_proj.weight",
@@ -204,11 +204,16 @@ def test_wrong_words_are_told_with_the_right_ones(tmp_path):
         recipe("nvfp4", None, "rtn", "one")
 
 
-def test_patterns_that_match_nothing_are_noted_for_files_only(tiny, written):
-    file = written({"formats": {"*.experts.*": "keep", "*.typo_proj.weight": "nvfp4"}})
+def test_patterns_of_no_use_are_noted_for_files_only(tiny, written):
+    """Those that match nothing, those that come too late, and those that mean no weight that is quantized."""
+    patterns = {"*.experts.*": "keep", "*.typo_proj.weight": "nvfp4", "*.experts.1.*": "nvfp4", "*.gate.*": "fp8"}
+    file = written({"formats": patterns})
     whole = plan(as_shipped(tiny), recipe=recipe("nvfp4", file, "rtn", "own"))
-    assert [note for note in whole.notes if "policy.json" in note] == [
-        f"{file}: no weight is called *.typo_proj.weight"
+    notes = [note for note in whole.notes if "policy.json" in note]
+    assert [note.split(":")[1].split(" nothing")[0] for note in notes] == [
+        " no weight is called *.typo_proj.weight",
+        " *.experts.1.* decides",
+        " *.gate.* changes",
     ]
     without_mtp = dataclasses.replace(tiny, num_nextn_predict_layers=0)
     assert not plan(as_shipped(without_mtp), recipe=recipe("nvfp4", "default", "rtn", "own")).notes
