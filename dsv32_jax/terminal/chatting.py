@@ -35,6 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     sampling, turn = Sampling(**given(arguments, SAMPLING)), given(arguments, TURN)
     cache = {"capacity": min(CAPACITY, opened.cfg.max_position_embeddings), **given(arguments, CACHE)}
     _check(opened, arguments.dtype, sampling, turn, cache)
+    if arguments.load is not None:
+        saving.conversation_in(arguments.load)
     with screen.listening():
         model = opened.load(arguments, screen)
         talk = Talk(

@@ -43,8 +43,7 @@ def load(file: Path, current: Session) -> tuple[Conversation, Session, str]:
 
     Raises CheckpointError where `file` is no conversation.
     """
-    messages, cache = files(file)
-    conversation = _conversation(messages)
+    conversation, (_, cache) = conversation_in(file), files(file)
     try:
         if not cache.exists():
             raise UsageError(f"there is no {cache.name}")
@@ -61,7 +60,9 @@ def _settings(found: Session, names: list[str]) -> str:
     return ", ".join(f"{name} {getattr(found, name)}" for name in names)
 
 
-def _conversation(file: Path) -> Conversation:
+def conversation_in(file: Path) -> Conversation:
+    """The conversation alone, without its session. Raises CheckpointError where `file` is none."""
+    file, _ = files(file)
     raw = read_json(file)
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise CheckpointError(f"{file} is not a conversation of this version ({KIND})")

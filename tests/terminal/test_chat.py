@@ -325,6 +325,8 @@ MISUSE = {
     "tools that are no list": (("--tools", "object.json"), 2, "must hold a list of tools"),
     "tools that are none": (("--tools", "list.json"), 2, "tools[0] must be an object"),
     "tools that are no json": (("--tools", "text.json"), 3, "is not JSON"),
+    "a conversation that is not there": (("--load", "nowhere"), 74, "nowhere.json: No such file or directory\n"),
+    "a conversation that is none": (("--load", "object"), 3, "is not a conversation"),
     "two ways to begin": (("--load", "x", "--system", "y"), 2, "--load brings"),
 }
 
