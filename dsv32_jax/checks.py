@@ -52,7 +52,7 @@ def prompts(rows: Any, vocab_size: int) -> list[list[int]]:
     if isinstance(rows, UNORDERED) or not hasattr(rows, "__len__"):
         raise UsageError(f"prompts must be a list of lists of token ids, not a {type(rows).__name__}")
     if not len(rows):
-        raise UsageError("prompts is empty: there is nothing to generate from")
+        raise UsageError("prompts is empty: there is nothing to run")
     checked: list[list[int]] = []
     for b, row in enumerate(rows):
         if isinstance(row, UNORDERED) or not hasattr(row, "__len__"):

@@ -15,7 +15,7 @@ from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
 from dsv32_jax.paths import path_of
-from dsv32_jax.storage.manifest import FILE, LeafEntry, Manifest
+from dsv32_jax.storage.manifest import LeafEntry, Manifest, is_converted
 
 from ..read.detect import detect
 from ..read.header import BY_NAME, Tensor
@@ -64,7 +64,7 @@ class Inspection:
 def inspect(folder: str | Path) -> Inspection:
     """What `folder` holds, in either layout. Raises CheckpointError that lists what is wrong with its headers."""
     folder = path_of(folder).absolute()
-    if (folder / FILE).exists():
+    if is_converted(folder):
         return _converted(folder)
     return of_source(Source(folder))
 

@@ -10,7 +10,7 @@ import numpy as np
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.paths import path_of
 from dsv32_jax.storage.arrays import FOLDER
-from dsv32_jax.storage.manifest import FILE, Manifest
+from dsv32_jax.storage.manifest import Manifest, is_converted
 
 from ..back.converted import Converted, Group, nbytes_of, raise_damaged
 from ..read import weights
@@ -26,7 +26,7 @@ def tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:
     place. Raises UsageError where none does.
     """
     folder = path_of(folder).absolute()
-    found = list(_arrays(folder, pattern) if (folder / FILE).exists() else _tensors(folder, pattern))
+    found = list(_arrays(folder, pattern) if is_converted(folder) else _tensors(folder, pattern))
     if not found:
         raise _nothing(folder, pattern)
     return found
@@ -38,7 +38,7 @@ def statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
     Raises UsageError where none does.
     """
     folder, found = path_of(folder).absolute(), False
-    for row in _of_leaves(folder, pattern) if (folder / FILE).exists() else _of_weights(folder, pattern):
+    for row in _of_leaves(folder, pattern) if is_converted(folder) else _of_weights(folder, pattern):
         found = True
         yield row
     if not found:
@@ -46,7 +46,7 @@ def statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
 
 
 def _nothing(folder: Path, pattern: str) -> UsageError:
-    names = list(Manifest.read(folder).leaves if (folder / FILE).exists() else Source(folder).tensors)
+    names = list(Manifest.read(folder).leaves if is_converted(folder) else Source(folder).tensors)
     some = listing(names[len(names) // 3 :: len(names) // 3 + 1], 3)
     return UsageError(f"no tensor of {folder} is called {pattern}. Names there are like {some}; quote the pattern")
 

@@ -20,7 +20,7 @@ from ..layout import Leaf, leaves
 from ..paths import path_of
 from ..quantize import fp8_dequantize, nvfp4_dequantize
 from ..storage.arrays import Arrays, dtype_of, raw
-from ..storage.manifest import FILE, Manifest
+from ..storage.manifest import Manifest, is_converted
 from .converter import converter
 
 SHARE = 0.8
@@ -74,7 +74,7 @@ class Folder:
 
     def __init__(self, folder: str | Path):
         self.folder = path_of(folder).absolute()
-        self.converted = (self.folder / FILE).exists()
+        self.converted = is_converted(self.folder)
         self._read = _Converted(self.folder) if self.converted else _Source(self.folder)
         self.config: Config = self._read.config
         self.table: dict[str, Leaf] = {leaf.path: leaf for leaf in leaves(self.config)}

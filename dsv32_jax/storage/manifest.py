@@ -143,6 +143,11 @@ def _content(leaf: LeafEntry) -> dict[str, Any]:
     return {"format": leaf.format, "arrays": arrays, **shared}
 
 
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` is a converted checkpoint, or one that is being made."""
+    return (folder / FILE).exists() or (folder / JOURNAL).exists()
+
+
 def _absent(folder: Path) -> str:
     """Why there is no manifest in `folder`, and what to do."""
     if not folder.is_dir():

@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import dsv32_jax as ds
 from convert.inspect import inspection, listing
 from convert.inspect.inspection import inspect, of_source
 from convert.read.header import Tensor
@@ -272,3 +273,7 @@ def test_malformed_folders_are_refused_in_both_layouts(converted, tmp_path):
     (folder / "manifest.json").write_text("{")
     with pytest.raises(CheckpointError, match="manifest.json"):
         inspect(folder)
+    (folder / "manifest.json").rename(folder / "journal.jsonl")
+    for look in (inspect, lambda folder: listing.tensors(folder, "*"), ds.inspect.Folder):
+        with pytest.raises(CheckpointError, match="is an unfinished conversion"):
+            look(folder)
