@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +87,7 @@ class Folder:
         if expert is not None:
             if not leaf.stacked:
                 raise UsageError(f"{path} has no experts; leave out expert={expert!r}")
-            if type(expert) is not int or not 0 <= expert < leaf.shape[0]:
+            if isinstance(expert, bool) or not isinstance(expert, Integral) or not 0 <= expert < leaf.shape[0]:
                 raise UsageError(f"expert must be a whole number from 0 to {leaf.shape[0] - 1}, not {expert!r}")
         self._require_room(path, self._read.nbytes(leaf) // (1 if expert is None else leaf.shape[0]))
         format, parts = self._read.parts(leaf, expert)
