@@ -91,8 +91,7 @@ def _run(
         done += sizes[part]
         progress(Progress(done, converted.nbytes, min(paths)))
     writer.finish()
-    copy_companions(converted.folder, out)
-    storage = {"files": files(out), "mesh": mesh}
+    storage = {"files": files(out, copy_companions(converted.folder, out)), "mesh": mesh}
     result = dataclasses.replace(manifest, source={**manifest.source, "plan": plan}, storage=storage)
     result.write(out)
     journal.file.unlink()

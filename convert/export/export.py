@@ -72,8 +72,7 @@ def export(
         _empty(unfinished)
         require_space(unfinished, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
         work.write(unfinished, shards, progress)
-        _require_new(out)
-        os.rename(unfinished, out)
+        _publish(unfinished, out)
         (out / LOCK).unlink()
     sync_folder(out.parent)
     return work.report(out, shards)
@@ -82,6 +81,19 @@ def export(
 def _require_new(out: Path) -> None:
     if out.is_symlink() or out.is_file() or (out.is_dir() and os.listdir(out)):
         raise OutputExistsError(f"{out} exists; nothing was touched. Export to a new folder")
+
+
+def _publish(unfinished: Path, out: Path) -> None:
+    """Give the export its name, if nothing has got it meanwhile: the system replaces an empty folder, and no other."""
+    try:
+        os.rename(unfinished, out)
+    except OSError as error:
+        if not os.path.lexists(out):
+            raise
+        raise OutputExistsError(
+            f"{out} was made by something else meanwhile and was not touched. The export stays in {unfinished} until "
+            f"one of the same name is made; export to a new folder ({error.strerror})"
+        ) from error
 
 
 def _empty(unfinished: Path) -> None:

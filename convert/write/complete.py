@@ -25,6 +25,7 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
     counts: collections.Counter[str] = collections.Counter({"nan_scale_bytes": 0, "zero_blocks": 0})
     for part in (*journal.facts.values(), odd_scales(journal.outcomes)):
         counts.update(part)
+    companions = copy_companions(source.folder, dst)
     report = {
         "formats": planned.formats,
         "notes": list(planned.notes),
@@ -33,10 +34,10 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
         "errors": summary(journal.outcomes),
         "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
         "pairs_of_different_tensor_scales": _apart(planned, written),
-        "companions": copy_companions(source.folder, dst),
+        "companions": companions,
         **counts,
     }
-    storage = {"files": files(dst), "mesh": prepared.mesh}
+    storage = {"files": files(dst, companions), "mesh": prepared.mesh}
     manifest = Manifest(planned.config, leaves, _origin(prepared), report, _versions(), storage)
     manifest.write(dst)
     journal.file.unlink()

@@ -6,29 +6,30 @@ lie the arrays, each of which has its own.
 
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, VerificationError, listing
 from .arrays import Key, raw
-from .manifest import FILE, JOURNAL, LeafEntry, Manifest
+from .manifest import FILE, LeafEntry, Manifest
 from .manifest_text import is_sealed
 
 SMALL = 1 << 20
 """Bytes of the largest file of the store that is listed with its SHA-256."""
 
 WEIGHTS = "weights/"
-OWN = (FILE, FILE + ".tmp", JOURNAL, ".lock")
-"""What lies beside the checkpoint and is not part of it."""
 
 
-def files(folder: str | Path) -> dict[str, list]:
-    """Every file below `folder` by its path: size, and SHA-256, or None of a large one of the store."""
+def files(folder: str | Path, companions: Iterable[str]) -> dict[str, list]:
+    """The checkpoint's files by their paths below `folder`, its `companions` and those of the store's parts: size, and
+    SHA-256, or None of a large one of the store. What else lies there is not the checkpoint's."""
+    found = {name: Path(folder, name) for name in companions}
+    for part in (entry for entry in Path(folder, WEIGHTS).iterdir() if entry.is_dir()):
+        found |= {f"{WEIGHTS}{part.name}/{name}": file for name, file in _walk(part)}
     return {
         name: [size := file.stat().st_size, None if size > SMALL and name.startswith(WEIGHTS) else _sha256(file)]
-        for name, file in _walk(Path(folder))
-        if name not in OWN
+        for name, file in found.items()
     }
 
 

@@ -42,7 +42,7 @@ class Writer:
         self._piece = piece
         self.folder = Path(folder).absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
-        for rest in self.folder.glob(f"*{UNFINISHED}*"):
+        for rest in self.folder.glob(f"*{UNFINISHED}*/"):
             shutil.rmtree(rest)
 
     def has(self, part: str) -> bool:

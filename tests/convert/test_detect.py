@@ -28,6 +28,7 @@ ACCEPTED = {
     "fp8 channel": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, OUT, 1)}, "fp8_block", 128),
     "fp8 tensor": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32)}, "fp8_block", 128),
     "fp8 tensor [1]": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, 1)}, "fp8_block", 128),
+    "fp8 tensor [1, 1]": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, 1, 1)}, "fp8_block", 128),
     "modelopt": (
         {"": zeros(np.uint8, OUT, IN // 2), "_scale": zeros(E4M3, OUT, IN // 16), "_scale_2": zeros(np.float32)},
         "nvfp4",
@@ -168,7 +169,8 @@ def test_both_nvfp4_conventions_give_the_same_components():
 
 
 @pytest.mark.parametrize(
-    "kind, shape", [("_scale_inv", (2, 3)), ("_scale", (2, 3)), ("_scale", (OUT, 1)), ("_scale", ())]
+    "kind, shape",
+    [("_scale_inv", (2, 3)), ("_scale", (2, 3)), ("_scale", (OUT, 1)), ("_scale", (1, 1)), ("_scale", ())],
 )
 def test_fp8_scales_are_expanded_to_rows(kind, shape):
     rng = np.random.default_rng(2)

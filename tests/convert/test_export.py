@@ -16,9 +16,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import convert
+from convert.back.verify import verify
 from convert.export import sharing_scales
 from convert.export.export import export
 from convert.export.quantization import named, regexes
+from convert.meter import no_progress
+from convert.plan.output import LOCK
 from convert.read import weights
 from convert.read.detect import detect
 from convert.read.header import DTYPES
@@ -294,6 +297,25 @@ def test_zero_matrices_stay_zero_in_every_layout(originals, tmp_path):
     assert (values(tmp_path / "shared")[UP] == 0).all()
 
 
+def test_zeros_of_compressed_tensors_are_no_hole_in_a_file(originals, tmp_path):
+    """Codes 0 with the divisor 1 and block scales that are all the same: proven, and the same in every layout."""
+    arrays = fakes.load(originals["compressed-tensors"])
+    config = json.loads((originals["compressed-tensors"] / "config.json").read_text())
+    arrays[UP + "_packed"][:] = 0
+    arrays[UP + "_scale"].view(np.uint8)[:] = 0x20
+    arrays[UP + "_global_scale"][:] = 1
+    source = fakes.write_checkpoint(tmp_path / "a", config, arrays)
+    convert.convert(source, tmp_path / "out")
+    assert verify(tmp_path / "out", against=source).lossless
+    for family in ("compressed-tensors", "modelopt", "bf16"):
+        export(tmp_path / "out", tmp_path / family, family)
+        found = values(tmp_path / family)
+        assert (found[UP] == 0).all() and all(np.isfinite(array).all() for array in found.values())
+    same_bytes(arrays, fakes.load(tmp_path / "compressed-tensors"))
+    convert.convert(tmp_path / "modelopt", tmp_path / "again")
+    assert verify(tmp_path / "again", against=tmp_path / "modelopt").lossless
+
+
 def test_blocks_of_32_beside_16_are_written_twice(originals, tmp_path):
     up, gate = (f"model.layers.0.mlp.{name}_proj.weight_scale" for name in ("up", "gate"))
 
@@ -326,6 +348,30 @@ def test_fp8_with_a_scale_for_each_row_becomes_bf16_in_modelopt(originals, tmp_p
     export(tmp_path / "out", tmp_path / "packed", "compressed-tensors")
     strategies = json.loads((tmp_path / "packed" / "config.json").read_text())["quantization_config"]["config_groups"]
     assert sorted(group["weights"]["strategy"] for group in strategies.values()) == ["block", "channel"]
+
+
+def test_one_fp8_scale_of_a_large_matrix_is_the_tensors(originals, tmp_path):
+    """Of shape [1, 1]; that of a matrix within one block is a block's. The values are the same in every layout."""
+    arrays, config = fakes.load(originals["fp8"]), json.loads((originals["fp8"] / "config.json").read_text())
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert max(arrays[name].shape) > 128 and arrays.pop(name + "_scale_inv").shape == (1, 2)
+    arrays[name + "_scale"] = np.array([[0.37]], np.float32)
+    convert.convert(fakes.write_checkpoint(tmp_path / "a", config, arrays), tmp_path / "out")
+    want = (arrays[name].astype(np.float32) * np.float32(0.37)).astype(ml_dtypes.bfloat16)
+    for family in ("compressed-tensors", "modelopt", "bf16"):
+        exported = export(tmp_path / "out", tmp_path / family, family)
+        assert (values(tmp_path / family)[name] == want.astype(np.float32)).all()
+        assert bool(exported.changed) == (family == "bf16")
+    packed = fakes.load(tmp_path / "compressed-tensors")
+    assert packed[name + "_scale"].tobytes() == arrays[name + "_scale"].tobytes()
+    config = json.loads((tmp_path / "compressed-tensors" / "config.json").read_text())["quantization_config"]
+    targets = {group["weights"]["strategy"]: group["targets"] for group in config["config_groups"].values()}
+    assert targets.keys() == {"block", "tensor"}
+    (expression,) = targets["tensor"]
+    single = [other for other in packed if other.endswith(".weight_scale") and packed[other].shape == (1, 1)]
+    modules = [other.removesuffix(".weight_scale") for other in single]
+    assert len(modules) > 1
+    assert [m + ".weight" for m in modules if re.match(expression.removeprefix("re:"), m)] == [name]
 
 
 def test_halves_that_are_stored_differently_become_bf16(small, tmp_path):
@@ -413,6 +459,31 @@ def test_an_interrupted_export_leaves_nothing_that_looks_complete(converted, tmp
     assert os.listdir(tmp_path) == ["hf"]
     with pytest.raises(OutputExistsError):
         export(converted["bf16"], tmp_path / "hf", "bf16")
+
+
+@pytest.mark.parametrize("when", ["while it is written", "at the last moment"])
+def test_what_another_process_put_there_meanwhile_is_not_touched(when, converted, tmp_path, monkeypatch):
+    """What was written stays aside with its lock file, by which the next export knows it and begins anew."""
+    out, rename = tmp_path / "hf", os.rename
+
+    def intrude(*_):
+        out.mkdir(exist_ok=True)
+        (out / "thesis.tex").write_text("precious")
+
+    def late(*names):
+        intrude()
+        rename(*names)
+
+    with monkeypatch.context() as patch:
+        if when == "at the last moment":
+            patch.setattr(os, "rename", late)
+        with pytest.raises(OutputExistsError, match=f"{out} was made by something else .* stays in .*hf.unfinished"):
+            export(converted["bf16"], out, "bf16", progress=intrude if when == "while it is written" else no_progress)
+    assert [(file.name, file.read_text()) for file in out.iterdir()] == [("thesis.tex", "precious")]
+    assert sorted(os.listdir(tmp_path)) == [".hf.unfinished", "hf"] and (tmp_path / ".hf.unfinished" / LOCK).exists()
+    shutil.rmtree(out)
+    export(converted["bf16"], out, "bf16")
+    assert os.listdir(tmp_path) == ["hf"] and not (out / LOCK).exists()
 
 
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):

@@ -4,14 +4,24 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
+import ml_dtypes
+import numpy as np
 import pytest
 
+from convert.leaves import cut
 from convert.plan import memory
+from convert.plan.plan import PlannedLeaf
 from convert.plan.prepare import prepare
+from convert.read.detect import detect
 from dsv32_jax import random_checkpoint
 from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.layout import leaves
+from dsv32_jax.quantize import fp8_quantize, nvfp4_quantize
+
+from . import fakes
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -93,3 +103,28 @@ def test_what_is_taken_is_what_was_predicted(options, wide, tmp_path):
     assert predicted * 0.4 < taken <= predicted <= prepared.budget.limit, (
         f"{taken / 1e6:.0f} of {predicted / 1e6:.0f} MB"
     )
+
+
+@pytest.mark.parametrize("most, one", [("nvfp4", "bf16"), ("fp8", "bf16"), ("nvfp4", "fp8"), ("fp8", "nvfp4")])
+def test_experts_of_mixed_formats_take_what_dequantizing_takes(most, one, tiny):
+    """One expert is stored otherwise, so all become bfloat16: their values in between are counted."""
+    cfg = dataclasses.replace(tiny, hidden_size=2048, moe_intermediate_size=1024, n_routed_experts=6)
+    leaf = next(leaf for leaf in leaves(cfg) if leaf.path == "layers.1.ffn.w_up_EMD")
+    w = np.random.default_rng(0).standard_normal(leaf.source_shape, np.float32).astype(ml_dtypes.bfloat16)
+    (codes, scale, scalar), (values, grid) = nvfp4_quantize(w), fp8_quantize(w)
+    kinds = {
+        "bf16": {"": w},
+        "fp8": {"": values, "_scale_inv": grid},
+        "nvfp4": {"": codes, "_scale": scale, "_scale_2": scalar.reshape(())},
+    }
+    experts = {name: kinds[one if expert == 3 else most] for expert, name in enumerate(leaf.sources)}
+    arrays = {name + suffix: array for name, parts in experts.items() for suffix, array in parts.items()}
+    found = tuple(detect(name, fakes.tensors(arrays)) for name in experts)
+    form = cut.choose(leaf, found)
+    planned = PlannedLeaf(leaf, found, form, cut.arrays(leaf, form))
+    predicted = memory.peak([(planned,)], memory.Budget(8 << 30, 1)) - memory.PROGRAM - memory.BAND_BYTES
+    tracemalloc.start()
+    cut.build(leaf, found, form, lambda tensor: arrays[tensor.name].copy())
+    _, taken = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert form.dequantized and 0.8 < taken / predicted < 1.06, f"{taken / 1e6:.1f} of {predicted / 1e6:.1f} MB"

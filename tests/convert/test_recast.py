@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import convert
+from convert.back.verify import verify
 from convert.export.sharing_scales import rescaled
 from convert.leaves import cut, facts
 from convert.leaves.outcome import relative_rms, summary
@@ -173,6 +174,20 @@ def test_the_same_options_continue_it_with_the_same_report(unfinished, checkpoin
     assert manifest.digest == whole.digest and manifest.report == whole.report
     with pytest.raises(OutputExistsError, match="with other options"):
         convert.convert(checkpoints["fp8"], out, to="nvfp4", scales="mse", group_bytes=60_000)
+
+
+def test_a_stray_file_among_the_parts_does_not_stop_it(unfinished, checkpoints, tmp_path):
+    """What a file manager leaves in the folder stays there, and is none of the checkpoint's files."""
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    strays = [out / ".DS_Store", out / "weights" / ".DS_Store", out / "weights" / "a.orbax-checkpoint-tmp-1"]
+    for stray in strays:
+        stray.write_text("precious")
+    manifest = convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
+    for stray in strays:
+        assert stray.read_text() == "precious"
+        stray.unlink()
+    verify(out)
+    assert manifest.digest == convert.convert(checkpoints["fp8"], tmp_path / "whole", to="nvfp4").digest
 
 
 def test_experts_are_quantized_one_by_one(tiny):

@@ -283,3 +283,11 @@ def test_a_reader_that_goes_away(checkpoint):
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)
     os.close(writing)
     assert done.returncode == 0 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command, code, said", [("inspect", 0, "total"), ("generate", 2, "nothing came in on stdin")])
+def test_without_stdin(command, code, said, checkpoint):
+    """Where stdin is closed, a command that needs none works, and one that does says that nothing came in."""
+    line = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "dsv32_jax", command, str(checkpoint)]
+    done = subprocess.run(line, capture_output=True, text=True)
+    assert done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
