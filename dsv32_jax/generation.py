@@ -8,8 +8,8 @@ from . import recording, tape
 from .errors import UsageError
 from .interrupts import interruptible
 from .model import Model
+from .options import Options
 from .processes import asking
-from .request import Options
 from .result import Generation
 from .run import Run, Stream
 from .sampling import Sampling
@@ -26,7 +26,7 @@ def generate(
 ) -> Generation:
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
 
-    `sampling` is one for all prompts or a list with one each; `request.Options` lists and explains the options.
+    `sampling` is one for all prompts or a list with one each; `options.Options` lists and explains the options.
     `record` names what to keep of what layers see, any of "routing", "indexer", "attention" and "logits", for prompts
     and new tokens alike: `inspect.Record` explains it. The first Ctrl-C returns what was made so far. Raises UsageError
     before anything is compiled where the request makes no sense, CapacityError where its cache or record does not fit

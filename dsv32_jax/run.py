@@ -14,14 +14,15 @@ from .batch import Batch, Programs
 from .compilation import announced, metered
 from .decoding import Context
 from .model import Model
+from .options import require_known
 from .recording import Rows
-from .request import plan, require_known
+from .request import plan
 from .result import Generation, Stats
 from .transcript import Token, Transcript
 
 
 class Run:
-    """Checks a request, then runs it. `stop`, `tokenizer` and `progress` are those of `request.Options`."""
+    """Checks a request, then runs it. `stop`, `tokenizer` and `progress` are those of `options.Options`."""
 
     def __init__(
         self,

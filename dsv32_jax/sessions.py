@@ -21,9 +21,10 @@ from .decoding import Context, resized, resumed, rewound
 from .errors import UsageError
 from .interrupts import interruptible
 from .model import Model
+from .options import Options
 from .paths import file_of
 from .processes import fetch
-from .request import MOST_DRAFTS, Options, bucket
+from .request import MOST_DRAFTS, bucket
 from .result import Generation
 from .run import Run, Stream
 from .sampling import Sampling

@@ -40,7 +40,7 @@ FLOORS = (
     "model",
     "sampling checkpoint decoding diagnosis",
     "tape",
-    "speculation inventory request transcript result terminal.opening",
+    "speculation inventory options request transcript result terminal.opening",
     "batch session_file terminal.answer terminal.asking terminal.doctor",
     "recording scoring activations",
     "run",

@@ -14,8 +14,8 @@ from ..config import Config
 from ..decoding import blank, placed
 from ..generation import generate
 from ..model import Model, build
+from ..options import Options
 from ..random_weights import leaf_maker
-from ..request import Options
 from .measure import Row
 from .parts import DTYPE, random_model
 

@@ -1,4 +1,4 @@
-"""The arguments that say how to generate: one for each field of `Sampling` and each entry of `request.Options`."""
+"""The arguments that say how to generate: one for each field of `Sampling` and each entry of `options.Options`."""
 
 import argparse
 import re
@@ -74,7 +74,7 @@ CACHE = {
     "cache_dtype": Argument(str, "TYPE", "bfloat16, float32 or fp8 (the compute dtype)"),
     "draft": Argument(int, "K", "draft K tokens a step with the drafting layer; the result is the same (0)"),
 }
-"""The entries of `request.Options` that a command line can give."""
+"""The entries of `options.Options` that a command line can give."""
 
 
 def add(parser: argparse.ArgumentParser, title: str, table: dict[str, Argument]) -> None:

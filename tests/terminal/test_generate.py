@@ -12,7 +12,7 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import chat
 from dsv32_jax.chat import template
-from dsv32_jax.request import Options
+from dsv32_jax.options import Options
 from dsv32_jax.terminal import arguments, opening
 from tests.terminal.conftest import byte_tokenizer
 
