@@ -10,7 +10,7 @@ from typing import Any
 
 from dsv32_jax.errors import CapacityError, DsvError, StorageError
 from dsv32_jax.quantize_search import SCALINGS
-from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.storage.manifest import Manifest, is_complete
 
 from . import interrupts, text
 from .plan import outlook
@@ -46,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
     def last_words(signal_name: str, code: int) -> bytes:
         return watcher.last_words(
             f"{signal_name}: stopped. What was written is kept; to continue, run the same command again:\n"
-            f"  {_command(argv)}",
+            f"  {_name()} {shlex.join(argv)}",
             code,
         )
 
@@ -78,11 +78,12 @@ def _run(options: argparse.Namespace, watcher: Watcher) -> None:
         print(show(outlook.expected(prepared)), flush=True)
         outlook.require_room(prepared)
         return
-    watcher.event("start", source=str(options.src), output=str(options.dst))
+    watcher.event("start", source=options.src, output=options.dst)
+    complete = is_complete(options.dst)
     manifest = convert(options.src, options.dst, progress=watcher, **how)
     watcher.close()
-    watcher.event("done", output=str(options.dst), digest=manifest.digest)
-    print(show(_result(options.dst, manifest)), flush=True)
+    watcher.event("done", output=options.dst, digest=manifest.digest)
+    print(show({"complete_already" if complete else "written": options.dst, **_result(manifest)}), flush=True)
 
 
 def _failed(watcher: Watcher, message: str, code: int) -> int:
@@ -90,17 +91,15 @@ def _failed(watcher: Watcher, message: str, code: int) -> int:
     return code
 
 
-def _command(argv: list[str]) -> str:
-    """The command line that was given."""
-    program = ["dsv32", "convert"] if Path(sys.argv[0]).name == "dsv32" else ["python", "-m", "convert"]
-    return shlex.join([*program, *argv])
+def _name() -> str:
+    """How this command was called."""
+    return "dsv32 convert" if Path(sys.argv[0]).name == "dsv32" else "python -m convert"
 
 
-def _result(dst: Path, manifest: Manifest) -> dict[str, Any]:
+def _result(manifest: Manifest) -> dict[str, Any]:
     """What there is to tell about a finished conversion."""
     report = manifest.report
     return {
-        "written": str(dst),
         **text.summary(manifest.config, report["formats"], report["notes"], report["ignored"]),
         "conversions": report["conversions"],
         "relative_rms_errors": {name: found["relative_rms"] for name, found in report["errors"]["kinds"].items()},
@@ -114,15 +113,15 @@ def _result(dst: Path, manifest: Manifest) -> dict[str, Any]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m convert",
+        prog=_name(),
         description="Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "
         "Weights keep their format unless --to or --policy says otherwise. "
         "A killed conversion continues when the same command is run again.",
         epilog=EPILOG,
     )
     add = parser.add_argument
-    add("src", metavar="SRC", type=Path, help="folder with config.json and *.safetensors; never written")
-    add("dst", metavar="DST", type=Path, help="folder to write; must be new, empty or unfinished")
+    add("src", metavar="SRC", help="folder with config.json and *.safetensors; never written")
+    add("dst", metavar="DST", help="folder to write; must be new, empty or unfinished")
     add(
         "--dry-run",
         action="store_true",

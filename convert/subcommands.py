@@ -6,7 +6,6 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ def _add_inspect(commands: Any) -> None:
         help="what a folder holds: tree, sizes, formats",
         description="Show what a Hugging Face folder or a converted checkpoint holds, from headers alone.",
     )
-    inspect.add_argument("path", metavar="PATH", type=Path, help="folder of either kind")
+    inspect.add_argument("path", metavar="PATH", help="folder of either kind")
     inspect.add_argument("--tensors", metavar="GLOB", help="list tensors by name, for example '*experts.0.*'")
     inspect.add_argument("--stats", action="store_true", help="with --tensors: read them, show amax, odd scales, codes")
     inspect.add_argument("--json", action="store_true", help="print one JSON object")
@@ -41,8 +40,8 @@ def _add_verify(commands: Any) -> None:
         description="Read a converted checkpoint and name everything that is damaged; prove that it is lossless. "
         "Exit code 4 when something does not match.",
     )
-    verify.add_argument("folder", metavar="DST", type=Path, help="a converted checkpoint")
-    verify.add_argument("--against", metavar="SRC", type=Path, help="the Hugging Face folder it was made from")
+    verify.add_argument("folder", metavar="DST", help="a converted checkpoint")
+    verify.add_argument("--against", metavar="SRC", help="the Hugging Face folder it was made from")
     verify.add_argument("--level", choices=("quick", "full"), default="full", help="quick: no array is read (full)")
     verify.add_argument("--json", action="store_true", help="print one JSON object")
     verify.set_defaults(run=_verify)
@@ -54,8 +53,8 @@ def _add_export(commands: Any) -> None:
         help="a converted checkpoint -> Hugging Face safetensors",
         description="Write a converted checkpoint as safetensors for vLLM, SGLang, TensorRT-LLM or transformers.",
     )
-    export.add_argument("folder", metavar="DST", type=Path, help="a converted checkpoint; never written")
-    export.add_argument("out", metavar="HF_DIR", type=Path, help="folder to write; must not exist")
+    export.add_argument("folder", metavar="DST", help="a converted checkpoint; never written")
+    export.add_argument("out", metavar="HF_DIR", help="folder to write; must not exist")
     export.add_argument("--format", choices=("modelopt", "compressed-tensors", "bf16"), required=True)
     export.add_argument(
         "--share-scales",
@@ -72,8 +71,8 @@ def _add_reshard(commands: Any) -> None:
         description="Write a converted checkpoint again, so that each device of a mesh reads its own bytes. "
         "Any checkpoint loads on any mesh; this makes loading faster.",
     )
-    reshard.add_argument("folder", metavar="DST", type=Path, help="a converted checkpoint; never written")
-    reshard.add_argument("out", metavar="DST2", type=Path, help="folder to write; must be new, empty or unfinished")
+    reshard.add_argument("folder", metavar="DST", help="a converted checkpoint; never written")
+    reshard.add_argument("out", metavar="DST2", help="folder to write; must be new, empty or unfinished")
     reshard.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (one device)")
     reshard.set_defaults(run=_reshard)
 
@@ -115,13 +114,17 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from . import show
-    from .export.export import export
+    from dsv32_jax.paths import path_of
 
-    with _watcher("HF_DIR was not made; run the same command again to start over.") as watcher:
+    from . import show
+    from .export.export import export, unfinished
+
+    out = path_of(arguments.out)
+    rest = f"what was written lies in {unfinished(out)} until the same command is run again, which starts over"
+    with _watcher(f"{out} was not made; {rest}.") as watcher:
         exported = export(
             arguments.folder,
-            arguments.out,
+            out,
             arguments.format,
             share_scales=arguments.share_scales,
             progress=watcher,
@@ -132,11 +135,14 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _reshard(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
+    from dsv32_jax.storage.manifest import is_complete
+
     from .back.reshard import reshard
 
+    complete = is_complete(arguments.out)
     with _watcher("What was written is kept; run the same command again to continue.") as watcher:
         manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=watcher)
-    _print(f"written: {arguments.out}\ndigest: {manifest.digest}")
+    _print(f"{'complete already' if complete else 'written'}: {arguments.out}\ndigest: {manifest.digest}")
     return 0
 
 

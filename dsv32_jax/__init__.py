@@ -1,7 +1,7 @@
 """DeepSeek-V3.2 in JAX, running from NVFP4 weights.
 
     cfg   = Config.from_json("config.json")
-    model = load("checkpoint")                  # made by `python -m convert`
+    model = load("checkpoint")                  # made by `dsv32 convert`
     out   = forward(model, tokens_BT)           # logits, cache, what each layer saw
     gen   = generate(model, [[0, 17, 42]])      # tokens, log-probabilities, times
 

@@ -36,7 +36,7 @@ ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 
 
 def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, verify: str | None = None) -> Model:
-    """The model in a folder that `python -m convert` wrote.
+    """The model in a folder that `dsv32 convert` wrote.
 
     `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
     (axes among data, model, expert) each device reads its own part. At most the model and one leaf (or

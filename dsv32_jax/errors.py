@@ -1,7 +1,9 @@
 """The errors that reach a user, and the exit code each one ends a command with."""
 
+import difflib
 import errno
 import os
+from collections.abc import Collection, Iterable
 
 
 class DsvError(Exception):
@@ -87,6 +89,16 @@ def listing(items, limit: int = 8) -> str:
     items = [str(item) for item in items]
     more = f", ... and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
+
+
+def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:
+    """What of `given` is not in `known`, each with the known name that is most like it."""
+    return [name + _similar(name, known) for name in given if name not in known]
+
+
+def _similar(name: str, known: Collection[str]) -> str:
+    found = difflib.get_close_matches(name, known, 1)
+    return f" (do you mean {found[0]}?)" if found else ""
 
 
 def printable(text: str) -> str:

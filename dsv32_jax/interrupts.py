@@ -1,16 +1,14 @@
 """Ctrl-C: what was made so far is returned, and a command ends, whatever it is in the middle of."""
 
 import contextlib
+import gc
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 
-SWALLOWED = ("_xla_gc_callback", "__del__")
-"""Functions that Python calls from anywhere, here JAX's hook of the garbage collector: what they raise goes nowhere."""
-
-IMPORTS = "<frozen importlib"
-"""An exception there leaves modules half made, or comes out as an ImportError."""
+EXIT_CODE = 130
+"""Of a command that Ctrl-C ended."""
 
 AGAIN = 0.05
 """Seconds until a signal that came there is sent again."""
@@ -19,13 +17,20 @@ AGAIN = 0.05
 def interrupt(number: int, frame: FrameType | None) -> None:
     """A signal handler: KeyboardInterrupt, raised as soon as it can travel from where the program is."""
     while frame is not None:
-        if frame.f_code.co_name in SWALLOWED or frame.f_code.co_filename.startswith(IMPORTS):
+        if _swallows(frame.f_code):
             again = threading.Timer(AGAIN, signal.pthread_kill, (threading.main_thread().ident, number))
             again.daemon = True
             again.start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def _swallows(code: CodeType) -> bool:
+    """Whether what is raised there goes nowhere: in a destructor, a hook of the garbage collector (JAX has one), or an
+    import, which would leave modules half made or make an ImportError of it."""
+    hooks = [getattr(hook, "__code__", None) for hook in gc.callbacks]
+    return code.co_name == "__del__" or code in hooks or code.co_filename.startswith("<frozen importlib")
 
 
 HANDLERS = (signal.default_int_handler, interrupt)

@@ -1,11 +1,10 @@
 """What can be asked of a generation beside its prompts and sampling."""
 
 import dataclasses
-import difflib
 from collections.abc import Collection, Sequence
 from typing import Any, TypedDict
 
-from .errors import UsageError, listing
+from .errors import UsageError, listing, unknown
 from .sampling import Sampling
 
 
@@ -42,12 +41,8 @@ class Options(TypedDict, total=False):
 
 def require_known(options: Collection[str]) -> None:
     """Raise UsageError that names every option which is not one of `Options`, and where it belongs."""
-    if unknown := [_unknown(name) for name in options if name not in Options.__annotations__]:
-        raise UsageError(f"{len(unknown)} options are not known: {listing(unknown)}; nothing was run")
-
-
-def _unknown(name: str) -> str:
-    if name in {field.name for field in dataclasses.fields(Sampling)}:
-        return f"{name} (it is one of sampling: sampling=Sampling({name}=...))"
-    similar = difflib.get_close_matches(name, Options.__annotations__, 1)
-    return f"{name} (do you mean {similar[0]}?)" if similar else name
+    sampling = {field.name for field in dataclasses.fields(Sampling)}
+    wrong = [f"{name} (it is one of sampling: sampling=Sampling({name}=...))" for name in options if name in sampling]
+    wrong += unknown([name for name in options if name not in sampling], Options.__annotations__)
+    if wrong:
+        raise UsageError(f"{len(wrong)} options are not known: {listing(wrong)}; nothing was run")

@@ -14,8 +14,14 @@ def path_of(path: str | os.PathLike[str]) -> Path:
         raise UsageError(f"a path is text or a Path, not {path!r:.200}") from None
     except RuntimeError as error:
         raise UsageError(f"{str(path)!r} is no path here: {error}") from None
+    if not os.fspath(path):
+        raise UsageError("a path is empty: name a folder, or . for the current one")
     if "\0" in str(found):
         raise UsageError(f"{str(path)!r} is no path: it holds a zero byte")
+    try:
+        str(found).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{str(path)!r} is no path here: its bytes are not UTF-8, which checkpoints need") from None
     return found
 
 

@@ -34,9 +34,7 @@ def mesh(sizes: str | Mapping[str, int]) -> Mesh:
 
     Raises UsageError where it is not understood, CapacityError where there are not as many devices.
     """
-    if not isinstance(sizes, str | Mapping):
-        raise UsageError(f'a mesh is written as "expert=4,model=2" or {{"expert": 4, "model": 2}}, not {sizes!r:.200}')
-    sizes = pieces.parse(sizes if isinstance(sizes, str) else ",".join(f"{k}={v}" for k, v in sizes.items()))
+    sizes = pieces.parse(sizes)
     require_device()
     needed, devices = int(np.prod(list(sizes.values()))), jax.devices()
     if needed > len(devices):

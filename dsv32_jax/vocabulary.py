@@ -29,7 +29,7 @@ def check(folder: Path, cfg: Config) -> int | None:
         largest = max(ids)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
-            f"{file} is not a tokenizer: {error!r}. Replace it, or remove it to use ids only"
+            f"{file} is not a tokenizer ({_why(error)}). Replace it, or remove it to use token ids only"
         ) from error
     problems = []
     if largest >= cfg.vocab_size:
@@ -42,3 +42,8 @@ def check(folder: Path, cfg: Config) -> int | None:
             "there, or remove it to use token ids only"
         )
     return largest + 1
+
+
+def _why(error: Exception) -> str:
+    """What Python says of content that is not as expected."""
+    return f"it has no {error}" if isinstance(error, KeyError) else str(error)

@@ -33,7 +33,7 @@ sorted(file.name for file in Path(SOURCE).iterdir())
 # ## Convert
 #
 # The converter plans from the names in the shards' headers before it reads a weight, keeps every code and scale byte,
-# and writes a manifest with a digest of each array. The same is `python -m convert SRC DST` on the command line.
+# and writes a manifest with a digest of each array. The same is `dsv32 convert SRC DST` on the command line.
 
 # %%
 manifest = convert.convert(SOURCE, scratch / "converted")

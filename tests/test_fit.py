@@ -353,7 +353,7 @@ def test_misuse(converted, no_programs, capsys, options, code, message):
 def test_paths_that_are_no_model(converted, small, no_programs, capsys, tmp_path):
     """Not converted yet, damaged, absent, without the layer that is asked for."""
     code, _, err = run(capsys, converted["nvfp4"].parent / "originals" / "fp8")
-    assert code == 3 and "run `python -m convert" in err
+    assert code == 3 and "run `dsv32 convert" in err
     assert run(capsys, tmp_path / "nowhere")[0] == 3
     (tmp_path / "config.json").write_text("{")
     assert run(capsys, tmp_path / "config.json")[0] == 3

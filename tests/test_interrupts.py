@@ -46,18 +46,18 @@ def test_out_of_the_garbage_collector():
     """JAX has a hook there."""
     pressed = []
 
-    def _xla_gc_callback(*_) -> None:
+    def hook(*_) -> None:
         if not pressed:
             pressed.append(True)
             signal.raise_signal(signal.SIGINT)
 
     with interrupts.raised(), pytest.raises(KeyboardInterrupt):
-        gc.callbacks.append(_xla_gc_callback)
+        gc.callbacks.append(hook)
         try:
             gc.collect()
             wait()
         finally:
-            gc.callbacks.remove(_xla_gc_callback)
+            gc.callbacks.remove(hook)
     assert pressed
 
 

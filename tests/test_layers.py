@@ -16,7 +16,7 @@ FLOORS = (
     "errors host interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
     "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments "
-    "processes terminal.joining",
+    "terminal.parser processes terminal.joining",
     "config quantize_search terminal.keyboard",
     "layout vocabulary record chat.template chat.faults chat.stops",
     "chat.messages chat.byte_level terminal.parts",
@@ -54,7 +54,7 @@ FLOORS = (
     "bench.convert bench.reading bench.model inspect.trees inspect.weights",
     "bench.context inspect.blocks inspect.mass",
     "bench.record bench.kernels inspect.shards",
-    "inspect.plots",
+    "inspect.plots bench.command",
     "cli",
     "__main__",
 )

@@ -38,7 +38,7 @@ def reshard(
     same work is continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is
     read; VerificationError when an array has changed; OutputExistsError, UsageError, StorageError.
     """
-    sizes = pieces.parse(mesh) if isinstance(mesh, str) else dict(mesh or {})
+    sizes = {} if mesh is None or mesh == {} else pieces.parse(mesh)
     converted, out = Converted(folder), path_of(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     pieces.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))

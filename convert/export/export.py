@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dsv32_jax.errors import OutputExistsError, UsageError, listing
+from dsv32_jax.errors import FULL, CapacityError, OutputExistsError, UsageError, listing
 from dsv32_jax.paths import path_of
 from dsv32_jax.quantize import NVFP4_BLOCK
 from dsv32_jax.storage.manifest import sync_folder
@@ -65,17 +65,36 @@ def export(
     _require_new(out)
     work = _Export(converted, family, share_scales)
     shards = deal((target.tensors for target in work.targets.values()), shard_bytes)
-    unfinished = out.parent / f".{out.name}.unfinished"
-    if unfinished.is_dir() and os.listdir(unfinished) and not (unfinished / LOCK).exists():
-        raise OutputExistsError(f"{unfinished} is in the way and not from an export; nothing was touched")
-    with locked(unfinished):
-        _empty(unfinished)
-        require_space(unfinished, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
-        work.write(unfinished, shards, progress)
-        _publish(unfinished, out)
+    aside = unfinished(out)
+    if aside.is_dir() and os.listdir(aside) and not (aside / LOCK).exists():
+        raise OutputExistsError(f"{aside} is in the way and not from an export; nothing was touched")
+    with locked(aside):
+        _empty(aside)
+        require_space(aside, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
+        _write(work, aside, shards, progress)
+        _publish(aside, out)
         (out / LOCK).unlink()
     sync_folder(out.parent)
     return work.report(out, shards)
+
+
+def unfinished(out: Path) -> Path:
+    """Where an export to `out` is written before it has its name."""
+    return out.parent / f".{out.name}.unfinished"
+
+
+def _write(work: "_Export", aside: Path, shards: list[Shard], progress: Callable[[Progress], None]) -> None:
+    """Write everything. Where the disk is full, what was written is of no use and is removed."""
+    try:
+        work.write(aside, shards, progress)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        _empty(aside)
+        raise CapacityError(
+            f"{aside} cannot be written: the disk, a quota or the limit of file sizes is full ({error.strerror}). "
+            "Nothing of the export was kept; free some space, or export to another disk"
+        ) from error
 
 
 def _require_new(out: Path) -> None:
@@ -83,22 +102,22 @@ def _require_new(out: Path) -> None:
         raise OutputExistsError(f"{out} exists; nothing was touched. Export to a new folder")
 
 
-def _publish(unfinished: Path, out: Path) -> None:
+def _publish(aside: Path, out: Path) -> None:
     """Give the export its name, if nothing has got it meanwhile: the system replaces an empty folder, and no other."""
     try:
-        os.rename(unfinished, out)
+        os.rename(aside, out)
     except OSError as error:
         if not os.path.lexists(out):
             raise
         raise OutputExistsError(
-            f"{out} was made by something else meanwhile and was not touched. The export stays in {unfinished} until "
+            f"{out} was made by something else meanwhile and was not touched. The export stays in {aside} until "
             f"one of the same name is made; export to a new folder ({error.strerror})"
         ) from error
 
 
-def _empty(unfinished: Path) -> None:
+def _empty(aside: Path) -> None:
     """Remove what an export that was killed left in its own folder."""
-    for entry in unfinished.iterdir():
+    for entry in aside.iterdir():
         if entry.name != LOCK:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 

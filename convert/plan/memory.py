@@ -51,8 +51,8 @@ def budget(max_memory: str | int | None, workers: int | None) -> Budget:
 
     Raises UsageError.
     """
-    if workers is not None and workers < 1:
-        raise UsageError(f"--workers must be at least 1, not {workers}; nothing was read")
+    if workers is not None and (type(workers) is not int or workers < 1):
+        raise UsageError(f"workers must be a whole number, 1 or more, not {workers!r}; nothing was read")
     cores = len(os.sched_getaffinity(0))
     return Budget(int(available() * SHARE) if max_memory is None else parse(max_memory), workers or cores)
 
@@ -88,8 +88,8 @@ def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
         too_large = f"{largest.leaf.path} ({size_text(largest.nbytes)}, {largest.form.format})"
         smallest = -(-need(largest) >> 20)
         raise CapacityError(
-            f"{size_text(limit)} of memory are too little: {too_large} alone takes {size_text(need(largest))} while it "
-            f"is converted. Nothing was written. "
+            f"{size_text(limit)} of memory are too little: converting {too_large} takes {size_text(need(largest))}, "
+            f"{size_text(PROGRAM + BAND_BYTES)} of which the program takes with any. Nothing was written. "
             f"The smallest limit that works is --max-memory {smallest}MiB"
         )
 

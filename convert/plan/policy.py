@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.errors import CheckpointError, UsageError, listing
+from dsv32_jax.paths import path_of
 from dsv32_jax.quantize import NVFP4_BLOCK
 from dsv32_jax.quantize_search import SCALINGS
 
@@ -86,12 +87,13 @@ def policy(to: str | None = None, name: str | Path | None = None) -> Policy:
         raise UsageError(f"weights can be converted to {listing(BECOMES)}, not to {to!r}; nothing was read")
     if name is None:
         return Policy() if to is None else policy(to, DEFAULTS[to])
-    if name in PRESETS:
+    if isinstance(name, str) and name in PRESETS:
         if to is None:
             raise UsageError(f"the policy {name} needs a format to convert to: add --to with one of {listing(BECOMES)}")
-        rules = tuple((pattern, to if format == TO else format) for pattern, format in PRESETS[str(name)])
+        rules = tuple((pattern, to if format == TO else format) for pattern, format in PRESETS[name])
         return Policy(rules, to)
-    return Policy(_read(Path(name)), KEEP if to is None else to, Path(name))
+    file = path_of(name)
+    return Policy(_read(file), KEEP if to is None else to, file)
 
 
 def _read(file: Path) -> tuple[tuple[str, str], ...]:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dsv32_jax.errors import UsageError
+from dsv32_jax import vocabulary
+from dsv32_jax.config import Config
+from dsv32_jax.errors import UsageError, listing, unknown
 from dsv32_jax.paths import path_of
 from dsv32_jax.storage import pieces
 from dsv32_jax.storage.manifest import digest
@@ -85,6 +87,8 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
 
     Raises UsageError, ConfigError, CheckpointError, or CapacityError where the memory or the mesh does not do.
     """
+    if wrong := unknown(options, Options.__annotations__):
+        raise UsageError(f"{len(wrong)} options are not known: {listing(wrong)}; nothing was read")
     src, dst = path_of(src).absolute(), path_of(dst).absolute()
     kinds = (options.get("scales", "rtn"), options.get("tensor_scales", "own"))
     if kinds != ("rtn", "own") and options.get("to") != "nvfp4" and options.get("policy") is None:
@@ -93,8 +97,8 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
         )
     wanted = recipe(options.get("to"), options.get("policy"), *kinds)
     budget = memory.budget(options.get("max_memory"), options.get("workers"))
-    mesh = options.get("mesh") or {}
-    mesh = pieces.parse(mesh) if isinstance(mesh, str) else dict(mesh)
+    given = options.get("mesh")
+    mesh = {} if given is None or given == {} else pieces.parse(given)
     require_apart(src, dst)
     source = Source(src)
     require_companions(src)
@@ -103,6 +107,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
     if (layers := options.get("layers")) is not None:
         source = first_layers(source, layers)
     planned = plan(source, wanted)
+    vocabulary.check(src, Config.from_dict(source.config, str(src / "config.json")))
     pieces.check(mesh, [(leaf.leaf, shape) for leaf in planned.leaves for _, shape in leaf.arrays.values()])
     memory.require(planned.leaves, budget.limit)
     return Prepared(source, dst, planned, mesh, budget, options.get("group_bytes", memory.GROUP_BYTES))

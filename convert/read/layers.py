@@ -17,11 +17,11 @@ def first_layers(source: Source, text: str) -> Source:
     They must begin with 0: a layer makes sense only on what those before it computed. Raises UsageError.
     """
     cfg = Config.from_dict(source.config, str(source.folder / "config.json"))
-    match = re.fullmatch(r"0(?:-(\d{1,9}))?", text.strip())
+    match = re.fullmatch(r"0(?:-(\d{1,9}))?", str(text).strip())
     count = int(match[1] or 0) + 1 if match else 0
     if not 0 < count <= cfg.num_hidden_layers:
         raise UsageError(
-            f"--layers {text!r} is not understood: write 0-N for the first N + 1 layers, "
+            f"the layers {text!r} are not understood: write 0-N for the first N + 1 layers, "
             f"at most 0-{cfg.num_hidden_layers - 1} for {source.folder}. Nothing was written"
         )
     kept = {name: tensor for name, tensor in source.tensors.items() if _layer(name) < count}

@@ -53,6 +53,7 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         "files",
         metavar="FILE",
         nargs="*",
+        default=[],
         type=Path,
         help='text, or .jsonl with a "text" a line; each is read on its own (default: the shipped held-out text)',
     )

@@ -16,10 +16,18 @@ from .blocks import Statistics
 from .mass import Mass
 from .shards import Placement
 
+
+class _Missing:
+    """What stands for matplotlib's figures where it is not installed."""
+
+    def __init__(self, *_, **__):
+        raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks")
+
+
 try:
     from matplotlib.figure import Figure
-except ImportError as error:
-    raise UsageError('figures need matplotlib: pip install "dsv32-jax[notebook]"') from error
+except ImportError:
+    Figure = _Missing  # pyright: ignore[reportAssignmentType, reportConstantRedefinition]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 GREY = "#999999"
@@ -29,7 +37,7 @@ MAP = "cividis"
 DPI = 80
 
 
-class Picture(Figure):
+class Picture(Figure):  # pyright: ignore[reportGeneralTypeIssues]
     """A figure that a notebook shows as it is, whatever its backend."""
 
     def _repr_png_(self) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError, listing
+from ..paths import path_of
 from . import passport
 from .manifest_text import COMPONENTS as COMPONENTS
 from .manifest_text import FORMAT_VERSION as FORMAT_VERSION
@@ -143,6 +144,11 @@ def _content(leaf: LeafEntry) -> dict[str, Any]:
     return {"format": leaf.format, "arrays": arrays, **shared}
 
 
+def is_complete(folder: str | Path) -> bool:
+    """Whether `folder` has a manifest, which is written last."""
+    return (path_of(folder) / FILE).exists()
+
+
 def is_converted(folder: Path) -> bool:
     """Whether `folder` is a converted checkpoint, or one that is being made."""
     return (folder / FILE).exists() or (folder / JOURNAL).exists()
@@ -155,10 +161,8 @@ def _absent(folder: Path) -> str:
     if (folder / JOURNAL).exists():
         return (
             f"{folder} is an unfinished conversion: there is no {FILE}. "
-            "Run the same `python -m convert` command again; it continues where it stopped"
+            "Run the same `dsv32 convert` command again; it continues where it stopped"
         )
     if any(folder.glob("*.safetensors")):
-        return (
-            f"{folder} holds safetensors, not a converted checkpoint: run `python -m convert {folder} DST` and load DST"
-        )
+        return f"{folder} holds safetensors, not a converted checkpoint: run `dsv32 convert {folder} DST` and load DST"
     return f"{folder} is not a converted checkpoint: there is no {FILE}"

@@ -22,8 +22,11 @@ Mesh = Mapping[str, int]
 """Devices along each mesh axis."""
 
 
-def parse(text: str) -> dict[str, int]:
-    """The mesh written as "expert=8,model=2". Raises UsageError."""
+def parse(sizes: str | Mesh) -> dict[str, int]:
+    """The mesh written as "expert=8,model=2", or as a mapping. Raises UsageError."""
+    if not isinstance(sizes, str | Mapping):
+        raise UsageError(f'a mesh is written as "expert=4,model=2" or {{"expert": 4, "model": 2}}, not {sizes!r:.200}')
+    text = sizes if isinstance(sizes, str) else ",".join(f"{name}={size}" for name, size in sizes.items())
     found: dict[str, int] = {}
     for item in text.split(","):
         name, _, size = item.strip().partition("=")

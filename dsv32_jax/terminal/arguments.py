@@ -86,7 +86,7 @@ def add(parser: argparse.ArgumentParser, title: str, table: dict[str, Argument])
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """Add what says which model, where, and in which precision."""
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint (python -m convert SRC CKPT)")
+    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint (dsv32 convert SRC CKPT)")
     group = parser.add_argument_group("model")
     group.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (bfloat16)")
     group.add_argument("--mesh", metavar="AXES", help="spread it over devices, for example expert=8,model=2")

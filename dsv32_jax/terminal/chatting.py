@@ -5,13 +5,13 @@ import argparse
 from ..batch import WHOLE
 from ..chat import Conversation
 from ..errors import DsvError, UsageError, refusal
+from ..interrupts import EXIT_CODE
 from ..run import Run
 from ..sampling import Sampling
 from ..sessions import session
 from . import saving
 from .arguments import CACHE, SAMPLING, TURN, given
 from .commands import TABLE, Commands, Leave
-from .generating import INTERRUPTED
 from .keyboard import Keyboard
 from .opening import Opened
 from .screen import Screen, one_line
@@ -86,7 +86,7 @@ def _talk(keyboard: Keyboard, talk: Talk, arguments: argparse.Namespace) -> int:
         while True:
             try:
                 if not _turn(keyboard, talk, commands) and not keyboard.interactive:
-                    return INTERRUPTED
+                    return EXIT_CODE
             except (EOFError, Leave):
                 return 0
             except KeyboardInterrupt:

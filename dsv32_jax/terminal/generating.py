@@ -10,7 +10,7 @@ from typing import Any
 from ..batch import LAYERWISE, WHOLE
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError
-from ..interrupts import interruptible
+from ..interrupts import EXIT_CODE, interruptible
 from ..processes import asking
 from ..result import Stats
 from ..run import Run
@@ -19,9 +19,6 @@ from .arguments import BATCH, CACHE, TURN, given
 from .asking import Asked, Reader
 from .opening import Opened
 from .screen import Screen, json_line
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C."""
 
 PAUSE = 0.2
 """Seconds between two changes of the status line."""
@@ -100,7 +97,7 @@ class _Results:
             return 0
         none = len(made.finish_reason) - len(self._written)
         self._screen.note("interrupted" + (f"; {none} of {len(made.finish_reason)} were not begun" if none else ""))
-        return INTERRUPTED
+        return EXIT_CODE
 
     def _token(self, row: int, token: Token) -> None:
         self._made += 1

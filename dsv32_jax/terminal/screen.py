@@ -83,11 +83,9 @@ class Screen:
         self._write(self._err, self.bold(self._wrapped(shown(text))) + "\n")
 
     def status(self, text: str) -> None:
-        """Show `text` in a line that the next output replaces; on a terminal only."""
-        if self._quiet or not self.live or not (text or self._has_status):
+        """Show `text` in a line that the next output replaces; on a terminal only, not in the middle of a result."""
+        if self._quiet or not self.live or not (text or self._has_status) or self._in_line:
             return
-        if not self._has_status:
-            self._end_line()
         self._has_status = bool(text)
         self._write(self._err, "\r\x1b[K" + self.dim(one_line(text, _columns() - 1) if text else ""))
 

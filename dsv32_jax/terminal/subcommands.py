@@ -1,7 +1,6 @@
 """The command lines of dsv32 generate, chat and doctor. Nothing here needs JAX: `--help` does not wait for it."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +49,7 @@ def _add_generate(commands: Any) -> None:
     arguments.add(generate, "how much", {**arguments.TURN, **arguments.BATCH, **arguments.CACHE})
     joining.add(generate)
     generate.set_defaults(run=_generate)
-    generate.parse_known_args = _prompt_anywhere(generate.parse_known_args)
-
-
-def _prompt_anywhere(parse: Callable) -> Callable:
-    """`parse` as of Python 3.12 and later: before, an optional PROMPT had to stand right behind CKPT."""
-
-    def parse_known_args(args=None, namespace=None):
-        found, rest = parse(args, namespace)
-        if found.prompt is None and rest and not rest[0].startswith("-"):
-            found.prompt = rest.pop(0)
-        return found, rest
-
-    return parse_known_args
+    generate.late = "prompt"
 
 
 def _add_chat(commands: Any) -> None:

@@ -54,3 +54,9 @@ def write_checkpoint(folder: Path, config: dict, arrays: dict[str, np.ndarray]) 
     (folder / "config.json").write_text(json.dumps(config))
     write_shard(folder / "model.safetensors", arrays)
     return folder
+
+
+def tokenizer(folder: Path, **more: int) -> str:
+    """A tokenizer.json with every id of the vocabulary, as text, and some `more` tokens."""
+    size = json.loads((folder / "config.json").read_text())["vocab_size"]
+    return json.dumps({"model": {"vocab": {f"t{i}": i for i in range(size)} | more}})

@@ -403,12 +403,16 @@ def test_copies_are_written_as_the_source_had_them(originals, small, tmp_path):
 
 def test_companions_go_along(originals, tmp_path):
     source = shutil.copytree(originals["bf16"], tmp_path / "a")
-    names = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
-    for name in names:
-        (source / name).write_text(name)
+    companions = {
+        "tokenizer.json": fakes.tokenizer(source),
+        "tokenizer_config.json": "a",
+        "generation_config.json": "b",
+    }
+    for name, text in companions.items():
+        (source / name).write_text(text)
     convert.convert(source, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "hf", "bf16")
-    assert [(tmp_path / "hf" / name).read_text() for name in names] == list(names)
+    assert {name: (tmp_path / "hf" / name).read_text() for name in companions} == companions
 
 
 def test_existing_output_is_never_touched(converted, tmp_path, capsys):

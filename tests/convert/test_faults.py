@@ -169,7 +169,7 @@ ROWS = {
     "F72": (content(b"\x1f\x8b\x08\x00\x00\x00\x00\x00\x00\x03" + bytes(99)), [], 3, [SHARD, "gzip"]),
     "layers": (nothing, ["--layers", "1-2"], 2, ["'1-2'", "0-N", "at most 0-2"]),
     "memory": (nothing, ["--max-memory", "lots"], 2, ["'lots'", "8GiB"]),
-    "workers": (nothing, ["--workers", "0"], 2, ["--workers must be at least 1, not 0"]),
+    "workers": (nothing, ["--workers", "0"], 2, ["workers must be a whole number, 1 or more, not 0"]),
     "mesh": (nothing, ["--mesh", "pipeline=2"], 2, ["pipeline=2", "expert"]),
 }
 

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -230,14 +231,35 @@ def test_too_little_disk_is_told_before_the_work(checkpoints, tmp_path, monkeypa
 
 def test_companions_are_copied(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
-    names = ["tokenizer.json", "tokenizer_config.json", "generation_config.json"]
-    for name in names:
-        (source / name).write_text(name)
+    companions = {
+        "tokenizer.json": fakes.tokenizer(source),
+        "tokenizer_config.json": "a",
+        "generation_config.json": "b",
+    }
+    for name, text in companions.items():
+        (source / name).write_text(text)
     (source / "modeling_deepseek.py").write_text("import os")
     manifest = convert.convert(source, tmp_path / "out")
-    assert manifest.report["companions"] == names
-    assert [(tmp_path / "out" / name).read_text() for name in names] == names
+    assert manifest.report["companions"] == list(companions)
+    assert {name: (tmp_path / "out" / name).read_text() for name in companions} == companions
     assert not (tmp_path / "out" / "modeling_deepseek.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "is not a tokenizer (Expecting value"),
+        ("{}", "is not a tokenizer (it has no 'model')"),
+        ('{"model": {"vocab": {"a": 0}}}', "does not belong to this model: it has no eos_token_id"),
+    ],
+)
+def test_a_tokenizer_of_no_use_is_told_before_the_work(checkpoints, tmp_path, text, why):
+    """What `load` would refuse is not copied."""
+    source = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
+    (source / "tokenizer.json").write_text(text)
+    with pytest.raises(CheckpointError, match=re.escape(why)):
+        convert.convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def run(*arguments, code: str = "") -> subprocess.CompletedProcess:

@@ -40,7 +40,7 @@ def test_a_folder_without_one_is_called_what_it_is(tmp_path):
     with pytest.raises(CheckpointError, match="is not a converted checkpoint"):
         Manifest.read(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(CheckpointError, match="run `python -m convert"):
+    with pytest.raises(CheckpointError, match="run `dsv32 convert"):
         Manifest.read(tmp_path)
     (tmp_path / "journal.jsonl").touch()
     with pytest.raises(CheckpointError, match="unfinished conversion"):

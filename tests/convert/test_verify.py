@@ -169,7 +169,7 @@ def test_files_behind_links_are_files_of_the_folder(copy, tmp_path):
 def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
     """All files but those of the store have a digest, however large."""
     source = shutil.copytree(originals["nvfp4"], tmp_path / "source")
-    (source / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"x" * (1 << 21): 0}}}))
+    (source / "tokenizer.json").write_text(fakes.tokenizer(source, **{"x" * (1 << 21): 0}))
     convert.convert(source, tmp_path / "out")
     flip(tmp_path / "out" / "tokenizer.json", 1 << 20, 0)
     with pytest.raises(VerificationError, match="tokenizer.json"):
@@ -299,7 +299,11 @@ def test_loading_verifies_as_asked(copy):
     "command, state",
     [
         ("verify {} --level quick", "Nothing was changed."),
-        ("export {} {out}/a --format bf16", "HF_DIR was not made; run the same command again to start over."),
+        (
+            "export {} {out}/a --format bf16",
+            "{out}/a was not made; what was written lies in {out}/.a.unfinished until the same command is run again, "
+            "which starts over.",
+        ),
         ("reshard {} {out}/b", "What was written is kept; run the same command again to continue."),
     ],
 )
@@ -310,7 +314,7 @@ def test_a_signal_is_answered_with_the_state_of_things(command, state, converted
     ending = interrupts.ending
     monkeypatch.setattr(interrupts, "ending", lambda words: heard.append(words("SIGTERM", 75)) or ending(words))
     assert cli.main([part.format(converted["bf16"], out=tmp_path) for part in command.split()]) == 0
-    assert heard == [f"\nSIGTERM: stopped. {state}\n".encode()]
+    assert heard == [f"\nSIGTERM: stopped. {state.format(out=tmp_path)}\n".encode()]
     assert capsys.readouterr().out
 
 
