@@ -44,7 +44,7 @@ def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
             f"tokens must be a matrix [rows, tokens] with at least one of each, not of shape {array.shape}"
         )
     _in_vocabulary([list(row) for row in array], vocab_size)
-    return jnp.asarray(array, jnp.int32)
+    return jnp.asarray(array.astype(np.int32))
 
 
 def prompts(rows: Any, vocab_size: int) -> list[list[int]]:
@@ -119,11 +119,11 @@ def as_whole(value: Any) -> int | None:
     return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
 
 
-def capacity(slots: Any, count_B: Any) -> int:
-    """`slots`, where it is a size that holds the new tokens of every row."""
+def capacity(slots: Any, count_B: Any, longest: int) -> int:
+    """`slots`, where it is a size that holds the new tokens of every row, and at most the model's longest context."""
     need = 1 if isinstance(count_B, Tracer) else int(np.max(count_B))
-    found = as_whole(slots)
-    if found is None or found < need:
+    found = whole("capacity", slots, 1, longest)
+    if found < need:
         raise UsageError(f"capacity is {slots!r}, but a row has {need} tokens; use capacity={need} or more")
     return found
 

@@ -91,13 +91,19 @@ def listing(items, limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def require(value: object, kind: type | tuple[type, ...], rule: str) -> None:
+    """Raise UsageError that gives the `rule` where `value` is not of a kind."""
+    if not isinstance(value, kind):
+        raise UsageError(f"{rule}, not {value!r:.200}")
+
+
 def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:
     """What of `given` is not in `known`, each with the known name that is most like it."""
     return [name + _similar(name, known) for name in given if name not in known]
 
 
 def _similar(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name, known, 1)
+    found = difflib.get_close_matches(name.lower(), known, 1)
     return f" (do you mean {found[0]}?)" if found else ""
 
 

@@ -93,11 +93,15 @@ def forward(
     `capacity` slots (default T). Raises UsageError before anything is compiled where tokens are outside the
     vocabulary or do not fit in the cache.
     """
-    tokens_BT = checks.token_matrix(tokens_BT, checks.config_of(model).vocab_size)
+    cfg = checks.config_of(model)
+    tokens_BT, longest = checks.token_matrix(tokens_BT, cfg.vocab_size), cfg.max_position_embeddings
     batch, new = tokens_BT.shape
     count_B = np.full(batch, new, np.int32) if count_B is None else checks.counts(count_B, batch, new)
     if cache is None:
-        cache = empty(model.cfg, batch, checks.capacity(new if capacity is None else capacity, count_B), model.dtype)
+        slots = checks.length(new, longest) if capacity is None else checks.capacity(capacity, count_B, longest)
+        cache = empty(model.cfg, batch, slots, model.dtype)
+    elif not isinstance(cache, Cache):
+        raise UsageError(f"cache must be the cache of what `forward` gave, not {cache!r:.200}")
     elif capacity is not None:
         raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
     checks.room(cache, count_B)

@@ -47,6 +47,8 @@ def read_settings(file: Path, model: Model) -> dict[str, Any]:
         with safe_open(file, "numpy") as opened:
             about = opened.metadata() or {}
         settings = json.loads(about["settings"]) if about.get("kind") == KIND else None
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no {file}; nothing was read") from error
     except (SafetensorError, KeyError, ValueError) as error:
         raise CheckpointError(f"{file} is not a session: {error}") from error
     if settings is None:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +23,8 @@ from dsv32_jax.inspect.weights import StoredWeight
 from dsv32_jax.layout import COPIES, leaves
 from dsv32_jax.record import Record
 from tests import models
+
+REPOSITORY = Path(__file__).parents[1]
 
 BANK = "layers.1.ffn.w_up_EMD"
 
@@ -122,6 +127,14 @@ def test_misuse(folders, tmp_path, monkeypatch):
         (lambda: folder.weight("norm_D", 1), "has no experts"),
         (lambda: folder.weight(BANK, 99), "from 0 to 11, not 99"),
         (lambda: folder.weight(BANK, True), "not True"),
+        (lambda: folder.weight(None), "its path, text, not None"),
+        (lambda: inspect.statistics("weight"), "what Folder.weight gives, not 'weight'"),
+        (lambda: inspect.clipped(folder.weight(BANK), folder.weight(BANK, 0)), r"is \[.*is \["),
+        (lambda: inspect.atlas("a", folder), "two inspect.Folder, not 'a'"),
+        (lambda: inspect.atlas(folder, folder, 1), "a list of layers, not 1"),
+        (lambda: inspect.held(folder, "expert=2"), "model.cfg"),
+        (lambda: inspect.held(folder.config, 4), "a mesh is written as"),
+        (lambda: inspect.placement(None, BANK, "expert=2"), "model.cfg"),
         (lambda: folder.layer(7), "no layer 7: the model has 2"),
         (lambda: folder.weight("norm_D").error(folder.weight(BANK, 0)), "nothing compared"),
         (lambda: inspect.atlas(folder, folder, [0]), "no routed experts; 1 to 1 do"),
@@ -131,6 +144,7 @@ def test_misuse(folders, tmp_path, monkeypatch):
     ):
         with pytest.raises(UsageError, match=text):
             call()
+    assert folder.weight(BANK, np.int32(3)).shape == folder.weight(BANK, 3).shape
     with pytest.raises(CapacityError, match="expert=5 "):
         inspect.placement(folder.config, BANK, "expert=5")
     with pytest.raises(CheckpointError):
@@ -207,6 +221,16 @@ def record(cfg: Config) -> Record:
     }
     arrays["expert"][:, 1, 15:] = -1
     return Record(("routing", "indexer"), arrays, {"config": cfg.to_dict()})
+
+
+def test_without_matplotlib():
+    """The package is whole, and figures say what they need."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None;"
+        "import dsv32_jax as ds; from dsv32_jax.inspect import *; help(ds.inspect); ds.inspect.plots.Picture()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert "figures need matplotlib" in done.stderr.splitlines()[-1] and "NAME" in done.stdout
 
 
 def test_figures(small):

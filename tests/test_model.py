@@ -561,7 +561,10 @@ def test_forward_refuses_wrong_tokens(model, tokens, said):
         ({"count_B": [1.0, 2.0, 3.0]}, ["count_B"]),
         ({"capacity": 0}, ["0", "capacity"]),
         ({"capacity": -5}, ["-5", "capacity"]),
-        ({"capacity": 30.0}, ["30.0", "capacity"]),
+        ({"capacity": 30.0}, ["30.0", "capacity", "whole number"]),
+        ({"capacity": True}, ["True", "capacity", "whole number"]),
+        ({"capacity": 10**7}, ["10000000", "from 1 to 4096"]),
+        ({"cache": 5}, ["5", "`forward` gave"]),
     ],
     ids=str,
 )
@@ -571,6 +574,14 @@ def test_forward_refuses_what_does_not_fit(model, tokens, arguments, said):
         ds.forward(model, tokens, **arguments)
     assert compiled.count == 0
     assert all(word in str(caught.value) for word in said), str(caught.value)
+
+
+def test_forward_refuses_more_than_the_longest_context(model):
+    """As every way in does."""
+    longest = model.cfg.max_position_embeddings
+    with metered() as compiled, pytest.raises(UsageError, match=f"{longest + 1} tokens.*context is {longest}"):
+        ds.forward(model, np.zeros((1, longest + 1), int))
+    assert compiled.count == 0
 
 
 def test_a_full_cache_is_refused_and_stays_as_it_is(model, tokens, whole):

@@ -93,7 +93,7 @@ def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
 
 def _run(cfg, folder) -> None:
     """What works on numbers rather than on shapes."""
-    assert checks.capacity(5, np.array([3, 2])) == 5
+    assert checks.capacity(5, np.array([3, 2]), 9) == 5
     checks.room(cache.empty(cfg, 2, 5, jnp.float32), checks.counts(np.array([3, 2]), 2, 3))
     one_row = dataclasses.replace(cfg, num_hidden_layers=1, num_nextn_predict_layers=0)
     session = ds.session(models.random_model(one_row), capacity=32)

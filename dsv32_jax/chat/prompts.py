@@ -36,6 +36,8 @@ def prepare(
     `allow_special` lifts this: then the ids are those of the whole text, as the reference tokenizes it.
     Raw text begins with the beginning-of-sentence token, unless not `bos`, or it is there already and may count.
     """
+    if not callable(getattr(tokenizer, "bytes_of", None)):
+        raise UsageError(f"tokenizer must be what Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}")
     if isinstance(given, str):
         if thinking or tools or context:
             raise UsageError(

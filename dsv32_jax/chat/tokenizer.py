@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config
-from ..errors import CheckpointError, UsageError, listing
+from ..errors import CheckpointError, UsageError, listing, require
 from ..paths import path_of
 from . import template
 from .byte_level import Vocabulary
@@ -41,9 +41,10 @@ class Tokenizer:
     def load(cls, folder: str | Path, cfg: Config) -> "Tokenizer":
         """The tokenizer in a checkpoint's folder, for the model that `cfg` describes.
 
-        Raises UsageError where `tokenizers` is not installed; CheckpointError where there is no tokenizer.json, where
-        it is not a byte-level BPE that brings text back unchanged, or belongs to another model.
+        Raises UsageError where `tokenizers` is not installed or `cfg` is none; CheckpointError where there is no
+        tokenizer.json, where it is not a byte-level BPE that brings text back unchanged, or belongs to another model.
         """
+        require(cfg, Config, "cfg must be a Config, as model.cfg is")
         vocabulary, plain = read(path_of(folder) / "tokenizer.json", cfg)
         return cls(vocabulary, plain, cfg.vocab_size)
 

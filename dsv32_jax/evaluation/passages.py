@@ -70,8 +70,14 @@ def passages(
     checks.whole("batch_size", batch_size, 1, 1 << 20)
     if limit is not None:
         _within("limit", limit, 1, None, "")
-    given = files.heldout() if texts is None else [texts] if isinstance(texts, str) else list(texts)
-    documents = [_ids(text, tokenizer, cfg) if isinstance(text, str) else list(text) for text in given]
+    given = files.heldout() if texts is None else [texts] if isinstance(texts, str) else texts
+    if isinstance(given, bytes) or not hasattr(given, "__len__"):
+        raise UsageError(f"texts must be a text, or a list of texts or of lists of token ids, not {given!r:.200}")
+    documents = [_ids(text, tokenizer, cfg) if isinstance(text, str) else text for text in given]
+    if odd := [repr(text) for text in documents if isinstance(text, bytes) or not hasattr(text, "__len__")]:
+        raise UsageError(
+            f"{len(odd)} texts are neither text nor lists of token ids: {listing(odd, 5)}; nothing was run"
+        )
     if not documents:
         raise UsageError("there is no text to evaluate on; nothing was run")
     if short := [i for i, ids in enumerate(documents) if len(ids) < 2]:
@@ -87,7 +93,8 @@ def passages(
 def _ids(text: str, tokenizer: Any, cfg: Config) -> list[int]:
     if tokenizer is None:
         raise UsageError(
-            "text needs a tokenizer, and the checkpoint has none; put its tokenizer.json there, or give token ids"
+            "text needs a tokenizer, and there is none: give one (tokenizer=) with a model in memory, put the "
+            "checkpoint's tokenizer.json beside it, or give token ids"
         )
     return [cfg.bos_token_id, *tokenizer.encode(text)]
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..quantize import E2M1_MAX, E4M3_AS_SCALE
 from .converter import converter
 from .weights import Folder, StoredWeight
@@ -50,6 +50,9 @@ def statistics(weight: StoredWeight) -> Statistics:
 def clipped(weight: StoredWeight, source: StoredWeight) -> int:
     """How many elements of `source` are larger than the largest that their block of the NVFP4 `weight` can be."""
     codes, scale = _blocks(weight)
+    require(source, StoredWeight, "source must be what Folder.weight gives")
+    if source.shape != weight.shape:
+        raise UsageError(f"{source.path} is {list(source.shape)}, {weight.path} is {list(weight.shape)}")
     largest = E4M3_AS_SCALE[scale].reshape(weight.parts["block_scale"].shape) * weight.parts["tensor_scale"] * E2M1_MAX
     limit = np.repeat(largest, 2 * codes.shape[-1], axis=-1)
     return int(np.count_nonzero(np.abs(source.values()) > limit))
@@ -57,6 +60,7 @@ def clipped(weight: StoredWeight, source: StoredWeight) -> int:
 
 def _blocks(weight: StoredWeight) -> tuple[np.ndarray, np.ndarray]:
     """The packed codes of each block [n, bytes], and the byte of its scale [n]."""
+    require(weight, StoredWeight, "weight must be what Folder.weight gives")
     if weight.format != "nvfp4":
         raise UsageError(f"{weight.path} is {weight.format}; only NVFP4 has codes and block scales")
     scale = np.ascontiguousarray(weight.parts["block_scale"]).view(np.uint8).reshape(-1)
@@ -66,9 +70,12 @@ def _blocks(weight: StoredWeight) -> tuple[np.ndarray, np.ndarray]:
 def atlas(folder: Folder, source: Folder, layers: Sequence[int] | None = None) -> np.ndarray:
     """The error of every routed expert [layers, experts], ||e|| / ||w|| over its three matrices, `folder` against
     `source`; one expert of each is in memory. `layers`: by default all that have experts."""
+    for one in (folder, source):
+        require(one, Folder, "an atlas is of two inspect.Folder")
     cfg = source.config
     with_experts = range(cfg.first_k_dense_replace, cfg.num_hidden_layers)
     chosen = with_experts if layers is None else layers
+    require(chosen, Sequence, "layers must be a list of layers")
     if wrong := [layer for layer in chosen if layer not in with_experts]:
         raise UsageError(f"layers {wrong} have no routed experts; {with_experts[0]} to {with_experts[-1]} do")
     found = np.zeros((len(chosen), cfg.n_routed_experts))

@@ -5,7 +5,7 @@ import math
 from typing import NamedTuple
 
 from ..config import Config
-from ..errors import UsageError
+from ..errors import UsageError, require
 from ..layout import COPIES, Leaf, leaves
 from ..storage import pieces
 
@@ -39,6 +39,7 @@ class Placement(NamedTuple):
 def placement(cfg: Config, path: str, mesh: str) -> Placement:
     """Where the leaf `path` of a model goes on `mesh` ("expert=4,model=2"). Raises UsageError, and CapacityError where
     the mesh does not divide it evenly."""
+    require(cfg, Config, "cfg must be a Config, as model.cfg is")
     found: list[Leaf] = [leaf for leaf in leaves(cfg) if leaf.path == path]
     if not found:
         raise UsageError(f"the model has no weight {path!r}")
@@ -58,6 +59,7 @@ def placement(cfg: Config, path: str, mesh: str) -> Placement:
 def held(cfg: Config, mesh: str) -> dict[str, int]:
     """Parameters that one device of `mesh` holds, by what they are for, those of the drafting layer among them; what it
     shares with the model counts once. Raises CapacityError where the mesh does not divide the leaves evenly."""
+    require(cfg, Config, "cfg must be a Config, as model.cfg is")
     sizes = pieces.parse(mesh)
     found: dict[str, int] = dict.fromkeys(("embedding, head", "attention", "indexer", "dense, shared", "experts"), 0)
     own = [leaf for leaf in leaves(cfg) if leaf.path not in COPIES]

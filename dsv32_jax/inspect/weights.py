@@ -16,7 +16,7 @@ import numpy as np
 
 from .. import host
 from ..config import Config
-from ..errors import CapacityError, UsageError, VerificationError, listing
+from ..errors import CapacityError, UsageError, VerificationError, listing, require
 from ..layout import Leaf, leaves
 from ..paths import path_of
 from ..quantize import fp8_dequantize, nvfp4_dequantize
@@ -106,6 +106,7 @@ class Folder:
         return {path.removeprefix(prefix): self.weight(path) for path in found}
 
     def _leaf(self, path: str) -> Leaf:
+        require(path, str, "a weight is called by its path, text")
         if path not in self.table:
             last = path.rpartition(".")[2]
             near = [known for known in self.table if last and known.endswith(last)] or list(self.table)

@@ -309,6 +309,11 @@ def test_no_file_or_no_library(folder, cfg, tmp_path, monkeypatch):
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(CheckpointError, match="no tokenizer.json"):
         Tokenizer.load(tmp_path, cfg)
+    for other in (None, "converted"):
+        with pytest.raises(UsageError, match="tokenizer must be"):
+            prepare("hi", other)
+        with pytest.raises(UsageError, match=r"model\.cfg"):
+            Tokenizer.load(folder, other)
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UsageError, match=r"dsv32-jax\[text\]"):
         Tokenizer.load(folder, cfg)

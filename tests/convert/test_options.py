@@ -14,6 +14,7 @@ import convert
 import dsv32_jax as ds
 from convert import text
 from convert.progress import duration_text
+from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.storage.arrays import Arrays
 from dsv32_jax.storage.manifest import Manifest
@@ -55,6 +56,53 @@ def test_a_mesh_cuts_the_chunks_and_keeps_the_digest(checkpoints, tmp_path):
     assert stored.shape[0] == 12 and stored.chunk[0] == 3
     again = convert.convert(checkpoints["nvfp4"], tmp_path / "meshed", mesh={"data": 2, "expert": 4})
     assert again == meshed
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"dry_run": True, "layer": "0-1"}, "2 options are not known: dry_run, layer .do you mean layers"),
+        ({"To": "nvfp4"}, "1 options are not known: To .do you mean to"),
+        ({"layers": 3}, "the layers 3 are not understood: write 0-N"),
+        ({"workers": "2"}, "workers must be a whole number, 1 or more, not '2'"),
+        ({"mesh": 4}, "a mesh is written as .*, not 4"),
+        ({"mesh": ""}, "the mesh '' is not understood"),
+        ({"mesh": {"rows": 2}}, "the mesh 'rows=2' is not understood"),
+        ({"to": "nvfp4", "policy": 5}, "a path is text or a Path, not 5"),
+        ({"to": "nvfp4", "policy": {"a": "b"}}, "a path is text or a Path, not {'a': 'b'}"),
+    ],
+    ids=str,
+)
+def test_wrong_options_of_python(checkpoints, tmp_path, options, said):
+    """What is not known or of another kind is refused, and nothing is written."""
+    with pytest.raises(UsageError, match=said):
+        convert.convert(checkpoints["bf16"], tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("", "a path is empty"), (None, "text or a Path, not None"), (b"a\xff".decode(errors="surrogateescape"), "UTF-8")],
+    ids=repr,
+)
+def test_paths_that_are_none(checkpoints, tmp_path, monkeypatch, path, said):
+    """An empty one, of a variable that is not set, would be the current folder."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=said):
+        convert.convert(checkpoints["bf16"], path)
+    with pytest.raises(UsageError, match=said):
+        convert.convert(path, "out")
+    with pytest.raises(UsageError, match=said):
+        ds.load(path)
+    if path == "":
+        assert convert.main([str(checkpoints["bf16"]), path]) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
+    for said in ("written: ", "complete already: "):
+        assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 0
+        assert capsys.readouterr().out.startswith(f"{said}{tmp_path / 'out'}\n")
 
 
 @pytest.fixture(scope="module")

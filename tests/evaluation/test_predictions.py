@@ -145,6 +145,9 @@ def test_weights_that_are_no_numbers(model):
         ({"texts": "a", "tokenizer": None}, "text needs a tokenizer"),
         ({"texts": [[0, 320]]}, "1 token ids are outside the vocabulary"),
         ({"texts": [[0, 1.5]]}, "whole numbers"),
+        ({"texts": [1, 2, b"c"]}, "3 texts are neither text nor lists of token ids: 1, 2, b'c'"),
+        ({"texts": Path("a")}, "texts must be a text, or a list"),
+        ({"texts": 7}, "texts must be a text, or a list"),
     ],
 )
 @pytest.mark.parametrize("measure", [perplexity, lambda model, texts, **options: kl(model, model, texts, **options)])

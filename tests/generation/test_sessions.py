@@ -203,6 +203,8 @@ def test_a_folder_is_no_session(model, tmp_path):
         ds.session(model).save(tmp_path)
     with pytest.raises(UsageError, match="is a folder"):
         ds.load_session(model, tmp_path)
+    with pytest.raises(CheckpointError, match="there is no .*nowhere"):
+        ds.load_session(model, tmp_path / "nowhere")
     with pytest.raises(StorageError, match="cannot be written"):
         ds.session(model).save(tmp_path / "no" / "file")
     assert not list(tmp_path.rglob("*"))
