@@ -5,7 +5,6 @@ import operator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -25,7 +24,7 @@ def config_of(model: Any) -> Config:
     return cfg
 
 
-def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
+def token_matrix(tokens: Any, vocab_size: int) -> jax.Array | np.ndarray:
     """`tokens` as int32 [B, T]."""
     if isinstance(tokens, Tracer):
         return tokens
@@ -44,7 +43,7 @@ def token_matrix(tokens: Any, vocab_size: int) -> jax.Array:
             f"tokens must be a matrix [rows, tokens] with at least one of each, not of shape {array.shape}"
         )
     _in_vocabulary([list(row) for row in array], vocab_size)
-    return jnp.asarray(array.astype(np.int32))
+    return array.astype(np.int32)
 
 
 def prompts(rows: Any, vocab_size: int) -> list[list[int]]:

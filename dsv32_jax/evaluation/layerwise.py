@@ -87,7 +87,7 @@ def layers(
     tokenizer = tokenizer or Variant.of(first.checkpoint.folder).tokenizer()
     context = min(CONTEXT, cfg.max_position_embeddings) if tokens is None else tokens
     (window,) = passages(cfg, tokenizer, texts, context=context, limit=1).windows
-    return _parts(first, second, checks.token_matrix([window.tokens], cfg.vocab_size))
+    return _parts(first, second, jnp.asarray(checks.token_matrix([window.tokens], cfg.vocab_size)))
 
 
 def _parts(a: Source, b: Source, tokens_BT: jax.Array) -> Iterator[LayerError]:
