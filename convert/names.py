@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable
 
 LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+LEAF = re.compile(r"layers\.(\d{1,9})\.")
+BYTES = re.compile(r"\[\d+, \d+\)")
 
 
 def kind(name: str) -> str:
@@ -29,6 +31,20 @@ def with_detail(items: Iterable[tuple[str, str]]) -> list[str]:
         text = found[0][0] if len(found) == 1 else f"{len(found)} x {pattern}{where}"
         lines.append(f"{text}: {detail}" if detail else text)
     return lines
+
+
+def folded(lines: Iterable[str]) -> list[str]:
+    """`lines` that begin with a leaf, each once for all layers that it is said of: "58 x layers.*.norm_D is missing
+    (layers 3-60)"."""
+    found: dict[str, list[tuple[str, int]]] = {}
+    for line in lines:
+        match = LEAF.match(line)
+        pattern = BYTES.sub("[...)", f"layers.*.{line[match.end() :]}" if match else line)
+        found.setdefault(pattern, []).append((line, int(match[1]) if match else -1))
+    return [
+        same[0][0] if len(same) == 1 else f"{len(same)} x {pattern} (layers {ranges(sorted({n for _, n in same}))})"
+        for pattern, same in found.items()
+    ]
 
 
 def ranges(numbers: list[int]) -> str:

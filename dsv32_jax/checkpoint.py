@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from . import sharding, vocabulary
 from .compilation import prepare
 from .config import Config
-from .errors import CheckpointError, UsageError, listing
+from .errors import CheckpointError, UsageError, VerificationError, listing
 from .formats import NVFP4, Fp8Block, Weight, dequantize
 from .kernels import variable
 from .layout import Leaf, leaves
@@ -103,7 +103,12 @@ class Checkpoint:
     ) -> dict[str, Weight]:
         """The weights of `paths`, none of which is a copy of another leaf, for a model that computes in `dtype`."""
         entries = {path: self.manifest.leaves[path] for path in paths}
-        arrays = _read(self.reader, entries, self.table, mesh)
+        try:
+            arrays = _read(self.reader, entries, self.table, mesh)
+        except CheckpointError as error:
+            if verify is None:
+                raise
+            raise VerificationError(f"{error}; nothing was loaded. Copy the folder again, or convert again") from error
         if verify == "full":
             integrity.require_arrays(self.folder, entries, arrays)
         return _weights(entries, arrays, dtype)

@@ -14,7 +14,7 @@ from dsv32_jax.storage.integrity import damaged_files, require_manifest
 from dsv32_jax.storage.manifest import FILE
 
 from ..meter import Progress, no_progress
-from ..names import grouped
+from ..names import folded, grouped
 from ..read.source import Source
 from .converted import Converted
 from .proof import Proof
@@ -107,7 +107,7 @@ def _opened(folder: Path) -> Converted:
 def _message(folder: Path, damaged: list[str], differing: list[str]) -> str:
     lines = [f"{folder} is not what was converted"]
     if damaged:
-        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in damaged)]
+        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in folded(damaged))]
     if differing:
         lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in differing)]
     return "\n".join([*lines, "Nothing was changed. Copy the folder again, or convert to a new one"])

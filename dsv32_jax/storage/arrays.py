@@ -62,7 +62,8 @@ class Arrays:
             return self.open(key)[start : info.shape[0] if stop is None else stop].read().result()
         except (OSError, ValueError) as error:
             where = f"{'.'.join(key)} ({FOLDER}/{info.part})"
-            raise StorageError(f"{where} cannot be read: {_first_line(error)}") from error
+            code, *_, why = _first_line(error).split(": ")
+            raise StorageError(f"{where} cannot be read: {code}, {why}") from error
 
     def open(self, key: Key) -> Any:
         """The TensorStore of one array."""

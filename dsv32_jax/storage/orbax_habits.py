@@ -1,10 +1,14 @@
-"""Habits that Orbax is kept from while it saves: telling every step, choosing chunks by size, copying whole arrays.
+"""Habits that Orbax is kept from: telling every step, choosing chunks by size, copying whole arrays, last words.
 
 There are no options for them. What is replaced is put back at the end of each `with`.
 """
 
 import contextlib
+import gc
+import inspect
 import logging
+import sys
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,6 +29,38 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def hide_leftovers() -> None:
+    """Of a read that fails Orbax leaves others under way, whose results nobody waits for. What they raise when they end
+    or are collected goes nowhere; from now on it is not shown either."""
+    shown = sys.unraisablehook
+    if shown is not _show_no_leftovers:
+        _show_no_leftovers.others = shown
+        sys.unraisablehook = _show_no_leftovers
+
+
+def collect_leftovers() -> None:
+    """Collect them now: Python warns of those that have not begun."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        gc.collect()
+
+
+class _OtherHook:
+    """Shows what is raised where nothing can catch it, but for leftovers of Orbax."""
+
+    def __init__(self):
+        self.others: Any = sys.__unraisablehook__
+
+    def __call__(self, raised: Any) -> None:
+        coroutine = inspect.iscoroutine(raised.object) and "orbax" in raised.object.cr_code.co_filename
+        late = raised.object is None and str(raised.exc_value) == "Event loop is closed"
+        if not (coroutine or late):
+            self.others(raised)
+
+
+_show_no_leftovers = _OtherHook()
 
 
 @contextlib.contextmanager

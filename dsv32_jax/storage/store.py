@@ -21,7 +21,7 @@ from ..errors import CheckpointError, listing, writing_failed
 from . import chunks
 from .arrays import FOLDER, UNFINISHED, Arrays, Key, dtype_of
 from .manifest import sync_folder
-from .orbax_habits import chunk_shapes_as_given, quiet, written_in_bands
+from .orbax_habits import chunk_shapes_as_given, collect_leftovers, hide_leftovers, quiet, written_in_bands
 
 Piece = Callable[[Key, tuple[int, ...]], tuple[int, ...]]
 """The shape of what one device holds of the array of that key and shape."""
@@ -141,11 +141,23 @@ def _load(folder: Path, targets: Mapping[Key, jax.ShapeDtypeStruct]) -> dict[Key
     """The arrays `targets` of one part."""
     context = ocp.Context()
     context.pytree.loading.partial_load = True
+    hide_leftovers()
     try:
         with quiet(), context:
             return _flat(ocp.load(str(folder), _nested(targets)))
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder} is damaged or cannot be read: {error}") from error
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        why = _first_cause(error)
+    collect_leftovers()
+    raise CheckpointError(f"{folder} is damaged or cannot be read: {why}")
+
+
+def _first_cause(error: BaseException) -> str:
+    """What TensorStore said: Orbax raises exceptions of any type from it, with everything it knows of the array."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [repr(error)])[0][:500]
 
 
 def _nested(group: Mapping[Key, Any]) -> dict[str, Any]:

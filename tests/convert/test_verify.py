@@ -16,6 +16,7 @@ import convert
 import dsv32_jax as ds
 from convert.back.verify import verify
 from convert.leaves.amax import amax
+from convert.names import folded
 from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
@@ -144,7 +145,9 @@ def test_files_that_are_missing_short_or_foreign_are_named(level, copy):
 
 def test_load_names_weights_that_are_short_or_missing(copy):
     """Before any is read, and without `verify`."""
-    first, second, *_ = sorted((copy / "weights").rglob("ocdbt_data/*"))
+    first, second, *_ = (
+        file for file in sorted((copy / "weights").rglob("*")) if file.is_file() and file.stat().st_size
+    )
     first.write_bytes(first.read_bytes()[:-1])
     second.unlink()
     with pytest.raises(
@@ -176,14 +179,25 @@ def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
         verify(tmp_path / "out", level="quick")
 
 
+def test_layers_are_folded():
+    """What is said of many of them is said once."""
+    lines = [f"layers.{i}.norm_D is missing" for i in (0, 1, 2, 5)] + ["head_VD is missing", "layers.7.x at [1, 2)"]
+    lines += ["layers.3.x at [10, 20)"]
+    assert folded(lines) == [
+        "4 x layers.*.norm_D is missing (layers 0-2, 5)",
+        "head_VD is missing",
+        "2 x layers.*.x at [...) (layers 3, 7)",
+    ]
+
+
 def test_a_missing_part_names_its_arrays(converted, copy):
     shutil.rmtree(copy / "weights" / "00000")
     with pytest.raises(VerificationError) as caught:
         verify(copy)
-    missing = [line.split()[0] for line in str(caught.value).splitlines() if line.endswith("is missing")]
     entries = Manifest.read(converted["nvfp4"]).leaves
-    names = {f"{path}.{name}" for path, entry in entries.items() for name in entry.arrays}
-    assert {name for name in missing if not name.startswith("weights/")} == names
+    missing = [f"{path}.{name} is missing" for path, entry in entries.items() for name in entry.arrays]
+    told = {line.strip() for line in str(caught.value).splitlines() if " is missing" in line}
+    assert {line for line in told if not line.startswith("weights/")} == set(folded(missing))
     shutil.rmtree(copy / "weights")
     with pytest.raises(VerificationError, match="weights cannot be read: .*No such file"):
         verify(copy)
@@ -270,12 +284,17 @@ def test_a_flipped_bit_never_loads(fragile):
     rng = random.Random(6)
     files = sorted(file for file in (fragile / "weights").rglob("*") if file.is_file() and file.stat().st_size)
     large = [file for file in files if file.stat().st_size > LARGE]
-    for file in [*rng.sample(files, 3), *rng.choices(large, k=4)]:
-        at, bit = rng.randrange(file.stat().st_size), rng.randrange(8)
+    places = [(file, rng.randrange(file.stat().st_size)) for file in [*rng.sample(files, 3), *rng.choices(large, k=4)]]
+    checksum_of_an_index = [(file, file.stat().st_size - 1) for file in large]
+    for file, at in [*places, *checksum_of_an_index]:
+        bit = rng.randrange(8)
         flip(file, at, bit)
         try:
             with pytest.raises(VerificationError) as caught:
                 ds.load(fragile, verify="full")
+            if (file, at) in checksum_of_an_index:
+                with pytest.raises(CheckpointError, match="is damaged or cannot be read: DATA_LOSS"):
+                    ds.load(fragile)
         finally:
             flip(file, at, bit)
         assert "nothing was loaded" in str(caught.value)
