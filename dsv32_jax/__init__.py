@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .sessions import load_session as load_session
     from .sessions import session as session
     from .sharding import mesh as mesh
+    from .version import __version__ as __version__
 
 _HOME = {
     "Config": ".config",
@@ -45,6 +46,7 @@ _HOME = {
     "Score": ".scoring",
     "Session": ".sessions",
     "Stream": ".run",
+    "__version__": ".version",
     "astream": ".generation",
     "chat": ".chat",
     "evaluation": ".evaluation",

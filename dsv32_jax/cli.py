@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import importlib.metadata
 import logging
 import os
 import sys
@@ -16,6 +15,7 @@ from .evaluation import command as evaluation
 from .terminal import subcommands
 from .terminal.parser import Parser
 from .terminal.screen import Screen
+from .version import __version__
 
 
 def program() -> int:
@@ -65,7 +65,7 @@ def _main(argv: list[str]) -> int:
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
     root = Parser(prog="dsv32", description="DeepSeek-V3.2 in JAX, running from NVFP4 weights.")
-    root.add_argument("--version", action="version", version=f"dsv32_jax {importlib.metadata.version('dsv32-jax')}")
+    root.add_argument("--version", action="version", version=f"dsv32_jax {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
 
     demo = commands.add_parser(
@@ -100,8 +100,8 @@ def _add_fit(commands) -> None:
     fit.add_argument("--context", type=int, metavar="N", help="tokens of a row, prompt included (4096, or the most)")
     fit.add_argument("--batch", type=int, default=1, metavar="B", help="rows at once (1)")
     fit.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (one device)")
-    fit.add_argument("--cache-dtype", choices=("bf16", "fp32", "fp8"), help="storage of the cache (as --dtype)")
-    fit.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="what is computed in (bf16)")
+    fit.add_argument("--cache-dtype", metavar="DTYPE", help="storage of the cache, fp8 too (as --dtype)")
+    fit.add_argument("--dtype", default="bfloat16", metavar="DTYPE", help="what is computed in, or float32 (bfloat16)")
     fit.add_argument("--draft", type=int, default=0, metavar="K", help="tokens drafted at each step (0)")
     fit.add_argument("--format", choices=("nvfp4", "fp8", "bf16"), help="of a config.json's matrices (nvfp4)")
     fit.add_argument("--device-memory", metavar="SIZE", help="for example 141GB (what is free here)")

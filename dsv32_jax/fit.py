@@ -13,13 +13,15 @@ import numpy as np
 
 from . import activations, cache, checks, inventory, memory
 from .activations import Shapes
+from .compilation import prepare
 from .config import Config
 from .errors import CapacityError, UsageError, listing
 from .request import MOST_DRAFTS, bucket
 from .storage import pieces
 
-DTYPES = {"bf16": "bfloat16", "fp32": "float32", "fp8": "fp8"}
-"""What the command line calls the dtypes of caches; the first two are those of computing."""
+COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
+DTYPES = {**COMPUTE, "fp8": "fp8"}
+"""What the dtypes of computing and of caches are called."""
 
 UNITS = {
     "": 1,
@@ -93,8 +95,9 @@ def fit(
     is loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError where the mesh does not divide the
     model.
     """
+    prepare()
     sizes = {} if mesh is None else pieces.parse(mesh)
-    compute = _dtype("dtype", dtype, ("bf16", "fp32"))
+    compute = _dtype("dtype", dtype, tuple(COMPUTE))
     stored = compute if cache_dtype is None else _dtype("cache dtype", cache_dtype, tuple(DTYPES))
     found = inventory.read(path, format)
     cfg = found.cfg
@@ -179,6 +182,10 @@ def _dtype(what: str, name: str, known: tuple[str, ...]) -> np.dtype:
     return cache.dtype_of(DTYPES[name], None)
 
 
+def _amount(count: int) -> str:
+    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
 def amount(text: str) -> int:
     """Bytes from "141GB", "80 GiB" or a plain number. Raises UsageError."""
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]i?b)?", text.strip().lower())
@@ -200,7 +207,7 @@ def text(found: Fit) -> str:
     kept_free = [("kept free", spare, f"caches take at most {memory.SHARE:.0%} of what weights leave")] if spare else []
     plural, drafting = "s" if found.batch > 1 else "", f", drafting {found.draft}" if found.draft else ""
     rows = [
-        ("weights", found.stored, f"{found.parameters / 1e9:.1f} B parameters, as stored"),
+        ("weights", found.stored, f"{_amount(found.parameters)} parameters, as stored"),
         ("W^UK, W^UV", found.dequantized, "dequantized by load"),
         ("cache", found.cache, f"rows of {found.capacity} tokens, {found.token_bytes} bytes each"),
         ("activations", found.activations, "the most that a program takes on its way"),

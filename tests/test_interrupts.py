@@ -3,13 +3,17 @@
 import gc
 import importlib
 import signal
+import subprocess
 import sys
 import threading
 import time
 
 import pytest
 
-from dsv32_jax import cli, interrupts
+import configs
+import convert
+from dsv32_jax import cli, interrupts, random_checkpoint
+from dsv32_jax.config import Config
 
 SIGNAL_IN_AN_IMPORT = """
 import signal
@@ -98,3 +102,17 @@ def test_a_command_ends_with_130(monkeypatch, capsys):
     monkeypatch.setattr(cli, "parser", lambda: signal.raise_signal(signal.SIGINT))
     assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+@pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2])
+def test_a_command_leaves_without_a_word_more(seconds, tmp_path):
+    """Whatever it was importing, loading or compiling."""
+    random_checkpoint.write(tmp_path / "hf", Config.from_json(configs.path("tiny")), "bf16")
+    convert.convert(tmp_path / "hf", tmp_path / "out")
+    asked = ["--ids", "0 1 2", "--max-new-tokens", "4000"]
+    line = [sys.executable, "-m", "dsv32_jax", "generate", str(tmp_path / "out"), *asked]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130 and said.splitlines()[-1] == "interrupted" and "Traceback" not in said

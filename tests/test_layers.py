@@ -13,7 +13,7 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
+    "errors host version interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
     "evaluation.estimate terminal.wrapping",
     "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments "
     "terminal.parser processes terminal.joining",

@@ -68,7 +68,7 @@ def verify(
         proof.run()
         damaged += proof.damaged
     if damaged or proof.differing:
-        raise VerificationError(_message(converted.folder, damaged, proof.differing))
+        raise VerificationError(_message(converted.folder, damaged, proof.differing, source))
     return _report(converted, source, proof, level, time.perf_counter() - start)
 
 
@@ -104,10 +104,13 @@ def _opened(folder: Path) -> Converted:
     return converted
 
 
-def _message(folder: Path, damaged: list[str], differing: list[str]) -> str:
+def _message(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
     lines = [f"{folder} is not what was converted"]
     if damaged:
         lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in folded(damaged))]
     if differing:
         lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in differing)]
-    return "\n".join([*lines, "Nothing was changed. Copy the folder again, or convert to a new one"])
+    advice = "Copy the folder again, or convert to a new one"
+    if source is not None and not damaged:
+        advice = f"{folder} is as it was written: {source.folder} is another checkpoint, or has changed since"
+    return "\n".join([*lines, f"Nothing was changed. {advice}"])

@@ -64,7 +64,7 @@ class Source:
         self.notes += hub.notes(self.files)
         if self._problems:
             raise CheckpointError(
-                f"{self.folder} cannot be converted; nothing was written. {len(self._problems)} problems:\n  "
+                f"{self.folder} cannot be read; nothing was written. {len(self._problems)} problems:\n  "
                 + "\n  ".join(self._problems)
             )
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import checks
 from ..chat import prepare
 from ..config import no_duplicates
 from ..errors import DsvError, UsageError
@@ -111,7 +112,8 @@ class Reader:
         self._refuse(given, "thinking", "tools")
         if not isinstance(given["ids"], list):
             raise UsageError(f"ids must be a list of token ids, not {given['ids']!r:.60}")
-        return Asked(given["ids"], "token ids", about, None, sampling)
+        (ids,) = checks.prompts([given["ids"]], self._opened.cfg.vocab_size)
+        return Asked(ids, "token ids", about, None, sampling)
 
     def _of_text(self, given: Mapping[str, Any], about: dict[str, Any], sampling: Sampling) -> Asked:
         self._refuse(given, "thinking", "tools")

@@ -47,6 +47,10 @@ class Commands:
             raise UsageError(
                 f"there is no {one_line(name, 40)}; /help lists the commands (a space in front sends it as text)"
             )
+        if rest.strip() and not TABLE[name].usage:
+            raise UsageError(
+                f"{name} stands alone; it was not done, because {one_line(rest.strip(), 40)!r} is behind it"
+            )
         TABLE[name].do(self, rest.strip())
         return True
 
@@ -91,7 +95,10 @@ class Commands:
     def set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         if not name:
-            self._talk.screen.note(json.dumps(_chosen(self._talk.sampling)))
+            chosen = _chosen(self._talk.sampling)
+            self._talk.screen.note(
+                json.dumps(chosen) if chosen else f"all as by default; there are {', '.join(FIELDS)}"
+            )
             return
         if name not in FIELDS:
             raise UsageError(f"there is no {one_line(name, 40)!r} to set; there are {', '.join(FIELDS)}")

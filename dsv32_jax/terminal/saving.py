@@ -34,6 +34,7 @@ def save(file: Path, conversation: Conversation, session: Session, *, replace: b
     session.save(found[1])
     unfinished = found[0].with_name(found[0].name + ".unfinished")
     unfinished.write_text(json.dumps(raw, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    unfinished.chmod(found[1].stat().st_mode)
     os.replace(unfinished, found[0])
     return list(found)
 

@@ -1,6 +1,7 @@
 """The way back to other software: byte for byte where the layout is the source's, value for value where it is not."""
 
 import dataclasses
+import errno
 import fnmatch
 import json
 import os
@@ -20,6 +21,7 @@ from convert.back.verify import verify
 from convert.export import sharing_scales
 from convert.export.export import export
 from convert.export.quantization import named, regexes
+from convert.export.shards import ShardsWriter
 from convert.meter import no_progress
 from convert.plan.output import LOCK
 from convert.read import weights
@@ -27,7 +29,7 @@ from convert.read.detect import detect
 from convert.read.header import DTYPES
 from convert.read.source import Source
 from dsv32_jax import cli, random_checkpoint
-from dsv32_jax.errors import OutputExistsError, UsageError, VerificationError
+from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.quantize import nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.storage.manifest import Manifest
 
@@ -463,6 +465,20 @@ def test_an_interrupted_export_leaves_nothing_that_looks_complete(converted, tmp
     assert os.listdir(tmp_path) == ["hf"]
     with pytest.raises(OutputExistsError):
         export(converted["bf16"], tmp_path / "hf", "bf16")
+
+
+def test_a_full_disk_is_told(converted, tmp_path, monkeypatch):
+    """With the exit code of too little disk; what was written is of no use and takes no room."""
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ShardsWriter, "add", full)
+        with pytest.raises(CapacityError, match="hf.unfinished cannot be written: .*Nothing of the export was kept"):
+            export(converted["bf16"], tmp_path / "hf", "bf16")
+    assert os.listdir(tmp_path) == [".hf.unfinished"] and os.listdir(tmp_path / ".hf.unfinished") == [LOCK]
+    export(converted["bf16"], tmp_path / "hf", "bf16")
 
 
 @pytest.mark.parametrize("when", ["while it is written", "at the last moment"])

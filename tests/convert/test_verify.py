@@ -115,6 +115,7 @@ def test_another_source_is_told(converted, originals, tmp_path):
     assert f"{name} has other bytes in {other / 'model.safetensors'}" in text
     assert f"model.norm.weight is BF16 [96] in {other / 'model.safetensors'}" in text
     assert f"lm_head.weight is not in {other}" in text
+    assert f"is as it was written: {other} is another checkpoint" in text
 
 
 def test_a_quick_check_reads_no_array(converted, copy, capsys):

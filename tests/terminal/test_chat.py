@@ -212,6 +212,7 @@ def test_commands(talk, capsys, tmp_path):
     [
         ("/nonsense\x1b", UsageError, r"there is no /nonsense\\x1b"),
         ("/undo", UsageError, "nothing to take back"),
+        ("/undo now", UsageError, "stands alone; it was not done, because 'now'"),
         ("/set warmth 3", UsageError, "no 'warmth' to set"),
         ("/set top_k many", UsageError, "needs a number or a list"),
         ("/set top_p 7", UsageError, "top_p must be"),
@@ -287,7 +288,8 @@ def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
     code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
     assert code == 0 and out.endswith("\n") and "read 5," in err and "1 turn; the last: Hi" in err
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
-    assert saved["messages"][0] == {"role": "user", "content": "Hi"} and (tmp_path / "talk.safetensors").exists()
+    assert saved["messages"][0] == {"role": "user", "content": "Hi"}
+    assert (tmp_path / "talk.json").stat().st_mode == (tmp_path / "talk.safetensors").stat().st_mode
 
     code, again, err = dsv32("chat", checkpoint, *FEW, "--load", "talk", piped="/undo\nHi\n/save talk.json\n")
     assert code == 0 and again == out and "read 1," in err and "read again" not in err

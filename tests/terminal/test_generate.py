@@ -123,6 +123,7 @@ def test_a_file_of_requests(dsv32, checkpoint, model, tokenizer, tmp_path):
 
 
 BAD_LINES = {
+    '{"ids": [0, 99999]}': "outside the vocabulary of 0..319: 99999",
     "not json": "not JSON",
     "[1]": "not an object",
     '{"prompt": "a", "ids": [1]}': "one of prompt, messages, ids, not prompt and ids",

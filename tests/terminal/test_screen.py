@@ -81,6 +81,16 @@ def test_the_status_goes_away(terminal):
     assert stream.getvalue() == "\r\x1b[K\x1b[2mbusy\x1b[22m\r\x1b[Khalf\n\x1b[2maside\n\x1b[22m"
 
 
+def test_no_status_in_the_middle_of_a_line(terminal):
+    """The rest of the line would stand below it."""
+    screen, stream = terminal()
+    screen.result("half")
+    screen.status("busy")
+    screen.result(" and half\n")
+    screen.status("busy")
+    assert stream.getvalue() == "half and half\n\r\x1b[K\x1b[2mbusy\x1b[22m"
+
+
 def test_notes_are_broken_between_words(terminal, monkeypatch):
     """On a terminal; its status is one line."""
     screen, stream = terminal()
