@@ -9,8 +9,8 @@ from ..formats import Weight, exact
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32, never in TF32.
 
-    Products of bfloat16 are exact in float32, so it makes no difference that the CPU, which has no such instruction in
-    XLA, converts first.
+    Products of bfloat16 are exact in float32, so it makes no difference that a CPU converts first. With AVX-512 BF16
+    XLA multiplies some shapes as they are, and faster; others it takes, and fails when they run (jaxlib 0.10.2).
     """
 
     def multiply(a, b):
