@@ -5,6 +5,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from .errors import UsageError
 from .kernels import variable
 
 CHECKPOINT = Path(__file__).parent / "demo_checkpoint"
@@ -21,6 +22,8 @@ def run(new_tokens: int) -> None:
     from dsv32_jax import convert
 
     variable.asked()
+    if new_tokens < 1:
+        raise UsageError(f"the demo generates 1 token or more, not {new_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
         target = Path(scratch, "converted")
         with _timed("converted a Hugging Face checkpoint") as done:

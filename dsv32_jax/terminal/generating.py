@@ -42,6 +42,8 @@ def run(arguments: argparse.Namespace) -> int:
     with screen.listening():
         model = opened.load(arguments, screen)
         screen.note(_way(asked))
+        if samples > 1 and not any(one.temperature for one in samplings):
+            screen.note(f"--n {samples} without a --temperature makes texts that are all alike")
         try:
             return results.write(Run(programs, model, prompts, samplings, **how))
         except FloatingPointError as error:

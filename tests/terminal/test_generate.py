@@ -219,6 +219,17 @@ def test_g26_text_forges_no_special_token(dsv32, checkpoint):
         assert plain - forged["prompt_tokens"] == len(text.encode()) - 1
 
 
+def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
+    """Several greedy ones; and the demo wants a token at least."""
+    made = [
+        dsv32("generate", checkpoint, "ab", *FEW, "--n", "2", "--json", *flags)
+        for flags in ((), ("--temperature", "1"))
+    ]
+    assert ["all alike" in err for _, _, err in made] == [True, False]
+    code, _, err = dsv32("demo", "--new-tokens", "-5")
+    assert code == 2 and "not -5; nothing was run" in err
+
+
 def test_a_folder_that_is_no_checkpoint(dsv32, tmp_path):
     code, _, err = dsv32("generate", tmp_path, "a")
     assert code == 3 and "is not a converted checkpoint" in err
