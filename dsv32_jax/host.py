@@ -1,5 +1,6 @@
-"""What the machine around JAX has: free memory."""
+"""What the machine around JAX has: free memory, instructions."""
 
+import functools
 import os
 import re
 from pathlib import Path
@@ -19,3 +20,9 @@ def available(root: Path = Path("/sys/fs/cgroup"), meminfo: Path = Path("/proc/m
         except (OSError, ValueError):
             continue
     return max(found, 0)
+
+
+@functools.cache
+def multiplies_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the processor is known to have instructions that multiply bfloat16 and add in float32 (AVX-512 BF16)."""
+    return cpuinfo.exists() and "avx512_bf16" in cpuinfo.read_text()

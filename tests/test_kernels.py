@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv32_jax as ds
-from dsv32_jax import compilation, demo, experts, ops, quantize
+from dsv32_jax import compilation, demo, experts, host, ops, quantize
 from dsv32_jax.errors import UsageError
 from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.kernels import choice, cpu, launch, reference
@@ -311,3 +311,24 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
     assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
     assert traced == [("kernel", (1, 2, 3), {"WIDTH": 7})]
     launch._compiled.cache_clear()
+
+
+PRODUCTS = (
+    "BTHN,BSHN->BTHS BTHS,BSHP->BTHP BTHC,BSC->BTHS BTHS,BSC->BTHC BTkC,BTHC->BTkH BTHk,BTkC->BTHC BTiJ,BSJ->BTiS "
+    "BSC,HNC->BSHN BTD,FD->BTF BTHN,HNC->BTHC BTHC,HPC->BTHP nbk,nko->nbo bk,ok->bo"
+).split()
+
+
+@pytest.mark.parametrize("instructions", [True, False])
+@pytest.mark.parametrize("spec", PRODUCTS)
+def test_products_of_bfloat16_are_those_of_float32(spec, instructions, monkeypatch):
+    """With instructions for them and without, of few rows and many: products are exact, and added in float32."""
+    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: instructions)
+    left, right, out = spec.replace("->", ",").split(",")
+    rng = np.random.default_rng(sum(map(ord, spec)))
+    for sizes in ((1, 2, 3, 5), (2, 16, 24), (33, 64)):
+        size = {letter: int(rng.choice(sizes)) for letter in left + right}
+        a, b = (jnp.asarray(rng.normal(size=[size[x] for x in letters]), jnp.bfloat16) for letters in (left, right))
+        got = jax.jit(lambda a, b: reference.dot(spec, a, b))(a, b)
+        want = np.einsum(spec, np.asarray(a, np.float64), np.asarray(b, np.float64))
+        assert got.dtype == jnp.float32 and np.linalg.norm(got - want) <= 1e-6 * np.linalg.norm(want)

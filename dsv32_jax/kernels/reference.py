@@ -3,14 +3,15 @@
 import jax
 import jax.numpy as jnp
 
+from .. import host
 from ..formats import Weight, exact
 
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """`jnp.einsum` of two arrays of one dtype, accumulated and returned in float32, never in TF32.
 
-    Products of bfloat16 are exact in float32, so it makes no difference that a CPU converts first. With AVX-512 BF16
-    XLA multiplies some shapes as they are, and faster; others it takes, and fails when they run (jaxlib 0.10.2).
+    Products of bfloat16 are exact in float32, so it makes no difference that a CPU converts first where it has no
+    instructions for them, or where XLA would take the product as it is and fail when it runs (jaxlib 0.10.2).
     """
 
     def multiply(a, b):
@@ -19,9 +20,16 @@ def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     def convert_first(a, b):
         return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    if a.dtype == jnp.float32:
+    if a.dtype == jnp.float32 or (_is_batched_first(spec) and host.multiplies_bfloat16()):
         return multiply(a, b)
     return jax.lax.platform_dependent(a, b, cpu=convert_first, default=multiply)
+
+
+def _is_batched_first(spec: str) -> bool:
+    """Whether the letters that both operands share with the result stand first in all three, in one order."""
+    left, right, out = spec.replace("->", ",").split(",")
+    shared = "".join(letter for letter in left if letter in right and letter in out)
+    return all(letters.startswith(shared) for letters in (left, right, out))
 
 
 def product(spec: str, x: jax.Array, w: Weight) -> jax.Array:

@@ -16,7 +16,7 @@ from convert.plan import memory
 from convert.plan.plan import PlannedLeaf
 from convert.plan.prepare import prepare
 from convert.read.detect import detect
-from dsv32_jax import random_checkpoint
+from dsv32_jax import host, random_checkpoint
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantize import fp8_quantize, nvfp4_quantize
@@ -71,6 +71,13 @@ def test_a_control_group_is_a_limit(tmp_path):
     (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
     (tmp_path / "memory.current").write_text(f"{1 << 28}\n")
     assert memory.available(tmp_path, tmp_path / "meminfo") == 3 << 28
+
+
+def test_instructions_are_those_of_the_processor(tmp_path):
+    """As Linux lists them; where nothing does, none are known."""
+    (tmp_path / "new").write_text("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n")
+    (tmp_path / "old").write_text("flags\t\t: fpu avx2 fma\n")
+    assert [host.multiplies_bfloat16(tmp_path / name) for name in ("new", "old", "none")] == [True, False, False]
 
 
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
