@@ -11,6 +11,7 @@ from typing import Any
 from dsv32_jax.errors import CapacityError, DsvError, StorageError
 from dsv32_jax.quantize_search import SCALINGS
 from dsv32_jax.storage.manifest import Manifest, is_complete
+from dsv32_jax.terminal.parser import Parser
 
 from . import interrupts, text
 from .plan import outlook
@@ -112,7 +113,7 @@ def _result(manifest: Manifest) -> dict[str, Any]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog=_name(),
         description="Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "
         "Weights keep their format unless --to or --policy says otherwise. "

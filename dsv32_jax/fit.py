@@ -96,7 +96,7 @@ def fit(
     model.
     """
     prepare()
-    sizes = {} if mesh is None else pieces.parse(mesh)
+    sizes = pieces.optional(mesh)
     compute = _dtype("dtype", dtype, tuple(COMPUTE))
     stored = compute if cache_dtype is None else _dtype("cache dtype", cache_dtype, tuple(DTYPES))
     found = inventory.read(path, format)

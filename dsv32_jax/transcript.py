@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from .chat.detokenizer import Detokenizer
 from .chat.stops import StopStrings
+from .chat.tokenizer import require_tokenizer
 from .errors import UsageError
 
 
@@ -35,10 +36,8 @@ class Transcript:
         self._ends, self._limit = frozenset(ends), limit
         self._stops = StopStrings(stop)
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        if tokenizer is not None and not callable(getattr(tokenizer, "bytes_of", None)):
-            raise UsageError(
-                f"tokenizer must be what chat.Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}"
-            )
+        if tokenizer is not None:
+            require_tokenizer(tokenizer)
         if stop and tokenizer is None:
             raise UsageError("stop strings are found in text: give the tokenizer too (or use stop_token_ids)")
 

@@ -52,7 +52,7 @@ FLOORS = (
     "evaluation.command",
     "bench.load bench.layer bench.quantize bench.wide_source bench.parts bench.scopes bench.limits fit demo",
     "bench.convert bench.reading bench.model inspect.trees inspect.weights",
-    "bench.context inspect.blocks inspect.mass",
+    "bench.context inspect.blocks inspect.mass inspect.picture",
     "bench.record bench.kernels inspect.shards",
     "inspect.plots bench.command",
     "cli",

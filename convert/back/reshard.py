@@ -15,7 +15,7 @@ from dsv32_jax.paths import path_of
 from dsv32_jax.storage import pieces
 from dsv32_jax.storage.arrays import Key
 from dsv32_jax.storage.integrity import files
-from dsv32_jax.storage.manifest import FILE, JOURNAL, Manifest, digest
+from dsv32_jax.storage.manifest import JOURNAL, Manifest, digest, is_complete
 
 from ..leaves import facts
 from ..meter import Progress, no_progress
@@ -38,7 +38,7 @@ def reshard(
     same work is continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is
     read; VerificationError when an array has changed; OutputExistsError, UsageError, StorageError.
     """
-    sizes = {} if mesh is None or mesh == {} else pieces.parse(mesh)
+    sizes = pieces.optional(mesh)
     converted, out = Converted(folder), path_of(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     pieces.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
@@ -58,7 +58,7 @@ def _require_whole(converted: Converted) -> None:
 
 def _finished(out: Path, plan: str) -> Manifest | None:
     """The manifest of `out` when the same work is complete there."""
-    if not (out / FILE).exists():
+    if not is_complete(out):
         return None
     manifest = Manifest.read(out)
     if manifest.source.get("plan") != plan:

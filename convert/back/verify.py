@@ -11,7 +11,7 @@ from pathlib import Path
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.paths import path_of
 from dsv32_jax.storage.integrity import damaged_files, require_manifest
-from dsv32_jax.storage.manifest import FILE
+from dsv32_jax.storage.manifest import is_complete
 
 from ..meter import Progress, no_progress
 from ..names import folded, grouped
@@ -97,7 +97,7 @@ def _opened(folder: Path) -> Converted:
     try:
         converted = Converted(folder)
     except CheckpointError as error:
-        if (folder / FILE).exists() and not isinstance(error.__cause__, PermissionError):
+        if is_complete(folder) and not isinstance(error.__cause__, PermissionError):
             raise VerificationError(str(error)) from error
         raise
     require_manifest(folder)

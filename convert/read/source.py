@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, StorageError, listing
-from dsv32_jax.storage.manifest import FILE
+from dsv32_jax.storage.manifest import is_complete
 
 from . import announced, hub, index, reading
 from .header import DTYPES, LARGEST_HEADER, Tensor, read_header
@@ -49,7 +49,7 @@ class Source:
         self._problems: list[str] = []
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; nothing was read")
-        if (self.folder / FILE).exists():
+        if is_complete(self.folder):
             raise CheckpointError(
                 f"{self.folder} is a converted checkpoint already: `dsv32_jax.load` reads it as it is"
             )

@@ -7,7 +7,7 @@ from typing import Unpack
 from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, writing_failed
 from dsv32_jax.quantize_search import SCALINGS
 from dsv32_jax.storage import pieces
-from dsv32_jax.storage.manifest import FILE, JOURNAL, Manifest
+from dsv32_jax.storage.manifest import JOURNAL, Manifest, is_complete
 
 from ..leaves.recast import Recaster, partners
 from ..meter import Meter, Progress, no_progress
@@ -47,7 +47,7 @@ def convert(
 def _finished(prepared: Prepared) -> Manifest | None:
     """The manifest of the output when the same conversion is complete there."""
     dst = prepared.dst
-    if not (dst / FILE).exists():
+    if not is_complete(dst):
         return None
     manifest = Manifest.read(dst)
     if manifest.source.get("plan") != prepared.digest:

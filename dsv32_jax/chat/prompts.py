@@ -7,7 +7,7 @@ from ..errors import UsageError
 from . import template
 from .encoding import pieces
 from .messages import Message
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, require_tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +36,7 @@ def prepare(
     `allow_special` lifts this: then the ids are those of the whole text, as the reference tokenizes it.
     Raw text begins with the beginning-of-sentence token, unless not `bos`, or it is there already and may count.
     """
-    if not callable(getattr(tokenizer, "bytes_of", None)):
-        raise UsageError(f"tokenizer must be what Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}")
+    require_tokenizer(tokenizer)
     if isinstance(given, str):
         if thinking or tools or context:
             raise UsageError(

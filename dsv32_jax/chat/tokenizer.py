@@ -21,6 +21,12 @@ UNUSED = "\N{REPLACEMENT CHARACTER}".encode()
 """What an id that no token has is decoded to."""
 
 
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise UsageError where `tokenizer` has not the methods of a Tokenizer."""
+    if not callable(getattr(tokenizer, "bytes_of", None)):
+        raise UsageError(f"tokenizer must be what chat.Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}")
+
+
 class Tokenizer:
     """Byte-level BPE with DeepSeek's special tokens, whose ids were compared with the model's config.
 

@@ -3,56 +3,23 @@
 Colours are Okabe and Ito's, and cividis where a number becomes a colour: both are told apart by colour-blind readers.
 """
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from ..errors import UsageError
 from ..quantize import E2M1, E4M3
 from ..record import Record
 from .blocks import Statistics
 from .mass import Mass
+from .picture import Picture, figure
 from .shards import Placement
-
-
-class _Missing:
-    """What stands for matplotlib's figures where it is not installed."""
-
-    def __init__(self, *_, **__):
-        raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks")
-
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = _Missing  # pyright: ignore[reportAssignmentType, reportConstantRedefinition]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 GREY = "#999999"
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY)
 MARKERS = "os^Dvph*"
 MAP = "cividis"
-DPI = 80
-
-
-class Picture(Figure):  # pyright: ignore[reportGeneralTypeIssues]
-    """A figure that a notebook shows as it is, whatever its backend."""
-
-    def _repr_png_(self) -> bytes:
-        file = io.BytesIO()
-        self.savefig(file, format="png")
-        return file.getvalue()
-
-
-def figure(width: float = 7, height: float = 3, columns: int = 1, **options: Any) -> tuple[Picture, Any]:
-    """An empty figure of some inches, and its axes."""
-    made = Picture(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes = made.subplots(1, columns, **options)
-    for one in np.ravel(axes):
-        one.spines[["top", "right"]].set_visible(False)
-    return made, axes
 
 
 def codes(found: Statistics) -> Picture:

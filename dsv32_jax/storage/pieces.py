@@ -39,6 +39,11 @@ def parse(sizes: str | Mesh) -> dict[str, int]:
     return found
 
 
+def optional(sizes: str | Mesh | None) -> dict[str, int]:
+    """`parse`, where None and an empty mapping stand for one device."""
+    return {} if sizes is None or sizes == {} else parse(sizes)
+
+
 def axes(mesh: Mesh, leaf: Leaf, shape: tuple[int, ...]) -> tuple[str | None, ...]:
     """The mesh axis that splits each axis of one stored component of `leaf`, None where none does.
 

@@ -41,7 +41,7 @@ class Findings:
         try:
             self.sections[name] = look(self)
         except DsvError as error:
-            self.problems.append(str(error))
+            self.problems += [str(error)] if str(error) not in self.problems else []
         except Exception as error:
             self.problems.append(f"{name}: {type(error).__name__}: {error}")
 

@@ -60,3 +60,12 @@ def tokenizer(folder: Path, **more: int) -> str:
     """A tokenizer.json with every id of the vocabulary, as text, and some `more` tokens."""
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     return json.dumps({"model": {"vocab": {f"t{i}": i for i in range(size)} | more}})
+
+
+def companions(folder: Path) -> dict[str, str]:
+    """Write what goes along with a checkpoint; the texts by their names."""
+    others = {"tokenizer_config.json": "a", "generation_config.json": "b"}
+    texts = {"tokenizer.json": tokenizer(folder), **others}
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    return texts

@@ -405,13 +405,7 @@ def test_copies_are_written_as_the_source_had_them(originals, small, tmp_path):
 
 def test_companions_go_along(originals, tmp_path):
     source = shutil.copytree(originals["bf16"], tmp_path / "a")
-    companions = {
-        "tokenizer.json": fakes.tokenizer(source),
-        "tokenizer_config.json": "a",
-        "generation_config.json": "b",
-    }
-    for name, text in companions.items():
-        (source / name).write_text(text)
+    companions = fakes.companions(source)
     convert.convert(source, tmp_path / "out")
     export(tmp_path / "out", tmp_path / "hf", "bf16")
     assert {name: (tmp_path / "hf" / name).read_text() for name in companions} == companions

@@ -231,13 +231,7 @@ def test_too_little_disk_is_told_before_the_work(checkpoints, tmp_path, monkeypa
 
 def test_companions_are_copied(checkpoints, tmp_path):
     source = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
-    companions = {
-        "tokenizer.json": fakes.tokenizer(source),
-        "tokenizer_config.json": "a",
-        "generation_config.json": "b",
-    }
-    for name, text in companions.items():
-        (source / name).write_text(text)
+    companions = fakes.companions(source)
     (source / "modeling_deepseek.py").write_text("import os")
     manifest = convert.convert(source, tmp_path / "out")
     assert manifest.report["companions"] == list(companions)

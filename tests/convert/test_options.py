@@ -14,6 +14,7 @@ import convert
 import dsv32_jax as ds
 from convert import text
 from convert.progress import duration_text
+from dsv32_jax import cli
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.storage.arrays import Arrays
@@ -97,6 +98,17 @@ def test_paths_that_are_none(checkpoints, tmp_path, monkeypatch, path, said):
     if path == "":
         assert convert.main([str(checkpoints["bf16"]), path]) == 2
     assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, capsys):
+    """With what may be meant; so does every `dsv32` command."""
+    with pytest.raises(SystemExit, match="2"):
+        convert.main([str(checkpoints["bf16"]), str(tmp_path / "out"), "--polcy", "full"])
+    assert "--polcy (do you mean --policy?)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generate", "folder", "--max-tokens=5"])
+    told = capsys.readouterr().err
+    assert "usage: dsv32 generate" in told and "do you mean --max-new-tokens?" in told
 
 
 def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
