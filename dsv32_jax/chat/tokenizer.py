@@ -24,7 +24,9 @@ UNUSED = "\N{REPLACEMENT CHARACTER}".encode()
 def require_tokenizer(tokenizer: Any) -> None:
     """Raise UsageError where `tokenizer` has not the methods of a Tokenizer."""
     if not callable(getattr(tokenizer, "bytes_of", None)):
-        raise UsageError(f"tokenizer must be what chat.Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}")
+        raise UsageError(
+            f"tokenizer must be what chat.Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}"
+        )
 
 
 class Tokenizer:
