@@ -8,15 +8,16 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dsv32_jax.system.meter import Progress as Progress
+
     from .command import main as main
     from .command import program as program
-    from .meter import Progress as Progress
     from .write.job import convert as convert
 
-_HOME = {"main": "command", "program": "command", "Progress": "meter", "convert": "write.job"}
+_HOME = {"main": ".command", "program": ".command", "Progress": "dsv32_jax.system.meter", "convert": ".write.job"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(importlib.import_module(_HOME[name], __name__), name)

@@ -8,16 +8,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.checkpoint.manifest import Manifest, is_complete
 from dsv32_jax.errors import CapacityError, DsvError, StorageError
-from dsv32_jax.quantize_search import SCALINGS
-from dsv32_jax.storage.manifest import Manifest, is_complete
-from dsv32_jax.terminal.parser import Parser
+from dsv32_jax.quantization.scale_search import SCALINGS
+from dsv32_jax.system.argument_parser import Parser
+from dsv32_jax.system.progress import Bar, JsonLines, Lines, Watcher
 
 from . import interrupts, text
-from .plan import outlook
+from .plan import dry_run
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .plan.prepare import Options, prepare
-from .progress import Bar, JsonLines, Lines, Watcher
 from .read import waiting
 from .read.stored import BECOMES
 from .write.job import convert
@@ -76,8 +76,8 @@ def _run(options: argparse.Namespace, watcher: Watcher) -> None:
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
     if options.dry_run:
         prepared = prepare(options.src, options.dst, how)
-        print(show(outlook.expected(prepared)), flush=True)
-        outlook.require_room(prepared)
+        print(show(dry_run.expected(prepared)), flush=True)
+        dry_run.require_room(prepared)
         return
     watcher.event("start", source=options.src, output=options.dst)
     complete = is_complete(options.dst)

@@ -4,15 +4,15 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsv32_jax.errors import printable
+from dsv32_jax.system.quantities import amount, size_text
 
 from .names import ranges
-from .quantities import amount, size_text
 
 if TYPE_CHECKING:
-    from .back.verify import Report
     from .export.export import Exported
+    from .inspect.folded_tree import Branch
     from .inspect.inspection import Inspection
-    from .inspect.tree import Branch
+    from .verify.verify import Report
 
 BAR = 40
 """Characters of the longest bar of a histogram."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .progress import Watcher
+    from dsv32_jax.system.progress import Watcher
 
 
 def add(commands: Any) -> None:
@@ -105,7 +105,7 @@ def _verify(arguments: argparse.Namespace) -> int:
     import dataclasses
 
     from . import show
-    from .back.verify import verify
+    from .verify.verify import verify
 
     with _watcher("Nothing was changed.") as watcher:
         report = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=watcher)
@@ -114,7 +114,7 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dsv32_jax.paths import path_of
+    from dsv32_jax.system.paths import path_of
 
     from . import show
     from .export.export import export, unfinished
@@ -135,9 +135,9 @@ def _export(arguments: argparse.Namespace) -> int:
 
 def _reshard(arguments: argparse.Namespace) -> int:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    from dsv32_jax.storage.manifest import is_complete
+    from dsv32_jax.checkpoint.manifest import is_complete
 
-    from .back.reshard import reshard
+    from .export.reshard import reshard
 
     complete = is_complete(arguments.out)
     with _watcher("What was written is kept; run the same command again to continue.") as watcher:
@@ -149,8 +149,9 @@ def _reshard(arguments: argparse.Namespace) -> int:
 @contextlib.contextmanager
 def _watcher(after_signal: str) -> "Iterator[Watcher]":
     """What shows progress on stderr; a signal ends the process with what `after_signal` says."""
+    from dsv32_jax.system.progress import Bar, Lines
+
     from . import interrupts
-    from .progress import Bar, Lines
     from .read import waiting
 
     watcher = Bar() if sys.stderr.isatty() else Lines()

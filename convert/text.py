@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .quantities import duration_text, size_text
+from dsv32_jax.system.quantities import duration_text, size_text
 
 SIZES = ("would_read", "would_write", "peak_memory", "memory_limit", "memory_free", "disk_free", "largest_leaf")
 SPEEDS = ("read_speed", "write_speed")

@@ -10,55 +10,55 @@ Names are imported when they are first used, so that a tool that needs no JAX do
 
 from typing import TYPE_CHECKING
 
-from .lazy import names
+from .system.lazy import names
 
 if TYPE_CHECKING:
     from . import chat as chat
     from . import evaluation as evaluation
     from . import inspect as inspect
-    from .checkpoint import load as load
+    from .checkpoint.load import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
-    from .generation import astream as astream
-    from .generation import generate as generate
-    from .generation import stream as stream
-    from .model import Model as Model
-    from .model import Output as Output
-    from .model import forward as forward
-    from .result import Generation as Generation
-    from .run import Stream as Stream
-    from .sampling import Sampling as Sampling
-    from .scoring import Score as Score
-    from .scoring import score as score
-    from .sessions import Session as Session
-    from .sessions import load_session as load_session
-    from .sessions import session as session
-    from .sharding import mesh as mesh
-    from .version import __version__ as __version__
+    from .generation.generate import astream as astream
+    from .generation.generate import generate as generate
+    from .generation.generate import stream as stream
+    from .generation.result import Generation as Generation
+    from .generation.run import Stream as Stream
+    from .generation.sampling_params import Sampling as Sampling
+    from .generation.score import Score as Score
+    from .generation.score import score as score
+    from .generation.session import Session as Session
+    from .generation.session import load_session as load_session
+    from .generation.session import session as session
+    from .model.model import Model as Model
+    from .model.model import Output as Output
+    from .model.model import forward as forward
+    from .parallel.sharding import mesh as mesh
+    from .system.version import __version__ as __version__
 
 _HOME = {
     "Config": ".config",
     "DsvError": ".errors",
-    "Generation": ".result",
-    "Model": ".model",
-    "Output": ".model",
-    "Sampling": ".sampling",
-    "Score": ".scoring",
-    "Session": ".sessions",
-    "Stream": ".run",
-    "__version__": ".version",
-    "astream": ".generation",
+    "Generation": ".generation.result",
+    "Model": ".model.model",
+    "Output": ".model.model",
+    "Sampling": ".generation.sampling_params",
+    "Score": ".generation.score",
+    "Session": ".generation.session",
+    "Stream": ".generation.run",
+    "__version__": ".system.version",
+    "astream": ".generation.generate",
     "chat": ".chat",
     "evaluation": ".evaluation",
-    "forward": ".model",
-    "generate": ".generation",
+    "forward": ".model.model",
+    "generate": ".generation.generate",
     "inspect": ".inspect",
-    "load": ".checkpoint",
-    "load_session": ".sessions",
-    "mesh": ".sharding",
-    "score": ".scoring",
-    "session": ".sessions",
-    "stream": ".generation",
+    "load": ".checkpoint.load",
+    "load_session": ".generation.session",
+    "mesh": ".parallel.sharding",
+    "score": ".generation.score",
+    "session": ".generation.session",
+    "stream": ".generation.generate",
 }
 
 __all__ = sorted(_HOME)

@@ -22,7 +22,8 @@ from pathlib import Path
 import numpy as np
 
 import dsv32_jax as ds
-from dsv32_jax import convert, inspect, quantize
+from dsv32_jax import convert, inspect
+from dsv32_jax.quantization import quantize
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
 LAYER, EXPERT = 3, 5

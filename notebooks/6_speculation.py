@@ -26,7 +26,7 @@ import numpy as np
 
 import dsv32_jax as ds
 from dsv32_jax import convert, inspect
-from dsv32_jax.cache import empty_layer
+from dsv32_jax.model.cache import empty_layer
 
 DEMO = Path(ds.__file__).parent / "demo_checkpoint"
 SOURCE = DEMO

@@ -19,14 +19,14 @@ from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax import chat
+from dsv32_jax.checkpoint.arrays import dtype_of
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.random_checkpoint import write
 from dsv32_jax.evaluation.divergence import Compared, compare, summary
 from dsv32_jax.evaluation.estimate import Estimate, over_windows
 from dsv32_jax.evaluation.passages import Passages, passages
 from dsv32_jax.evaluation.reading import Reading, reading
 from dsv32_jax.evaluation.variant import Variant
-from dsv32_jax.random_checkpoint import write
-from dsv32_jax.storage.arrays import dtype_of
-from dsv32_jax.storage.manifest import Manifest
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
 

@@ -15,10 +15,10 @@ import ml_dtypes
 import numpy as np
 
 import dsv32_jax as ds
-from dsv32_jax.cache import empty_layer
 from dsv32_jax.config import Config
-from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
-from dsv32_jax.ops import hadamard, rms_norm, rotation
+from dsv32_jax.model.cache import empty_layer
+from dsv32_jax.model.ops import hadamard, rms_norm, rotation
+from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
 
 DTYPES = {
     "BOOL": np.bool_,

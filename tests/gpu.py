@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 
 import dsv32_jax as ds
-from dsv32_jax import quantize
 from dsv32_jax.bench.context import SMALL, config
-from dsv32_jax.formats import NVFP4, Fp8Block
-from dsv32_jax.kernels import choice
+from dsv32_jax.checkpoint.random_weights import leaf_maker
+from dsv32_jax.kernels import dispatch
 from dsv32_jax.kernels.variable import VARIABLE
-from dsv32_jax.model import build
-from dsv32_jax.random_weights import leaf_maker
+from dsv32_jax.model.model import build
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import NVFP4, Fp8Block
 
 SIZES = (
     (1, 1, 1, 16), (2, 3, 17, 80), (3, 8, 96, 256), (2, 9, 33, 1536), (1, 16, 130, 7168), (2, 40, 64, 512),
@@ -47,12 +47,12 @@ def kernels() -> None:
         for n, b, out, size in SIZES:
             size = -(-size // 128) * 128 if kind == "fp8" else size
             w, plain = bank(kind, rng, 3, out, size)
-            assert "cuda" in choice.kernels(w, 1), choice.description()
+            assert "cuda" in dispatch.kernels(w, 1), dispatch.description()
             expert = rng.integers(-1, 4, n).astype(np.int32)
             matrices = np.stack([plain[e] if 0 <= e < 3 else 0 * plain[0] for e in expert]).astype(np.float64)
             for dtype in (jnp.bfloat16, jnp.float32):
                 x = jnp.asarray(rng.standard_normal((n, b, size)), dtype)
-                got = np.asarray(jax.jit(choice.blocks)(x, expert, w), np.float64)
+                got = np.asarray(jax.jit(dispatch.blocks)(x, expert, w), np.float64)
                 of = np.asarray(x, np.float64)
                 want = np.einsum("nbk,nok->nbo", of, matrices)
                 most = np.einsum("nbk,nok->nbo", abs(of), abs(matrices)).max(axis=-1, keepdims=True)
@@ -82,7 +82,7 @@ def models(mesh: str | None) -> None:
 
 if __name__ == "__main__":
     assert jax.default_backend() == "gpu"
-    print(choice.description())
+    print(dispatch.description())
     kernels()
     if jax.device_count() == 1:
         models(None)

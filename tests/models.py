@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dsv32_jax import formats, quantize
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Leaf, leaves
-from dsv32_jax.model import Model, build
+from dsv32_jax.model.model import Model, build
+from dsv32_jax.quantization import formats, quantize
 
 PLAIN = ("embed_VD", "head_VD", "router_ED", "w_w_ID", "w_e_AD", "w_h_AD", "w_uk_HNC", "w_uv_HPC")
 """Matrices that checkpoints leave in bfloat16, or that `load` dequantizes."""

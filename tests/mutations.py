@@ -51,10 +51,11 @@ def mistake(name: str, tests: str, file: str, *texts: str, also: tuple[Edit, ...
     return Mistake(name, tuple(tests.split()), tuple(Edit(file, old, new) for old, new in pairs) + also)
 
 
-OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
-EXPERTS, MOE, MODEL = (f"dsv32_jax/{name}.py" for name in ("experts", "moe", "model"))
+OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/model/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
+EXPERTS, MOE, MODEL = (f"dsv32_jax/model/{name}.py" for name in ("experts", "moe", "model"))
 LAYOUT, CONFIG = (f"dsv32_jax/{name}.py" for name in ("layout", "config"))
-FORMATS, CHECKPOINT, WEIGHTS = "dsv32_jax/formats.py", "dsv32_jax/checkpoint.py", "convert/read/weights.py"
+FORMATS, CHECKPOINT = "dsv32_jax/quantization/formats.py", "dsv32_jax/checkpoint/load.py"
+WEIGHTS = "convert/read/weights.py"
 
 UNITS, GOLDEN = "tests/test_units.py::test_", "tests/test_golden.py::test_"
 GATE, YARN, BYTES = UNITS + "gate", UNITS + "yarn_table_of_the_paper", UNITS + "every_byte"

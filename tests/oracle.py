@@ -6,7 +6,7 @@ with this.
 
 import numpy as np
 
-from dsv32_jax import ops
+from dsv32_jax.model import ops
 
 
 def logits(model, tokens: list[int]) -> np.ndarray:

@@ -8,16 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax import random_weights
 from dsv32_jax.bench import convert as bench_convert
 from dsv32_jax.bench import layer as bench
 from dsv32_jax.bench import load as bench_load
 from dsv32_jax.bench import measure
+from dsv32_jax.checkpoint import random_weights
 from dsv32_jax.errors import CheckpointError, UsageError
-from dsv32_jax.experts import apply_experts
-from dsv32_jax.formats import NVFP4, dequantize
 from dsv32_jax.layout import leaves
-from dsv32_jax.moe import MoE
+from dsv32_jax.model.experts import apply_experts
+from dsv32_jax.model.moe import MoE
+from dsv32_jax.quantization.formats import NVFP4, dequantize
 
 KEYS = set(
     "part batch context compile_seconds seconds cpu_seconds bytes read_seconds temporary_bytes peak_bytes".split()

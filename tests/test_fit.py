@@ -14,15 +14,19 @@ from jax.sharding import AxisType
 
 import convert
 import dsv32_jax as ds
-from dsv32_jax import activations, cli, host, inventory, memory, random_checkpoint, sharding
-from dsv32_jax import fit as fitting
-from dsv32_jax.activations import Shapes
-from dsv32_jax.batch import WHOLE
-from dsv32_jax.decoding import blank
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.fit import Fit, amount, fit
-from dsv32_jax.request import CHUNK
-from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.generation import activations, inventory, memory
+from dsv32_jax.generation import fit as fitting
+from dsv32_jax.generation.activations import Shapes
+from dsv32_jax.generation.batch import WHOLE
+from dsv32_jax.generation.fit import Fit, amount, fit
+from dsv32_jax.generation.prefill_decode import blank
+from dsv32_jax.generation.request import CHUNK
+from dsv32_jax.parallel import sharding
+from dsv32_jax.system import host
 
 REAL = Path(__file__).parents[1] / "configs" / "deepseek_v32.json"
 BF16 = np.dtype(jnp.bfloat16)
@@ -303,7 +307,7 @@ def test_devices_of_one_host_share_its_memory(converted, no_programs, monkeypatc
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = cli.main(["fit", *map(str, argv)])
+    code = main.main(["fit", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

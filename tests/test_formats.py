@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dsv32_jax import ops, quantize
-from dsv32_jax.formats import NVFP4, Fp8Block, dequantize, quantize_fp8, quantize_nvfp4
+from dsv32_jax.model import ops
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize, quantize_fp8, quantize_nvfp4
 from tests import models
 
 FULL_WIDTH = st.sampled_from([16, 48, 96])

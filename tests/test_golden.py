@@ -15,10 +15,11 @@ import numpy as np
 from safetensors.numpy import save_file
 
 import dsv32_jax as ds
-from dsv32_jax import cache, quantize
-from dsv32_jax.formats import dequantize
 from dsv32_jax.layout import leaves
-from dsv32_jax.ops import hadamard, rms_norm
+from dsv32_jax.model import cache
+from dsv32_jax.model.ops import hadamard, rms_norm
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import dequantize
 from tests import golden
 from tests.golden import having, routed, sets
 from tests.test_units import E2M1_OF_CODE, signless_zeros

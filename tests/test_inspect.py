@@ -15,13 +15,17 @@ import pytest
 import configs
 import convert
 import dsv32_jax as ds
-from dsv32_jax import host, inspect, quantize, random_checkpoint, sharding
+from dsv32_jax import inspect
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, UsageError, VerificationError
-from dsv32_jax.formats import dequantize
+from dsv32_jax.inspect.record import Record
 from dsv32_jax.inspect.weights import StoredWeight
 from dsv32_jax.layout import COPIES, leaves
-from dsv32_jax.record import Record
+from dsv32_jax.parallel import sharding
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import dequantize
+from dsv32_jax.system import host
 from tests import models
 
 REPOSITORY = Path(__file__).parents[1]

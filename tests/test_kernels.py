@@ -17,11 +17,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsv32_jax as ds
-from dsv32_jax import compilation, demo, experts, host, ops, quantize
+from dsv32_jax.cli import demo
 from dsv32_jax.errors import UsageError
-from dsv32_jax.formats import NVFP4, Fp8Block, dequantize
-from dsv32_jax.kernels import choice, cpu, launch, reference
+from dsv32_jax.kernels import cpu, dispatch, launch, reference
 from dsv32_jax.kernels.variable import VARIABLE
+from dsv32_jax.model import experts, ops
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
+from dsv32_jax.system import compilation, host
 
 compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
 toolchain = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
@@ -84,7 +87,7 @@ def test_blocks(kind, dtype, shape, seed):
     w = bank(kind, rng, many, out, 16 * size)
     x = jnp.asarray(rng.standard_normal((count, rows, 16 * size)), dtype)
     expert = jnp.asarray(rng.integers(-1, many + 1, count), jnp.int32)
-    close(choice._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+    close(dispatch._scaled(cpu.blocks)(x, expert, w), x, expert, w)
 
 
 @compiled
@@ -96,7 +99,7 @@ def test_true_sizes(kind, rows, out, size):
     w = bank(kind, rng, 2, out, size)
     x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
     expert = jnp.asarray([1, 0], jnp.int32)
-    close(choice.blocks(x, expert, w), x, expert, w)
+    close(dispatch.blocks(x, expert, w), x, expert, w)
     close(reference.blocks(x, expert, w), x, expert, w)
 
 
@@ -127,10 +130,10 @@ def test_wider_scales(width, size):
     w = bank("nvfp4", rng, 2, 9, size)
     w = NVFP4(w.codes, w.block_scale[..., : size // width], w.tensor_scale)
     expert = jnp.asarray([1, 0], jnp.int32)
-    assert choice.kernels(w, 1)
+    assert dispatch.kernels(w, 1)
     for rows in (1, 3, 8):
         x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
-        close(choice.blocks(x, expert, w), x, expert, w)
+        close(dispatch.blocks(x, expert, w), x, expert, w)
 
 
 @compiled
@@ -175,7 +178,8 @@ def test_derivatives_are_those_of_the_reference(kind):
     w = bank(kind, rng, 3, 8, 128)
     x, expert = jnp.asarray(rng.standard_normal((4, 2, 128)), jnp.float32), jnp.asarray([0, 3, 2, 1], jnp.int32)
     got, want = (
-        jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, expert, w) * 1e-3)))(x) for f in (choice.blocks, reference.blocks)
+        jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, expert, w) * 1e-3)))(x)
+        for f in (dispatch.blocks, reference.blocks)
     )
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
@@ -184,10 +188,10 @@ def test_the_environment_chooses(monkeypatch):
     """ "xla" takes the reference, whatever is there; another word is refused."""
     w = bank("nvfp4", np.random.default_rng(0), 1, 4, 32)
     monkeypatch.setenv(VARIABLE, "xla")
-    assert choice.kernels(w, 1) == {}
+    assert dispatch.kernels(w, 1) == {}
     monkeypatch.setenv(VARIABLE, "fast")
     with pytest.raises(UsageError, match="DSV32_KERNELS is one of auto, xla, not 'fast'"):
-        choice.kernels(w, 1)
+        dispatch.kernels(w, 1)
     with pytest.raises(UsageError, match="nothing was run"):
         ds.load("nowhere")
     with pytest.raises(UsageError, match="nothing was run"):
@@ -200,10 +204,10 @@ def test_without_kernels(monkeypatch, caplog):
     w = bank("nvfp4", rng, 2, 5, 48)
     x, expert = jnp.asarray(rng.standard_normal((3, 2, 48)), jnp.float32), jnp.asarray([1, 2, 0], jnp.int32)
     monkeypatch.setattr(cpu, "missing", lambda: "it was built without a compiler")
-    choice._say.cache_clear()
+    dispatch._say.cache_clear()
     with caplog.at_level(logging.WARNING, "dsv32_jax"):
-        close(choice.blocks(x, expert, w), x, expert, w)
-        close(choice.blocks(x, expert, w), x, expert, w)
+        close(dispatch.blocks(x, expert, w), x, expert, w)
+        close(dispatch.blocks(x, expert, w), x, expert, w)
     assert [record.getMessage() for record in caplog.records] == [
         "products with stored weights are slow here, without kernels: it was built without a compiler"
     ]
@@ -267,7 +271,7 @@ def test_blocks_with_room(monkeypatch, tokens):
     chosen = jnp.asarray(np.argsort(rng.random((tokens, 9)))[:, :3].astype(np.int32))
     gates = jnp.asarray(rng.random((tokens, 3), np.float32))
     want = experts.apply_experts(h, chosen, gates, w, w, down)
-    monkeypatch.setattr(choice, "smallest_block", lambda: 8)
+    monkeypatch.setattr(dispatch, "smallest_block", lambda: 8)
     assert experts.in_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
     np.testing.assert_allclose(
         experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
@@ -282,9 +286,9 @@ def test_a_row_is_alone(kind, dtype):
     rng = np.random.default_rng(4)
     w = bank(kind, rng, 1, 33, 7168)
     x, one = jnp.asarray(rng.standard_normal((1, 15, 7168)), dtype), jnp.zeros(1, jnp.int32)
-    together = np.asarray(choice.blocks(x, one, w))
+    together = np.asarray(dispatch.blocks(x, one, w))
     for first, last in ((0, 1), (3, 5), (2, 9), (14, 15)):
-        np.testing.assert_array_equal(choice.blocks(x[:, first:last], one, w), together[:, first:last])
+        np.testing.assert_array_equal(dispatch.blocks(x[:, first:last], one, w), together[:, first:last])
 
 
 def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):

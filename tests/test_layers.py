@@ -13,72 +13,44 @@ import pytest
 REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
-    "errors host version interrupts lazy storage.chunks inspect.converter bench.measure evaluation.windows "
-    "evaluation.estimate terminal.wrapping",
-    "yarn paths compilation quantize storage.arrays storage.bands evaluation.texts terminal.screen terminal.arguments "
-    "terminal.parser processes terminal.joining",
-    "config quantize_search terminal.keyboard",
-    "layout vocabulary record chat.template chat.faults chat.stops",
-    "chat.messages chat.byte_level terminal.parts",
-    "chat.dialogue chat.parsing chat.tokenizer_file",
-    "chat.encoding chat.lenient chat.tokenizer",
-    "chat.detokenizer chat.prompts",
-    "chat.conversation",
-    "storage.passport storage.pieces storage.orbax_habits random_checkpoint",
-    "storage.manifest_text formats sharding",
-    "storage.manifest kernels.variable kernels.reference kernels.cpu kernels.triton_kernels kernels.launch",
-    "kernels.gpu",
-    "kernels.choice",
-    "storage.integrity storage.store",
-    "ops rows choice",
-    "cache",
-    "mla indexer experts random_weights",
-    "moe",
-    "attention",
-    "block",
-    "mtp checks memory",
-    "model",
-    "sampling checkpoint decoding diagnosis",
-    "tape",
-    "speculation inventory options request transcript result terminal.opening",
-    "batch session_file terminal.answer terminal.asking terminal.doctor",
-    "recording scoring activations",
-    "run",
-    "generation sessions evaluation.variant evaluation.passages terminal.generating",
-    "evaluation.reading terminal.saving terminal.talk",
-    "evaluation.loss evaluation.layer_errors terminal.commands",
-    "evaluation.divergence evaluation.layerwise evaluation.lm_eval_adapter terminal.chatting",
-    "evaluation.show terminal.subcommands",
-    "evaluation.command",
-    "bench.load bench.layer bench.quantize bench.wide_source bench.parts bench.scopes bench.limits fit demo",
-    "bench.convert bench.reading bench.model inspect.trees inspect.weights",
-    "bench.context inspect.blocks inspect.mass inspect.picture",
-    "bench.record bench.kernels inspect.shards",
-    "inspect.plots bench.command",
-    "cli",
-    "__main__",
+    {"errors"},
+    {"system"},
+    {"config"},
+    {"layout"},
+    {"quantization"},
+    {"kernels", "parallel"},
+    {"model"},
+    {"checkpoint"},
+    {"generation"},
+    {"inspect", "chat"},
+    {"evaluation", "bench"},
+    {"cli"},
 )
-"""From the ground up; a floor's files do not import each other."""
+"""The rooms of dsv32_jax from the ground up. A room imports from lower floors and from itself; rooms of one
+floor do not import each other."""
 
-FLOOR = {name: floor for floor, names in enumerate(FLOORS) for name in names.split()}
+FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_JAX = (
-    "errors host config quantize layout vocabulary quantize_search random_checkpoint record cli demo chat "
-    "storage.chunks storage.arrays storage.bands storage.passport storage.pieces storage.manifest storage.integrity "
-    "inspect inspect.weights inspect.blocks inspect.shards "
-    "bench.measure bench.quantize "
-    "chat.encoding chat.parsing chat.tokenizer chat.conversation "
-    "terminal.subcommands terminal.screen terminal.keyboard terminal.parts terminal.wrapping"
+    "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
+    "checkpoint.random_checkpoint inspect.record cli.main cli.demo chat checkpoint.chunks checkpoint.arrays "
+    "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
+    "inspect inspect.weights inspect.blocks inspect.placement bench.measure bench.quantize chat.encoding "
+    "chat.parsing chat.tokenizer chat.conversation cli.subcommands cli.screen cli.keyboard cli.answer_parts "
+    "cli.wrapping"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 
-CONVERT_MAY_IMPORT = {
-    name for name in FLOOR if FLOOR[name] <= FLOOR["storage.store"] and name not in ("formats", "random_checkpoint")
+CONVERT_MAY_IMPORT = {"errors", "config", "layout", "system", "quantization", "parallel", "checkpoint"}
+"""The rooms below the model. Of them the converter uses what needs neither JAX nor the model."""
+
+CONVERT_MUST_NOT_IMPORT = {
+    *("checkpoint.load", "checkpoint.random_weights", "quantization.formats", "parallel.sharding"),
+    *("parallel.multihost", "system.compilation"),
 }
-"""Names, formats on the host, manifest and store: the converter never sees the model."""
 
 ENTRANCES = {
-    *("cli", "demo", "inspect.converter"),
+    *("cli.main", "cli.demo", "inspect.converter"),
     *("bench.layer", "bench.load", "bench.model", "bench.kernels", "bench.convert", "bench.context"),
 }
 """Where the library calls `convert` and reads `configs`."""
@@ -105,27 +77,33 @@ def imports(text: str, module: str) -> set[str]:
     return found
 
 
-def siblings(text: str, package: str, name: str, known) -> set[str]:
-    """The files of `package` among what `text`, its file `name`, imports."""
+def rooms_used(text: str, package: str, name: str) -> set[str]:
+    """The rooms of `package` (or files of its ground floor) that `text`, its file `name`, imports."""
     prefix = package + "."
-    return {found.removeprefix(prefix) for found in imports(text, prefix + name) if found.startswith(prefix)} & set(
-        known
-    )
+    used = {found.removeprefix(prefix) for found in imports(text, prefix + name) if found.startswith(prefix)}
+    return {found.partition(".")[0] for found in used}
 
 
-def test_every_file_has_a_floor():
-    """A new file takes its place in the table, a removed one leaves it."""
-    assert set(files("dsv32_jax")) == set(FLOOR)
+def test_every_room_has_a_floor():
+    """At most 12 floors; a new room takes its place in the table, a removed one leaves it."""
+    assert {name.partition(".")[0] for name in files("dsv32_jax")} - {"__main__"} == set(FLOOR)
+    assert len(FLOORS) <= 12
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR))
-def test_a_file_imports_only_from_lower_floors(name):
+def test_the_ground_floor_is_small():
+    """Whoever opens dsv32_jax/ sees rooms, and at most six files."""
+    assert len(list((REPOSITORY / "dsv32_jax").glob("*.py"))) <= 6
+
+
+@pytest.mark.parametrize("name", sorted(set(files("dsv32_jax")) - {"__main__"}))
+def test_a_room_imports_only_from_lower_floors(name):
     """Imports inside functions count; an `__init__` names the files it loads lazily in its table."""
-    used = siblings(files("dsv32_jax")[name].read_text(), "dsv32_jax", name, FLOOR)
-    assert not {other for other in used if FLOOR[other] >= FLOOR[name]}
+    room = name.partition(".")[0]
+    used = rooms_used(files("dsv32_jax")[name].read_text(), "dsv32_jax", name) & set(FLOOR)
+    assert not {other for other in used if FLOOR[other] >= FLOOR[room] and other != room}
 
 
-@pytest.mark.parametrize("name", sorted(FLOOR))
+@pytest.mark.parametrize("name", sorted(files("dsv32_jax")))
 def test_only_entrances_call_the_converter(name):
     """The library loads what the converter wrote and does not know how it came about."""
     outward = {
@@ -142,7 +120,8 @@ def test_the_converter_knows_only_names_and_formats(name):
     """convert/ imports the lower floors, and neither JAX nor the model nor the presets."""
     used = imports(files("convert")[name].read_text(), f"convert.{name}")
     below = {module.removeprefix("dsv32_jax.") for module in used if module.startswith("dsv32_jax.")}
-    assert below & set(FLOOR) <= CONVERT_MAY_IMPORT
+    assert {module.partition(".")[0] for module in below} & set(FLOOR) <= CONVERT_MAY_IMPORT
+    assert not below & CONVERT_MUST_NOT_IMPORT
     assert not {module for module in used if module.startswith("dsv32_jax.convert")}
     assert not {module for module in used if module.split(".")[0] in ("jax", "flax", "orbax", "configs", "tests")}
 
@@ -160,7 +139,10 @@ def in_order(needs: dict[str, set[str]]) -> list[str]:
 def test_the_converter_has_no_cycles():
     """Its files, and its rooms too, can be put in an order in which each builds on earlier ones."""
     known = {name: file for name, file in files("convert").items() if name != "__main__"}
-    used = {name: siblings(file.read_text(), "convert", name, known) for name, file in known.items()}
+    used = {
+        name: {found.removeprefix("convert.") for found in imports(file.read_text(), f"convert.{name}")} & set(known)
+        for name, file in known.items()
+    }
     in_order(used)
     rooms: dict[str, set[str]] = {name.partition(".")[0]: set() for name in used if "." in name}
     for name, needed in used.items():
@@ -186,12 +168,10 @@ def test_configs_import_nothing_of_the_package():
 
 def test_an_upward_import_is_seen():
     """The check can fail: plain, relative, from a room, and inside a function."""
-    for line in ("from .model import Model", "import dsv32_jax.model", "from . import model"):
+    for line in ("from ..model.model import Model", "import dsv32_jax.model.model", "from .. import model"):
         for text in (line, f"def late():\n    {line}"):
-            assert siblings(text, "dsv32_jax", "ops", FLOOR) == {"model"}, text
-    assert siblings("from ..model import Model", "dsv32_jax", "storage.store", FLOOR) == {"model"}
-    assert siblings("from .. import model", "dsv32_jax", "storage.store", FLOOR) == {"model"}
-    assert siblings("from . import arrays", "dsv32_jax", "storage.store", FLOOR) == {"storage.arrays"}
+            assert rooms_used(text, "dsv32_jax", "kernels.reference") == {"model"}, text
+    assert rooms_used("from . import arrays", "dsv32_jax", "checkpoint.store") == {"checkpoint"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax import batch, decoding, inventory, request, sharding
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.experts import mixture, over_mesh, shared_expert
+from dsv32_jax.generation import batch, inventory, prefill_decode, request
 from dsv32_jax.layout import leaves
-from dsv32_jax.storage import pieces
+from dsv32_jax.model.experts import mixture, over_mesh, shared_expert
+from dsv32_jax.parallel import partition, sharding
 from tests import golden
 from tests.conftest import DATA
 
@@ -82,7 +82,7 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     is spread as it went in, so the next call needs no program of its own."""
     rows = 4
     asked = request.plan(sharded, [[5, 6, 7]] * rows, capacity=64, max_new_tokens=16)
-    blank = decoding.blank(checkpoint.cfg, np.dtype(np.float32), rows, 64, asked.cache_dtype, 0)
+    blank = prefill_decode.blank(checkpoint.cfg, np.dtype(np.float32), rows, 64, asked.cache_dtype, 0)
     context = sharding.by_rows(sharded.mesh, blank)
     task = request.task(sharded, asked, range(rows), rows)
     nothing = np.zeros((rows, checkpoint.cfg.vocab_size), bool)
@@ -133,9 +133,9 @@ def test_fp8_blocks_are_not_cut(tiny, size):
     blocks = (*leaf.shape[:2], -(-size // 128))
     if size in (192, 320):
         with pytest.raises(CapacityError, match=rf"M {size} in {blocks[2]} blocks over model=2 \(possible: 1\)"):
-            pieces.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
+            partition.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
     else:
-        pieces.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
+        partition.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
 
 
 @pytest.mark.parametrize(
@@ -171,6 +171,6 @@ def test_g19_rows_that_do_not_divide(checkpoint, sharded):
 def test_letters_and_components():
     """An axis that a component does not have is never cut."""
     mesh = {"expert": 2, "model": 2}
-    assert pieces.axes_of(mesh, "EMD", (8, 1, 1)) == ("expert", None, None)
-    assert pieces.axes_of(mesh, "EDM", (8, 32, 4)) == ("expert", None, "model")
-    assert pieces.axes_of({"data": 2}, "EDM", (8, 32, 4)) == (None, None, None)
+    assert partition.axes_of(mesh, "EMD", (8, 1, 1)) == ("expert", None, None)
+    assert partition.axes_of(mesh, "EDM", (8, 32, 4)) == ("expert", None, "model")
+    assert partition.axes_of({"data": 2}, "EDM", (8, 32, 4)) == (None, None, None)

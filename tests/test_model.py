@@ -13,11 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dsv32_jax as ds
-from dsv32_jax import attention, experts, layout
-from dsv32_jax.cache import empty, empty_layer
-from dsv32_jax.compilation import metered
+from dsv32_jax import layout
 from dsv32_jax.errors import UsageError
-from dsv32_jax.ops import over_tokens, rms_norm
+from dsv32_jax.model import attention, experts
+from dsv32_jax.model.cache import empty, empty_layer
+from dsv32_jax.model.ops import over_tokens, rms_norm
+from dsv32_jax.system.compilation import metered
 from tests import golden, models
 from tests.golden import sets
 

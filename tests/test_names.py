@@ -12,16 +12,20 @@ import pytest
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax import cache, checks, decoding, indexer, model, random_checkpoint, sampling, scoring, speculation, tape
-from dsv32_jax import request as request_of
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.evaluation import layer_errors, layerwise
+from dsv32_jax.generation import prefill_decode, sampling_params, score, speculative, tape
+from dsv32_jax.generation import request as request_of
+from dsv32_jax.model import cache, checks, indexer, model
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
-    "kernels.reference kernels.choice ops cache mla indexer experts moe attention block mtp model checks choice "
-    "sampling decoding speculation tape inspect.mass request batch scoring evaluation.reading evaluation.divergence "
-    "evaluation.layerwise evaluation.layer_errors"
+    "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
+    "model.attention model.block model.mtp model.model model.checks generation.sampler generation.sampling_params "
+    "generation.prefill_decode generation.speculative generation.tape inspect.mass generation.request "
+    "generation.batch generation.score evaluation.reading evaluation.divergence evaluation.layerwise "
+    "evaluation.layer_errors"
 ).split()
 
 FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu"}
@@ -61,25 +65,27 @@ def _trace(cfg) -> None:
 
 def _trace_generation(cfg, weights) -> None:
     """Prefill, scoring, and decoding with and without drafts."""
-    request = request_of.plan(weights, [[5, 6, 7]] * 11, sampling.Sampling(temperature=1.0), draft=3, top_logprobs=4)
+    request = request_of.plan(
+        weights, [[5, 6, 7]] * 11, sampling_params.Sampling(temperature=1.0), draft=3, top_logprobs=4
+    )
     task = request_of.task(weights, request, range(11), 11)
     tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
     in_prompt_BV = jax.ShapeDtypeStruct((11, cfg.vocab_size), bool)
-    for drafts, dtype, step in ((0, jnp.float8_e4m3fn, decoding.step), (3, jnp.float32, speculation.step)):
-        blank = functools.partial(decoding.blank, cfg, np.dtype(jnp.float32), 11, 37, np.dtype(dtype), drafts)
-        context = jax.eval_shape(decoding.read, weights, jax.eval_shape(blank), tokens_BT, tokens_BT, count_B)
-        context = jax.eval_shape(decoding.spread, context, jax.ShapeDtypeStruct((11,), jnp.int32))
-        begin = functools.partial(decoding.begin, slots=9, width=4, drafts=drafts)
+    for drafts, dtype, step in ((0, jnp.float8_e4m3fn, prefill_decode.step), (3, jnp.float32, speculative.step)):
+        blank = functools.partial(prefill_decode.blank, cfg, np.dtype(jnp.float32), 11, 37, np.dtype(dtype), drafts)
+        context = jax.eval_shape(prefill_decode.read, weights, jax.eval_shape(blank), tokens_BT, tokens_BT, count_B)
+        context = jax.eval_shape(prefill_decode.spread, context, jax.ShapeDtypeStruct((11,), jnp.int32))
+        begin = functools.partial(prefill_decode.begin, slots=9, width=4, drafts=drafts)
         state = jax.eval_shape(begin, weights, task, context, in_prompt_BV)
-        state = jax.eval_shape(functools.partial(decoding.decode, step), weights, task, state, 5)
+        state = jax.eval_shape(functools.partial(prefill_decode.decode, step), weights, task, state, 5)
         record = jax.eval_shape(functools.partial(tape.recorded_blank, tape.KINDS, *blank.args))
         jax.eval_shape(_recorded_read, weights, record, tokens_BT, tokens_BT, count_B)
-        jax.eval_shape(lambda state: decoding.rewound(decoding.resumed(weights, state), 3), state)
-        jax.eval_shape(functools.partial(scoring.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
+        jax.eval_shape(lambda state: prefill_decode.rewound(prefill_decode.resumed(weights, state), 3), state)
+        jax.eval_shape(functools.partial(score.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
 
 
 def _recorded_read(weights, context, tokens_BT, next_BT, count_B):
-    return decoding.read(tape.recording(weights, tape.KINDS), context, tokens_BT, next_BT, count_B)
+    return prefill_decode.read(tape.recording(weights, tape.KINDS), context, tokens_BT, next_BT, count_B)
 
 
 def _forward(weights, tokens_BT, filled, count_B):
@@ -149,7 +155,7 @@ def test_a_misnamed_array_is_caught(tiny, code):
     exec(code, place)
     with watched(tiny.dims) as shapes:
         jax.eval_shape(place["misnamed"], jax.ShapeDtypeStruct((2, 3, tiny.hidden_size), jnp.float32))
-    assert any("dsv32_jax.made_up.misnamed" in line or "dsv32_jax.cache" in line for line in shapes.wrong)
+    assert any("dsv32_jax.made_up.misnamed" in line or "dsv32_jax.model.cache" in line for line in shapes.wrong)
 
 
 def test_suffix():

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from dsv32_jax.convert import convert
 
-from dsv32_jax import random_checkpoint
+from dsv32_jax.checkpoint import random_checkpoint
 from tests.conftest import QUICK
 
 REQUESTS = [{"ids": [0, 5, 6]}, {"ids": [0, 9]}, {"ids": [0, 7, 7, 7, 9]}]

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import quantize
 from dsv32_jax.bench import quantize as bench_quantize
-from dsv32_jax.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize
-from dsv32_jax.quantize_search import SCALINGS, SquaredError, rounding_error
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.quantization.scale_search import SCALINGS, SquaredError, rounding_error
 
 BF16, F8, F4 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float4_e2m1fn
 

@@ -12,10 +12,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import dsv32_jax as ds
-from dsv32_jax import cache, decoding, host, mla, recording, request, tape
-from dsv32_jax.batch import WHOLE
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
-from dsv32_jax.ops import rms_norm, rotation
+from dsv32_jax.generation import prefill_decode, recording, request, tape
+from dsv32_jax.generation.batch import WHOLE
+from dsv32_jax.model import cache, mla
+from dsv32_jax.model.ops import rms_norm, rotation
+from dsv32_jax.system import host
 from tests import models
 
 PROMPTS = [[0, 17, 42, 7, 99, 5, 23], [0, 250, 8], list(range(3, 40))]
@@ -134,13 +136,13 @@ def test_off_is_off(model):
     """The program of a run that keeps nothing is the same text before and after one that does, and smaller."""
     plan = request.plan(model, PROMPTS, kinds=())
     assert plan.record == () and recording.whole(("routing",)) is recording.whole(("routing",))
-    texts = [_program(model, decoding.blank, decoding.step) for _ in range(2)]
+    texts = [_program(model, prefill_decode.blank, prefill_decode.step) for _ in range(2)]
     kinds = ("routing",)
-    step = recording._recorded(kinds, decoding.step)
+    step = recording._recorded(kinds, prefill_decode.step)
     recorded = _program(model, functools.partial(tape.recorded_blank, kinds), step)
-    texts.append(_program(model, decoding.blank, decoding.step))
+    texts.append(_program(model, prefill_decode.blank, prefill_decode.step))
     assert texts[0] == texts[1] == texts[2]
-    assert len(recorded) > len(texts[0]) and WHOLE.blank is decoding.blank
+    assert len(recorded) > len(texts[0]) and WHOLE.blank is prefill_decode.blank
 
 
 def _program(model, blank, step) -> str:
@@ -149,10 +151,10 @@ def _program(model, blank, step) -> str:
     plan = request.plan(model, PROMPTS)
     task = request.task(model, plan, range(3), 4)
     context = jax.eval_shape(functools.partial(blank, model.cfg, float32, 4, 64, float32, 0))
-    begin = functools.partial(decoding.begin, slots=4, width=0, drafts=0)
+    begin = functools.partial(prefill_decode.begin, slots=4, width=0, drafts=0)
     in_prompt = jax.ShapeDtypeStruct((4, model.cfg.vocab_size), bool)
     state = jax.eval_shape(begin, model, task, context, in_prompt)
-    return str(jax.make_jaxpr(functools.partial(decoding.decode, step))(model, task, state, 5))
+    return str(jax.make_jaxpr(functools.partial(prefill_decode.decode, step))(model, task, state, 5))
 
 
 def test_batches_and_samples(model):

@@ -14,11 +14,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax import cache, indexer, mla, ops, quantize, rows
-from dsv32_jax.cache import LayerCache
-from dsv32_jax.formats import NVFP4, dequantize, quantize_nvfp4
-from dsv32_jax.indexer import index_scores, select, select_all
-from dsv32_jax.moe import gate
+from dsv32_jax.model import cache, cache_formats, indexer, mla, ops
+from dsv32_jax.model.cache import LayerCache
+from dsv32_jax.model.indexer import index_scores, select, select_all
+from dsv32_jax.model.moe import gate
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import NVFP4, dequantize, quantize_nvfp4
 
 OTHERS = tuple("actq.float gemm. kv.dequant_float kv.packed_float index.weights_folded mla.lse".split())
 """FP8 products, scales that are no powers of two, and the log-sum-exp: other engines' choices, not computed here."""
@@ -167,7 +168,7 @@ def test_index_inputs_of_the_reference(units):
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "jit"])
 def test_fp8_rows(units, compiled):
     """Values and scales of the reference's activation quantizer: zeros, 448 and 449, tiny and huge rows."""
-    quantize_rows = jax.jit(rows.quantize) if compiled else rows.quantize
+    quantize_rows = jax.jit(cache_formats.quantize) if compiled else cache_formats.quantize
     got = quantize_rows(jnp.asarray(units["actq.in_bf16"]))
     np.testing.assert_array_equal(np.asarray(got.values).view(np.uint8), units["actq.ue8m0.q_u8"])
     np.testing.assert_array_equal(got.scale, units["actq.ue8m0.scale"])
@@ -203,9 +204,9 @@ def test_fp8_rows_of_anything(numbers):
     """Within half a step of E4M3 of the value, relative to the tile's largest; never infinite, never not a number."""
     x = np.pad(np.array(numbers, np.float32), (0, 300 - len(numbers)))
     tiles = [x[i : i + 128] for i in range(0, len(x), 128)]
-    got = np.asarray(rows.read(rows.quantize(jnp.asarray(x)), jnp.float32))
+    got = np.asarray(cache_formats.read(cache_formats.quantize(jnp.asarray(x)), jnp.float32))
     for tile, back in zip(tiles, [got[i : i + 128] for i in range(0, len(x), 128)], strict=True):
-        largest = max(float(np.abs(tile).max()), rows.SMALLEST_AMAX)
+        largest = max(float(np.abs(tile).max()), cache_formats.SMALLEST_AMAX)
         step = np.maximum(np.abs(tile.astype(np.float64)) / 16, largest / 448 * 2**-9)
         assert (np.abs(back - tile.astype(np.float64)) <= step * 1.01).all()
 

@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, listing
-from dsv32_jax.quantize import FP8_BLOCK, NVFP4_BLOCK
+from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
-from ..back import inverse
-from ..back.converted import Converted, Weight
 from ..read import weights
 from ..read.header import DTYPES
+from ..verify import inverse
+from ..verify.converted import Converted, Weight
 from . import sharing_scales
 from .sharing_scales import Sharing
 from .targets import Target

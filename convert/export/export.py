@@ -11,16 +11,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dsv32_jax.checkpoint.manifest import sync_folder
 from dsv32_jax.errors import FULL, CapacityError, OutputExistsError, UsageError, listing
-from dsv32_jax.paths import path_of
-from dsv32_jax.quantize import NVFP4_BLOCK
-from dsv32_jax.storage.manifest import sync_folder
+from dsv32_jax.quantization.quantize import NVFP4_BLOCK
+from dsv32_jax.system.meter import Progress, no_progress
+from dsv32_jax.system.paths import path_of
 
-from ..back.converted import Converted, Group, Weight, nbytes_of, raise_damaged
-from ..meter import Progress, no_progress
 from ..names import grouped
 from ..plan.output import LOCK, copy_companions, locked, require_apart, require_space
 from ..read.source import CONFIG
+from ..verify.converted import Converted, Group, Weight, nbytes_of, raise_damaged
 from . import sharing_scales
 from .encode import Encoder
 from .quantization import compressed_tensors, modelopt

@@ -10,8 +10,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from dsv32_jax.storage.arrays import raw
-from dsv32_jax.storage.manifest import sync_folder
+from dsv32_jax.checkpoint.arrays import raw
+from dsv32_jax.checkpoint.manifest import sync_folder
 
 from ..read.header import DTYPES
 from ..read.index import NAME as INDEX

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..back.converted import Converted, Weight
-from ..leaves.recast import TOGETHER
+from ..transform.requantize import TOGETHER
+from ..verify.converted import Converted, Weight
 
 SIGN, NAN, LARGEST = 0x80, 0x7F, 0x7E
 

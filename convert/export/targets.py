@@ -6,11 +6,11 @@ shapes of the source. Otherwise it gets that family's usual ones. What the famil
 
 from typing import NamedTuple
 
-from dsv32_jax.quantize import FP8_BLOCK, NVFP4_BLOCK
+from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
-from ..back import inverse
-from ..back.converted import Weight
 from ..read.stored import Stored
+from ..verify import inverse
+from ..verify.converted import Weight
 
 FAMILIES = ("modelopt", "compressed-tensors", "bf16")
 DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}

@@ -11,16 +11,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
-from dsv32_jax.paths import path_of
-from dsv32_jax.storage.manifest import LeafEntry, Manifest, is_converted
+from dsv32_jax.system.paths import path_of
 
 from ..read.detect import detect
 from ..read.header import BY_NAME, Tensor
 from ..read.source import Source
-from .tree import Branch, Item, folded, split, tree
+from .folded_tree import Branch, Item, folded, split, tree
 
 SCALES = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_global_scale")
 BESIDE = tuple(scale.removeprefix("weight") for scale in SCALES)

@@ -7,18 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from dsv32_jax.checkpoint.arrays import FOLDER
+from dsv32_jax.checkpoint.manifest import Manifest, is_converted
 from dsv32_jax.errors import CheckpointError, UsageError, listing
-from dsv32_jax.paths import path_of
-from dsv32_jax.storage.arrays import FOLDER
-from dsv32_jax.storage.manifest import Manifest, is_converted
+from dsv32_jax.system.paths import path_of
 
-from ..back.converted import Converted, Group, nbytes_of, raise_damaged
 from ..read import weights
 from ..read.detect import detect
 from ..read.header import Tensor
 from ..read.source import Source
 from ..read.stored import Stored
-from .statistics import Tally
+from ..verify.converted import Converted, Group, nbytes_of, raise_damaged
+from .value_statistics import Tally
 
 
 def tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:

@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
+from dsv32_jax.checkpoint.chunks import LARGEST as BAND_BYTES
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.host import available
-from dsv32_jax.storage.chunks import LARGEST as BAND_BYTES
+from dsv32_jax.system.host import available
+from dsv32_jax.system.quantities import size_text
 
-from ..quantities import size_text
 from ..read.stored import Stored
 from .plan import PlannedLeaf
 

@@ -8,10 +8,9 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from dsv32_jax.checkpoint.manifest import FILE, JOURNAL
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, StorageError, UsageError, listing
-from dsv32_jax.storage.manifest import FILE, JOURNAL
-
-from ..quantities import size_text
+from dsv32_jax.system.quantities import size_text
 
 LOCK = ".lock"
 RESERVE = 64 << 20

@@ -6,15 +6,15 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from dsv32_jax.checkpoint.manifest import FORMAT_VERSION, digest
 from dsv32_jax.config import Config
 from dsv32_jax.layout import COPIES, Leaf, leaves
-from dsv32_jax.storage.manifest import FORMAT_VERSION, digest
 
-from ..leaves.cut import Form, arrays, choose
-from ..read import announced
+from ..read import declared_quant
 from ..read.header import BY_NAME
 from ..read.source import Source
 from ..read.stored import Stored
+from ..transform.cut import Form, arrays, choose
 from .policy import Chooser, Recipe
 from .survey import Survey
 
@@ -98,7 +98,7 @@ def plan(source: Source, recipe: Recipe | None = None) -> Plan:
     by_path = {leaf.leaf.path: leaf for leaf in kept}
     kept = tuple(_share(leaf, by_path) for leaf in kept)
     stored = {s.name: s for leaf in kept for s in leaf.sources}
-    notes += announced.disagreements(source.config, source.quantization, stored.values())
+    notes += declared_quant.disagreements(source.config, source.quantization, stored.values())
     lossy = [leaf for leaf in kept if leaf.form.dequantized]
     notes += [f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}" for leaf in lossy]
     if recipe.policy.file is not None:

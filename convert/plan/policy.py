@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.errors import CheckpointError, UsageError, listing
-from dsv32_jax.paths import path_of
-from dsv32_jax.quantize import NVFP4_BLOCK
-from dsv32_jax.quantize_search import SCALINGS
+from dsv32_jax.quantization.quantize import NVFP4_BLOCK
+from dsv32_jax.quantization.scale_search import SCALINGS
+from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.strict_json import strict_json
 
 from ..read.stored import BECOMES, Stored
-from ..read.strict_json import strict_json
 
 KEEP = "keep"
 TO = "to"

@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
-from dsv32_jax import vocabulary
+from dsv32_jax.checkpoint import vocabulary
+from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.config import Config
 from dsv32_jax.errors import UsageError, listing, unknown
-from dsv32_jax.paths import path_of
-from dsv32_jax.storage import pieces
-from dsv32_jax.storage.manifest import digest
+from dsv32_jax.parallel import partition
+from dsv32_jax.system.paths import path_of
 
 from ..read.layers import first_layers
 from ..read.source import Source
@@ -97,7 +97,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
         )
     wanted = recipe(options.get("to"), options.get("policy"), *kinds)
     budget = memory.budget(options.get("max_memory"), options.get("workers"))
-    mesh = pieces.optional(options.get("mesh"))
+    mesh = partition.optional(options.get("mesh"))
     require_apart(src, dst)
     source = Source(src)
     require_companions(src)
@@ -107,6 +107,6 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
         source = first_layers(source, layers)
     planned = plan(source, wanted)
     vocabulary.check(src, Config.from_dict(source.config, str(src / "config.json")))
-    pieces.check(mesh, [(leaf.leaf, shape) for leaf in planned.leaves for _, shape in leaf.arrays.values()])
+    partition.check(mesh, [(leaf.leaf, shape) for leaf in planned.leaves for _, shape in leaf.arrays.values()])
     memory.require(planned.leaves, budget.limit)
     return Prepared(source, dst, planned, mesh, budget, options.get("group_bytes", memory.GROUP_BYTES))

@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, listing
+from dsv32_jax.system.strict_json import Limits, strict_json
 
 from .magic import what_it_is
-from .strict_json import Limits, strict_json
 
 LARGEST_HEADER = 100_000_000
 LARGEST_COUNT = 200_000

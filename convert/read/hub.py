@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsv32_jax.errors import CheckpointError, UsageError, listing
+from dsv32_jax.system.meter import Progress
 
-from ..meter import Progress
 from . import reading
 from .reading import FileId
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from dsv32_jax.checkpoint.manifest import is_complete
 from dsv32_jax.errors import CheckpointError, StorageError, listing
-from dsv32_jax.storage.manifest import is_complete
+from dsv32_jax.system.strict_json import strict_json
 
-from . import announced, hub, index, reading
+from . import declared_quant, hub, index, reading
 from .header import DTYPES, LARGEST_HEADER, Tensor, read_header
 from .reading import FileId
-from .strict_json import strict_json
 from .waiting import waiting
 
 CONFIG = "config.json"
@@ -54,7 +54,7 @@ class Source:
                 f"{self.folder} is a converted checkpoint already: `dsv32_jax.load` reads it as it is"
             )
         self.config = self._read_config()
-        self.quantization = self._read_json(announced.FILE)
+        self.quantization = self._read_json(declared_quant.FILE)
         with _no_collection():
             self._weight_map, problems = self._read_index()
             self._problems += problems

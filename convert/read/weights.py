@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize
+from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
 
 from .header import Tensor
 from .stored import FP8_BLOCK, Stored

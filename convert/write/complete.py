@@ -6,14 +6,14 @@ import platform
 from collections.abc import Mapping
 from typing import Any
 
-from dsv32_jax.storage.integrity import files
-from dsv32_jax.storage.manifest import LeafEntry, Manifest
+from dsv32_jax.checkpoint.checksums import files
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 
-from ..leaves.outcome import odd_scales, summary
-from ..leaves.recast import partners
 from ..plan.output import copy_companions
 from ..plan.plan import Plan
 from ..plan.prepare import Prepared
+from ..transform.error_stats import odd_scales, summary
+from ..transform.requantize import partners
 from .journal import Journal
 
 

@@ -4,8 +4,8 @@ import hashlib
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.errors import OutputExistsError, listing
-from dsv32_jax.storage.manifest import LeafEntry, Manifest
 
 from ..read.header import Tensor
 from ..read.source import Source

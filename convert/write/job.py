@@ -4,19 +4,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Unpack
 
+from dsv32_jax.checkpoint.manifest import JOURNAL, Manifest, is_complete
 from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, writing_failed
-from dsv32_jax.quantize_search import SCALINGS
-from dsv32_jax.storage import pieces
-from dsv32_jax.storage.manifest import JOURNAL, Manifest, is_complete
+from dsv32_jax.parallel import partition
+from dsv32_jax.quantization.scale_search import SCALINGS
+from dsv32_jax.system.meter import Meter, Progress, no_progress
 
-from ..leaves.recast import Recaster, partners
-from ..meter import Meter, Progress, no_progress
 from ..plan import memory
 from ..plan.output import locked, require_files, require_ours, require_space
 from ..plan.plan import Plan, PlannedLeaf
 from ..plan.prepare import Options, Prepared, prepare
 from ..read import hub, weights
 from ..read.source import Source
+from ..transform.requantize import Recaster, partners
 from .complete import complete
 from .identity import basis_of, differences, require_same_bytes
 from .journal import Journal
@@ -64,13 +64,13 @@ def _finished(prepared: Prepared) -> Manifest | None:
 
 def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
     """Write every leaf that is not there yet, then the manifest."""
-    from dsv32_jax.storage.store import Writer
+    from dsv32_jax.checkpoint.store import Writer
 
     source, dst, planned = prepared.source, prepared.dst, prepared.plan
     journal = Journal(dst, prepared.digest, source.folder.name, prepared.basis, source.stamps)
     touched = [name for name, stamp in source.stamps.items() if journal.stamps.get(name) != stamp]
     require_same_bytes(source, [entry for part in journal.leaves.values() for entry in part.values()], touched)
-    writer = Writer(dst, pieces.by_mesh(prepared.mesh, [leaf.leaf for leaf in planned.leaves]))
+    writer = Writer(dst, partition.by_mesh(prepared.mesh, [leaf.leaf for leaf in planned.leaves]))
     journal.forget(part for part, leaves in journal.leaves.items() if _stored(leaves) and not writer.has(part))
     writer.keep(journal.leaves)
     entries = {path: entry for part in journal.leaves.values() for path, entry in part.items()}

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, leaf_dict, parse_leaf, sync_folder
 from dsv32_jax.errors import OutputExistsError, listing
-from dsv32_jax.storage.manifest import JOURNAL, LeafEntry, leaf_dict, parse_leaf, sync_folder
 
-from ..leaves.recast import Outcome
+from ..transform.requantize import Outcome
 from .identity import differences
 
 

@@ -11,13 +11,13 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from dsv32_jax.storage.manifest import LeafEntry
+from dsv32_jax.checkpoint.manifest import LeafEntry
 
-from ..leaves import cut, facts
-from ..leaves.recast import Outcome, Recaster
 from ..plan import memory
 from ..plan.memory import Budget, Group
 from ..plan.plan import PlannedLeaf
+from ..transform import cut, facts
+from ..transform.requantize import Outcome, Recaster
 from .record import Recorder, with_passport
 
 Arrays = dict[tuple[str, str], np.ndarray]
@@ -27,7 +27,7 @@ R = TypeVar("R")
 
 
 class Writer(Protocol):
-    """What puts arrays on the disk (`dsv32_jax.storage.store.Writer`)."""
+    """What puts arrays on the disk (`dsv32_jax.checkpoint.store.Writer`)."""
 
     def save(self, part: str, group: Arrays) -> None: ...
 

@@ -4,17 +4,17 @@ import hashlib
 
 import numpy as np
 
+from dsv32_jax.checkpoint.manifest import LeafEntry
+from dsv32_jax.checkpoint.provenance import Passport, SourceTensor
 from dsv32_jax.errors import CheckpointError, listing
-from dsv32_jax.storage.manifest import LeafEntry
-from dsv32_jax.storage.passport import Passport, SourceTensor
 
-from ..leaves import facts
-from ..leaves.amax import amax
-from ..leaves.cut import FLOATS
 from ..plan.plan import PlannedLeaf
 from ..read.header import Tensor
 from ..read.stored import Stored
 from ..read.weights import Read
+from ..transform import facts
+from ..transform.amax import amax
+from ..transform.cut import FLOATS
 
 SCALAR_BYTES = 8
 GLANCE = 1 << 12

@@ -10,7 +10,7 @@ from functools import partial
 
 from ..config import Config
 from ..errors import UsageError
-from ..request import CHUNK
+from ..generation.request import CHUNK
 from . import parts, reading
 from .measure import Row, table
 
@@ -144,7 +144,7 @@ def batch() -> None:
 
 def config(sizes: dict[str, int], layers: int) -> Config:
     """DeepSeek-V3.2 with `sizes` of its own and `layers` layers, the first of several dense."""
-    from dsv32_jax import configs
+    from .. import configs
 
     cfg = Config.from_json(configs.path("deepseek_v32"))
     return dataclasses.replace(cfg, **sizes, num_hidden_layers=layers, first_k_dense_replace=int(layers > 1))

@@ -54,7 +54,7 @@ def print_convert(layers: str, storages: list[str], max_memory: str, folder: str
 
 def config(layers: str) -> Config:
     """DeepSeek-V3.2 with the `layers` "1+1", dense and MoE, and a small vocabulary. Raises UsageError."""
-    from dsv32_jax import configs
+    from .. import configs
 
     match = re.fullmatch(r"(\d{1,2})\+(\d{1,2})", layers)
     if match is None or not 0 < int(match[1]) + int(match[2]) <= 61:
@@ -126,7 +126,7 @@ def _convert(source: Path, out: Path, max_memory: str, storage: str) -> dict[str
 
 
 def _verify(folder: Path) -> dict[str, Any]:
-    _converter("back.verify").verify(folder)
+    _converter("verify.verify").verify(folder)
     return {"cpu_seconds": time.process_time(), "peak_bytes": peak_bytes()}
 
 

@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..compilation import require_device
+from ..checkpoint.random_weights import random_bank, uniform
 from ..config import Config
-from ..formats import NVFP4, Weight, dequantize
-from ..kernels import choice
+from ..kernels import dispatch
 from ..kernels.variable import VARIABLE
-from ..random_weights import random_bank, uniform
+from ..quantization.formats import NVFP4, Weight, dequantize
+from ..system.compilation import require_device
 from .limits import copying
 from .measure import Row, in_turn, medians, reader, table
 
@@ -69,7 +69,7 @@ COLUMNS = (
 
 def print_kernels(formats: Sequence[str], counts: Sequence[int], only: Sequence[str], implementations: Sequence[str]):
     """`dsv32 bench kernels`."""
-    from dsv32_jax import configs
+    from .. import configs
 
     require_device()
     cfg = Config.from_json(configs.path("deepseek_v32"))
@@ -149,7 +149,7 @@ Implementation = Callable[[jax.Array, Weight], tuple[Callable[[], Any], int, Cal
 def _jax(kernels: str, x: jax.Array, bank: Weight):
     with _environment(kernels):
         expert = jnp.arange(len(x), dtype=jnp.int32)
-        program = jax.jit(lambda *operands: choice.blocks(*operands)).lower(x, expert, bank).compile()
+        program = jax.jit(lambda *operands: dispatch.blocks(*operands)).lower(x, expert, bank).compile()
     repeats = REPEATS[jax.default_backend()]
 
     def run() -> None:

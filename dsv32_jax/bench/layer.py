@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import attention
-from ..cache import LayerCache, empty_layer
+from ..checkpoint.random_weights import leaf_maker, uniform
 from ..config import Config
-from ..indexer import Indexer
 from ..layout import leaves
-from ..mla import MLA
-from ..moe import MoE
-from ..random_weights import leaf_maker, uniform
+from ..model import attention
+from ..model.cache import LayerCache, empty_layer
+from ..model.indexer import Indexer
+from ..model.mla import MLA
+from ..model.moe import MoE
 from .measure import Row, in_turn, peak_bytes, reader, table
 
 DTYPE = jnp.bfloat16
@@ -81,7 +81,7 @@ def layer(
 
 
 def _real() -> Config:
-    from dsv32_jax import configs
+    from .. import configs
 
     return Config.from_json(configs.path("deepseek_v32"))
 

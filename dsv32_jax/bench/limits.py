@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from ..batch import OPTIONS
 from ..config import Config
+from ..generation.batch import OPTIONS
 from .measure import medians
 
 

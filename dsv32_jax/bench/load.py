@@ -11,10 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from .. import random_checkpoint
+from ..checkpoint import random_checkpoint
+from ..checkpoint.manifest import Manifest
 from ..config import Config
-from ..paths import path_of
-from ..storage.manifest import Manifest
+from ..system.paths import path_of
 from .measure import Row, held_bytes, medians, peak_bytes, table
 
 BUFFER_BYTES = 8 << 20
@@ -85,7 +85,7 @@ def _load_twice(folder: Path) -> tuple[float, float, dict[str, int]]:
     import jax
     import jax.numpy as jnp
 
-    from ..checkpoint import load
+    from ..checkpoint.load import load
 
     jnp.zeros(()).block_until_ready()
     before = held_bytes()
@@ -105,7 +105,7 @@ def _sizes(model: Any) -> tuple[int, int]:
     """Bytes of all leaves, each once, and of the largest, a quantized one with all of its components."""
     import jax
 
-    from ..formats import NVFP4, Fp8Block
+    from ..quantization.formats import NVFP4, Fp8Block
 
     def quantized(node) -> bool:
         return isinstance(node, NVFP4 | Fp8Block)
@@ -122,14 +122,14 @@ def _timed(run) -> tuple[float, Any]:
 
 
 def _about_1_gb() -> Config:
-    from dsv32_jax import configs
+    from .. import configs
 
     return dataclasses.replace(Config.from_json(configs.path("deepseek_v32")), **SIZES)
 
 
 def _random(scratch: Path, cfg: Config) -> Path:
     """A converted checkpoint of `cfg` with random NVFP4 weights."""
-    from dsv32_jax import convert
+    from .. import convert
 
     print("writing a random checkpoint", file=sys.stderr, flush=True)
     random_checkpoint.write(scratch / "source", cfg)

@@ -17,17 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import memory, sharding
-from ..batch import WHOLE
-from ..cache import dtype_of
-from ..compilation import metered, require_device
+from ..checkpoint.random_weights import random_leaf, storage
 from ..config import Config
-from ..decoding import Context
 from ..errors import CapacityError, UsageError, listing
+from ..generation import memory
+from ..generation.batch import WHOLE
+from ..generation.prefill_decode import Context
+from ..generation.request import CHUNK, bucket
 from ..layout import leaves
-from ..model import Model
-from ..random_weights import random_leaf, storage
-from ..request import CHUNK, bucket
+from ..model.cache import dtype_of
+from ..model.model import Model
+from ..parallel import sharding
+from ..system.compilation import metered, require_device
 from . import scopes
 from .limits import all_reduce_latency, all_reduces, copy_speed
 from .measure import Row, medians, peak_bytes
@@ -77,7 +78,7 @@ def plan(
     steps: int | None,
 ) -> Plan:
     """Check what is asked for. Raises UsageError, ConfigError, CapacityError."""
-    from dsv32_jax import configs
+    from .. import configs
 
     cfg = Config.from_json(config or configs.path("deepseek_v32"))
     if layers is not None:

@@ -14,17 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from .. import mla
-from ..batch import WHOLE, Programs
-from ..cache import Cache, LayerCache, dtype_of, empty_layer
+from ..checkpoint.random_weights import leaf_maker, uniform
 from ..config import Config
-from ..decoding import Context, State, Task
-from ..indexer import scores_of_cache, select
-from ..model import Model, build
-from ..ops import rotation
-from ..random_weights import leaf_maker, uniform
-from ..sampling import Sampling, knobs
-from ..sharding import by_rows
+from ..generation.batch import WHOLE, Programs
+from ..generation.prefill_decode import Context, State, Task
+from ..generation.sampling_params import Sampling, knobs
+from ..model import mla
+from ..model.cache import Cache, LayerCache, dtype_of, empty_layer
+from ..model.indexer import scores_of_cache, select
+from ..model.model import Model, build
+from ..model.ops import rotation
+from ..parallel.sharding import by_rows
 from .measure import Row, medians
 
 DTYPE = np.dtype(jnp.bfloat16)

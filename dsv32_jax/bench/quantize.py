@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterator
 import ml_dtypes
 import numpy as np
 
-from .. import quantize
-from ..quantize import E4M3, FP8_BLOCK, NVFP4_BLOCK, RTN, fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
-from ..quantize_search import SCALINGS
+from ..quantization import quantize
+from ..quantization.quantize import (
+    E4M3,
+    FP8_BLOCK,
+    NVFP4_BLOCK,
+    RTN,
+    fp8_dequantize,
+    fp8_quantize,
+    nvfp4_dequantize,
+    nvfp4_quantize,
+)
+from ..quantization.scale_search import SCALINGS
 from .measure import Row, table
 
 SHAPE = (2048, 7168)

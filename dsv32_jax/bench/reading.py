@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..batch import WHOLE
+from ..checkpoint.random_weights import leaf_maker
 from ..config import Config
-from ..decoding import blank, placed
-from ..generation import generate
-from ..model import Model, build
-from ..options import Options
-from ..random_weights import leaf_maker
+from ..generation.batch import WHOLE
+from ..generation.generate import generate
+from ..generation.options import Options
+from ..generation.prefill_decode import blank, placed
+from ..model.model import Model, build
 from .measure import Row
 from .parts import DTYPE, random_model
 

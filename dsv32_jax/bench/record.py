@@ -6,9 +6,9 @@ from functools import partial
 
 import jax
 
-from .. import recording, tape
-from ..cache import Cache
 from ..config import Config
+from ..generation import recording, tape
+from ..model.cache import Cache
 from .context import config
 from .measure import Row, rounds, table
 from .parts import DTYPE, Step, filled, random_model

@@ -13,10 +13,10 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
+from ..checkpoint.random_checkpoint import DENSE_MATRICES
 from ..config import Config
 from ..layout import leaves
-from ..quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_quantize, nvfp4_quantize
-from ..random_checkpoint import DENSE_MATRICES
+from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_quantize, nvfp4_quantize
 
 SUFFIXES = {"fp8": ("", "_scale_inv"), "nvfp4": ("", "_scale", "_scale_2")}
 """By storage (DeepSeek's FP8, ModelOpt's NVFP4), what follows the name of a weight in those of its tensors."""

@@ -11,11 +11,12 @@ generate(model, [prompt.ids])
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names
+from ..system.lazy import names
 
 if TYPE_CHECKING:
+    from ..generation.detokenizer import Detokenizer as Detokenizer
+    from ..generation.stop_strings import StopStrings as StopStrings
     from .conversation import Conversation as Conversation
-    from .detokenizer import Detokenizer as Detokenizer
     from .encoding import encode as encode
     from .faults import EncodingError as EncodingError
     from .faults import ParsingError as ParsingError
@@ -23,16 +24,15 @@ if TYPE_CHECKING:
     from .parsing import parse as parse
     from .prompts import Prompt as Prompt
     from .prompts import prepare as prepare
-    from .stops import StopStrings as StopStrings
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOME = {
     "Conversation": ".conversation",
-    "Detokenizer": ".detokenizer",
+    "Detokenizer": "..generation.detokenizer",
     "EncodingError": ".faults",
     "ParsingError": ".faults",
     "Prompt": ".prompts",
-    "StopStrings": ".stops",
+    "StopStrings": "..generation.stop_strings",
     "Tokenizer": ".tokenizer",
     "encode": ".encoding",
     "parse": ".parsing",

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, require
-from ..paths import path_of
+from ..system.paths import path_of
 from . import template
 from .byte_level import Vocabulary
 from .template import Mark

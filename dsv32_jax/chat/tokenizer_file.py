@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .. import vocabulary
+from ..checkpoint import vocabulary
 from ..config import Config
 from ..errors import CheckpointError, UsageError
 from .byte_level import Vocabulary

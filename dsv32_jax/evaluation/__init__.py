@@ -11,7 +11,7 @@ for layer in layers("bf16", "nvfp4"): ...          # one layer of each in memory
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names
+from ..system.lazy import names
 
 if TYPE_CHECKING:
     from .divergence import Divergence as Divergence

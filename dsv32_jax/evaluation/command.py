@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from ..terminal.screen import Screen, json_line
+from ..cli.screen import Screen, json_line
 
 VARIANTS = "A and B are CKPT or CKPT:WORD,...: bfloat16, float32 (arithmetic), fp8-cache, bfloat16-cache, float32-cache"
 

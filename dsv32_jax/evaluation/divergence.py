@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..attention import LARGEST_TEMPORARY
 from ..errors import UsageError
-from ..formats import Weight
-from ..model import Model
-from ..ops import einsum32, over_tokens
-from ..processes import fetch
+from ..model.attention import LARGEST_TEMPORARY
+from ..model.model import Model
+from ..model.ops import einsum32, over_tokens
+from ..parallel.multihost import fetch
+from ..quantization.formats import Weight
 from .estimate import Estimate, exponential, over_windows
 from .loss import require_finite
 from .passages import BATCH, Passages, Texts, passages

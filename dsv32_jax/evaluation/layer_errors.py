@@ -8,13 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..block import Block
-from ..cache import LayerCache
 from ..config import Config
-from ..experts import each_expert
-from ..formats import NVFP4, Fp8Block, Weight, dequantize
-from ..moe import MoE, Routing
-from ..ops import rms_norm
+from ..model.block import Block
+from ..model.cache import LayerCache
+from ..model.experts import each_expert
+from ..model.moe import MoE, Routing
+from ..model.ops import rms_norm
+from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
 
 Squares = tuple[jax.Array, jax.Array]
 

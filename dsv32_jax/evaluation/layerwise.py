@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks
-from ..cache import LayerCache, empty_layer
-from ..checkpoint import Checkpoint
-from ..compilation import prepare
+from ..checkpoint.load import Checkpoint
 from ..errors import UsageError, listing
-from ..model import Model, build
-from ..mtp import MTP
-from ..ops import einsum32, rms_norm
+from ..model import checks
+from ..model.cache import LayerCache, empty_layer
+from ..model.model import Model, build
+from ..model.mtp import MTP
+from ..model.ops import einsum32, rms_norm
+from ..system.compilation import prepare
 from . import layer_errors
 from .layer_errors import Squares, squares
 from .passages import CONTEXT, Texts, passages

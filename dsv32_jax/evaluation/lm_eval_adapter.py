@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import checks
 from ..chat import encode, template
 from ..errors import UsageError, listing
-from ..generation import generate
-from ..model import Model
-from ..sampling import Sampling
-from ..scoring import score
+from ..generation.generate import generate
+from ..generation.sampling_params import Sampling
+from ..generation.score import score
+from ..model import checks
+from ..model.model import Model
 from .variant import Variant
 from .windows import windows
 

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..compilation import metered
 from ..errors import CheckpointError, listing
-from ..model import Model
-from ..scoring import score
+from ..generation.score import score
+from ..model.model import Model
+from ..system.compilation import metered
 from .estimate import Estimate, exponential, over_windows
 from .passages import BATCH, Passages, Texts, passages
 from .reading import Progress, over_groups, silent

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from .. import checks
 from ..config import Config
 from ..errors import UsageError, listing
+from ..model import checks
 from . import texts as files
 from .windows import Window, windows
 

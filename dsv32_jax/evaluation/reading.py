@@ -10,13 +10,13 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from ..compilation import prepare
-from ..decoding import Context, blank, placed
-from ..formats import Weight
-from ..memory import rows_bucket
-from ..model import Model
-from ..processes import fetch
-from ..request import bucket, chunks
+from ..generation.memory import rows_bucket
+from ..generation.prefill_decode import Context, blank, placed
+from ..generation.request import bucket, chunks
+from ..model.model import Model
+from ..parallel.multihost import fetch
+from ..quantization.formats import Weight
+from ..system.compilation import prepare
 from .passages import Passages
 from .variant import Variant
 

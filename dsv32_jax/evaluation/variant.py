@@ -6,13 +6,13 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from .. import cache
 from ..chat.tokenizer import Tokenizer
-from ..checkpoint import Checkpoint, load
+from ..checkpoint.load import Checkpoint, load
 from ..config import Config
 from ..errors import UsageError, listing
-from ..model import Model
-from ..paths import path_of
+from ..model import cache
+from ..model.model import Model
+from ..system.paths import path_of
 
 COMPUTE = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 CACHES = {"bfloat16-cache": "bfloat16", "float32-cache": "float32", "fp8-cache": "fp8"}

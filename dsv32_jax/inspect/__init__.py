@@ -10,10 +10,9 @@ inspect.plots.codes(inspect.statistics(weight))      # figures; needs the extra 
 
 from typing import TYPE_CHECKING
 
-from ..lazy import names
+from ..system.lazy import names
 
 if TYPE_CHECKING:
-    from ..record import Record as Record
     from . import plots as plots
     from .blocks import Statistics as Statistics
     from .blocks import atlas as atlas
@@ -21,9 +20,10 @@ if TYPE_CHECKING:
     from .blocks import statistics as statistics
     from .mass import Mass as Mass
     from .mass import kept_mass as kept_mass
-    from .shards import Placement as Placement
-    from .shards import held as held
-    from .shards import placement as placement
+    from .placement import Placement as Placement
+    from .placement import held as held
+    from .placement import placement as placement
+    from .record import Record as Record
     from .trees import Tree as Tree
     from .trees import tree as tree
     from .weights import Folder as Folder
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 _HOME = {
     "Folder": ".weights",
     "Mass": ".mass",
-    "Placement": ".shards",
-    "Record": "..record",
+    "Placement": ".placement",
+    "Record": ".record",
     "Statistics": ".blocks",
     "StoredWeight": ".weights",
     "Tree": ".trees",
     "atlas": ".blocks",
     "clipped": ".blocks",
-    "held": ".shards",
+    "held": ".placement",
     "kept_mass": ".mass",
-    "placement": ".shards",
+    "placement": ".placement",
     "plots": ".plots",
     "statistics": ".blocks",
     "tree": ".trees",

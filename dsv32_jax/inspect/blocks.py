@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..errors import UsageError, require
-from ..quantize import E2M1_MAX, E4M3_AS_SCALE
+from ..quantization.quantize import E2M1_MAX, E4M3_AS_SCALE
 from .converter import converter
 from .weights import Folder, StoredWeight
 
@@ -34,7 +34,7 @@ class Statistics:
 
 def statistics(weight: StoredWeight) -> Statistics:
     """The statistics of an NVFP4 weight. Raises UsageError on another format."""
-    counting = converter("inspect.statistics")
+    counting = converter("inspect.value_statistics")
     codes, scale = _blocks(weight)
     magnitude = scale & 0x7F
     silent = ~(codes & 0x77).any(axis=-1)

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import checks, mla
-from ..attention import queries_at_once
-from ..block import Block, Seen
-from ..cache import LayerCache
-from ..model import Model, forward
-from ..ops import over_tokens, rms_norm, rotation
+from ..model import checks, mla
+from ..model.attention import queries_at_once
+from ..model.block import Block, Seen
+from ..model.cache import LayerCache
+from ..model.model import Model, forward
+from ..model.ops import over_tokens, rms_norm, rotation
 
 
 class Mass(NamedTuple):

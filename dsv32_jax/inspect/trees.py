@@ -8,12 +8,13 @@ from typing import Any
 
 import jax
 
-from .. import inventory
+from ..checkpoint.manifest import ArrayEntry, LeafEntry
 from ..errors import UsageError, printable
-from ..formats import NVFP4, Fp8Block
-from ..model import Model
-from ..paths import path_of
-from ..storage.manifest import ArrayEntry, LeafEntry
+from ..generation import inventory
+from ..model.model import Model
+from ..quantization.formats import NVFP4, Fp8Block
+from ..system.paths import path_of
+from ..system.quantities import amount, size_text
 from .converter import converter
 
 STYLE = "text-align:left;padding:0 1em 0 0;font-family:monospace;white-space:nowrap"
@@ -30,8 +31,7 @@ class Tree:
 
     def _repr_html_(self) -> str:
         """A fold-out section for each run of equal layers, and a table of sums."""
-        ranges, quantities = converter("names").ranges, converter("quantities")
-        amount, size_text = quantities.amount, quantities.size_text
+        ranges = converter("names").ranges
         parts = [f"<p>{_text(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
             title = "outside of layers" if branch.layers is None else f"layers {ranges(branch.layers)}"

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from .. import host
+from ..checkpoint.arrays import Arrays, dtype_of, raw
+from ..checkpoint.manifest import Manifest, is_converted
 from ..config import Config
 from ..errors import CapacityError, UsageError, VerificationError, listing, require
 from ..layout import Leaf, leaves
-from ..paths import path_of
-from ..quantize import fp8_dequantize, nvfp4_dequantize
-from ..storage.arrays import Arrays, dtype_of, raw
-from ..storage.manifest import Manifest, is_converted
+from ..quantization.quantize import fp8_dequantize, nvfp4_dequantize
+from ..system import host
+from ..system.paths import path_of
 from .converter import converter
 
 SHARE = 0.8
@@ -166,7 +166,7 @@ class _Source:
 
     def parts(self, leaf: Leaf, expert: int | None) -> tuple[str, dict[str, np.ndarray]]:
         """The components as a conversion would store them."""
-        cut = converter("leaves.cut")
+        cut = converter("transform.cut")
         if expert is not None:
             leaf = leaf._replace(sources=leaf.sources[expert : expert + 1], shape=(1, *leaf.shape[1:]))
         stored = self._stored(leaf)

@@ -12,8 +12,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from ..formats import NVFP4, Fp8Block, Weight
-from ..quantize import FP8_BLOCK
+from ..quantization.formats import NVFP4, Fp8Block, Weight
+from ..quantization.quantize import FP8_BLOCK
 
 NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS = "dsv32_nvfp4_dot", "dsv32_fp8_dot", "dsv32_bf16_dot", "dsv32_bf16_columns"
 

@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..formats import NVFP4, Fp8Block, Weight
-from ..quantize import FP8_BLOCK, NVFP4_BLOCK
+from ..quantization.formats import NVFP4, Fp8Block, Weight
+from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from .launch import launch
 
 SMALLEST_BLOCK = 8

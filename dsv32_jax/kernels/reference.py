@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from .. import host
-from ..formats import Weight, exact
+from ..quantization.formats import Weight, exact
+from ..system import host
 
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

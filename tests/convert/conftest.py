@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import convert
-from dsv32_jax import random_checkpoint
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 
 STORAGES = ("bf16", "fp8", "nvfp4", "compressed-tensors")

@@ -95,9 +95,9 @@ def die() -> None:
 def child(request: dict, answer: int) -> None:
     """One conversion."""
     import convert
-    from dsv32_jax.storage.arrays import Arrays
-    from dsv32_jax.storage.integrity import damaged_files
-    from dsv32_jax.storage.manifest import Manifest
+    from dsv32_jax.checkpoint.arrays import Arrays
+    from dsv32_jax.checkpoint.checksums import damaged_files
+    from dsv32_jax.checkpoint.manifest import Manifest
 
     steps: list[str] = []
 
@@ -130,7 +130,7 @@ def child(request: dict, answer: int) -> None:
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import convert.write.job  # noqa: F401
-    import dsv32_jax.storage.store  # noqa: F401
+    import dsv32_jax.checkpoint.store  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from convert.plan.plan import plan
-from convert.read.announced import disagreements
+from convert.read.declared_quant import disagreements
 from convert.read.detect import detect
 from convert.read.source import Source
 

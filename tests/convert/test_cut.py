@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.leaves import cut
 from convert.read import weights
 from convert.read.detect import detect
+from convert.transform import cut
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Cut, Leaf, leaves
-from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.quantization.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
 
 from . import fakes
 

@@ -7,7 +7,7 @@ import pytest
 from convert.read import weights
 from convert.read.detect import MissingTensors, detect
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize, nvfp4_quantize
 
 from . import fakes
 

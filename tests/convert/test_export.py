@@ -17,21 +17,22 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 import convert
-from convert.back.verify import verify
 from convert.export import sharing_scales
 from convert.export.export import export
 from convert.export.quantization import named, regexes
 from convert.export.shards import ShardsWriter
-from convert.meter import no_progress
 from convert.plan.output import LOCK
 from convert.read import weights
 from convert.read.detect import detect
 from convert.read.header import DTYPES
 from convert.read.source import Source
-from dsv32_jax import cli, random_checkpoint
+from convert.verify.verify import verify
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
-from dsv32_jax.quantize import nvfp4_dequantize, nvfp4_quantize
-from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.system.meter import no_progress
 
 from . import fakes
 
@@ -40,7 +41,7 @@ FAMILY = {"fp8": "modelopt", "nvfp4": "modelopt", "compressed-tensors": "compres
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = cli.main(["export", *map(str, argv)])
+    code = main.main(["export", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -382,7 +383,7 @@ def test_halves_that_are_stored_differently_become_bf16(small, tmp_path):
     random_checkpoint.write(tmp_path / "hf", cfg, "fp8")
     arrays = fakes.load(tmp_path / "hf")
     name = "model.layers.2.eh_proj.weight"
-    from dsv32_jax.quantize import fp8_quantize
+    from dsv32_jax.quantization.quantize import fp8_quantize
 
     arrays[name], arrays[name + "_scale_inv"] = fp8_quantize(arrays[name])
     convert.convert(fakes.write_checkpoint(tmp_path / "a", cfg.to_dict(), arrays), tmp_path / "out")

@@ -22,14 +22,14 @@ import numpy as np
 import pytest
 
 import convert
-from convert.leaves import facts
-from convert.meter import Progress
 from convert.plan import memory, output
-from convert.progress import Bar, Lines
 from convert.read import reading, waiting
 from convert.read.hub import METADATA
 from convert.read.source import Source
-from dsv32_jax import random_checkpoint
+from convert.transform import facts
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.system.meter import Progress
+from dsv32_jax.system.progress import Bar, Lines
 
 from . import fakes
 

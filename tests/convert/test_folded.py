@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 import convert
-from convert.leaves.outcome import relative_rms
-from convert.leaves.recast import Recaster
 from convert.read.detect import MissingTensors, detect
+from convert.transform.error_stats import relative_rms
+from convert.transform.requantize import Recaster
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.quantize import nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
 
 from . import fakes
 from .test_job import stored, values

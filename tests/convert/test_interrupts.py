@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 HELD = """
 import sys, time
 import convert
-from convert.leaves import facts
+from convert.transform import facts
 facts.entry = lambda array: time.sleep(60)
 sys.exit(convert.program(sys.argv[1:]))
 """

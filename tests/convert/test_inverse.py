@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from convert.back import inverse
-from convert.back.verify import verify
-from convert.leaves import cut
+from convert.transform import cut
+from convert.verify import inverse
+from convert.verify.verify import verify
+from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Cut, Leaf, leaves
-from dsv32_jax.storage.passport import SourceTensor
 
 from . import fakes
 from .test_cut import Sources, dense, fp8, nvfp4, nvfp4_bs32

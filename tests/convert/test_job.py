@@ -14,16 +14,16 @@ import numpy as np
 import pytest
 
 import convert
-from convert.leaves import cut
 from convert.plan import output
 from convert.read.header import Tensor
 from convert.read.stored import Stored
+from convert.transform import cut
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.store import Reader
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.quantize import fp8_dequantize, nvfp4_dequantize
-from dsv32_jax.storage.manifest import Manifest
-from dsv32_jax.storage.store import Reader
+from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
 
 from . import fakes
 from .conftest import STORAGES

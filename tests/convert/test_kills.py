@@ -9,7 +9,7 @@ import signal
 
 import pytest
 
-from dsv32_jax import random_checkpoint
+from dsv32_jax.checkpoint import random_checkpoint
 
 from .killer import Killer
 

@@ -5,8 +5,8 @@ import json
 
 import pytest
 
+from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Manifest
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.storage.manifest import ArrayEntry, LeafEntry, Manifest
 
 SHA = "0" * 64
 MANIFEST = Manifest(

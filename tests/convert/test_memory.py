@@ -11,15 +11,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.leaves import cut
 from convert.plan import memory
 from convert.plan.plan import PlannedLeaf
 from convert.plan.prepare import prepare
 from convert.read.detect import detect
-from dsv32_jax import host, random_checkpoint
+from convert.transform import cut
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.quantize import fp8_quantize, nvfp4_quantize
+from dsv32_jax.quantization.quantize import fp8_quantize, nvfp4_quantize
+from dsv32_jax.system import host
 
 from . import fakes
 

@@ -11,17 +11,17 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert.leaves import cut
-from convert.leaves.recast import Recaster, partners
 from convert.plan.policy import LINEARS
 from convert.read.detect import detect
 from convert.read.source import Source
 from convert.read.stored import Stored
+from convert.transform import cut
+from convert.transform.requantize import Recaster, partners
+from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
-from dsv32_jax.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
-from dsv32_jax.quantize_search import SCALINGS
-from dsv32_jax.storage.manifest import Manifest
+from dsv32_jax.quantization.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.quantization.scale_search import SCALINGS
 from tests import golden
 from tests.conftest import DATA
 from tests.golden import having, routed, sets

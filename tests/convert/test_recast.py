@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 
 import convert
-from convert.back.verify import verify
 from convert.export.sharing_scales import rescaled
-from convert.leaves import cut, facts
-from convert.leaves.outcome import relative_rms, summary
-from convert.leaves.recast import Outcome
 from convert.read.detect import detect
 from convert.read.source import Source
+from convert.transform import cut, facts
+from convert.transform.error_stats import relative_rms, summary
+from convert.transform.requantize import Outcome
+from convert.verify.verify import verify
 from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.quantize import fp8_quantize
+from dsv32_jax.quantization.quantize import fp8_quantize
 
 from . import fakes
 from .test_job import stored

@@ -16,17 +16,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import convert
-from convert.back.reshard import reshard
-from convert.back.verify import verify
+from convert.export.reshard import reshard
 from convert.inspect.inspection import inspect
-from dsv32_jax import cli, random_checkpoint
+from convert.verify.verify import verify
+from dsv32_jax.checkpoint import chunks, random_checkpoint
+from dsv32_jax.checkpoint.arrays import Arrays
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.store import Writer
+from dsv32_jax.cli.main import main
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.layout import leaves
-from dsv32_jax.storage import chunks, pieces
-from dsv32_jax.storage.arrays import Arrays
-from dsv32_jax.storage.manifest import Manifest
-from dsv32_jax.storage.store import Writer
+from dsv32_jax.parallel import partition
 
 REPOSITORY = Path(__file__).parents[2]
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
@@ -44,7 +45,7 @@ def resharded(converted, tmp_path_factory) -> Path:
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = cli.main(["reshard", *map(str, argv)])
+    code = main.main(["reshard", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -57,7 +58,7 @@ def test_the_content_is_the_same_and_the_chunks_are_not(converted, resharded, sm
     table = {leaf.path: leaf for leaf in leaves(Config.from_dict(after.config))}
     cut = 0
     for (path, name), info in Arrays(resharded).stored.items():
-        piece = pieces.split(MESH, table[path], info.shape)
+        piece = partition.split(MESH, table[path], info.shape)
         assert all(whole % part == 0 for whole, part in zip(piece, info.chunk, strict=True)), (path, name)
         cut += piece != info.shape
     assert cut > 40
@@ -73,7 +74,7 @@ def test_a_device_reads_its_own_bytes_and_little_else(axis, small, tmp_path):
     codes = np.random.default_rng(0).integers(0, 256, leaf.shape, np.uint8)
 
     def read(folder: str, mesh: dict[str, int]) -> int:
-        Writer(tmp_path / folder, pieces.by_mesh(mesh, [leaf])).save("00000", {(leaf.path, "codes"): codes})
+        Writer(tmp_path / folder, partition.by_mesh(mesh, [leaf])).save("00000", {(leaf.path, "codes"): codes})
         store = Arrays(tmp_path / folder).open((leaf.path, "codes"))
         before = bytes_read()
         store[3:4].read().result() if axis == "expert" else store[:, 128:192].read().result()
@@ -176,12 +177,12 @@ def test_a_mesh_that_does_not_divide_is_a_table_before_anything_is_read(converte
 @pytest.mark.parametrize("text", ["", "expert", "expert=0", "expert=2,expert=2", "modle=2", "model=-1", "model=1e3"])
 def test_a_mesh_that_is_not_understood_is_refused(text):
     with pytest.raises(UsageError, match="write for example expert=8,model=2"):
-        pieces.parse(text)
+        partition.parse(text)
 
 
 def test_a_mesh_as_people_write_it():
-    assert pieces.parse("expert=8, model=2") == {"expert": 8, "model": 2}
-    assert pieces.parse("data=1") == {"data": 1}
+    assert partition.parse("expert=8, model=2") == {"expert": 8, "model": 2}
+    assert partition.parse("data=1") == {"data": 1}
 
 
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):
@@ -261,7 +262,7 @@ def test_real_experts_are_chunks_of_one(real):
     table = {leaf.path: leaf for leaf in leaves(real)}
     leaf = table["layers.3.ffn.w_down_EDM"]
     for mesh, chunk in ({}, (1, 7168, 1024)), ({"expert": 8}, (1, 7168, 1024)), (MESH, (1, 7168, 512)):
-        piece = pieces.split(mesh, leaf, (256, 7168, 1024))
+        piece = partition.split(mesh, leaf, (256, 7168, 1024))
         assert chunks.shape_of(piece, 1) == chunk
     stored = [(leaf, leaf.shape) for leaf in table.values()]
-    pieces.check({"expert": 8, "model": 16, "data": 4}, stored)
+    partition.check({"expert": 8, "model": 16, "data": 4}, stored)

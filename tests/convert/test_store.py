@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from dsv32_jax.checkpoint import chunks, store
+from dsv32_jax.checkpoint.arrays import Arrays
+from dsv32_jax.checkpoint.store import Reader, Writer
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.storage import chunks, store
-from dsv32_jax.storage.arrays import Arrays
-from dsv32_jax.storage.store import Reader, Writer
 
 RAW = np.random.default_rng(0).integers(0, 256, (8, 4, 32), np.uint8)
 GROUP = {

@@ -11,7 +11,7 @@ from train import first_weights
 
 import dsv32_jax as ds
 from dsv32_jax import configs
-from dsv32_jax.cache import empty_layer
+from dsv32_jax.model.cache import empty_layer
 
 
 def main() -> None:

@@ -11,14 +11,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dsv32_jax.block import Block
-from dsv32_jax.experts import shared_expert
-from dsv32_jax.indexer import Indexer, index_scores
 from dsv32_jax.layout import COPIES
-from dsv32_jax.mla import MLA
-from dsv32_jax.model import Model, build
-from dsv32_jax.moe import MLP, MoE
-from dsv32_jax.ops import dot, einsum, einsum32, rms_norm, rotation
+from dsv32_jax.model.block import Block
+from dsv32_jax.model.experts import shared_expert
+from dsv32_jax.model.indexer import Indexer, index_scores
+from dsv32_jax.model.mla import MLA
+from dsv32_jax.model.model import Model, build
+from dsv32_jax.model.moe import MLP, MoE
+from dsv32_jax.model.ops import dot, einsum, einsum32, rms_norm, rotation
 
 
 class Phase(NamedTuple):

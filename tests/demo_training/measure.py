@@ -17,9 +17,9 @@ import numpy as np
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax.cache import empty_layer
 from dsv32_jax.chat import Tokenizer
-from dsv32_jax.model import Model
+from dsv32_jax.model.cache import empty_layer
+from dsv32_jax.model.model import Model
 from tests.findings import shares_kept
 
 FOLDER = Path(__file__).parents[2] / "dsv32_jax" / "demo_checkpoint"

@@ -17,7 +17,7 @@ from train import restore
 
 from dsv32_jax import Config
 from dsv32_jax.layout import COPIES, Leaf, leaves
-from dsv32_jax.quantize import fp8_quantize
+from dsv32_jax.quantization.quantize import fp8_quantize
 
 NOT_QUANTIZED = ("embed_tokens", "lm_head", "mlp.gate.", "weights_proj", "eh_proj")
 """The matrices that DeepSeek's FP8 checkpoint keeps in BF16. Gains and biases stay F32."""

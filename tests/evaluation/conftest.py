@@ -7,7 +7,7 @@ import pytest
 from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
-from dsv32_jax import random_checkpoint
+from dsv32_jax.checkpoint import random_checkpoint
 from tests import models
 
 DEMO = Path(ds.__file__).parent / "demo_checkpoint"

@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax import checkpoint, cli, quantize
+from dsv32_jax.checkpoint.load import load
+from dsv32_jax.cli.main import main
 from dsv32_jax.errors import UsageError
 from dsv32_jax.evaluation import Variant, layers, show
-from dsv32_jax.formats import NVFP4
+from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization.formats import NVFP4
 from tests import oracle
 from tests.evaluation.conftest import Bytes
 
@@ -118,13 +120,13 @@ def test_outputs_of_experts(found, whole, activations):
 def test_one_layer_at_a_time(folders, monkeypatch):
     """What is asked of the disk for one result are the leaves of one part, of both checkpoints."""
     asked = []
-    original = checkpoint.Checkpoint.weights
+    original = load.Checkpoint.weights
 
     def weights(self, paths, *rest):
         asked.append({".".join(path.split(".")[:2]) if "layers" in path else path.split(".")[0] for path in paths})
         return original(self, paths, *rest)
 
-    monkeypatch.setattr(checkpoint.Checkpoint, "weights", weights)
+    monkeypatch.setattr(load.Checkpoint, "weights", weights)
     streamed = layers(folders / "bf16", folders / "nvfp4", [IDS])
     assert not asked
     for expected in ("embed_VD", "layers.0", "layers.1"):
@@ -153,7 +155,7 @@ def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Variant, "tokenizer", lambda self: Bytes())
     (tmp_path / "text.txt").write_text("import os, sys\n" * 4)
     words = [str(folders / "bf16"), str(folders / "nvfp4"), str(tmp_path / "text.txt"), "--tokens", str(len(IDS))]
-    assert cli.main(["eval", "layers", *words, "--json"]) == 0
+    assert main.main(["eval", "layers", *words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["part"], row["weights"], row["expert_weights"]) for row in rows] == [
         (error.part, error.weights, error.expert_weights) for error in found

@@ -15,13 +15,16 @@ import pytest
 import configs
 import convert
 import dsv32_jax as ds
-from dsv32_jax import compilation, indexer, memory, random_checkpoint, request
-from dsv32_jax.batch import DEFAULTS, Batch, options
-from dsv32_jax.compilation import metered
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
-from dsv32_jax.request import bucket, plan
-from dsv32_jax.transcript import Transcript
+from dsv32_jax.generation import memory, request
+from dsv32_jax.generation.batch import DEFAULTS, Batch, options
+from dsv32_jax.generation.request import bucket, plan
+from dsv32_jax.generation.transcript import Transcript
+from dsv32_jax.model import indexer
+from dsv32_jax.system import compilation
+from dsv32_jax.system.compilation import metered
 from tests import models, oracle
 
 NEW = 12
@@ -497,7 +500,7 @@ def test_the_compilation_cache_is_on_by_default(tmp_path):
     from tests.test_layers import run
 
     script = (
-        "import jax, os; from dsv32_jax.compilation import keep_on_disk; keep_on_disk();"
+        "import jax, os; from dsv32_jax.system.compilation import keep_on_disk; keep_on_disk();"
         "print(jax.config.jax_compilation_cache_dir)"
     )
     setting = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}; "

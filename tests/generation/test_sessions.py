@@ -11,9 +11,9 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 import dsv32_jax as ds
-from dsv32_jax.batch import WHOLE
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
-from dsv32_jax.model import Origin
+from dsv32_jax.generation.batch import WHOLE
+from dsv32_jax.model.model import Origin
 from tests import models
 
 FIRST = [0, 31, 31, 200, 64, 65, 66, 67, 68, 69, 70, 71, 72]

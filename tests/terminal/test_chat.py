@@ -15,19 +15,19 @@ import time
 import numpy as np
 import pytest
 
-from dsv32_jax import cli
 from dsv32_jax.chat import Conversation, Tokenizer, template
+from dsv32_jax.cli import conversation_file
+from dsv32_jax.cli.chat_session import Talk, call_text
+from dsv32_jax.cli.commands import FIELDS, TABLE, Commands, Leave
+from dsv32_jax.cli.keyboard import Keyboard
+from dsv32_jax.cli.main import main
+from dsv32_jax.cli.open_checkpoint import Opened
+from dsv32_jax.cli.screen import Screen
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
-from dsv32_jax.model import Origin
-from dsv32_jax.sampling import Sampling
-from dsv32_jax.sessions import session
-from dsv32_jax.terminal import saving
-from dsv32_jax.terminal.commands import FIELDS, TABLE, Commands, Leave
-from dsv32_jax.terminal.keyboard import Keyboard
-from dsv32_jax.terminal.opening import Opened
-from dsv32_jax.terminal.screen import Screen
-from dsv32_jax.terminal.talk import Talk, call_text
-from dsv32_jax.transcript import Transcript
+from dsv32_jax.generation.sampling_params import Sampling
+from dsv32_jax.generation.session import session
+from dsv32_jax.generation.transcript import Transcript
+from dsv32_jax.model.model import Origin
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALL = """\n\n<｜DSML｜function_calls>
@@ -254,7 +254,7 @@ def test_a_loaded_call_waits_for_its_result(talk, capsys, tmp_path, monkeypatch)
     chat = talk("Look." + CALL, "It is 3.", tools=[TOOL])
     chat.say("1+2?")
     capsys.readouterr()
-    monkeypatch.setattr(saving, "load", lambda *_: (chat.conversation, chat.session, ""))
+    monkeypatch.setattr(conversation_file, "load", lambda *_: (chat.conversation, chat.session, ""))
     Commands(chat).do(f"/load {tmp_path / 'talk'}")
     assert "1 turn; the last: 1+2?\ncalls add(a=1)\ncalls mul" in capsys.readouterr().err
     assert chat.prompt == "result of add> "
@@ -264,10 +264,12 @@ BAD_CONVERSATIONS = {
     "not json": "not JSON",
     "[]": "not a conversation",
     '{"kind": "other"}': "not a conversation",
-    json.dumps({"kind": saving.KIND, "system": 3, "tools": [], "thinking": False, "messages": []}): "system",
-    json.dumps({"kind": saving.KIND, "system": "", "tools": [], "thinking": False, "messages": [{"role": "x"}]}): "'x'",
+    json.dumps({"kind": conversation_file.KIND, "system": 3, "tools": [], "thinking": False, "messages": []}): "system",
     json.dumps(
-        {"kind": saving.KIND, "system": "", "tools": [], "thinking": False, "messages": [], "more": 1}
+        {"kind": conversation_file.KIND, "system": "", "tools": [], "thinking": False, "messages": [{"role": "x"}]}
+    ): "'x'",
+    json.dumps(
+        {"kind": conversation_file.KIND, "system": "", "tools": [], "thinking": False, "messages": [], "more": 1}
     ): "and no more",
 }
 
@@ -276,7 +278,7 @@ BAD_CONVERSATIONS = {
 def test_a_conversation_that_is_damaged(talk, tmp_path, text):
     (tmp_path / "talk.json").write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=BAD_CONVERSATIONS[text]):
-        saving.load(tmp_path / "talk", talk().session)
+        conversation_file.load(tmp_path / "talk", talk().session)
 
 
 FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
@@ -299,21 +301,21 @@ def test_saving(checkpoint, tmp_path):
     """Nothing is written over; what cannot be continued is read again, and it is said why."""
     model = Opened.of(checkpoint).outline("float32")
     talked = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("Hi")
-    written = saving.save(tmp_path / "a.b", talked, session(model, capacity=32), replace=False)
+    written = conversation_file.save(tmp_path / "a.b", talked, session(model, capacity=32), replace=False)
     assert [file.name for file in written] == ["a.b.json", "a.b.safetensors"]
-    found, continued, why = saving.load(tmp_path / "a.b.json", session(model, capacity=32))
+    found, continued, why = conversation_file.load(tmp_path / "a.b.json", session(model, capacity=32))
     assert (found, continued.capacity, why) == (talked, 32, "")
     with pytest.raises(OutputExistsError, match="a.b.json exists already and was not touched"):
-        saving.save(tmp_path / "a.b", talked, session(model), replace=False)
-    found, other, why = saving.load(tmp_path / "a.b", session(model, capacity=64, cache_dtype="fp8"))
+        conversation_file.save(tmp_path / "a.b", talked, session(model), replace=False)
+    found, other, why = conversation_file.load(tmp_path / "a.b", session(model, capacity=64, cache_dtype="fp8"))
     assert found == talked and (other.capacity, other.cache_dtype.name) == (64, "float8_e4m3fn")
     assert "was saved with capacity 32, cache_dtype float32, not capacity 64, cache_dtype float8_e4m3fn" in why
     with pytest.raises(StorageError, match="no/a.safetensors cannot be written"):
-        saving.save(tmp_path / "no" / "a", talked, session(model), replace=False)
+        conversation_file.save(tmp_path / "no" / "a", talked, session(model), replace=False)
     written[1].write_bytes(b"damaged")
-    assert "is not a session" in saving.load(tmp_path / "a.b", session(model))[2]
+    assert "is not a session" in conversation_file.load(tmp_path / "a.b", session(model))[2]
     written[1].unlink()
-    assert "there is no a.b.safetensors" in saving.load(tmp_path / "a.b", session(model))[2]
+    assert "there is no a.b.safetensors" in conversation_file.load(tmp_path / "a.b", session(model))[2]
 
 
 MISUSE = {
@@ -462,4 +464,4 @@ def test_a_terminal(checkpoint, tmp_path):
 
 
 def test_the_command_line_has_the_chat():
-    assert cli.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"
+    assert main.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"

@@ -10,9 +10,9 @@ import sys
 import jax
 import pytest
 
-from dsv32_jax import inventory
-from dsv32_jax.kernels import choice
-from dsv32_jax.terminal import doctor
+from dsv32_jax.cli import doctor
+from dsv32_jax.generation import inventory
+from dsv32_jax.kernels import dispatch
 
 
 def test_for_people(dsv32, checkpoint):
@@ -22,7 +22,7 @@ def test_for_people(dsv32, checkpoint):
     for wanted in (jax.__version__, "free memory", "free disk, here", "device 7", "kernels", "fits on one device"):
         assert wanted in out
     assert out.endswith("no problems found\n") and "yes, " in out
-    assert choice.description() in out
+    assert dispatch.description() in out
 
 
 def test_for_programs(dsv32, checkpoint):

@@ -12,8 +12,8 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import chat
 from dsv32_jax.chat import template
-from dsv32_jax.options import Options
-from dsv32_jax.terminal import arguments, opening
+from dsv32_jax.cli import arguments, open_checkpoint
+from dsv32_jax.generation.options import Options
 from tests.terminal.conftest import byte_tokenizer
 
 FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
@@ -188,7 +188,7 @@ MISUSE = {
 @pytest.mark.parametrize("mistake", MISUSE)
 def test_misuse(dsv32, checkpoint, monkeypatch, mistake):
     """The exit code, what is wrong, nothing on stdout, and no weights were read."""
-    monkeypatch.setattr(opening, "load", lambda *_, **__: pytest.fail("weights were read"))
+    monkeypatch.setattr(open_checkpoint, "load", lambda *_, **__: pytest.fail("weights were read"))
     argv, wanted_code, why = MISUSE[mistake]
     code, out, err = dsv32("generate", checkpoint, *argv)
     assert (code, out) == (wanted_code, "") and why in err
@@ -263,7 +263,7 @@ def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
             os.kill(os.getpid(), signal.SIGINT)
         return advance(self, *given)
 
-    from dsv32_jax.batch import Batch
+    from dsv32_jax.generation.batch import Batch
 
     advance = Batch.advance
     monkeypatch.setattr(Batch, "advance", interrupt)
@@ -280,9 +280,9 @@ def test_weights_that_are_no_numbers(dsv32, checkpoint, monkeypatch):
     def broken(*_, **__):
         raise FloatingPointError("the logits of 1 rows are not numbers")
 
-    from dsv32_jax.terminal import generating
+    from dsv32_jax.cli.main import generate_command
 
-    monkeypatch.setattr(generating._Results, "write", broken)
+    monkeypatch.setattr(generate_command._Results, "write", broken)
     code, _, err = dsv32("generate", checkpoint, "ab", *FEW)
     assert code == 3 and "not numbers" in err
 

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv32_jax.chat import template
-from dsv32_jax.terminal.parts import Parts
-from dsv32_jax.terminal.screen import Screen, json_line, one_line, shown
-from dsv32_jax.terminal.wrapping import Wrapping, columns_of
+from dsv32_jax.cli.answer_parts import Parts
+from dsv32_jax.cli.screen import Screen, json_line, one_line, shown
+from dsv32_jax.cli.wrapping import Wrapping, columns_of
 
 HOSTILE = "\x1b]0;owned\x07\x9b31m\r\x08\x7f\u202e\u2066\x00"
 """Sets the title, colours, goes back, turns the direction of writing."""

@@ -1,0 +1,1 @@
+"""Converted checkpoints: the files, their manifest, and how they are loaded."""

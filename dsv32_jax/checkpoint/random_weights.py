@@ -1,0 +1,130 @@
+"""Random weights made where they are used: an element is a hash of its index, so nothing but the result is stored.
+
+`jax.random.bits` needs 6 to 16 times the memory of what it makes, and a host copy would double it. Here an expert bank
+of 6.3 GB takes 6.3 GB, and a leaf is the same on whatever devices it is spread.
+"""
+
+import functools
+import zlib
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from ..config import Config
+from ..layout import Leaf, leaves
+from ..parallel.sharding import of_leaf
+from ..quantization.formats import NVFP4, Fp8Block, Weight
+from ..quantization.quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
+
+UNQUANTIZED = ("embed", "head", "router", "w_w", "w_e", "w_h")
+"""Matrices that published NVFP4 checkpoints leave in bfloat16, by the name before the axes."""
+
+ABSORBED = ("w_uk", "w_uv")
+"""Matrices that `load` dequantizes to the compute dtype."""
+
+SCALES = np.arange(0x68, 0x78, dtype=np.uint8)
+"""Codes of the float8_e4m3fn numbers 64, 72, ..., 240, of which every block's scale is one."""
+
+GOLDEN = 0x9E3779B1
+"""2^32 divided by the golden ratio: odd, so that its multiples visit every 32-bit number."""
+
+
+def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0, mesh: Mesh | None = None) -> Callable[[str], Weight]:
+    """What `model.build` asks for: the random leaf of each path, in the format in which `load` returns a real one.
+
+    `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone; each device of `mesh` makes
+    its own part.
+    """
+    table = {leaf.path: leaf for leaf in leaves(cfg)}
+
+    def make(path: str) -> Weight:
+        return random_leaf(table[path], storage(table[path], dtype), seed, mesh)
+
+    return make
+
+
+def storage(leaf: Leaf, dtype=jnp.bfloat16) -> str:
+    """How `leaf` is held in a model that computes in `dtype`: "nvfp4", or the name of a plain dtype."""
+    name = leaf.path.rpartition(".")[2].rpartition("_")[0]
+    if len(leaf.source_shape) == 1:
+        return "float32"
+    if name in ABSORBED:
+        return np.dtype(dtype).name
+    return "bfloat16" if name in UNQUANTIZED else "nvfp4"
+
+
+def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -> Weight:
+    """Gains near 1, biases near 0, matrices with a standard deviation of (their number of inputs)^-0.5.
+
+    `storage` is "nvfp4" (all codes equally likely) or the name of a plain dtype (uniformly distributed values).
+    """
+    number = np.uint32(zlib.crc32(leaf.path.encode(), seed))
+    *out, size = leaf.shape
+    scalars = (leaf.shape[0] if leaf.stacked else 1, *[1] * len(out))
+    parts = [(*out, size // 2), (*out, size // NVFP4_BLOCK), scalars] if storage == "nvfp4" else [leaf.shape]
+    spread = tuple(None if mesh is None else of_leaf(mesh, leaf, shape) for shape in parts)
+    if len(leaf.source_shape) == 1:
+        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1, *spread)
+    deviation = leaf.source_shape[-1] ** -0.5
+    if storage == "nvfp4":
+        return _nvfp4(leaf.shape, leaf.stacked, number, deviation, spread)
+    return uniform(leaf.shape, storage, number, 0.0, deviation, *spread)
+
+
+def random_bank(shape: tuple[int, int, int], storage: str, number: int) -> Weight:
+    """Matrices [E, out, in] with a standard deviation of in^-0.5; `storage` is "nvfp4", "fp8" or "bf16"."""
+    bits, deviation = jnp.uint32(number), shape[-1] ** -0.5
+    if storage == "nvfp4":
+        return _nvfp4(shape, True, bits, deviation, (None,) * 3)
+    values = uniform(shape, "bfloat16", bits, 0.0, deviation)
+    if storage == "bf16":
+        return values
+    scale = jnp.full((*shape[:-1], -(-shape[-1] // FP8_BLOCK)), 2.0**-12, jnp.float32)
+    return Fp8Block((values.astype(jnp.float32) * 2.0**12).astype(jnp.float8_e4m3fn), scale)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 4))
+def _nvfp4(
+    shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: float, spread: tuple[NamedSharding | None, ...]
+) -> NVFP4:
+    """Random codes, random block scales, and the tensor scale that makes `deviation` of them."""
+    *out, size = shape
+    scales = jax.lax.bitcast_convert_type(SCALES, jnp.float8_e4m3fn).astype(jnp.float32)
+    tensor_scale = deviation / (np.sqrt(np.mean(E2M1**2)) * jnp.sqrt(jnp.mean(scales**2)))
+    codes = hashed((*out, size // 2), number).astype(jnp.uint8)
+    pick = (hashed((*out, size // NVFP4_BLOCK), ~number) % len(SCALES)).astype(jnp.uint8)
+    block_scale = jax.lax.bitcast_convert_type(SCALES[0] + pick, jnp.float8_e4m3fn)
+    parts = (codes, block_scale, jnp.full((shape[0] if stacked else 1, *[1] * len(out)), tensor_scale))
+    return NVFP4(*map(_placed, parts, spread))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 5))
+def uniform(
+    shape: tuple[int, ...],
+    dtype: str,
+    number: jax.Array,
+    mean: float,
+    deviation: float,
+    spread: NamedSharding | None = None,
+) -> jax.Array:
+    """Values evenly between mean - sqrt(3) deviations and mean + sqrt(3) deviations."""
+    unit = hashed(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
+    return _placed((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), spread)
+
+
+def _placed(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
+    return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
+
+
+def hashed(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
+    """A 32-bit hash of each element's index and `number`: a sum of multiples, then the last mixing step of murmur3."""
+    index = number
+    for axis in range(len(shape)):
+        step = np.uint32(pow(GOLDEN, axis + 1, 2**32))
+        index = index + step * jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+    bits = (index ^ (index >> 16)) * np.uint32(0x85EBCA6B)
+    bits = (bits ^ (bits >> 13)) * np.uint32(0xC2B2AE35)
+    return bits ^ (bits >> 16)

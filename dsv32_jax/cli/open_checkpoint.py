@@ -1,0 +1,61 @@
+"""A converted checkpoint: first its config and tokenizer, so that a request is checked before weights are read."""
+
+import argparse
+import dataclasses
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from ..chat import Tokenizer
+from ..checkpoint import vocabulary
+from ..checkpoint.load import load
+from ..checkpoint.manifest import Manifest
+from ..config import Config
+from ..errors import CheckpointError, UsageError
+from ..model.model import Model, Origin, build
+from ..parallel import sharding
+from ..system.paths import path_of
+from .screen import Screen
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """What is known of a checkpoint without its weights. `tokenizer` is None where only token ids are used."""
+
+    folder: Path
+    cfg: Config
+    tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, folder: str | Path, *, ids: bool = False) -> "Opened":
+        """The checkpoint in `folder`. Raises CheckpointError where it is none; where its tokenizer cannot be used and
+        not `ids`, CheckpointError or UsageError."""
+        folder = path_of(folder)
+        cfg = Config.from_dict(Manifest.read(folder).config, f"the config in {folder.name}'s manifest")
+        if ids:
+            return cls(folder, cfg, None)
+        try:
+            return cls(folder, cfg, Tokenizer.load(folder, cfg))
+        except (CheckpointError, UsageError) as error:
+            raise type(error)(f"{error} (dsv32 generate --ids)") from error
+
+    def outline(self, dtype: str) -> Model:
+        """The model without weights: enough to check a request with."""
+        origin = Origin(tokens=vocabulary.check(self.folder, self.cfg))
+        return build(self.cfg, jnp.dtype(dtype), lambda path: None, origin)
+
+    def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:
+        """The model, as the arguments want it."""
+        mesh = None if arguments.mesh is None else sharding.mesh(arguments.mesh)
+        screen.status(f"loading {self.folder}")
+        start = time.perf_counter()
+        model = load(self.folder, mesh=mesh, dtype=jnp.dtype(arguments.dtype), verify=arguments.verify)
+        jax.block_until_ready(model)
+        size = sum(part.nbytes for part in jax.tree.leaves(model))
+        screen.note(
+            f"loaded {self.folder}: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, computing in "
+            f"{arguments.dtype} on {1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
+        )
+        return model

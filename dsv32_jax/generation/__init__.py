@@ -1,0 +1,1 @@
+"""From requests to tokens: prefill, decode, sampling, sessions."""

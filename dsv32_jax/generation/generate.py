@@ -1,0 +1,91 @@
+"""Generation: prompts in, tokens out, all at once or one by one."""
+
+import contextlib
+from collections.abc import Collection, Generator, Sequence
+from typing import Unpack
+
+from ..errors import UsageError
+from ..model.model import Model
+from ..parallel.multihost import asking
+from ..system.interrupts import interruptible
+from . import recording, tape
+from .options import Options
+from .result import Generation
+from .run import Run, Stream
+from .sampling_params import Sampling
+from .transcript import Token
+
+
+def generate(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    record: Collection[str] = (),
+    **options: Unpack[Options],
+) -> Generation:
+    """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
+
+    `sampling` is one for all prompts or a list with one each; `options.Options` lists and explains the options.
+    `record` names what to keep of what layers see, any of "routing", "indexer", "attention" and "logits", for prompts
+    and new tokens alike: `inspect.Record` explains it. The first Ctrl-C returns what was made so far. Raises UsageError
+    before anything is compiled where the request makes no sense, CapacityError where its cache or record does not fit
+    in memory, FloatingPointError where the model's logits are not numbers. `generate.layerwise` does the same without
+    compiling the whole model.
+    """
+    kinds = tape.checked(record)
+    return _generate(Run(recording.whole(kinds), model, prompts, sampling, kinds=kinds, **options))
+
+
+def _layerwise(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    record: Collection[str] = (),
+    **options: Unpack[Options],
+) -> Generation:
+    """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
+    kinds = tape.checked(record)
+    return _generate(Run(recording.layerwise(kinds), model, prompts, sampling, kinds=kinds, **options))
+
+
+generate.layerwise = _layerwise
+
+
+def _generate(run: Run) -> Generation:
+    with interruptible() as asked:
+        asked_to_stop = asking(run.mesh, asked)
+        for batch in run.batches():
+            for _ in run.tokens(batch, asked_to_stop=asked_to_stop):
+                pass
+            if asked_to_stop():
+                break
+    return run.result()
+
+
+def stream(
+    model: Model,
+    prompt: Sequence[int],
+    *,
+    sampling: Sampling | None = None,
+    record: Collection[str] = (),
+    **options: Unpack[Options],
+) -> Stream:
+    """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
+    `generate` gives, with the record. The request is checked at once. Under `async for` each step runs in a thread."""
+    kinds = tape.checked(record)
+    run = Run(recording.whole(kinds), model, [prompt], sampling, kinds=kinds, **options)
+    if run.request.n != 1:
+        raise UsageError(f"a stream has one row, not n={run.request.n}; use generate")
+    return Stream(run, _one_by_one(run))
+
+
+def _one_by_one(run: Run) -> Generator[Token, None, None]:
+    for batch in run.batches():
+        with contextlib.closing(run.tokens(batch, steps=1)) as tokens:
+            yield from (token for _, token in tokens)
+
+
+astream = stream
+"""`stream`, by the name that event loops have had for it: `async for token in astream(...)`."""

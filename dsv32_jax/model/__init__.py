@@ -1,0 +1,1 @@
+"""DeepSeek-V3.2 as in the papers: cache, attention, experts, blocks, the model."""

@@ -1,0 +1,58 @@
+"""DeepSeek sparse attention: MLA over the tokens that the lightning indexer selects."""
+
+from functools import partial
+
+import jax
+
+from ..config import Config
+from ..parallel.sharding import over_rows
+from . import mla as forms
+from .cache import LayerCache
+from .indexer import KEYS, Indexer, scores_of_cache, select, select_all
+from .mla import MLA
+from .ops import over_tokens, rotation
+
+LARGEST_TEMPORARY = 1 << 26
+"""Elements of the largest array that attention makes on its way; longer prompts go through it in blocks of queries."""
+
+
+def attention(
+    mla: MLA, indexer: Indexer, h_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
+) -> tuple[jax.Array, LayerCache, tuple[jax.Array, jax.Array]]:
+    """Attend from T new tokens at `position_BT` over the cache, these tokens included.
+
+    Returns the output [B, T, D], the cache with the new tokens, and what the indexer saw: its scores [B, T, S]
+    (float32, -inf where not visible) and the selected positions [B, T, min(K, S)] (-1 where fewer are visible).
+    """
+    cfg = mla.cfg
+    cos_BTr, sin_BTr = rotation(position_BT, cfg)
+    cache = cache.write(position_BT, *mla.keys(h_BTD, cos_BTr, sin_BTr), indexer.keys(h_BTD, cos_BTr, sin_BTr))
+    c_q_BTQ = mla.latent_query(h_BTD)
+    queries = (
+        *mla.queries(c_q_BTQ, cos_BTr, sin_BTr),
+        indexer.queries(c_q_BTQ, cos_BTr, sin_BTr),
+        indexer.head_weights(h_BTD),
+        position_BT,
+    )
+    fits = cache.capacity <= cfg.index_topk
+    block = queries_at_once(cfg, len(position_BT), cache.capacity)
+
+    def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
+        score_BTS = scores_of_cache(q_index_BTIJ, w_BTI, cache, position_BT)
+        if fits:
+            visible_BTS = cache.visible(position_BT)
+            form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
+            return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
+        selected_BTk = over_rows(partial(select, topk=cfg.index_topk))(score_BTS)
+        return forms.sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk), score_BTS, selected_BTk
+
+    o_BTHP, score_BTS, selected_BTk = over_tokens(attend, queries, block)
+    return mla.output(o_BTHP), cache, (score_BTS, selected_BTk)
+
+
+def queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
+    """How many queries keep index scores, attention scores and gathered latents within LARGEST_TEMPORARY."""
+    seen = min(capacity, cfg.index_topk)
+    scored = max(cfg.index_n_heads * min(capacity, KEYS), capacity)
+    each = max(scored, cfg.num_attention_heads * seen, seen * cfg.kv_lora_rank)
+    return max(1, LARGEST_TEMPORARY // (batch * each))

@@ -1,0 +1,67 @@
+"""A decoder layer: attention and feed-forward, each after a norm, each added to the residual stream."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from ..config import Config
+from .attention import attention
+from .cache import LayerCache
+from .indexer import Indexer
+from .mla import MLA
+from .moe import MLP, MoE, Routing
+from .ops import rms_norm
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Seen:
+    """What a layer computed on its way. An outer jit that does not use it never computes it.
+
+    x_BTD            the residual stream that enters the layer, float32
+    attention_BTD    what attention adds to it
+    index_score_BTS  the indexer's scores, -inf where a position is not visible
+    selected_BTk     the positions attended to, k = min(index_topk, S), -1 where fewer are visible
+    routing          the experts of each token; None in a dense layer
+    """
+
+    x_BTD: jax.Array
+    attention_BTD: jax.Array
+    index_score_BTS: jax.Array
+    selected_BTk: jax.Array
+    routing: Routing | None
+
+
+@dataclasses.dataclass(eq=False)
+class Block(nnx.Module):
+    """One layer. `dtype` is the compute dtype; the residual stream is float32, so that sums are normed unrounded."""
+
+    cfg: Config
+    dtype: np.dtype
+    attn_norm_D: jax.Array = nnx.data()
+    mla: MLA = nnx.data()
+    indexer: Indexer = nnx.data()
+    ffn_norm_D: jax.Array = nnx.data()
+    ffn: MLP | MoE = nnx.data()
+
+    def __call__(
+        self, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
+    ) -> tuple[jax.Array, LayerCache, Seen]:
+        """The stream after the layer, the cache with the new tokens, and what was seen."""
+        eps = self.cfg.rms_norm_eps
+        h_BTD = rms_norm(x_BTD, self.attn_norm_D, eps).astype(self.dtype)
+        a_BTD, cache, (score_BTS, selected_BTk) = attention(self.mla, self.indexer, h_BTD, cache, position_BT)
+        mid_BTD = x_BTD + a_BTD.astype(jnp.float32)
+        f_BTD, routing = self.ffn(rms_norm(mid_BTD, self.ffn_norm_D, eps).astype(self.dtype))
+        return mid_BTD + f_BTD, cache, Seen(x_BTD, a_BTD, score_BTS, selected_BTk, routing)
+
+
+@jax.jit
+def run(
+    block: Block, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
+) -> tuple[jax.Array, LayerCache, Seen]:
+    """`block(...)`, compiled once for each kind of layer; inlined where the caller is compiled itself."""
+    return block(x_BTD, cache, position_BT)

@@ -1,0 +1,122 @@
+"""What attention keeps of the tokens it has seen: one latent, one rotated key and one index key a token and layer."""
+
+import dataclasses
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..config import Config
+from ..errors import UsageError
+from . import cache_formats
+from .cache_formats import Rows
+
+DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The cache of one layer, S slots a row; slot s holds the token at position s.
+
+    c_kv_BSC     the latent c^KV of MLA, after its norm
+    k_r_BSR      the key part that carries the position, rotated (interleaved pairs), shared by all heads
+    k_index_BSJ  the lightning indexer's key: normed, rotated and Hadamard-transformed
+
+    In an FP8 cache latents and index keys are FP8 and rotated keys bfloat16: 656 + 132 bytes a token of the real model.
+    """
+
+    c_kv_BSC: Rows
+    k_r_BSR: Rows
+    k_index_BSJ: Rows
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return self.k_r_BSR.shape[1]
+
+    def resized(self, capacity: int) -> Self:
+        """The first `capacity` slots, with empty ones where there are fewer."""
+        more = (0, capacity - self.capacity, 0)
+        return jax.tree.map(lambda x: jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), more, (0, 0, 0)]), self)
+
+    def write(self, position_BT: jax.Array, c_kv_BTC: jax.Array, k_r_BTR: jax.Array, k_index_BTJ: jax.Array) -> Self:
+        """A cache that also holds these tokens. A position beyond the capacity is dropped."""
+
+        def put(slots: Rows, new: jax.Array) -> Rows:
+            one_row = jax.vmap(lambda slots, at, new: slots.at[at].set(new, mode="drop"))
+            return jax.tree.map(lambda a, b: one_row(a, position_BT, b), slots, cache_formats.stored_as(slots, new))
+
+        return dataclasses.replace(
+            self,
+            c_kv_BSC=put(self.c_kv_BSC, c_kv_BTC),
+            k_r_BSR=put(self.k_r_BSR, k_r_BTR),
+            k_index_BSJ=put(self.k_index_BSJ, k_index_BTJ),
+        )
+
+    def visible(self, position_BT: jax.Array) -> jax.Array:
+        """Whether a query at this position sees a slot [B, T, S]: its own and those before it."""
+        return jnp.arange(self.capacity) <= position_BT[..., None]
+
+    def latents(self, dtype) -> tuple[jax.Array, jax.Array]:
+        """c^KV [B, S, C] and k^R [B, S, R] of every slot."""
+        return cache_formats.read(self.c_kv_BSC, dtype), cache_formats.read(self.k_r_BSR, dtype)
+
+    def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
+        """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
+        one_row = jax.vmap(lambda slots, at: slots[at])
+        latents, rotated = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
+        return cache_formats.read(latents, dtype), cache_formats.read(rotated, dtype)
+
+    def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
+        """The index keys [B, count, J] of the slots from `start`."""
+        part = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, count, axis=1), self.k_index_BSJ)
+        return cache_formats.read(part, dtype)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """The caches of all layers, and how many tokens each row has: its next token goes to position length_B[b]."""
+
+    layers: tuple[LayerCache, ...]
+    length_B: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """How many tokens a row can hold."""
+        return self.layers[0].capacity
+
+    def resized(self, cfg: Config, capacity: int) -> Self:
+        """The first `capacity` slots of each row, with empty ones where there are fewer; `cfg` is the model's."""
+        return dataclasses.replace(self, layers=tuple(layer.resized(capacity) for layer in self.layers))
+
+
+def empty_layer(cfg: Config, batch: int, capacity: int, dtype) -> LayerCache:
+    """A layer's cache with nothing in it."""
+    rotated = jnp.bfloat16 if dtype == jnp.float8_e4m3fn else dtype
+    return LayerCache(
+        cache_formats.empty((batch, capacity, cfg.kv_lora_rank), dtype),
+        cache_formats.empty((batch, capacity, cfg.qk_rope_head_dim), rotated),
+        cache_formats.empty((batch, capacity, cfg.index_head_dim), dtype),
+    )
+
+
+def empty(cfg: Config, batch: int, capacity: int, dtype) -> Cache:
+    """A cache for `batch` rows of at most `capacity` tokens, in bfloat16, float32 or float8_e4m3fn."""
+    layers = tuple(empty_layer(cfg, batch, capacity, dtype) for _ in range(cfg.num_hidden_layers))
+    return Cache(layers, jnp.zeros(batch, jnp.int32))
+
+
+def dtype_of(cache_dtype, compute_dtype) -> np.dtype:
+    """The storage that `cache_dtype` names: a dtype or its name, "fp8", or None for the compute dtype."""
+    if cache_dtype is None:
+        return np.dtype(compute_dtype)
+    try:
+        found = np.dtype(DTYPES["float8_e4m3fn"] if cache_dtype == "fp8" else DTYPES.get(cache_dtype, cache_dtype))
+    except TypeError:
+        found = None
+    if found is None or found.name not in DTYPES:
+        raise UsageError(f'cache_dtype must be bfloat16, float32 or "fp8" (float8_e4m3fn), not {cache_dtype!r}')
+    return found

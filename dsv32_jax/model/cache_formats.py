@@ -1,0 +1,116 @@
+"""Vectors as a cache holds them: in float32, or in bfloat16 or FP8 as unsigned integers of their bits.
+
+XLA's CPU backend has no arithmetic below 32 bits, and where it updates or gathers from such an array of floats it
+converts all of it to float32 and back. It leaves integers alone.
+
+**FP8** is DeepSeek's: E4M3 values, a float32 scale for each tile of 128 of one vector. A scale is the power of two that
+brings the tile's largest magnitude (at least 1e-4) to 448 or below, so value * scale is exact in bfloat16. A latent of
+512 takes 512 + 4 * 4 bytes, an index key of 128 takes 128 + 4 (DeepSeek's inference code, `act_quant` with ue8m0
+scales; FlashMLA).
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from ..quantization.quantize import E4M3_MAX
+
+TILE = 128
+SMALLEST_AMAX = 1e-4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Bf16Rows:
+    """Vectors of n values in bfloat16: `bits` uint16 [..., n]."""
+
+    bits: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is stored."""
+        return self.bits.shape
+
+    @property
+    def values(self) -> jax.Array:
+        """bfloat16 [..., n]."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp8Rows:
+    """Vectors of n values in FP8: `bits` uint8 [..., n], `scale` float32 [..., ceil(n / 128)]."""
+
+    bits: jax.Array
+    scale: jax.Array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of what is stored."""
+        return self.bits.shape
+
+    @property
+    def values(self) -> jax.Array:
+        """float8_e4m3fn [..., n], to be multiplied by the scale."""
+        return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
+
+
+Rows = jax.Array | Bf16Rows | Fp8Rows
+"""float32, bfloat16 or FP8: indexing the leading axes of every component gives the same rows."""
+
+
+def empty(shape: tuple[int, ...], dtype) -> Rows:
+    """Zeros, in the form of float32, bfloat16 or float8_e4m3fn."""
+    if dtype == jnp.bfloat16:
+        return Bf16Rows(jnp.zeros(shape, jnp.uint16))
+    if dtype == jnp.float8_e4m3fn:
+        return Fp8Rows(jnp.zeros(shape, jnp.uint8), jnp.zeros((*shape[:-1], -(-shape[-1] // TILE)), jnp.float32))
+    return jnp.zeros(shape, dtype)
+
+
+def stored_as(like: Rows, x: jax.Array) -> Rows:
+    """`x` in the form of `like`, rounded to nearest, ties to even."""
+    match like:
+        case Bf16Rows():
+            return Bf16Rows(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16))
+        case Fp8Rows():
+            return quantize(x)
+        case _:
+            return x.astype(like.dtype)
+
+
+def quantize(x: jax.Array) -> Fp8Rows:
+    """`x` in FP8, rounded to nearest, ties to even."""
+    tiles = _tiles(x.astype(jnp.float32))
+    amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=-1, keepdims=True), SMALLEST_AMAX)
+    scale = _power_of_two_above(amax / E4M3_MAX)
+    values = jnp.clip(tiles / scale, -E4M3_MAX, E4M3_MAX).astype(jnp.float8_e4m3fn)
+    bits = jax.lax.bitcast_convert_type(values, jnp.uint8)
+    return Fp8Rows(bits.reshape(*x.shape[:-1], -1)[..., : x.shape[-1]], scale[..., 0])
+
+
+def read(rows: Rows, dtype) -> jax.Array:
+    """The vectors in `dtype`."""
+    match rows:
+        case Bf16Rows():
+            return rows.values.astype(dtype)
+        case Fp8Rows():
+            tiles = _tiles(rows.values.astype(jnp.float32)) * rows.scale[..., None]
+            return tiles.reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]].astype(dtype)
+        case _:
+            return rows.astype(dtype)
+
+
+def _tiles(x: jax.Array) -> jax.Array:
+    """[..., n] as [..., tiles, 128], or as one tile where it is shorter; the last one filled up with zeros."""
+    size = min(TILE, x.shape[-1])
+    rest = -x.shape[-1] % size
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)]).reshape(*x.shape[:-1], -1, size)
+
+
+def _power_of_two_above(x: jax.Array) -> jax.Array:
+    """The smallest power of two that is not below positive `x`: read off the bits, where log2 would round."""
+    fraction, exponent = jnp.frexp(x)
+    return jnp.ldexp(jnp.ones_like(x), exponent - (fraction == 0.5).astype(exponent.dtype))

@@ -1,0 +1,129 @@
+"""The lightning indexer of DeepSeek sparse attention (DeepSeek-V3.2, section 2.1).
+
+For a query t and a cached token s the index score is
+
+    I[t, s] = sum over heads i of  w[t, i] * relu(q[t, i] . k[s])
+
+and attention sees only the index_topk tokens with the largest score. One key a token serves all heads.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import Config
+from ..quantization.formats import Weight
+from .cache import LayerCache
+from .ops import dot, einsum32, hadamard, layer_norm, rotate_halves
+
+LAYER_NORM_EPS = 1e-6
+
+KEYS = 4096
+"""Slots of a long cache that are scored at once."""
+
+MATCHES = 1 << 21
+"""Of queries' heads with keys: with more of them a CPU takes HEADS heads at a time."""
+
+HEADS = 4
+
+
+@dataclasses.dataclass(eq=False)
+class Indexer(nnx.Module):
+    """The matrices that make index queries, keys and head weights."""
+
+    cfg: Config
+    w_q_IJQ: Weight = nnx.data()
+    w_k_JD: Weight = nnx.data()
+    k_norm_J: jax.Array = nnx.data()
+    k_bias_J: jax.Array = nnx.data()
+    w_w_ID: Weight = nnx.data()
+
+    @jax.named_scope("index projections")
+    def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
+        """k [B, T, J], as it is cached: LayerNorm, rotation, Hadamard."""
+        k_BTJ = layer_norm(einsum32("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
+        return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr)).astype(h_BTD.dtype)
+
+    @jax.named_scope("index projections")
+    def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
+        """q [B, T, I, J]: rotation and Hadamard of W^IQ c^Q."""
+        q_BTIJ = einsum32("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
+        return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None])).astype(c_q_BTQ.dtype)
+
+    @jax.named_scope("index projections")
+    def head_weights(self, h_BTD: jax.Array) -> jax.Array:
+        """w [B, T, I], float32 throughout, with both scales I^-1/2 and J^-1/2. May be negative."""
+        scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5
+        return einsum32("BTD,ID->BTI", h_BTD.astype(jnp.float32), self.w_w_ID) * scale
+
+
+def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
+    """I [B, T, S] in float32; -inf where a token is not visible to the query."""
+    sums = all_heads
+    if w_BTI.size * k_BSJ.shape[1] > MATCHES:
+        sums = partial(jax.lax.platform_dependent, cpu=some_heads, default=all_heads)
+    return jnp.where(visible_BTS, sums(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
+
+
+def all_heads(q_BTiJ: jax.Array, w_BTi: jax.Array, k_BSJ: jax.Array) -> jax.Array:
+    """The sum over these heads [B, T, S], as the paper states it."""
+    match_BTiS = jax.nn.relu(dot("BTiJ,BSJ->BTiS", q_BTiJ, k_BSJ))
+    return dot("BTi,BTiS->BTS", w_BTi, match_BTiS)
+
+
+def some_heads(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Array:
+    """The same, HEADS heads after the other: the matches stay in a CPU's caches, and it takes half the time."""
+    *before, heads = w_BTI.shape
+    at_once = math.gcd(heads, HEADS)
+    q_nBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
+    w_nBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
+
+    def add(score_BTS, group):
+        q_BTiJ, w_BTi = group
+        return score_BTS + all_heads(q_BTiJ, w_BTi, k_BSJ), None
+
+    nothing_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
+    return jax.lax.scan(add, nothing_BTS, (q_nBTiJ, w_nBTi))[0]
+
+
+@jax.named_scope("index scores")
+def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
+    """`index_scores` over all slots of the cache for queries at `position_BT`.
+
+    A long cache is scored KEYS slots at a time and only as far as the latest query sees.
+    """
+    capacity = cache.capacity
+    keys = min(capacity, KEYS)
+
+    def part(start):
+        slot_s = start + jnp.arange(keys)
+        k_BsJ = cache.index_keys(start, keys, q_BTIJ.dtype)
+        return index_scores(q_BTIJ, w_BTI, k_BsJ, slot_s <= position_BT[..., None])
+
+    if keys == capacity:
+        return part(0)
+
+    def fill(i, score_BTS):
+        start = jnp.minimum(i * keys, capacity - keys)
+        return jax.lax.dynamic_update_slice_in_dim(score_BTS, part(start), start, axis=2)
+
+    nothing_BTS = jnp.full((*position_BT.shape, capacity), -jnp.inf, jnp.float32)
+    reached = jnp.minimum(jnp.max(position_BT) // keys + 1, -(-capacity // keys))
+    return jax.lax.fori_loop(0, reached, fill, nothing_BTS)
+
+
+@jax.named_scope("top-k")
+def select(score_BTS: jax.Array, topk: int) -> jax.Array:
+    """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist. NaN
+    is the largest: it is attended to, and seen in the logits."""
+    top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
+    return jnp.where(top_BTk != -jnp.inf, selected_BTk, -1)
+
+
+def select_all(visible_BTS: jax.Array) -> jax.Array:
+    """Every visible position, -1 for the others: what `select` finds when no row is longer than index_topk."""
+    return jnp.where(visible_BTS, jnp.arange(visible_BTS.shape[-1]), -1)

@@ -1,0 +1,128 @@
+"""Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
+
+The cache holds one latent c^KV a token instead of a key and a value for each head. Three functions of one signature
+attend over it: `expanded` makes keys and values of the latents, as the paper states it; `absorbed` moves W^UK to the
+query and W^UV to the output, so that all heads attend to the latents themselves; `sparse` is `absorbed` over the
+positions that the indexer selected.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from ..config import Config
+from ..quantization.formats import Weight
+from .cache import LayerCache
+from .ops import dot, einsum, einsum32, rms_norm, rotate_interleaved
+
+
+@dataclasses.dataclass(eq=False)
+class MLA(nnx.Module):
+    """The paper's matrices: D down-projection, U up-projection, R rotated part; Q query, K key, V value."""
+
+    cfg: Config
+    w_dq_QD: Weight = nnx.data()
+    q_norm_Q: jax.Array = nnx.data()
+    w_uq_HNQ: Weight = nnx.data()
+    w_qr_HRQ: Weight = nnx.data()
+    w_dkv_CD: Weight = nnx.data()
+    kv_norm_C: jax.Array = nnx.data()
+    w_kr_RD: Weight = nnx.data()
+    w_uk_HNC: Weight = nnx.data()
+    w_uv_HPC: Weight = nnx.data()
+    w_o_DHP: Weight = nnx.data()
+
+    @jax.named_scope("projections")
+    def latent_query(self, h_BTD: jax.Array) -> jax.Array:
+        """c^Q: what MLA's queries and the indexer's are made of."""
+        c_q_BTQ = rms_norm(einsum32("BTD,QD->BTQ", h_BTD, self.w_dq_QD), self.q_norm_Q, self.cfg.rms_norm_eps)
+        return c_q_BTQ.astype(h_BTD.dtype)
+
+    @jax.named_scope("projections")
+    def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The content part q^C [B, T, H, N] and the rotated part q^R [B, T, H, R] of each head's query."""
+        q_c_BTHN = einsum("BTQ,HNQ->BTHN", c_q_BTQ, self.w_uq_HNQ)
+        q_r_BTHR = einsum32("BTQ,HRQ->BTHR", c_q_BTQ, self.w_qr_HRQ)
+        q_r_BTHR = rotate_interleaved(q_r_BTHR, cos_BTr[:, :, None], sin_BTr[:, :, None])
+        return q_c_BTHN, q_r_BTHR.astype(c_q_BTQ.dtype)
+
+    @jax.named_scope("projections")
+    def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The latent c^KV [B, T, C] and the rotated key k^R [B, T, R]: what is cached."""
+        c_kv_BTC = rms_norm(einsum32("BTD,CD->BTC", h_BTD, self.w_dkv_CD), self.kv_norm_C, self.cfg.rms_norm_eps)
+        k_r_BTR = rotate_interleaved(einsum32("BTD,RD->BTR", h_BTD, self.w_kr_RD), cos_BTr, sin_BTr)
+        return c_kv_BTC.astype(h_BTD.dtype), k_r_BTR.astype(h_BTD.dtype)
+
+    @jax.named_scope("projections")
+    def output(self, o_BTHP: jax.Array) -> jax.Array:
+        """W^O of all heads' outputs, float32 [B, T, D] rounded to the compute dtype."""
+        return einsum("BTHP,DHP->BTD", o_BTHP, self.w_o_DHP)
+
+
+@jax.named_scope("attention")
+def expanded(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> jax.Array:
+    """Attention with a key and a value of each head for every cached token. Returns o [B, T, H, P]."""
+    c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
+    k_c_BSHN = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC)
+    v_BSHP = einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
+    score_BTHS = dot("BTHN,BSHN->BTHS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
+    weight_BTHS = _softmax(mla.cfg, score_BTHS, visible_BTS).astype(v_BSHP.dtype)
+    return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
+
+
+@jax.named_scope("attention")
+def absorbed(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> jax.Array:
+    """The same, with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
+    weight_BTHS, c_kv_BSC = absorbed_weights(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
+    o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS.astype(q_c_BTHN.dtype), c_kv_BSC).astype(q_c_BTHN.dtype)
+    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+
+
+def absorbed_weights(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each head attends to with which weight [B, T, H, S], float32, and the latents [B, S, C]."""
+    c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
+    q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
+    score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
+    return _softmax(mla.cfg, score_BTHS, visible_BTS), c_kv_BSC
+
+
+@jax.named_scope("attention")
+def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array) -> jax.Array:
+    """`absorbed` over each query's selected positions only (-1: none). Returns o [B, T, H, P]."""
+    weight_BTHk, c_kv_BTkC = sparse_weights(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
+    o_BTHC = dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHN.dtype), c_kv_BTkC).astype(q_c_BTHN.dtype)
+    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+
+
+def sparse_weights(
+    mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """What each head attends to with which weight [B, T, H, k], float32, and the latents there [B, T, k, C].
+
+    The many latents come first in the products: the other order takes XLA's CPU backend several times as long.
+    """
+    c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)
+    q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
+    score_BTkH = dot("BTkC,BTHC->BTkH", c_kv_BTkC, q_c_BTHC) + dot("BTkR,BTHR->BTkH", k_r_BTkR, q_r_BTHR)
+    return _softmax(mla.cfg, jnp.swapaxes(score_BTkH, 2, 3), selected_BTk >= 0), c_kv_BTkC
+
+
+def dense(cfg: Config, tokens: int, capacity: int):
+    """`expanded` or `absorbed`, whichever multiplies less for `tokens` queries over `capacity` slots."""
+    latent, head = cfg.kv_lora_rank, cfg.qk_nope_head_dim + cfg.v_head_dim
+    cost_expanded = capacity * latent * head + tokens * capacity * (head + cfg.qk_rope_head_dim)
+    cost_absorbed = tokens * latent * head + tokens * capacity * (2 * latent + cfg.qk_rope_head_dim)
+    return expanded if cost_expanded < cost_absorbed else absorbed
+
+
+def _softmax(cfg: Config, score_BTHs: jax.Array, visible_BTs: jax.Array) -> jax.Array:
+    """Softmax in float32 over the visible positions of each query."""
+    return jax.nn.softmax(jnp.where(visible_BTs[:, :, None], score_BTHs * cfg.softmax_scale, -jnp.inf), axis=-1)

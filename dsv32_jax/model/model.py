@@ -1,0 +1,147 @@
+"""DeepSeek-V3.2 (arXiv 2512.02556): embedding, decoder layers, final norm, head; and `forward`, the way in."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..config import Config
+from ..errors import UsageError
+from ..parallel import sharding
+from ..quantization.formats import Weight
+from . import block, checks
+from .block import Block, Seen
+from .cache import Cache, empty
+from .indexer import Indexer
+from .mla import MLA
+from .moe import MLP, MoE
+from .mtp import MTP
+from .ops import einsum32, rms_norm, rows_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where a model comes from: the digest of its checkpoint's manifest, and how many ids its tokenizer has (None: as
+    many as the vocabulary). All are equal, so that models that differ in nothing else share their programs."""
+
+    digest: str = dataclasses.field(default="", compare=False)
+    tokens: int | None = dataclasses.field(default=None, compare=False)
+
+
+@dataclasses.dataclass(eq=False)
+class Model(nnx.Module):
+    """The whole model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
+
+    cfg: Config
+    dtype: np.dtype
+    origin: Origin
+    embed_VD: jax.Array = nnx.data()
+    layers: tuple[Block, ...] = nnx.data()
+    norm_D: jax.Array = nnx.data()
+    head_VD: Weight = nnx.data()
+    mtp: MTP | None = nnx.data()
+    mesh: Mesh | None = None
+
+    def __call__(
+        self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
+    ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
+        """The normed hidden vectors [B, T, D] of T new tokens a row, of which the first `count_B` are real.
+
+        A row's tokens follow those it has in the cache. Rows are padded on the right: what a padding token writes
+        lies beyond the row's length, where no token looks before another is written there.
+        """
+        position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
+        with sharding.on(self.mesh):
+            x_BTD = rows_of(tokens_BT, self.embed_VD)
+        caches, seen = [], []
+        for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
+            with sharding.on(self.mesh):
+                x_BTD, layer_cache, layer_seen = block.run(layer, x_BTD, layer_cache, position_BT)
+            caches.append(layer_cache)
+            seen.append(layer_seen)
+        h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
+        return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
+
+    @jax.named_scope("head")
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V] of normed hidden vectors."""
+        with sharding.on(self.mesh):
+            return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """logits [B, T, V] float32; cache with the new tokens; hidden [B, T, D] after the final norm; what layers saw."""
+
+    logits: jax.Array
+    cache: Cache
+    hidden: jax.Array
+    seen: tuple[Seen, ...]
+
+
+def forward(
+    model: Model, tokens_BT, *, cache: Cache | None = None, count_B=None, capacity: int | None = None
+) -> Output:
+    """Run T new tokens a row, whole prompts, chunks of them or single tokens, over what `cache` holds.
+
+    Row b has `count_B[b]` new tokens (default T), the others are padding. Without a cache one is made with
+    `capacity` slots (default T). Raises UsageError before anything is compiled where tokens are outside the
+    vocabulary or do not fit in the cache.
+    """
+    cfg = checks.config_of(model)
+    tokens_BT, longest = checks.token_matrix(tokens_BT, cfg.vocab_size), cfg.max_position_embeddings
+    batch, new = tokens_BT.shape
+    count_B = np.full(batch, new, np.int32) if count_B is None else checks.counts(count_B, batch, new)
+    if cache is None:
+        slots = checks.length(new, longest) if capacity is None else checks.capacity(capacity, count_B, longest)
+        cache = empty(model.cfg, batch, slots, model.dtype)
+    elif not isinstance(cache, Cache):
+        raise UsageError(f"cache must be the cache of what `forward` gave, not {cache!r:.200}")
+    elif capacity is not None:
+        raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
+    checks.room(cache, count_B)
+    return _forward(model, tokens_BT, cache, count_B)
+
+
+@jax.jit
+def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> Output:
+    h_BTD, cache, seen = model(tokens_BT, cache, count_B)
+    return Output(model.logits(h_BTD), cache, h_BTD, seen)
+
+
+def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origin(), mesh: Mesh | None = None) -> Model:
+    """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
+    dtype = np.dtype(dtype)
+
+    def weights(kind: type, prefix: str) -> dict[str, Any]:
+        names = [field.name for field in dataclasses.fields(kind)]
+        return {name: leaf(prefix + name) for name in names if name.rpartition("_")[2].isupper()}
+
+    def decoder_layer(prefix: str, i: int) -> Block:
+        prefix_ffn = prefix + "ffn."
+        ffn = (
+            MLP(cfg, **weights(MLP, prefix_ffn))
+            if i < cfg.first_k_dense_replace
+            else MoE(cfg, **weights(MoE, prefix_ffn), mesh=mesh)
+        )
+        return Block(
+            cfg,
+            dtype,
+            **weights(Block, prefix),
+            mla=MLA(cfg, **weights(MLA, prefix + "mla.")),
+            indexer=Indexer(cfg, **weights(Indexer, prefix + "indexer.")),
+            ffn=ffn,
+        )
+
+    layers = tuple(decoder_layer(f"layers.{i}.", i) for i in range(cfg.num_hidden_layers))
+    mtp = None
+    if cfg.num_nextn_predict_layers:
+        drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
+        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer, mesh=mesh)
+    return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp, mesh=mesh)

@@ -1,0 +1,59 @@
+"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more layer that drafts the token after next."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+
+from ..config import Config
+from ..parallel import sharding
+from ..quantization.formats import Weight
+from . import block
+from .block import Block, Seen
+from .cache import LayerCache
+from .ops import einsum32, rms_norm, rows_of
+
+
+@dataclasses.dataclass(eq=False)
+class MTP(nnx.Module):
+    """Slot i knows the model's hidden vector h of token i and the token i + 1, and predicts token i + 2.
+
+    embed_VD and head_VD are the model's own arrays unless the checkpoint stores others.
+    """
+
+    cfg: Config
+    dtype: np.dtype
+    embed_VD: jax.Array = nnx.data()
+    e_norm_D: jax.Array = nnx.data()
+    h_norm_D: jax.Array = nnx.data()
+    w_e_AD: Weight = nnx.data()
+    w_h_AD: Weight = nnx.data()
+    block: Block = nnx.data()
+    norm_D: jax.Array = nnx.data()
+    head_VD: Weight = nnx.data()
+    mesh: Mesh | None = None
+
+    def __call__(
+        self, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
+    ) -> tuple[jax.Array, LayerCache, Seen]:
+        """The hidden vectors of slots `position_BT`: `h_BTD` after the model's final norm, `next_BT` the next tokens.
+
+        The checkpoint's eh_proj multiplies [embedding; hidden] (the paper writes the reverse); w_e and w_h are its
+        halves. The result is normed: `logits` of it predict, and it can stand for h in another step.
+        """
+        eps = self.cfg.rms_norm_eps
+        normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
+        with sharding.on(self.mesh):
+            e_BTD = rms_norm(rows_of(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
+            u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
+            z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
+        return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen
+
+    @jax.named_scope("head")
+    def logits(self, h_BTD: jax.Array) -> jax.Array:
+        """float32 [B, T, V] of normed hidden vectors."""
+        with sharding.on(self.mesh):
+            return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

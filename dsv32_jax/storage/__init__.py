@@ -1,1 +1,0 @@
-"""Converted checkpoints on disk: arrays, manifest, integrity."""

@@ -1,0 +1,1 @@
+"""The machine around the model: files, memory, signals, compiled programs, progress."""
