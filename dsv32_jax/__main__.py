@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli.main import program
+from .cli.app import program
 
 if __name__ == "__main__":
     sys.exit(program())

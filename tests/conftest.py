@@ -1,6 +1,7 @@
 """What every test runs under: strict dtypes, eight virtual CPU devices, no compiled programs on the user's disk."""
 
 import os
+import signal
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -12,6 +13,11 @@ import pytest
 
 from dsv32_jax.config import Config
 from tests import golden
+
+for number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+"""Under nohup and in the background of a script these are ignored, and so they would be by what tests start."""
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_enable_compilation_cache", False)

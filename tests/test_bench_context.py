@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dsv32_jax import cli
 from dsv32_jax.bench import context as bench
 from dsv32_jax.bench import measure, parts, reading
 from dsv32_jax.bench import record as recorder
-from dsv32_jax.cli.main import main
 from dsv32_jax.generation import tape
 from dsv32_jax.generation.batch import WHOLE
 from dsv32_jax.model.attention import attention
@@ -179,11 +179,11 @@ def test_the_command_runs_the_sections_that_are_asked_for(monkeypatch, capsys):
     monkeypatch.setattr(bench, "decode", lambda: ran.append("decode"))
     monkeypatch.setattr(bench, "prefill", lambda tokens, layers: ran.append((tokens, layers)))
     monkeypatch.setattr(bench, "batch", lambda: ran.append("batch"))
-    assert main.main(["bench", "context"]) == 0
-    assert main.main(["bench", "context", "--section", "prefill", "--prefill", "32768", "--layers", "4"]) == 0
+    assert cli.main(["bench", "context"]) == 0
+    assert cli.main(["bench", "context", "--section", "prefill", "--prefill", "32768", "--layers", "4"]) == 0
     assert ran == ["decode", (8192, 1), "batch", (32768, 4)]
     for wrong in (["--prefill", "1000"], ["--prefill", "0"], ["--layers", "0"]):
-        assert main.main(["bench", "context", *wrong]) == 2
+        assert cli.main(["bench", "context", *wrong]) == 2
         assert "--prefill must be a multiple of 2048" in capsys.readouterr().err
     assert len(ran) == 4
 
@@ -204,7 +204,7 @@ def test_the_recorder_is_timed_beside_a_run_without(single, ready, monkeypatch, 
     monkeypatch.setattr(recorder, "config", lambda sizes, layers: single)
     monkeypatch.setattr(recorder, "CONTEXTS", (single.index_topk + 12,))
     monkeypatch.setattr(recorder.rows, "__defaults__", (recorder.CONTEXTS, 0.0))
-    assert main.main(["bench", "record"]) == 0
+    assert cli.main(["bench", "record"]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     found = {row[1]: row for row in lines if row and row[0] == str(single.index_topk + 12)}
     assert list(found) == ["off", "indexer", "all"]

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from dsv32_jax import cli
 from dsv32_jax.bench import kernels as bench
-from dsv32_jax.cli.main import main
 from dsv32_jax.config import Config
 
 
@@ -40,7 +40,7 @@ def test_the_command(monkeypatch, capsys, tiny):
     """A table with a line for each row."""
     monkeypatch.setattr(Config, "from_json", lambda path: tiny)
     monkeypatch.setattr(bench, "shapes", lambda cfg: [bench.Shape("small", 96, 256), bench.Shape("other", 32, 64)])
-    assert main.main(["bench", "kernels", "--weight", "small", "--rows", "2", "--by", "auto", "--format", "fp8"]) == 0
+    assert cli.main(["bench", "kernels", "--weight", "small", "--rows", "2", "--by", "auto", "--format", "fp8"]) == 0
     explanation, table = capsys.readouterr().out.split("weight  ")
     assert "memory is read" in explanation and len(table.splitlines()) == 2 and "small fp8" in table
     assert jax.default_backend() == "cpu"

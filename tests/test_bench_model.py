@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
+from dsv32_jax import cli
 from dsv32_jax.bench import model as bench
 from dsv32_jax.bench import scopes
 from dsv32_jax.bench.parts import random_model
-from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CapacityError, UsageError
 from tests.conftest import REPOSITORY
 
@@ -114,7 +114,7 @@ def test_numbers_below_one_are_refused():
 def test_the_command(capsys):
     """JSON lines."""
     sizes = ["--layers", "1", "--batch", "1", "--context", "16", "--steps", "2", "--cache-dtype", "fp8"]
-    assert main.main(["bench", "model", "--config", TINY, *sizes, "--json"]) == 0
+    assert cli.main(["bench", "model", "--config", TINY, *sizes, "--json"]) == 0
     kinds = [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()]
     assert kinds == ["made", "decode", "read"]
 

@@ -14,9 +14,9 @@ from jax.sharding import AxisType
 
 import convert
 import dsv32_jax as ds
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation import activations, inventory, memory
 from dsv32_jax.generation import fit as fitting
@@ -307,7 +307,7 @@ def test_devices_of_one_host_share_its_memory(converted, no_programs, monkeypatc
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = main.main(["fit", *map(str, argv)])
+    code = cli.main(["fit", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

@@ -12,8 +12,9 @@ import pytest
 
 import configs
 import convert
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.cli.main import main
+from dsv32_jax.cli import app
 from dsv32_jax.config import Config
 from dsv32_jax.system import interrupts
 
@@ -94,15 +95,15 @@ def test_other_handlers_and_threads_are_left_alone():
     finally:
         signal.signal(signal.SIGINT, own)
     codes = []
-    thread = threading.Thread(target=lambda: codes.append(main.main(["inspect", "nothing"])))
+    thread = threading.Thread(target=lambda: codes.append(cli.main(["inspect", "nothing"])))
     thread.start()
     thread.join()
     assert codes == [3] and signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_command_ends_with_130(monkeypatch, capsys):
-    monkeypatch.setattr(main, "parser", lambda: signal.raise_signal(signal.SIGINT))
-    assert main.main(["doctor"]) == 130
+    monkeypatch.setattr(app, "parser", lambda: signal.raise_signal(signal.SIGINT))
+    assert cli.main(["doctor"]) == 130
     assert capsys.readouterr().err == "interrupted\n"
 
 

@@ -233,7 +233,7 @@ def test_without_vector_instructions(tmp_path):
     script = f"""
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
-from dsv32_jax.kernels import cpu, choice
+from dsv32_jax.kernels import cpu, dispatch
 cpu.compiled = lambda: Path({str(library)!r})
 assert not cpu.missing()
 from tests import test_kernels as tests
@@ -242,7 +242,7 @@ for kind in tests.FORMATS:
         rng = np.random.default_rng(7)
         w = tests.bank(kind, rng, 2, 37, 16 * 21)
         x, expert = jnp.asarray(rng.standard_normal((3, 11, 16 * 21)), dtype), jnp.asarray([1, 2, 0], jnp.int32)
-        tests.close(choice._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+        tests.close(dispatch._scaled(cpu.blocks)(x, expert, w), x, expert, w)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -10,7 +10,7 @@ from dsv32_jax.convert import command
 
 from dsv32_jax import convert
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.cli.main import main
+from dsv32_jax.cli import app
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -47,7 +47,7 @@ def test_the_commands_parse(line):
     if words[0] == "convert":
         assert command._parser().parse_args(words[1:])
     else:
-        assert main.parser().parse_args(words)
+        assert app.parser().parse_args(words)
 
 
 def test_both_commands_stand_on_the_first_screen():

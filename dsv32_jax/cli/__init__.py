@@ -1,1 +1,3 @@
 """The command `dsv32`."""
+
+from .app import main as main

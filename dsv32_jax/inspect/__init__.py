@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .blocks import statistics as statistics
     from .mass import Mass as Mass
     from .mass import kept_mass as kept_mass
-    from .placement import Placement as Placement
-    from .placement import held as held
-    from .placement import placement as placement
     from .record import Record as Record
+    from .shard_placement import Placement as Placement
+    from .shard_placement import held as held
+    from .shard_placement import placement as placement
     from .trees import Tree as Tree
     from .trees import tree as tree
     from .weights import Folder as Folder
@@ -32,16 +32,16 @@ if TYPE_CHECKING:
 _HOME = {
     "Folder": ".weights",
     "Mass": ".mass",
-    "Placement": ".placement",
+    "Placement": ".shard_placement",
     "Record": ".record",
     "Statistics": ".blocks",
     "StoredWeight": ".weights",
     "Tree": ".trees",
     "atlas": ".blocks",
     "clipped": ".blocks",
-    "held": ".placement",
+    "held": ".shard_placement",
     "kept_mass": ".mass",
-    "placement": ".placement",
+    "placement": ".shard_placement",
     "plots": ".plots",
     "statistics": ".blocks",
     "tree": ".trees",

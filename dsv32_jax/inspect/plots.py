@@ -12,8 +12,8 @@ from ..quantization.quantize import E2M1, E4M3
 from .blocks import Statistics
 from .mass import Mass
 from .picture import Picture, figure
-from .placement import Placement
 from .record import Record
+from .shard_placement import Placement
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 GREY = "#999999"

@@ -27,9 +27,9 @@ from convert.read.detect import detect
 from convert.read.header import DTYPES
 from convert.read.source import Source
 from convert.verify.verify import verify
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.system.meter import no_progress
@@ -41,7 +41,7 @@ FAMILY = {"fp8": "modelopt", "nvfp4": "modelopt", "compressed-tensors": "compres
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = main.main(["export", *map(str, argv)])
+    code = cli.main(["export", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

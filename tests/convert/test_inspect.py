@@ -18,8 +18,8 @@ from convert.inspect import inspection, listing
 from convert.inspect.inspection import inspect, of_source
 from convert.read.header import Tensor
 from convert.read.source import Source
+from dsv32_jax import cli
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.cli.main import main
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError, printable
 from dsv32_jax.layout import leaves
@@ -32,7 +32,7 @@ REPOSITORY = Path(__file__).parents[2]
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = main.main(["inspect", *map(str, argv)])
+    code = cli.main(["inspect", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

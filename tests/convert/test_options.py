@@ -13,9 +13,9 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert import text
+from dsv32_jax import cli
 from dsv32_jax.checkpoint.arrays import Arrays
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.cli.main import main
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.system.progress import duration_text
@@ -106,7 +106,7 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
         convert.main([str(checkpoints["bf16"]), str(tmp_path / "out"), "--polcy", "full"])
     assert "--polcy (do you mean --policy?)" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        main.main(["generate", "folder", "--max-tokens=5"])
+        cli.main(["generate", "folder", "--max-tokens=5"])
     told = capsys.readouterr().err
     assert "usage: dsv32 generate" in told and "do you mean --max-new-tokens?" in told
 

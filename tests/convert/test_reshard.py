@@ -19,11 +19,11 @@ import convert
 from convert.export.reshard import reshard
 from convert.inspect.inspection import inspect
 from convert.verify.verify import verify
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import chunks, random_checkpoint
 from dsv32_jax.checkpoint.arrays import Arrays
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.store import Writer
-from dsv32_jax.cli.main import main
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.layout import leaves
@@ -45,7 +45,7 @@ def resharded(converted, tmp_path_factory) -> Path:
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = main.main(["reshard", *map(str, argv)])
+    code = cli.main(["reshard", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 

@@ -17,9 +17,9 @@ import dsv32_jax as ds
 from convert.names import folded
 from convert.transform.amax import amax
 from convert.verify.verify import verify
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import checksums
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.cli.main import main
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.quantization.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
 
@@ -53,7 +53,7 @@ def flip(file: Path, at: int, bit: int) -> None:
 
 
 def run(capsys, *argv) -> tuple[int, str, str]:
-    code = main.main([str(argument) for argument in argv])
+    code = cli.main([str(argument) for argument in argv])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
 
@@ -84,7 +84,7 @@ KEPT_NOT = ("gate", "up", "down", "o")
 
 def test_what_was_dequantized_and_ignored_is_listed(originals, small, tmp_path):
     """Heads of 24 inputs straddle blocks of 16: o_proj becomes bfloat16."""
-    from dsv32_jax.checkpoint.load import random_checkpoint
+    from dsv32_jax.checkpoint import random_checkpoint
 
     random_checkpoint.write(tmp_path / "hf", dataclasses.replace(small, v_head_dim=24), "nvfp4")
     arrays, config = fakes.load(tmp_path / "hf"), json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -333,7 +333,7 @@ def test_a_signal_is_answered_with_the_state_of_things(command, state, converted
     heard = []
     ending = interrupts.ending
     monkeypatch.setattr(interrupts, "ending", lambda words: heard.append(words("SIGTERM", 75)) or ending(words))
-    assert main.main([part.format(converted["bf16"], out=tmp_path) for part in command.split()]) == 0
+    assert cli.main([part.format(converted["bf16"], out=tmp_path) for part in command.split()]) == 0
     assert heard == [f"\nSIGTERM: stopped. {state.format(out=tmp_path)}\n".encode()]
     assert capsys.readouterr().out
 

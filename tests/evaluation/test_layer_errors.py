@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax.checkpoint.load import load
-from dsv32_jax.cli.main import main
+from dsv32_jax import cli
+from dsv32_jax.checkpoint import load
 from dsv32_jax.errors import UsageError
 from dsv32_jax.evaluation import Variant, layers, show
 from dsv32_jax.quantization import quantize
@@ -155,7 +155,7 @@ def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(Variant, "tokenizer", lambda self: Bytes())
     (tmp_path / "text.txt").write_text("import os, sys\n" * 4)
     words = [str(folders / "bf16"), str(folders / "nvfp4"), str(tmp_path / "text.txt"), "--tokens", str(len(IDS))]
-    assert main.main(["eval", "layers", *words, "--json"]) == 0
+    assert cli.main(["eval", "layers", *words, "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [(row["part"], row["weights"], row["expert_weights"]) for row in rows] == [
         (error.part, error.weights, error.expert_weights) for error in found

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax.cli.main import main
+from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.evaluation import Variant, kl, loss, perplexity
 from dsv32_jax.system.compilation import metered
@@ -201,18 +201,18 @@ def test_command_line(demo, tmp_path, capsys):
     pytest.importorskip("tokenizers")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "import os\nimport sys\n" * 9}) + "\n")
     words = [str(tmp_path / "text.jsonl"), "--context", "32", "--stride", "31"]
-    assert main.main(["eval", "ppl", str(demo), *words, "--dtype", "float32", "--cache-dtype", "fp8", "--json"]) == 0
+    assert cli.main(["eval", "ppl", str(demo), *words, "--dtype", "float32", "--cache-dtype", "fp8", "--json"]) == 0
     ppl = json.loads(capsys.readouterr().out)
     direct = perplexity(f"{demo}:float32,fp8-cache", ["import os\nimport sys\n" * 9], context=32, stride=31)
     assert ppl["perplexity"]["mean"] == pytest.approx(direct.perplexity.mean)
     assert ppl["bytes"] == 189 and ppl["tokens_per_second"] > 0
-    assert main.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words, "--json"]) == 0
+    assert cli.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["perplexity_b"]["mean"] == pytest.approx(ppl["perplexity"]["mean"], rel=1e-4)
     assert 0 < found["kl"]["mean"] < 0.1 and found["perplexity_a"]["mean"] != found["perplexity_b"]["mean"]
-    assert main.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words]) == 0
+    assert cli.main(["eval", "kl", f"{demo}:float32", f"{demo}:float32,fp8-cache", *words]) == 0
     told = capsys.readouterr().out
     assert "KL(A || B)" in told and "most different" in told and told.count("' -> '") == len(found["worst"])
-    assert main.main(["eval", "ppl", str(demo), str(tmp_path / "nowhere")]) == 74
-    assert main.main(["eval", "ppl", str(demo), *words[:1], "--context", "4000"]) == 2
-    assert main.main(["eval", "kl", str(demo), str(tmp_path)]) == 3
+    assert cli.main(["eval", "ppl", str(demo), str(tmp_path / "nowhere")]) == 74
+    assert cli.main(["eval", "ppl", str(demo), *words[:1], "--context", "4000"]) == 2
+    assert cli.main(["eval", "kl", str(demo), str(tmp_path)]) == 3

@@ -8,10 +8,10 @@ import sys
 import pytest
 from dsv32_jax.convert import convert
 
+from dsv32_jax import cli
 from dsv32_jax.chat import template
 from dsv32_jax.chat.byte_level import LETTERS
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.cli.main import main
 
 
 def byte_tokenizer() -> dict:
@@ -56,7 +56,7 @@ def dsv32(capsys, monkeypatch):
         raw = piped.encode() if isinstance(piped, str) else piped
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
         try:
-            code = main.main(list(map(str, argv)))
+            code = cli.main(list(map(str, argv)))
         except SystemExit as left:
             code = left.code
         printed = capsys.readouterr()

@@ -16,11 +16,10 @@ import numpy as np
 import pytest
 
 from dsv32_jax.chat import Conversation, Tokenizer, template
-from dsv32_jax.cli import conversation_file
+from dsv32_jax.cli import app, conversation_file
 from dsv32_jax.cli.chat_session import Talk, call_text
 from dsv32_jax.cli.commands import FIELDS, TABLE, Commands, Leave
 from dsv32_jax.cli.keyboard import Keyboard
-from dsv32_jax.cli.main import main
 from dsv32_jax.cli.open_checkpoint import Opened
 from dsv32_jax.cli.screen import Screen
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
@@ -464,4 +463,4 @@ def test_a_terminal(checkpoint, tmp_path):
 
 
 def test_the_command_line_has_the_chat():
-    assert main.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"
+    assert app.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"

@@ -280,7 +280,7 @@ def test_weights_that_are_no_numbers(dsv32, checkpoint, monkeypatch):
     def broken(*_, **__):
         raise FloatingPointError("the logits of 1 rows are not numbers")
 
-    from dsv32_jax.cli.main import generate_command
+    from dsv32_jax.cli import generate_command
 
     monkeypatch.setattr(generate_command._Results, "write", broken)
     code, _, err = dsv32("generate", checkpoint, "ab", *FEW)

@@ -1,0 +1,84 @@
+"""Size and language of the code: what a reader meets first."""
+
+import ast
+import collections
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+FILES = sorted([*(REPOSITORY / "dsv32_jax").rglob("*.py"), *(REPOSITORY / "convert").rglob("*.py")])
+
+MOST_LINES, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 17_500, 300, 60
+
+PARTICIPLES = frozenset(
+    "absorbed announced asked attended begun blank called checked chosen collected compared converted cut described "
+    "differing done drawn expected filled folded found given growing handled held hidden hushed kept known listed "
+    "loaded made measured metered named noted occurring opened placed planned prepared printed put raised read_back "
+    "recorded recording restored resumed rewound resized said saved scored sealed seen shown spent spread stored "
+    "summed taken timed told touched used watched weighed written".split()
+)
+"""Participles that have been function names here. A function is a verb (`select`, `load_shard`); a property or an
+argument may be a state."""
+
+
+def definitions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
+    """Every function and class of a file."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            yield node
+
+
+def name_of(file: Path) -> str:
+    """The path of a file within the repository."""
+    return str(file.relative_to(REPOSITORY))
+
+
+def is_property(node: ast.AST) -> bool:
+    """Whether a function is read like a field."""
+    names = {ast.unparse(decorator).rpartition(".")[2] for decorator in getattr(node, "decorator_list", ())}
+    return bool(names & {"property", "cached_property"})
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_docstrings_say_what_is_done(file):
+    """`Return the ...`, `Raise ...`, `A ...`: a docstring does not begin with `What`."""
+    documented = [ast.parse(file.read_text()), *definitions(file)]
+    found = [ast.get_docstring(node) or "" for node in documented]
+    assert not [text.partition("\n")[0] for text in found if text.startswith("What ")]
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_functions_are_verbs(file):
+    """No function is named by a bare participle."""
+    functions = (node for node in definitions(file) if not isinstance(node, ast.ClassDef) and not is_property(node))
+    assert not {node.name for node in functions if node.name.lstrip("_") in PARTICIPLES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=name_of)
+def test_functions_and_files_are_short(file):
+    """A file is one concept, a function fits on a screen."""
+    assert len(file.read_text().splitlines()) <= LINES_OF_A_FILE
+    functions = (node for node in definitions(file) if not isinstance(node, ast.ClassDef))
+    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
+    assert not {name: lines for name, lines in lengths.items() if lines > LINES_OF_A_FUNCTION}
+
+
+def test_a_file_name_says_where_one_is():
+    """No file name occurs three times."""
+    names = collections.Counter(file.name for file in FILES if file.name != "__init__.py")
+    assert not {name for name, count in names.items() if count > 2}
+
+
+def test_the_library_stays_small():
+    """Library and converter together; a new feature deletes something first."""
+    assert sum(len(file.read_text().splitlines()) for file in FILES) <= MOST_LINES
+
+
+def test_the_checks_can_fail():
+    """Each check sees the fault it is for."""
+    text = 'def told(x):\n    """What is told."""\n\n\nclass A:\n    @property\n    def kept(self):\n        pass\n'
+    told, a, kept = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    assert (told.name, is_property(told), is_property(kept), a.name) == ("told", False, True, "A")
+    assert (ast.get_docstring(told) or "").startswith("What ")
