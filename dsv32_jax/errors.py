@@ -91,6 +91,11 @@ def listing(items, limit: int = 8) -> str:
     return ", ".join(items[:limit]) + more
 
 
+def pluralize(count: int, noun: str, plural: str | None = None) -> str:
+    """Return `count` with its noun: "1 file", "2 files"; `plural` where it is not the noun with an s."""
+    return f"{count} {noun if count == 1 else plural or noun + 's'}"
+
+
 def require(value: object, kind: type | tuple[type, ...], rule: str) -> None:
     """Raise UsageError that gives the `rule` where `value` is not of a kind."""
     if not isinstance(value, kind):
