@@ -2,7 +2,7 @@
 
     cfg   = Config.from_json("config.json")
     model = load("checkpoint")                  # made by `dsv32 convert`
-    out   = forward(model, tokens_BT)           # logits, cache, what each layer saw
+    out   = forward(model, tokens_BT)           # logits and the cache
     gen   = generate(model, [[0, 17, 42]])      # tokens, log-probabilities, times
 
 Names are imported when they are first used, so that a tool that needs no JAX does not wait for it.
@@ -11,6 +11,8 @@ Names are imported when they are first used, so that a tool that needs no JAX do
 from typing import TYPE_CHECKING
 
 from .system.lazy import names
+
+__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import chat as chat
@@ -34,7 +36,6 @@ if TYPE_CHECKING:
     from .model.model import Output as Output
     from .model.model import forward as forward
     from .parallel.sharding import mesh as mesh
-    from .system.version import __version__ as __version__
 
 _HOME = {
     "Config": ".config",
@@ -46,7 +47,6 @@ _HOME = {
     "Score": ".generation.score",
     "Session": ".generation.session",
     "Stream": ".generation.run",
-    "__version__": ".system.version",
     "astream": ".generation.generate",
     "chat": ".chat",
     "evaluation": ".evaluation",
@@ -61,6 +61,6 @@ _HOME = {
     "stream": ".generation.generate",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted([*_HOME, "__version__"])
 
 __getattr__, __dir__ = names(__name__, _HOME)

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 from collections.abc import Collection, Iterable
+from contextvars import ContextVar
 
 
 class DsvError(Exception):
@@ -82,6 +83,23 @@ def refusal(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
+
+
+COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
+"""Whether the caller types options on a command line, which sets this once, or passes arguments in Python."""
+
+
+def argument(name: str, value: object = None) -> str:
+    """Spell the argument `name` as the caller types it: `draft=2` in Python, `--draft 2` on the command line.
+
+    Without a value, the name alone. A flag that is True has no value on the command line.
+    """
+    if COMMAND_LINE.get():
+        option = "--" + name.replace("_", "-")
+        return option if value is None or value is True else f"{option} {value}"
+    if value is None:
+        return name
+    return f'{name}="{value}"' if isinstance(value, str) else f"{name}={value!r}"
 
 
 def listing(items, limit: int = 8) -> str:

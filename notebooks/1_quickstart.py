@@ -100,7 +100,7 @@ drafted.tokens == plain.tokens
 # `forward` also returns what each layer saw: the experts of each token, the positions the indexer selected.
 
 # %%
-out = ds.forward(model, [prompts[0]], capacity=64)
+out = ds.forward(model, [prompts[0]], capacity=64, seen=True)
 print("logits", out.logits.shape, out.logits.dtype)
 print("experts of each token in layer 2:", out.seen[2].routing.expert_BTX[0].tolist())
 print("positions that the last token attends to in layer 2:", out.seen[2].selected_BTk[0, -1].tolist())

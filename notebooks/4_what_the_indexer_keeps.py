@@ -105,7 +105,7 @@ answer = next(i for i, token in enumerate(line) if "4" in tokenizer.decode([toke
 question = [*tokenizer.encode("\n\n"), *line[:answer]]
 haystack = [*line, *filler, *question]
 print("the needle:", repr(tokenizer.decode(haystack[answer : answer + 1])), "at position", answer, "of", len(haystack))
-seen = ds.forward(model, [haystack]).seen
+seen = ds.forward(model, [haystack], seen=True).seen
 scores = np.stack([np.asarray(layer.index_score_BTS[0, -len(question) :], np.float32) for layer in seen])
 ranks = 1 + (scores > scores[:, :, answer : answer + 1]).sum(axis=-1)
 inspect.plots.needle(ranks, topk, [tokenizer.decode([token]) for token in question])

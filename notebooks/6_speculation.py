@@ -78,7 +78,7 @@ inspect.plots.bars(
 def drafts(model, hidden, following):
     batch, slots = following.shape
     position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
-    h, _, _ = model.mtp(hidden, following, empty_layer(model.cfg, batch, slots, model.dtype), position)
+    h, _ = model.mtp(hidden, following, empty_layer(model.cfg, batch, slots, model.dtype), position)
     return model.mtp.logits(h).argmax(axis=-1)
 
 

@@ -143,14 +143,14 @@ class Case:
     @functools.cached_property
     def prefill(self) -> ds.Output:
         """The whole prompt in one forward, with room for the continuation."""
-        return ds.forward(self.model, self.ids, capacity=self.ids.shape[1] + 16)
+        return ds.forward(self.model, self.ids, capacity=self.ids.shape[1] + 16, seen=True)
 
     @functools.cached_property
     def steps(self) -> list[ds.Output]:
         """One forward for each token of the golden continuation but the last, over the cache of `prefill`."""
         cache, outputs = self.prefill.cache, []
         for token_B in self["decode.gen_ids"].T[:-1]:
-            outputs.append(ds.forward(self.model, token_B[:, None], cache=cache))
+            outputs.append(ds.forward(self.model, token_B[:, None], cache=cache, seen=True))
             cache = outputs[-1].cache
         return outputs
 
@@ -175,7 +175,7 @@ def draft(model: ds.Model, hidden, next_ids):
     """Logits of the MTP layer over all slots from the first, and what was seen."""
     batch, slots = next_ids.shape
     position = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (batch, slots))
-    h, _, seen = model.mtp(hidden, next_ids, empty_layer(model.cfg, batch, slots, model.dtype), position)
+    h, _, seen = model.mtp.observe(hidden, next_ids, empty_layer(model.cfg, batch, slots, model.dtype), position)
     return model.mtp.logits(h), seen
 
 

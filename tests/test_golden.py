@@ -285,7 +285,7 @@ def check_rounded(case, model, prefix: str) -> None:
     """One forward over prompt and golden continuation against the tensors under `prefix`."""
     length = case.ids.shape[1]
     chosen = case[prefix + "decode.gen_ids"]
-    out = ds.forward(model, np.concatenate([case.ids, chosen[:, :-1]], axis=1))
+    out = ds.forward(model, np.concatenate([case.ids, chosen[:, :-1]], axis=1), seen=True)
     np.testing.assert_array_equal(np.asarray(out.logits)[:, length - 1 :].argmax(-1), chosen)
     tolerance = case.readme.get("tolerances", {}).get("float32_engine", {}).get("bf16w_logits_abs", LOGITS)
     case.close(prefix + "logits", out.logits[:, :length], case[prefix + "logits"], tolerance)
@@ -308,7 +308,7 @@ def check_rounded(case, model, prefix: str) -> None:
 def test_bfloat16(case):
     """Computed in bfloat16: medians over tokens, since one flipped key or expert may move a token far."""
     model = ds.load(case.converted, dtype=jnp.bfloat16)
-    out = ds.forward(model, case.ids)
+    out = ds.forward(model, case.ids, seen=True)
     assert out.hidden.dtype == jnp.bfloat16 and out.cache.layers[0].c_kv_BSC.values.dtype == jnp.bfloat16
     off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
     nvfp4 = "golden_nvfp4" in str(case.folder)
@@ -331,7 +331,7 @@ def test_fp8_cache(case):
     """With latents and index keys cached in FP8: the medians that an FP8 engine is allowed."""
     model = ds.load(case.converted, dtype=jnp.bfloat16)
     empty = cache.empty(model.cfg, *case.ids.shape, jnp.float8_e4m3fn)
-    out = ds.forward(model, case.ids, cache=empty)
+    out = ds.forward(model, case.ids, cache=empty, seen=True)
     assert out.cache.layers[0].c_kv_BSC.values.dtype == jnp.float8_e4m3fn
     off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
     assert case.record("FP8 cache logits (median)", np.median(off)) <= 1.5
@@ -374,7 +374,9 @@ def test_the_quantized_checkpoint(case):
     """The same checkpoint with those tensors in place of the FP8 ones, converted, loaded and run."""
     quantized = nvfp4_of(case)
     length = case.ids.shape[1]
-    out = ds.forward(quantized.model, np.concatenate([case.ids, case["nvfp4.decode.gen_ids"][:, :-1]], axis=1))
+    out = ds.forward(
+        quantized.model, np.concatenate([case.ids, case["nvfp4.decode.gen_ids"][:, :-1]], axis=1), seen=True
+    )
     np.testing.assert_array_equal(np.asarray(out.logits)[:, length - 1 :].argmax(-1), case["nvfp4.decode.gen_ids"])
     case.close("nvfp4.logits", out.logits[:, :length], case["nvfp4.logits"], LOGITS)
     for layer, want in case.layers("nvfp4.L{}.idx_topk").items():

@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -213,6 +214,20 @@ def test_the_package_is_lazy_and_complete():
         "assert getattr(dsv32_jax, 'nonsense', None) is None\n"
     )
     run("-c", script)
+
+
+def test_the_version_is_known_without_installed_metadata():
+    """As in a source tree that was copied, not installed."""
+    hidden = (
+        "import importlib.metadata, sys\n"
+        "def missing(name): raise importlib.metadata.PackageNotFoundError(name)\n"
+        "importlib.metadata.version = missing\n"
+        "from dsv32_jax.cli.app import program\n"
+        "sys.argv = ['dsv32', '--version']\n"
+        "program()\n"
+    )
+    stated = re.search(r'__version__ = "(.+)"', (REPOSITORY / "dsv32_jax" / "__init__.py").read_text())
+    assert stated and run("-c", hidden).stdout.strip() == f"dsv32_jax {stated[1]}"
 
 
 def test_presets_are_reachable():

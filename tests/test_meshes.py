@@ -42,10 +42,10 @@ def sharded(checkpoint, request):
 
 def test_forward_and_generate(checkpoint, sharded):
     """Logits within rounding, the same sets, experts and tokens, with drafts too."""
-    out = ds.forward(sharded, checkpoint.ids)
+    out = ds.forward(sharded, checkpoint.ids, seen=True)
     np.testing.assert_allclose(out.logits, checkpoint["logits"], atol=1e-3)
     scale = np.abs(checkpoint["logits"]).max()
-    alone = ds.forward(checkpoint.model, checkpoint.ids)
+    alone = ds.forward(checkpoint.model, checkpoint.ids, seen=True)
     assert np.abs(np.asarray(out.logits) - np.asarray(alone.logits)).max() <= 1e-5 * scale
     for seen, want in zip(out.seen, alone.seen, strict=True):
         assert golden.sets(seen.selected_BTk) == golden.sets(want.selected_BTk)

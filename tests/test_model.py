@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 import dsv32_jax as ds
 from dsv32_jax import layout
 from dsv32_jax.errors import UsageError
-from dsv32_jax.model import attention, experts
+from dsv32_jax.generation import prefill_decode
+from dsv32_jax.model import attention, block, experts
 from dsv32_jax.model.cache import empty, empty_layer
 from dsv32_jax.model.ops import over_tokens, rms_norm
 from dsv32_jax.system.compilation import metered
@@ -53,7 +54,7 @@ def tokens(cfg):
 @pytest.fixture(scope="module")
 def whole(model, tokens):
     """Everything in one forward."""
-    return ds.forward(model, tokens, capacity=ROOMY)
+    return ds.forward(model, tokens, capacity=ROOMY, seen=True)
 
 
 # ---------------------------------------------------------------------------------------------------------- structure
@@ -187,7 +188,7 @@ def test_pieces_are_the_whole(model, tokens, whole, pieces):
     """Whatever the pieces in which tokens come: logits, cache and selections are those of one forward."""
     cache, start, logits, selections = empty(model.cfg, 3, ROOMY, jnp.float32), 0, [], []
     for piece in pieces:
-        out = ds.forward(model, tokens[:, start : start + piece], cache=cache)
+        out = ds.forward(model, tokens[:, start : start + piece], cache=cache, seen=True)
         cache, start = out.cache, start + piece
         logits.append(out.logits)
         selections.append(out.seen[1].selected_BTk)
@@ -200,7 +201,7 @@ def test_pieces_are_the_whole(model, tokens, whole, pieces):
 @pytest.mark.parametrize("capacity", [LENGTH, 2 * ROOMY])
 def test_capacities(model, tokens, whole, capacity):
     """Free slots change nothing."""
-    out = ds.forward(model, tokens, capacity=capacity)
+    out = ds.forward(model, tokens, capacity=capacity, seen=True)
     same(out.logits, whole.logits)
     assert sets(out.seen[1].selected_BTk) == sets(whole.seen[1].selected_BTk)
     assert out.cache.capacity == capacity
@@ -210,7 +211,7 @@ def test_capacities(model, tokens, whole, capacity):
 def test_around_index_topk(model, tokens, whole, beyond):
     """Up to index_topk tokens attention is dense, with one more it is sparse: both as in a longer run."""
     length = model.cfg.index_topk + beyond
-    out = ds.forward(model, tokens[:, :length])
+    out = ds.forward(model, tokens[:, :length], seen=True)
     assert out.cache.capacity == length
     same(out.logits, whole.logits[:, :length])
     same(out.seen[1].x_BTD, whole.seen[1].x_BTD[:, :length])
@@ -245,8 +246,8 @@ def test_a_ragged_row_is_the_row_alone(model, tokens, whole, ragged, row):
     same(ragged.logits[row, :count], alone.logits[0])
     assert ragged.cache.length_B.tolist() == COUNTS.tolist()
     following = np.array([[5], [6], [7]], np.int32)
-    together = ds.forward(model, following, cache=ragged.cache)
-    apart = ds.forward(model, following[row : row + 1], cache=alone.cache)
+    together = ds.forward(model, following, cache=ragged.cache, seen=True)
+    apart = ds.forward(model, following[row : row + 1], cache=alone.cache, seen=True)
     same(together.logits[row], apart.logits[0])
     assert sets(together.seen[1].selected_BTk[row]) == sets(apart.seen[1].selected_BTk[0])
 
@@ -277,10 +278,12 @@ def test_no_token_sees_the_future(model, tokens, whole):
 
 def test_layer_by_layer_is_one_program(model, tokens, whole):
     """The model called from Python runs a compiled program for each kind of layer, and gives the same."""
-    h, cache, seen = model(jnp.asarray(tokens), empty(model.cfg, 3, ROOMY, jnp.float32), jnp.full(3, LENGTH, jnp.int32))
-    same(model.logits(h), whole.logits)
-    same(h, whole.hidden)
-    jax.tree.map(same, cache.layers, whole.cache.layers)
+    arguments = jnp.asarray(tokens), empty(model.cfg, 3, ROOMY, jnp.float32), jnp.full(3, LENGTH, jnp.int32)
+    for h, cache in (model(*arguments), model.observe(*arguments)[:2]):
+        same(model.logits(h), whole.logits)
+        same(h, whole.hidden)
+        jax.tree.map(same, cache.layers, whole.cache.layers)
+    *_, seen = model.observe(*arguments)
     assert sets(seen[1].selected_BTk) == sets(whole.seen[1].selected_BTk)
 
 
@@ -434,7 +437,7 @@ def loss(model, tokens):
     """Mean cross-entropy of the next token."""
     batch, length = tokens.shape
     cache = empty(model.cfg, batch, length, model.dtype)
-    h, _, _ = model(tokens, cache, jnp.full(batch, length, jnp.int32))
+    h, _ = model(tokens, cache, jnp.full(batch, length, jnp.int32))
     logprob = jax.nn.log_softmax(model.logits(h)[:, :-1], axis=-1)
     return -jnp.take_along_axis(logprob, tokens[:, 1:, None], axis=-1).mean()
 
@@ -508,11 +511,11 @@ def test_what_nobody_looks_at_is_not_computed(model):
         return any(cfg.index_n_heads in shape and capacity in shape for shape in shapes)
 
     def step(model, tokens, cache, count):
-        h, cache, _ = model(tokens, cache, count)
+        h, cache = model(tokens, cache, count)
         return model.logits(h), cache
 
     def watched(model, tokens, cache, count):
-        h, cache, seen = model(tokens, cache, count)
+        h, cache, seen = model.observe(tokens, cache, count)
         return model.logits(h), cache, [layer.index_score_BTS for layer in seen]
 
     assert not scoring(_shapes(step, *arguments))
@@ -524,6 +527,39 @@ def test_index_keys_are_written_even_where_nothing_is_scored(model, tokens, whol
     out = ds.forward(model, tokens[:, :19], capacity=19)
     for layer, long in zip(out.cache.layers, whole.cache.layers, strict=True):
         same(layer.k_index_BSJ, long.k_index_BSJ[:, :19])
+
+
+def nbytes(arrays) -> int:
+    return sum(math.prod(array.shape) * array.dtype.itemsize for array in arrays)
+
+
+def test_the_output_of_forward_does_not_grow_with_layers(cfg, tokens):
+    """But for the cache; what layers saw is returned on request only."""
+
+    def output_bytes(layers: int) -> int:
+        deep = models.abstract(dataclasses.replace(cfg, num_hidden_layers=layers))
+        caches = jax.eval_shape(lambda: empty(cfg, 3, LENGTH, jnp.float32))
+        out = jax.eval_shape(lambda deep: ds.forward(deep, tokens), deep)
+        return nbytes(jax.tree.leaves(out)) - nbytes(jax.tree.leaves(caches.layers[0])) * layers
+
+    assert output_bytes(4) == output_bytes(2)
+
+
+def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatch):
+    """From one layer to the next, the memory in use grows by the new cache of that layer."""
+    deep = models.random_model(dataclasses.replace(cfg, num_hidden_layers=6, first_k_dense_replace=0))
+    context = prefill_decode.blank(deep.cfg, deep.dtype, 3, ROOMY, deep.dtype, 0)
+    run, alive = block.run, []
+
+    def measured(*arguments):
+        result = jax.block_until_ready(run(*arguments))
+        alive.append(nbytes(jax.live_arrays()))
+        return result
+
+    monkeypatch.setattr(block, "run", measured)
+    prefill_decode.read(deep, context, tokens, tokens, np.full(3, LENGTH, np.int32))
+    growth = set(np.diff(alive[1:]).tolist())
+    assert growth == {nbytes(jax.tree.leaves(context.cache.layers[0]))}
 
 
 # -------------------------------------------------------------------------------------------------------------- misuse

@@ -89,12 +89,13 @@ def _recorded_read(weights, context, tokens_BT, next_BT, count_B):
 
 
 def _forward(weights, tokens_BT, filled, count_B):
-    return model.forward(weights, tokens_BT, cache=filled, count_B=count_B)
+    arguments = {"cache": filled, "count_B": count_B}
+    return [model.forward(weights, tokens_BT, seen=seen, **arguments) for seen in (False, True)]
 
 
 def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
-    h_BTD, layer_cache, seen = weights.mtp(h_BTD, next_BT, layer_cache, position_BT)
-    return weights.mtp.logits(h_BTD), layer_cache, seen
+    h_BTD, layer_cache = weights.mtp(h_BTD, next_BT, layer_cache, position_BT)
+    return weights.mtp.logits(h_BTD), layer_cache, weights.mtp.observe(h_BTD, next_BT, layer_cache, position_BT)
 
 
 def _run(cfg, folder) -> None:

@@ -45,7 +45,7 @@ def seen(model, drafted):
     """What one forward of prompt and new tokens sees, with as many slots as the run had."""
     record = drafted.record
     tokens = np.where(record["tokens"][:, :-1] < 0, 0, record["tokens"][:, :-1])
-    return ds.forward(model, tokens, count_B=record["length"], capacity=drafted.stats.capacity)
+    return ds.forward(model, tokens, count_B=record["length"], capacity=drafted.stats.capacity, seen=True)
 
 
 def test_it_changes_nothing(model, drafted):
@@ -114,7 +114,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
     cfg = dataclasses.replace(model.cfg, num_attention_heads=1, num_hidden_layers=1, num_nextn_predict_layers=0)
     single = models.random_model(cfg)
     (layer,), tokens = single.layers, models.tokens(cfg, 2, 18)
-    out = ds.forward(single, tokens, capacity=capacity)
+    out = ds.forward(single, tokens, capacity=capacity, seen=True)
     (one,), (cache,) = out.seen, out.cache.layers
     position = jnp.broadcast_to(jnp.arange(18, dtype=jnp.int32), (2, 18))
     weight, spread = tape.attended(layer, one, cache, position)
@@ -167,7 +167,9 @@ def test_batches_and_samples(model):
     }
     assert some.record["prompt"].tolist() == [7, 7, 3, 3]
     padded = np.where(some.record["tokens"][:, :-1] < 0, 0, some.record["tokens"][:, :-1])
-    (routing,) = (one.routing for one in ds.forward(model, padded, capacity=32).seen if one.routing is not None)
+    (routing,) = (
+        one.routing for one in ds.forward(model, padded, capacity=32, seen=True).seen if one.routing is not None
+    )
     for b, length in enumerate(some.record["length"]):
         np.testing.assert_array_equal(some.record["expert"][0, b, :length], routing.expert_BTX[b, :length])
 

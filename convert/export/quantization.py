@@ -4,10 +4,11 @@ They are written for the readers of vLLM, SGLang and TensorRT-LLM: a module is e
 experts of a layer, or a whole layer, are alike, one pattern names them and nothing else.
 """
 
-import importlib.metadata
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from dsv32_jax import __version__
 
 from .targets import Target
 
@@ -32,7 +33,7 @@ def modelopt(targets: Targets) -> tuple[dict[str, Any] | None, dict[str, Any] | 
     excluded = named({name for name, target in targets.items() if target.kind == "dense"}, targets)
     block = min(target.block for target in targets.values() if target.kind == "modelopt-nvfp4")
     quantization = {"quant_algo": "W4A16_NVFP4", "kv_cache_quant_algo": None, "group_size": block}
-    producer = {"name": "modelopt", "version": f"dsv32-jax {importlib.metadata.version('dsv32-jax')}"}
+    producer = {"name": "modelopt", "version": f"dsv32-jax {__version__}"}
     config = {"quant_method": "modelopt", "producer": producer, **quantization, "ignore": excluded}
     return config, {"producer": producer, "quantization": {**quantization, "exclude_modules": excluded}}
 

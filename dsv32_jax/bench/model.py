@@ -135,7 +135,7 @@ def touched(model: Model, tokens: jax.Array) -> float:
     context: the mean over layers and devices."""
     cache = filled(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
     groups = sharding.groups(model.mesh, len(tokens))
-    _, _, seen = model(tokens[:, None], cache, jnp.ones(len(tokens), jnp.int32))
+    _, _, seen = model.observe(tokens[:, None], cache, jnp.ones(len(tokens), jnp.int32))
     chosen = [np.asarray(layer.routing.expert_BTX) for layer in seen if layer.routing is not None]
     counts = [len(np.unique(rows)) for experts in chosen for rows in np.split(experts, groups)]
     return float(np.mean(counts)) / model.cfg.n_routed_experts if counts else 0.0

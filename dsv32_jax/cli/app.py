@@ -8,12 +8,12 @@ import os
 import sys
 from collections.abc import Sequence
 
+from .. import __version__
 from ..bench import command as bench
 from ..errors import FULL, CapacityError, DsvError, StorageError, printable, refusal
 from ..evaluation import command as evaluation
 from ..system import interrupts
 from ..system.argument_parser import Parser
-from ..system.version import __version__
 from . import subcommands
 from .screen import Screen
 

@@ -68,7 +68,7 @@ def outputs(
     a: Block, b: Block, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
 ) -> tuple[jax.Array, dict[str, Squares], Squares | tuple[()]]:
     """The stream after `a`; squares of what attention and feed-forward add to it; those of each expert, [E], if any."""
-    (_, _, seen), (_, _, other) = (block(x_BTD, cache, position_BT) for block in (a, b))
+    (_, _, seen), (_, _, other) = (block.observe(x_BTD, cache, position_BT) for block in (a, b))
     mid_BTD = x_BTD + seen.attention_BTD
     inputs = [rms_norm(mid_BTD, block.ffn_norm_D, a.cfg.rms_norm_eps) for block in (a, b)]
     (f_BTD, routing), (g_BTD, _) = (block.ffn(h_BTD) for block, h_BTD in zip((a, b), inputs, strict=True))

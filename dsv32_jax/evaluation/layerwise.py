@@ -131,7 +131,7 @@ def _part(name: str, a: Any, b: Any, outputs: dict[str, Squares], experts: Squar
 @jax.jit
 def _drafting(mtp: MTP, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
     """The stream that enters the drafting layer's block."""
-    _, _, seen = mtp(h_BTD, next_BT, cache, position_BT)
+    _, _, seen = mtp.observe(h_BTD, next_BT, cache, position_BT)
     return seen.x_BTD
 
 

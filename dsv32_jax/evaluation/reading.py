@@ -94,5 +94,5 @@ def vectors(
 
 @partial(jax.jit, donate_argnames="context")
 def _read_jit(model: Model, context: Context, tokens_BT: jax.Array, count_B: jax.Array) -> tuple[jax.Array, Context]:
-    h_BTD, cache, _ = model(tokens_BT, context.cache, count_B)
+    h_BTD, cache = model(tokens_BT, context.cache, count_B)
     return h_BTD, dataclasses.replace(context, cache=cache)

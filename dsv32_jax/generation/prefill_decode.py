@@ -103,10 +103,10 @@ def read(model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Arra
     Only the drafting layer looks at the next tokens; the slot of a row's last one is written again when it is known.
     """
     position_BT = context.cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    h_BTD, cache, _ = model(tokens_BT, context.cache, count_B)
+    h_BTD, cache = model(tokens_BT, context.cache, count_B)
     drafting, mtp = context.drafting, model.mtp
     if drafting is not None and mtp is not None:
-        _, drafting, _ = mtp(h_BTD, next_BT, drafting, position_BT)
+        _, drafting = mtp(h_BTD, next_BT, drafting, position_BT)
     last_BD = jnp.take_along_axis(h_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
     h_BD = jnp.where((count_B > 0)[:, None], last_BD, context.h_BD)
     return by_rows(model.mesh, Context(cache, h_BD, drafting))
@@ -173,7 +173,7 @@ def begin(
 def step(model: Model, task: Task, state: State) -> State:
     """Process each row's last token and choose the next. A row that is done changes nothing."""
     on_B = ~state.done_B
-    h_B1D, cache, _ = model(state.token_B[:, None], state.cache, on_B.astype(jnp.int32))
+    h_B1D, cache = model(state.token_B[:, None], state.cache, on_B.astype(jnp.int32))
     state = dataclasses.replace(state, cache=cache, step_B=state.step_B + on_B.astype(jnp.int32))
     return chosen(task, state, by_rows(model.mesh, model.logits(h_B1D)[:, 0]), cache.length_B, on_B)
 

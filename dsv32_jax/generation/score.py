@@ -72,7 +72,7 @@ def scored(
     model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array, width: int
 ) -> tuple[Context, jax.Array, jax.Array, jax.Array]:
     """The context with these tokens, the log-probability [B, T] of the token after each, and the `width` likeliest."""
-    h_BTD, filled, _ = model(tokens_BT, context.cache, count_B)
+    h_BTD, filled = model(tokens_BT, context.cache, count_B)
 
     def of(h_BTD, next_BT):
         logprob_BTV = jax.nn.log_softmax(model.logits(h_BTD), axis=-1)

@@ -23,7 +23,7 @@ def step(model: Model, task: Task, state: State) -> State:
     draft_Bk, drafting = _drafts(model, task, state)
     drafts = draft_Bk.shape[1]
     tokens_Bt = jnp.concatenate([state.token_B[:, None], draft_Bk], axis=1)
-    h_BtD, cache, _ = model(tokens_Bt, state.cache, jnp.zeros_like(length_B))
+    h_BtD, cache = model(tokens_Bt, state.cache, jnp.zeros_like(length_B))
     logit_BtV = by_rows(model.mesh, model.logits(h_BtD))
 
     made_B = state.made_B
@@ -47,12 +47,12 @@ def _drafts(model: Model, task: Task, state: State) -> tuple[jax.Array, LayerCac
     fresh, mtp, length_B = state.fresh, model.mtp, state.cache.length_B
     assert fresh is not None and mtp is not None
     slot_Bt = (length_B - fresh.count_B)[:, None] + jnp.arange(fresh.next_Bt.shape[1], dtype=jnp.int32)
-    z_BtD, cache, _ = mtp(fresh.h_BtD, fresh.next_Bt, fresh.cache, slot_Bt)
+    z_BtD, cache = mtp(fresh.h_BtD, fresh.next_Bt, fresh.cache, slot_Bt)
     z_B1D = jnp.take_along_axis(z_BtD, jnp.maximum(fresh.count_B - 1, 0)[:, None, None], axis=1)
     drafts = []
     for k in range(fresh.next_Bt.shape[1] - 1):
         if k:
-            z_B1D, cache, _ = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + k)[:, None])
+            z_B1D, cache = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + k)[:, None])
         logit_BV = weighed(task.knobs, state.tally, by_rows(model.mesh, mtp.logits(z_B1D)[:, 0]))
         drafts.append(choose(task.knobs, logit_BV, length_B + 1 + k))
     return jnp.stack(drafts, axis=1), cache

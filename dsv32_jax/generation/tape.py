@@ -85,16 +85,16 @@ class Recording(Model):
 
     def __call__(
         self, tokens_BT: jax.Array, cache: RecordedCache, count_B: jax.Array
-    ) -> tuple[jax.Array, RecordedCache, tuple[Seen, ...]]:
+    ) -> tuple[jax.Array, RecordedCache]:
         """What the model returns, the cache with its tape."""
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        h_BTD, filled, seen = super().__call__(tokens_BT, cache, count_B)
+        h_BTD, filled, seen = super().observe(tokens_BT, cache, count_B)
         layers = tuple(
             _written(slots, position_BT, _of_layer(self.kinds, layer, one, layer_cache, position_BT))
             for slots, layer, one, layer_cache in zip(cache.tape.layers, self.layers, seen, filled.layers, strict=True)
         )
         head = _written(cache.tape.head, position_BT, _logits(self, h_BTD) if "logits" in self.kinds else {})
-        return h_BTD, RecordedCache(filled.layers, filled.length_B, Tape(layers, head)), seen
+        return h_BTD, RecordedCache(filled.layers, filled.length_B, Tape(layers, head))
 
 
 def recording(model: Model, kinds: tuple[str, ...]) -> Recording:

@@ -39,7 +39,8 @@ def kept_mass(model: Model, tokens: Sequence[Sequence[int]]) -> Mass:
     tokens_BT = np.zeros((len(rows), count_B.max()), np.int32)
     for b, row in enumerate(rows):
         tokens_BT[b, : len(row)] = row
-    out = forward(model, tokens_BT, count_B=count_B)
+    out = forward(model, tokens_BT, count_B=count_B, seen=True)
+    assert out.seen is not None
     shares = [
         np.asarray(_shares(layer, seen, cache))
         for layer, seen, cache in zip(model.layers, out.seen, out.cache.layers, strict=True)

@@ -19,7 +19,7 @@ from .ops import rms_norm
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Seen:
-    """What a layer computed on its way. An outer jit that does not use it never computes it.
+    """Intermediate values of a layer.
 
     x_BTD            the residual stream that enters the layer, float32
     attention_BTD    what attention adds to it
@@ -47,10 +47,15 @@ class Block(nnx.Module):
     ffn_norm_D: jax.Array = nnx.data()
     ffn: MLP | MoE = nnx.data()
 
-    def __call__(
+    def __call__(self, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array) -> tuple[jax.Array, LayerCache]:
+        """Return the residual stream after the layer and the cache with the new tokens."""
+        x_BTD, cache, _ = self.observe(x_BTD, cache, position_BT)
+        return x_BTD, cache
+
+    def observe(
         self, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
     ) -> tuple[jax.Array, LayerCache, Seen]:
-        """The stream after the layer, the cache with the new tokens, and what was seen."""
+        """Return what `__call__` does, and the intermediate values."""
         eps = self.cfg.rms_norm_eps
         h_BTD = rms_norm(x_BTD, self.attn_norm_D, eps).astype(self.dtype)
         a_BTD, cache, (score_BTS, selected_BTk) = attention(self.mla, self.indexer, h_BTD, cache, position_BT)
@@ -60,8 +65,14 @@ class Block(nnx.Module):
 
 
 @jax.jit
-def run(
+def run(block: Block, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array) -> tuple[jax.Array, LayerCache]:
+    """Apply a block: one program for each kind of layer, inlined if the caller is itself compiled."""
+    return block(x_BTD, cache, position_BT)
+
+
+@jax.jit
+def observe(
     block: Block, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
 ) -> tuple[jax.Array, LayerCache, Seen]:
-    """`block(...)`, compiled once for each kind of layer; inlined where the caller is compiled itself."""
-    return block(x_BTD, cache, position_BT)
+    """Apply a block as `run` does, and return its intermediate values too."""
+    return block.observe(x_BTD, cache, position_BT)

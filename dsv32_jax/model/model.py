@@ -16,7 +16,7 @@ from ..parallel import sharding
 from ..quantization.formats import Weight
 from . import block, checks
 from .block import Block, Seen
-from .cache import Cache, empty
+from .cache import Cache, LayerCache, empty
 from .indexer import Indexer
 from .mla import MLA
 from .moe import MLP, MoE
@@ -47,23 +47,34 @@ class Model(nnx.Module):
     mtp: MTP | None = nnx.data()
     mesh: Mesh | None = None
 
-    def __call__(
+    def __call__(self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> tuple[jax.Array, Cache]:
+        """Return the normed hidden vectors [B, T, D] of T new tokens a row, and the cache with these tokens.
+
+        A row's tokens follow those in its cache; the first `count_B` are real, the rest is padding. A padding token
+        writes to a slot beyond the row's length, which is overwritten before any token attends to it.
+        """
+        h_BTD, cache, _ = self._apply(block.run, tokens_BT, cache, count_B)
+        return h_BTD, cache
+
+    def observe(
         self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
     ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
-        """The normed hidden vectors [B, T, D] of T new tokens a row, of which the first `count_B` are real.
+        """Return what `__call__` does, and the intermediate values of every layer."""
+        return self._apply(block.observe, tokens_BT, cache, count_B)
 
-        A row's tokens follow those it has in the cache. Rows are padded on the right: what a padding token writes
-        lies beyond the row's length, where no token looks before another is written there.
-        """
+    def _apply(
+        self, run_block: Callable, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
+    ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         with sharding.on(self.mesh):
             x_BTD = rows_of(tokens_BT, self.embed_VD)
-        caches, seen = [], []
+        caches: list[LayerCache] = []
+        seen: list[Seen] = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             with sharding.on(self.mesh):
-                x_BTD, layer_cache, layer_seen = block.run(layer, x_BTD, layer_cache, position_BT)
+                x_BTD, layer_cache, *layer_seen = run_block(layer, x_BTD, layer_cache, position_BT)
             caches.append(layer_cache)
-            seen.append(layer_seen)
+            seen.extend(layer_seen)
         h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
         return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
 
@@ -77,22 +88,35 @@ class Model(nnx.Module):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """logits [B, T, V] float32; cache with the new tokens; hidden [B, T, D] after the final norm; what layers saw."""
+    """The result of `forward`.
+
+    logits  [B, T, V] float32
+    cache   with the new tokens
+    hidden  [B, T, D] after the final norm
+    seen    the intermediate values of every layer, if requested
+    """
 
     logits: jax.Array
     cache: Cache
     hidden: jax.Array
-    seen: tuple[Seen, ...]
+    seen: tuple[Seen, ...] | None = None
 
 
 def forward(
-    model: Model, tokens_BT, *, cache: Cache | None = None, count_B=None, capacity: int | None = None
+    model: Model,
+    tokens_BT,
+    *,
+    cache: Cache | None = None,
+    count_B=None,
+    capacity: int | None = None,
+    seen: bool = False,
 ) -> Output:
-    """Run T new tokens a row, whole prompts, chunks of them or single tokens, over what `cache` holds.
+    """Run T new tokens a row (a whole prompt, a chunk of one, or a single token) on top of `cache`.
 
-    Row b has `count_B[b]` new tokens (default T), the others are padding. Without a cache one is made with
-    `capacity` slots (default T). Raises UsageError before anything is compiled where tokens are outside the
-    vocabulary or do not fit in the cache.
+    Row b has `count_B[b]` new tokens (default T); the others are padding. If no cache is given, one with `capacity`
+    slots (default T) is allocated. With `seen` the output includes the intermediate values of every layer, which for
+    long prompts are much larger than everything else. Raises UsageError before anything is compiled if tokens are
+    outside the vocabulary or do not fit in the cache.
     """
     cfg = checks.config_of(model)
     tokens_BT, longest = checks.token_matrix(tokens_BT, cfg.vocab_size), cfg.max_position_embeddings
@@ -106,12 +130,19 @@ def forward(
     elif capacity is not None:
         raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
     checks.room(cache, count_B)
-    return _forward(model, tokens_BT, cache, count_B)
+    run = _observe if seen else _forward
+    return run(model, tokens_BT, cache, count_B)
 
 
 @jax.jit
 def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> Output:
-    h_BTD, cache, seen = model(tokens_BT, cache, count_B)
+    h_BTD, cache = model(tokens_BT, cache, count_B)
+    return Output(model.logits(h_BTD), cache, h_BTD)
+
+
+@jax.jit
+def _observe(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> Output:
+    h_BTD, cache, seen = model.observe(tokens_BT, cache, count_B)
     return Output(model.logits(h_BTD), cache, h_BTD, seen)
 
 

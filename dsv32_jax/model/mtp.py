@@ -1,6 +1,7 @@
 """Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more layer that drafts the token after next."""
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,18 +39,33 @@ class MTP(nnx.Module):
 
     def __call__(
         self, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
-    ) -> tuple[jax.Array, LayerCache, Seen]:
-        """The hidden vectors of slots `position_BT`: `h_BTD` after the model's final norm, `next_BT` the next tokens.
+    ) -> tuple[jax.Array, LayerCache]:
+        """Return the normed hidden vectors [B, T, D] of slots `position_BT`, and the cache with these slots.
 
-        The checkpoint's eh_proj multiplies [embedding; hidden] (the paper writes the reverse); w_e and w_h are its
-        halves. The result is normed: `logits` of it predict, and it can stand for h in another step.
+        `h_BTD` are the model's hidden vectors after its final norm, `next_BT` the tokens that follow them. The result
+        predicts the token after `next_BT` through `logits`, and can stand for h in another step.
         """
+        z_BTD, cache, _ = self._apply(block.run, h_BTD, next_BT, cache, position_BT)
+        return z_BTD, cache
+
+    def observe(
+        self, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
+    ) -> tuple[jax.Array, LayerCache, Seen]:
+        """Return what `__call__` does, and the intermediate values of the block."""
+        z_BTD, cache, (seen,) = self._apply(block.observe, h_BTD, next_BT, cache, position_BT)
+        return z_BTD, cache, seen
+
+    def _apply(
+        self, run_block: Callable, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
+    ) -> tuple[jax.Array, LayerCache, list[Seen]]:
+        """The checkpoint's eh_proj multiplies [embedding; hidden], the reverse of the paper; w_e and w_h are its
+        halves."""
         eps = self.cfg.rms_norm_eps
         normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
         with sharding.on(self.mesh):
             e_BTD = rms_norm(rows_of(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
             u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
-            z_BTD, cache, seen = block.run(self.block, u_BTA, cache, position_BT)
+            z_BTD, cache, *seen = run_block(self.block, u_BTA, cache, position_BT)
         return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen
 
     @jax.named_scope("head")

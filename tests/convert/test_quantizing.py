@@ -91,7 +91,7 @@ def test_the_converted_checkpoint_computes_as_the_reference(case, tmp_path):
     assert manifest.report["conversions"] == {"fp8 -> nvfp4": 44}
     model = ds.load(tmp_path / "out", dtype=jnp.float32)
     length = case.ids.shape[1]
-    out = ds.forward(model, np.concatenate([case.ids, case["nvfp4.decode.gen_ids"][:, :-1]], axis=1))
+    out = ds.forward(model, np.concatenate([case.ids, case["nvfp4.decode.gen_ids"][:, :-1]], axis=1), seen=True)
     case.close("nvfp4.logits, quantized here", out.logits[:, :length], case["nvfp4.logits"], 1e-3)
     np.testing.assert_array_equal(np.asarray(out.logits)[:, length - 1 :].argmax(-1), case["nvfp4.decode.gen_ids"])
     for layer, want in case.layers("nvfp4.L{}.idx_topk").items():

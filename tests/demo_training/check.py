@@ -22,7 +22,7 @@ def main() -> None:
         ours = jax.jit(run, static_argnums=2)(model, tokens_BT, phase)
         out = ds.forward(model, np.asarray(tokens_BT[:, :-1]))
         positions = jnp.arange(length)[None] + jnp.zeros((2, 1), jnp.int32)
-        draft, _, _ = model.mtp(out.hidden, tokens_BT[:, 1:], empty_layer(cfg, 2, length, model.dtype), positions)
+        draft, _ = model.mtp(out.hidden, tokens_BT[:, 1:], empty_layer(cfg, 2, length, model.dtype), positions)
         same(f"logits of {length} tokens, {phase}", ours.logits_BTV, out.logits)
         same("MTP's", ours.draft_BTV, model.mtp.logits(draft))
     h_BTD = jax.random.normal(jax.random.key(2), (2, 30, cfg.hidden_size))

@@ -80,7 +80,7 @@ def look_inside(model: Model, stretches: np.ndarray) -> None:
     for tokens_BT in stretches:
         out = ds.forward(model, tokens_BT)
         cache = empty_layer(model.cfg, 1, LENGTH, model.dtype)
-        z_BTD, _, _ = model.mtp(out.hidden[:, :-1], jnp.asarray(tokens_BT[:, 1:]), cache, positions)
+        z_BTD, _ = model.mtp(out.hidden[:, :-1], jnp.asarray(tokens_BT[:, 1:]), cache, positions)
         draft_BTV = model.mtp.logits(z_BTD)
         agreed.append((draft_BTV.argmax(-1) == out.logits[:, 1:].argmax(-1)).mean())
         logprob_BTV = jax.nn.log_softmax(draft_BTV[:, :-1])

@@ -352,9 +352,9 @@ def test_a_long_cache_is_scored_in_parts(tiny, monkeypatch):
     """Slots scored eight at a time, the last part overlapping, as far as the queries see: forward as in one piece."""
     cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
     model, tokens = models.random_model(cfg), models.tokens(cfg, 3, 21)
-    whole = ds.forward(model, tokens, capacity=29)
+    whole = ds.forward(model, tokens, capacity=29, seen=True)
     monkeypatch.setattr(indexer, "KEYS", 8)
-    parts = ds.forward(model, tokens[:2], capacity=29)
+    parts = ds.forward(model, tokens[:2], capacity=29, seen=True)
     np.testing.assert_allclose(parts.logits, whole.logits[:2], atol=1e-4)
     np.testing.assert_array_equal(parts.seen[0].selected_BTk, whole.seen[0].selected_BTk[:2])
     np.testing.assert_allclose(parts.seen[0].index_score_BTS, whole.seen[0].index_score_BTS[:2], atol=1e-4)
