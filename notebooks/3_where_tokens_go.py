@@ -13,7 +13,7 @@
 #
 # Which experts the router sends tokens to: how even the load is, what the groups do, and which experts specialize in
 # which kinds of token. Runs on the small model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face
-# layout to use other weights. The run is recorded once; everything after that reads the record's file and needs no
+# layout to use other weights. The run is traced once; everything after that reads the trace's file and needs no
 # model.
 
 # %%
@@ -36,15 +36,16 @@ tokenizer = ds.chat.Tokenizer.load(scratch / "converted", model.cfg)
 text = (DEMO / "heldout.txt").read_text(encoding="utf-8")
 ids = tokenizer.encode(text)
 rows = [ids[start : start + 500] for start in range(0, 4000, 500)]
-gen = ds.generate(model, rows, max_new_tokens=12, record={"routing"})
-gen.record.save(scratch / "run.safetensors")
+answers = ds.generate(model, rows, max_new_tokens=12).tokens
+conversations = [prompt + answer for prompt, answer in zip(rows, answers, strict=True)]
+inspect.trace(model, conversations, {"routing"}).save(scratch / "run.safetensors")
 
 # %% [markdown]
 # On another machine, without the model:
 
 # %%
-record = inspect.Record.load(scratch / "run.safetensors")
-record
+trace = inspect.Trace.load(scratch / "run.safetensors")
+trace
 
 # %% [markdown]
 # ## Load
@@ -53,14 +54,14 @@ record
 # against the load, takes part in the choice to keep it there. Bright squares are experts that get more than that.
 
 # %%
-inspect.plots.load(record)
+inspect.plots.load(trace)
 
 # %%
-counts = inspect.plots.expert_counts(record)
+counts = inspect.plots.expert_counts(trace)
 share = counts / counts.sum(axis=1, keepdims=True)
 even = np.exp(-(share * np.log(share)).sum(axis=1))
 for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
-    name = record.config.first_k_dense_replace + i
+    name = trace.config.first_k_dense_replace + i
     print(
         f"layer {name}: as if {layer:.1f} of {counts.shape[1]} experts were in even use; the busiest gets {busiest:.0%}"
     )
@@ -74,10 +75,10 @@ for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
 # say, the last a tenth.
 
 # %%
-cfg = record.config
+cfg = trace.config
 size = cfg.n_routed_experts // cfg.n_group
-real = np.arange(record["expert"].shape[2]) < record["length"][:, None]
-expert, gate = record["expert"][:, real], record["gate"][:, real]
+real = np.arange(trace["expert"].shape[2]) < trace["length"][:, None]
+expert, gate = trace["expert"][:, real], trace["gate"][:, real]
 groups = np.array([[len(set(token)) for token in layer] for layer in expert // size])
 for i, layer in enumerate(groups):
     use = ", ".join(f"{np.mean(layer == n):.0%} use {n}" for n in range(1, cfg.topk_group + 1))
@@ -112,14 +113,14 @@ def kind(text: str) -> str:
 
 
 members = {name: np.zeros(real.shape, bool) for name in ("space, indent", "keyword", "name, word", "punctuation")}
-for row, tokens in enumerate(record["tokens"]):
-    for i, token in enumerate(tokens[: record["length"][row]]):
+for row, tokens in enumerate(trace["tokens"]):
+    for i, token in enumerate(tokens[: trace["length"][row]]):
         if (name := kind(tokenizer.decode([token]))) in members:
             members[name][row, i] = True
 {name: int(chosen.sum()) for name, chosen in members.items()}
 
 # %%
-inspect.plots.kinds(record, cfg.num_hidden_layers - 1, members)
+inspect.plots.kinds(trace, cfg.num_hidden_layers - 1, members)
 
 # %% [markdown]
 # How far each kind's use of the experts is from that of all tokens, layer by layer: half the sum of the differences, so
@@ -128,6 +129,6 @@ inspect.plots.kinds(record, cfg.num_hidden_layers - 1, members)
 
 # %%
 total = share[:, None]
-kinds = np.stack([inspect.plots.expert_counts(record, chosen) for chosen in members.values()], axis=1)
+kinds = np.stack([inspect.plots.expert_counts(trace, chosen) for chosen in members.values()], axis=1)
 distance = np.abs(kinds / kinds.sum(axis=-1, keepdims=True) - total).sum(axis=-1) / 2
 inspect.plots.heat(distance.T, "layer", "kind of token", "distance from all tokens", list(members), names)

@@ -35,8 +35,9 @@ tokenizer = ds.chat.Tokenizer.load(target, model.cfg)
 ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8"))
 topk = model.cfg.index_topk
 prompt = ids[200 : 200 + 3 * topk]
-record = ds.generate(model, [prompt], max_new_tokens=20, record={"indexer", "attention"}).record
-record
+answer = ds.generate(model, [prompt], max_new_tokens=20).tokens[0]
+trace = inspect.trace(model, [prompt + answer], {"indexer", "attention"})
+trace
 
 # %% [markdown]
 # ## What is selected
@@ -46,17 +47,17 @@ record
 # and the vertical lines: positions that many later tokens come back to.
 
 # %%
-inspect.plots.selection(record, LAYER)
+inspect.plots.selection(trace, LAYER)
 
 # %% [markdown]
 # The positions that the last hundred tokens select most often, apart from the last 64, and their surroundings:
 
 # %%
-length = int(record["length"][0])
-chosen = record["selected"][LAYER, 0, length - 100 : length]
+length = int(trace["length"][0])
+chosen = trace["selected"][LAYER, 0, length - 100 : length]
 count = np.bincount(chosen[chosen >= 0], minlength=length)[: length - 100 - 64]
 for position in np.argsort(-count, kind="stable")[:6]:
-    around = [tokenizer.decode([token]) for token in record["tokens"][0, position - 2 : position + 3]]
+    around = [tokenizer.decode([token]) for token in trace["tokens"][0, position - 2 : position + 3]]
     print(f"position {position:3}, selected by {count[position]:3} of 100: {''.join(around)!r}")
 
 # %% [markdown]
@@ -79,12 +80,12 @@ inspect.plots.kept(mass, first=2 * topk)
 inspect.plots.kept_by_position(mass)
 
 # %% [markdown]
-# The recorder's own measure needs no dense attention: the spread (entropy) of the weights among what was selected. Its
+# The trace's own measure needs no dense attention: the spread (entropy) of the weights among what was selected. Its
 # exponential is the number of positions that a head effectively looks at (here the mean of 16 tokens). See how layers 2
 # to 4 look at ten to twenty: they lose little. Layer 0 looks at nearly all that it is given, and would look at more.
 
 # %%
-effective = np.exp(record["spread"][:, 0])
+effective = np.exp(trace["spread"][:, 0])
 smooth = {f"layer {i}": np.convolve(row[:length], np.ones(16) / 16, "valid") for i, row in enumerate(effective)}
 inspect.plots.lines(smooth, "position", "positions in effective use")
 

@@ -190,35 +190,36 @@ def test_generate(case):
 
 
 @having("L0.idx_scores")
-def test_record(case, tmp_path):
-    """What the flight recorder keeps of prompt and continuation, read back from its file: experts and gates, selected
-    positions and their scores, likeliest tokens."""
+def test_trace(case, tmp_path):
+    """A trace of prompt and continuation, read back from its file: experts and gates, selected positions and their
+    scores, most likely tokens."""
     rows, count = case["decode.gen_ids"].shape
-    got = ds.generate(case.model, case.ids.tolist(), max_new_tokens=count, record=("routing", "indexer", "logits"))
-    assert got.tokens == case["decode.gen_ids"].tolist() and got.record is not None
-    got.record.save(tmp_path / "record")
-    record = ds.inspect.Record.load(tmp_path / "record")
+    got = ds.generate(case.model, case.ids.tolist(), max_new_tokens=count)
+    assert got.tokens == case["decode.gen_ids"].tolist()
+    conversations = [[*prompt, *new[:-1]] for prompt, new in zip(case.ids.tolist(), got.tokens, strict=True)]
+    ds.inspect.trace(case.model, conversations, {"routing", "indexer", "logits"}).save(tmp_path / "trace")
+    trace = ds.inspect.Trace.load(tmp_path / "trace")
     read, first = case.ids.shape[1], case.cfg.first_k_dense_replace
-    assert record["length"].tolist() == [read + count - 1] * rows
+    assert trace["length"].tolist() == [read + count - 1] * rows
     for layer, want in case.layers("L{}.gate_ids").items():
-        ids = record["expert"][layer - first, :, :read]
+        ids = trace["expert"][layer - first, :, :read]
         order = np.argsort(ids, axis=-1)
         np.testing.assert_array_equal(np.take_along_axis(ids, order, -1), want)
         if f"L{layer}.gate_weights" in case.tensors:
-            gates = np.take_along_axis(record["gate"][layer - first, :, :read], order, -1)
-            case.close("recorded gates", gates, case[f"L{layer}.gate_weights"], GATES)
+            gates = np.take_along_axis(trace["gate"][layer - first, :, :read], order, -1)
+            case.close("traced gates", gates, case[f"L{layer}.gate_weights"], GATES)
     for layer, want in case.layers("L{}.idx_topk").items():
-        assert sets(record["selected"][layer, :, :read]) == sets(want)
+        assert sets(trace["selected"][layer, :, :read]) == sets(want)
     for layer, want in case.layers("decode.L{}.idx_topk").items():
-        assert sets(record["selected"][layer, :, read:]) == sets(want)
+        assert sets(trace["selected"][layer, :, read:]) == sets(want)
     for layer, scores in case.layers("L{}.idx_scores").items():
-        selected = record["selected"][layer, :, :read]
+        selected = trace["selected"][layer, :, :read]
         want = np.take_along_axis(scores, np.maximum(selected, 0), axis=-1)
-        case.close("recorded scores", *(x[selected >= 0] for x in (record["index_score"][layer, :, :read], want)), 1e-3)
+        case.close("traced scores", *(x[selected >= 0] for x in (trace["index_score"][layer, :, :read], want)), 1e-3)
     logits = np.concatenate([case["logits"], case["decode.logits"][:, 1:]], axis=1)
-    want = np.take_along_axis(np.asarray(jax.nn.log_softmax(jnp.asarray(logits))), record["top_id"], axis=-1)
-    case.close("recorded log-probabilities", record["top_logprob"], want, LOGITS)
-    np.testing.assert_array_equal(record["top_id"][:, read - 1 :, 0], case["decode.gen_ids"])
+    want = np.take_along_axis(np.asarray(jax.nn.log_softmax(jnp.asarray(logits))), trace["top_id"], axis=-1)
+    case.close("traced log-probabilities", trace["top_logprob"], want, LOGITS)
+    np.testing.assert_array_equal(trace["top_id"][:, read - 1 :, 0], case["decode.gen_ids"])
 
 
 # ---------------------------------------------------------------------------------------------------------------- MTP

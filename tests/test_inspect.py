@@ -19,7 +19,7 @@ from dsv32_jax import inspect
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, UsageError, VerificationError
-from dsv32_jax.inspect.record import Record
+from dsv32_jax.inspect.traces import Trace
 from dsv32_jax.inspect.weights import StoredWeight
 from dsv32_jax.layout import COPIES, leaves
 from dsv32_jax.parallel import sharding
@@ -212,19 +212,18 @@ def test_kept_mass(small):
     assert (mass.best[:, 0, later] < 1).all()
 
 
-def record(cfg: Config) -> Record:
-    """A record of two rows, made up."""
+def made_up_trace(cfg: Config) -> Trace:
+    """A trace of two rows with routing and indexer."""
     rng = np.random.default_rng(0)
     arrays = {
-        "tokens": rng.integers(3, 99, (2, 31)).astype(np.int32),
-        "prompt": np.array([20, 10], np.int32),
+        "tokens": rng.integers(3, 99, (2, 30)).astype(np.int32),
         "length": np.array([30, 15], np.int32),
         "expert": rng.integers(0, cfg.n_routed_experts, (1, 2, 30, 2)).astype(np.int32),
         "selected": np.tile(np.arange(30, dtype=np.int32), (2, 2, 30, 1)),
         "index_score": rng.standard_normal((2, 2, 30, 30)).astype(np.float32),
     }
     arrays["expert"][:, 1, 15:] = -1
-    return Record(("routing", "indexer"), arrays, {"config": cfg.to_dict()})
+    return Trace(("routing", "indexer"), arrays, {"config": cfg.to_dict()})
 
 
 def test_without_matplotlib():
@@ -242,7 +241,7 @@ def test_figures(small):
     pytest.importorskip("matplotlib")
     from dsv32_jax.inspect import plots
 
-    made, cfg = record(small), small
+    made, cfg = made_up_trace(small), small
     assert plots.expert_counts(made).sum() == 2 * (30 + 15)
     found = inspect.statistics(stored(np.random.default_rng(0).standard_normal((32, 64), np.float32)))
     shares = np.random.default_rng(0).random((2, 1, 40))
@@ -271,22 +270,22 @@ def test_figures(small):
         assert one.axes[0].get_ylabel()
 
 
-def test_a_record_is_read_without_jax(tmp_path, small):
+def test_a_trace_is_read_without_jax(tmp_path, small):
     """On a machine that only looks: NumPy and safetensors, and the figures of it."""
     import subprocess
     import sys
 
-    record(small).save(tmp_path / "record")
+    made_up_trace(small).save(tmp_path / "trace")
     assert json.loads(json.dumps(small.to_dict()))
     script = (
         "import sys, dsv32_jax as ds\n"
-        f"record = ds.inspect.Record.load({str(tmp_path / 'record')!r})\n"
-        "assert record['expert'].shape == (1, 2, 30, 2) and record.config.n_routed_experts == 12\n"
+        f"trace = ds.inspect.Trace.load({str(tmp_path / 'trace')!r})\n"
+        "assert trace['expert'].shape == (1, 2, 30, 2) and trace.config.n_routed_experts == 12\n"
         "assert 'jax' not in sys.modules\n"
     )
-    made = record(small)
-    Record(made.kinds, {**made.arrays, "gate": made["index_score"][:1, :, :, :2].copy()}, made.about).save(
-        tmp_path / "record"
+    made = made_up_trace(small)
+    Trace(made.kinds, {**made.arrays, "gate": made["index_score"][:1, :, :, :2].copy()}, made.about).save(
+        tmp_path / "trace"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -34,7 +34,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_JAX = (
     "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
-    "checkpoint.random_checkpoint inspect.record cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
+    "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
     "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.blocks inspect.shard_placement bench.measure bench.quantize chat.encoding "
     "chat.parsing chat.tokenizer chat.conversation cli.subcommands cli.screen cli.keyboard cli.answer_parts "

@@ -14,8 +14,10 @@ from dsv32_jax.convert import convert
 import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.evaluation import layer_errors, layerwise
-from dsv32_jax.generation import prefill_decode, sampling_params, score, speculative, tape
+from dsv32_jax.generation import prefill_decode, sampling_params, score, speculative
 from dsv32_jax.generation import request as request_of
+from dsv32_jax.inspect import replay
+from dsv32_jax.inspect.traces import KINDS
 from dsv32_jax.model import cache, checks, indexer, model
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
@@ -23,7 +25,7 @@ from tests.shapes import suffix, suffixed_functions, watched
 MODULES = (
     "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
     "model.attention model.block model.mtp model.model model.checks generation.sampler generation.sampling_params "
-    "generation.prefill_decode generation.speculative generation.tape inspect.mass generation.request "
+    "generation.prefill_decode generation.speculative inspect.replay generation.request "
     "generation.batch generation.score evaluation.reading evaluation.divergence evaluation.layerwise "
     "evaluation.layer_errors"
 ).split()
@@ -78,14 +80,10 @@ def _trace_generation(cfg, weights) -> None:
         begin = functools.partial(prefill_decode.begin, slots=9, width=4, drafts=drafts)
         state = jax.eval_shape(begin, weights, task, context, in_prompt_BV)
         state = jax.eval_shape(functools.partial(prefill_decode.decode, step), weights, task, state, 5)
-        record = jax.eval_shape(functools.partial(tape.recorded_blank, tape.KINDS, *blank.args))
-        jax.eval_shape(_recorded_read, weights, record, tokens_BT, tokens_BT, count_B)
+        observe = functools.partial(replay.observe, tuple(KINDS))
+        jax.eval_shape(observe, weights, context, tokens_BT, tokens_BT, count_B)
         jax.eval_shape(lambda state: prefill_decode.rewound(prefill_decode.resumed(weights, state), 3), state)
         jax.eval_shape(functools.partial(score.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
-
-
-def _recorded_read(weights, context, tokens_BT, next_BT, count_B):
-    return prefill_decode.read(tape.recording(weights, tape.KINDS), context, tokens_BT, next_BT, count_B)
 
 
 def _forward(weights, tokens_BT, filled, count_B):

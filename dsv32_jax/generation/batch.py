@@ -12,7 +12,7 @@ import numpy as np
 
 from ..model.model import Model
 from ..parallel.multihost import any_of, fetch
-from . import memory, prefill_decode, speculative, tape
+from . import memory, prefill_decode, speculative
 from .diagnosis import not_finite
 from .memory import rows_bucket
 from .prefill_decode import Context, State
@@ -155,10 +155,10 @@ class Batch:
 
     @property
     def bytes(self) -> int:
-        """Bytes of the caches (and tapes) of all rows, filled up to a power of two."""
+        """Bytes of the caches of all rows, filled up to a power of two."""
         request = self._request
         each = memory.row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
-        return (each + tape.row_bytes(self._model.cfg, request.capacity, request.record)) * rows_bucket(len(self.rows))
+        return each * rows_bucket(len(self.rows))
 
     @property
     def done(self) -> bool:

@@ -1,14 +1,14 @@
 """Generation: prompts in, tokens out, all at once or one by one."""
 
 import contextlib
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from typing import Unpack
 
 from ..errors import UsageError
 from ..model.model import Model
 from ..parallel.multihost import asking
 from ..system.interrupts import interruptible
-from . import recording, tape
+from .batch import LAYERWISE, WHOLE
 from .options import Options
 from .result import Generation
 from .run import Run, Stream
@@ -21,20 +21,17 @@ def generate(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    record: Collection[str] = (),
     **options: Unpack[Options],
 ) -> Generation:
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
 
     `sampling` is one for all prompts or a list with one each; `options.Options` lists and explains the options.
-    `record` names what to keep of what layers see, any of "routing", "indexer", "attention" and "logits", for prompts
-    and new tokens alike: `inspect.Record` explains it. The first Ctrl-C returns what was made so far. Raises UsageError
-    before anything is compiled where the request makes no sense, CapacityError where its cache or record does not fit
-    in memory, FloatingPointError where the model's logits are not numbers. `generate.layerwise` does the same without
-    compiling the whole model.
+    The first Ctrl-C returns what was made so far. Raises UsageError before anything is compiled where the request makes
+    no sense, CapacityError where its cache does not fit in memory, FloatingPointError where the model's logits are not
+    numbers. `generate.layerwise` does the same without compiling the whole model. `inspect.trace` shows afterwards what
+    the layers computed.
     """
-    kinds = tape.checked(record)
-    return _generate(Run(recording.whole(kinds), model, prompts, sampling, kinds=kinds, **options))
+    return _generate(Run(WHOLE, model, prompts, sampling, **options))
 
 
 def _layerwise(
@@ -42,12 +39,10 @@ def _layerwise(
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    record: Collection[str] = (),
     **options: Unpack[Options],
 ) -> Generation:
     """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
-    kinds = tape.checked(record)
-    return _generate(Run(recording.layerwise(kinds), model, prompts, sampling, kinds=kinds, **options))
+    return _generate(Run(LAYERWISE, model, prompts, sampling, **options))
 
 
 generate.layerwise = _layerwise
@@ -69,13 +64,11 @@ def stream(
     prompt: Sequence[int],
     *,
     sampling: Sampling | None = None,
-    record: Collection[str] = (),
     **options: Unpack[Options],
 ) -> Stream:
     """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
-    `generate` gives, with the record. The request is checked at once. Under `async for` each step runs in a thread."""
-    kinds = tape.checked(record)
-    run = Run(recording.whole(kinds), model, [prompt], sampling, kinds=kinds, **options)
+    `generate` gives. The request is checked at once. Under `async for` each step runs in a thread."""
+    run = Run(WHOLE, model, [prompt], sampling, **options)
     if run.request.n != 1:
         raise UsageError(f"a stream has one row, not n={run.request.n}; use generate")
     return Stream(run, _one_by_one(run))

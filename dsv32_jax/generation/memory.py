@@ -54,22 +54,20 @@ def rows_at_once(
     dtype: np.dtype,
     drafts: int,
     mesh: Mesh | None = None,
-    kept: int = 0,
+    extra: int = 0,
 ) -> int:
-    """How many of `rows` fit in memory together, `kept` bytes of each beside its cache being a record; CapacityError
-    where not even `each` of them do."""
+    """How many of `rows` fit in memory together, each with `extra` bytes beside its cache; CapacityError where not
+    even `each` of them do."""
     split, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
-    one = row_bytes(cfg, capacity, dtype, drafts) + kept
+    one = row_bytes(cfg, capacity, dtype, drafts) + extra
     free = multihost.least(mesh, available(devices))
     batches = [1 << power for power in range((each - 1).bit_length(), (rows - 1).bit_length() + 1)]
     fitting = [batch for batch in batches if rows_of_a_device(batch, split) * one <= free * SHARE]
     if not fitting:
-        what = "cache and the record" if kept else "cache"
-        less = ", a smaller record" if kept else ""
-        smaller = less if dtype.itemsize == 1 else f'{less}, or cache_dtype="fp8"'
+        smaller = "" if dtype.itemsize == 1 else ', or cache_dtype="fp8"'
         where = "" if devices == 1 else f" on each of {devices} devices"
         raise CapacityError(
-            f"the {what} of {each} rows of {capacity} tokens takes {each * one / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
+            f"the cache of {each} rows of {capacity} tokens takes {each * one / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
             f"are free{where}; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
         )
     return min(rows, max(fitting))

@@ -123,12 +123,12 @@ def rewound(context: Context, count: int) -> Context:
     return dataclasses.replace(context, cache=dataclasses.replace(context.cache, length_B=length_B))
 
 
-def resized(cfg: Config, context: Context, capacity: int) -> Context:
+def resized(context: Context, capacity: int) -> Context:
     """The context with room for `capacity` tokens a row; those beyond are forgotten."""
     if capacity == context.cache.capacity:
         return context
     drafting = None if context.drafting is None else context.drafting.resized(capacity)
-    return Context(context.cache.resized(cfg, capacity), context.h_BD, drafting)
+    return Context(context.cache.resized(capacity), context.h_BD, drafting)
 
 
 def resumed(model: Model, state: State) -> Context:

@@ -11,7 +11,7 @@ from ..errors import UsageError
 from ..model import cache, checks
 from ..model.model import Model
 from ..system.compilation import prepare
-from . import memory, tape
+from . import memory
 from .prefill_decode import Task
 from .sampling_params import Sampling, bias, knobs, of_rows, token_ids
 
@@ -38,7 +38,6 @@ class Request:
     top_logprobs: int
     draft: int
     batch_size: int
-    record: tuple[str, ...] = ()
 
     @property
     def groups(self) -> list[list[int]]:
@@ -62,9 +61,8 @@ def plan(
     cache_dtype: Any = None,
     capacity: int | None = None,
     batch_size: int | None = None,
-    kinds: tuple[str, ...] = (),
 ) -> Request:
-    """Check a request and choose its shapes; nothing is compiled here. `kinds`: what is recorded, of tape.KINDS."""
+    """Check a request and choose its shapes; nothing is compiled here."""
     prepare()
     cfg = checks.config_of(model)
     rows = checks.prompts(prompts, cfg.vocab_size)
@@ -84,8 +82,6 @@ def plan(
         _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
     if batch_size is not None:
         batch_size = checks.whole("batch_size", batch_size, n, 1 << 20)
-    tape.require_room(cfg, len(rows) * n, max(map(len, rows)) + limit, kinds)
-    kept = tape.row_bytes(cfg, capacity, kinds)
     return Request(
         rows,
         samplings,
@@ -97,8 +93,7 @@ def plan(
         n,
         top_logprobs,
         draft,
-        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh, kept),
-        kinds,
+        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
     )
 
 

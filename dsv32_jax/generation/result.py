@@ -2,8 +2,6 @@
 
 import dataclasses
 
-from ..inspect.record import Record
-
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
@@ -51,7 +49,7 @@ class Generation:
     temperature and truncation; `top_logprobs` the likeliest tokens at each place, as many as were asked for.
     `finish_reason` is "stop" for an end token or stop string, "length" where max_new_tokens was reached, "interrupted"
     where Ctrl-C came first or a stream was left. `text` is None without a tokenizer; it leaves out end token and stop
-    string. `record` is what layers saw, where that was asked for.
+    string.
     """
 
     tokens: list[list[int]]
@@ -60,4 +58,3 @@ class Generation:
     stats: Stats
     text: list[str] | None = None
     top_logprobs: list[list[tuple[tuple[int, float], ...]]] | None = None
-    record: Record | None = None

@@ -16,7 +16,6 @@ from . import memory
 from .batch import Batch, Programs
 from .options import require_known
 from .prefill_decode import Context
-from .recording import Rows
 from .request import plan
 from .result import Generation, Stats
 from .transcript import Token, Transcript
@@ -32,21 +31,19 @@ class Run:
         prompts,
         sampling,
         *,
-        kinds: tuple[str, ...] = (),
         tokenizer=None,
         stop=(),
         progress=None,
         **options,
     ):
         require_known(options)
-        self.request = plan(model, prompts, sampling, kinds=kinds, **options)
+        self.request = plan(model, prompts, sampling, **options)
         multihost.require_same(model.mesh, (self.request, stop))
         self._programs, self._model, self._tokenizer = programs, model, tokenizer
         self._transcripts = [
             Transcript(self.request.ends, self.request.limit, tokenizer, stop) for _ in self.request.samplings
         ]
         self._progress = progress
-        self._saw = Rows(self.request.record, model, self.request.prompts, len(self.request.samplings))
         self._read = self._steps = self._accepted = self._compiles = 0
         self._seconds: dict[str, float] = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
 
@@ -69,7 +66,7 @@ class Run:
         known: int = 0,
     ) -> Generator[tuple[int, Token], None, None]:
         """Continue a batch to its end, telling (row, token) every `steps` steps, or every half second. Where it
-        is closed before, what was seen until then is kept."""
+        is closed before, the tokens made until then count."""
         with self._timed("prefill", batch):
             batch.read(self._told, asked_to_stop, context, known)
         if batch.held is None:
@@ -82,7 +79,6 @@ class Run:
                 yield from batch.news()
         self._steps += batch.steps
         self._accepted += batch.accepted
-        self._saw.take(batch)
 
     def result(self) -> Generation:
         """What was generated; rows that have not ended were interrupted."""
@@ -102,15 +98,13 @@ class Run:
             drafts=self.request.draft,
             accepted=self._accepted,
         )
-        tokens = [one.tokens for one in self._transcripts]
         return Generation(
-            tokens,
+            [one.tokens for one in self._transcripts],
             [one.logprobs for one in self._transcripts],
             [str(one.finish_reason) for one in self._transcripts],
             stats,
             None if self._tokenizer is None else [str(one.text) for one in self._transcripts],
             [one.top for one in self._transcripts] if self.request.top_logprobs else None,
-            self._saw.record(tokens),
         )
 
     def _told(self, count: int) -> None:
@@ -158,7 +152,7 @@ class Stream(Iterator[Token]):
         self._tokens.close()
 
     def result(self) -> Generation:
-        """What `generate` gives: all tokens so far, times, the record. A stream that has not ended is closed, its row
+        """What `generate` gives: all tokens so far and times. A stream that has not ended is closed, its row
         "interrupted"."""
         self.close()
         return self._run.result()

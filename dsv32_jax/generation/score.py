@@ -1,8 +1,9 @@
 """Log-probabilities of given tokens: what perplexity and the comparison of models are made of."""
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -38,39 +39,65 @@ def score(
     batch_size: int | None = None,
 ) -> Score:
     """Score rows of token ids, of any lengths, chunk by chunk: the logits of all positions are never there at once."""
-    prepare()
     cfg = checks.config_of(model)
     rows = checks.prompts(tokens, cfg.vocab_size)
     top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    found = Score([[] for _ in rows], [[] for _ in rows])
+    step = partial(_scored_jit, width=top_logprobs)
+    for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):
+        logprob_BT, id_BTw, top_BTw = chunk.values
+        for b, (i, count) in enumerate(zip(chunk.rows, chunk.counts, strict=True)):
+            known = min(count, len(rows[i]) - 1 - len(found.logprobs[i]))
+            found.logprobs[i].extend(logprob_BT[b, :known].tolist())
+            pairs = zip(id_BTw[b, :known].tolist(), top_BTw[b, :known].tolist(), strict=True)
+            found.top_logprobs[i].extend(list(zip(*pair, strict=True)) for pair in pairs)
+    return found
+
+
+class Chunk(NamedTuple):
+    """The values of a chunk of some of the rows: `counts[b]` tokens of row `rows[b]`, from position `start`."""
+
+    rows: list[int]
+    start: int
+    counts: list[int]
+    values: Any
+
+
+def prefill_chunks(
+    model: Model,
+    rows: Sequence[Sequence[int]],
+    step: Callable,
+    *,
+    cache_dtype: Any = None,
+    batch_size: int | None = None,
+    extra: int = 0,
+) -> Iterator[Chunk]:
+    """Prefill checked rows of token ids in chunks and yield the values that `step` computes from each.
+
+    `step(model, context, tokens_BT, next_BT, count_B)` returns the context with the chunk and a pytree of [B, T, ...]
+    arrays, which takes `extra` bytes a row. Raises UsageError, or CapacityError if not even one row fits in memory.
+    """
+    prepare()
+    cfg = model.cfg
     if batch_size is not None:
         batch_size = checks.whole("batch_size", batch_size, 1, 1 << 20)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     capacity = bucket(checks.length(max(map(len, rows)), cfg.max_position_embeddings))
-    each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh)
-    found = Score([[] for _ in rows], [[] for _ in rows])
+    each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    for start in range(0, len(order), each):
-        _score(model, rows, order[start : start + each], capacity, stored, top_logprobs, found)
-    return found
-
-
-def _score(model: Model, rows, group: list[int], capacity: int, stored, width: int, found: Score) -> None:
-    """Append what is found of the rows in `group`."""
-    batch = memory.rows_bucket(len(group))
-    context = placed(model, blank(model.cfg, model.dtype, batch, capacity, stored, 0))
-    for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
-        context, *parts = _scored_jit(model, context, tokens_BT, next_BT, count_B, width=width)
-        logprob_BT, id_BTw, top_BTw = (fetch(part) for part in parts)
-        for b, i in enumerate(group):
-            known = min(int(count_B[b]), len(rows[i]) - 1 - len(found.logprobs[i]))
-            found.logprobs[i].extend(logprob_BT[b, :known].tolist())
-            pairs = zip(id_BTw[b, :known].tolist(), top_BTw[b, :known].tolist(), strict=True)
-            found.top_logprobs[i].extend(list(zip(*pair, strict=True)) for pair in pairs)
+    for first in range(0, len(order), each):
+        group, start = order[first : first + each], 0
+        batch = memory.rows_bucket(len(group))
+        context = placed(model, blank(cfg, model.dtype, batch, capacity, stored, 0))
+        for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
+            context, values = step(model, context, tokens_BT, next_BT, count_B)
+            yield Chunk(group, start, count_B[: len(group)].tolist(), jax.tree.map(fetch, values))
+            start += tokens_BT.shape[1]
 
 
 def scored(
     model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array, width: int
-) -> tuple[Context, jax.Array, jax.Array, jax.Array]:
+) -> tuple[Context, tuple[jax.Array, jax.Array, jax.Array]]:
     """The context with these tokens, the log-probability [B, T] of the token after each, and the `width` likeliest."""
     h_BTD, filled = model(tokens_BT, context.cache, count_B)
 
@@ -80,8 +107,7 @@ def scored(
         return jnp.take_along_axis(logprob_BTV, next_BT[..., None], axis=-1)[..., 0], id_BTw, top_BTw
 
     at_once = max(1, LARGEST_TEMPORARY // (len(count_B) * model.cfg.vocab_size))
-    logprob_BT, id_BTw, top_BTw = over_tokens(of, (h_BTD, next_BT), at_once)
-    return dataclasses.replace(context, cache=filled), logprob_BT, id_BTw, top_BTw
+    return dataclasses.replace(context, cache=filled), over_tokens(of, (h_BTD, next_BT), at_once)
 
 
 _scored_jit = jax.jit(scored, static_argnames="width", donate_argnames="context")

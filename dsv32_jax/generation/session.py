@@ -6,7 +6,7 @@ Latents and index keys lie in one cache and move together; the drafting layer's 
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any, Self, Unpack
 
@@ -21,17 +21,17 @@ from ..model.model import Model
 from ..parallel.multihost import fetch
 from ..system.interrupts import interruptible
 from ..system.paths import file_of
-from . import memory, recording, session_file, tape
-from .batch import Batch
+from . import memory, session_file
+from .batch import WHOLE, Batch
 from .options import Options
-from .prefill_decode import Context, resized, resumed, rewound
+from .prefill_decode import Context, blank, resized, resumed, rewound
 from .request import MOST_DRAFTS, bucket
 from .result import Generation
 from .run import Run, Stream
 from .sampling_params import Sampling
 from .transcript import Token
 
-OWN = ("capacity", "cache_dtype", "draft", "record")
+OWN = ("capacity", "cache_dtype", "draft")
 """Options that a session has for all its turns."""
 
 
@@ -45,9 +45,9 @@ class Session:
     `tokens`, those that the cache holds, is not read again. Made by `session`.
     """
 
-    def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int, record: tuple[str, ...]):
+    def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int):
         self.model, self.capacity, self.cache_dtype = model, capacity, cache_dtype
-        self.draft, self.record = draft, record
+        self.draft = draft
         self.tokens: list[int] = []
         self._context: Context | None = None
         self._drafted = 0
@@ -56,10 +56,7 @@ class Session:
     def generate(
         self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
     ) -> Generation:
-        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made.
-
-        The record is of the whole conversation, of what earlier turns have read and made too.
-        """
+        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
         run = self._run(tokens, sampling, options)
         with interruptible() as asked_to_stop:
             for _ in self._turn(run, None, asked_to_stop):
@@ -74,7 +71,7 @@ class Session:
     def fork(self) -> Self:
         """Another session that holds the same tokens and goes its own way. Raises UsageError during a turn."""
         self._require_rest()
-        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft, self.record)
+        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft)
         other.tokens, other._drafted = list(self.tokens), self._drafted
         other._context = jax.tree.map(jnp.copy, self._context)
         return other
@@ -88,11 +85,10 @@ class Session:
             "capacity": self.capacity,
             "cache_dtype": self.cache_dtype.name,
             "draft": self.draft,
-            "record": self.record,
             "drafted": self._drafted,
             "tokens": self.tokens,
         }
-        used = None if self._context is None else resized(self.model.cfg, self._context, len(self.tokens))
+        used = None if self._context is None else resized(self._context, len(self.tokens))
         session_file.write(file, self.model, settings, used)
 
     def _require_rest(self) -> None:
@@ -105,7 +101,7 @@ class Session:
         if options.get("n", 1) != 1:
             raise UsageError(f"a session has one row, not n={options.get('n')}; fork it")
         own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
-        run = Run(recording.whole(self.record), self.model, [tokens], sampling, kinds=self.record, **options, **own)
+        run = Run(WHOLE, self.model, [tokens], sampling, **options, **own)
         if self._context is not None:
             run.request = dataclasses.replace(
                 run.request, capacity=max(run.request.capacity, self._context.cache.capacity)
@@ -126,7 +122,7 @@ class Session:
             (prompt,) = run.request.prompts
             known, context = self._known(prompt), self._context
             if context is not None:
-                context = rewound(resized(self.model.cfg, context, run.request.capacity), known)
+                context = rewound(resized(context, run.request.capacity), known)
             self.tokens, self._context, self._drafted = [], None, 0
             with contextlib.closing(run.tokens(batch, steps, asked_to_stop, context, known)) as tokens:
                 try:
@@ -163,21 +159,15 @@ def session(
     capacity: int | None = None,
     cache_dtype: Any = None,
     draft: int = 0,
-    record: Collection[str] = (),
 ) -> Session:
-    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two.
-
-    `record` names what is kept of what layers see, as for `generate`: every turn gives the record of all its tokens.
-    """
-    kinds = tape.checked(record)
+    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two."""
     longest = checks.config_of(model).max_position_embeddings
     draft = checks.whole("draft", draft, 0, MOST_DRAFTS)
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
         capacity = checks.whole("capacity", capacity, 1, longest)
-        kept = tape.row_bytes(model.cfg, capacity, kinds)
-        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh, kept)
-    return Session(model, capacity, stored, draft, kinds)
+        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
+    return Session(model, capacity, stored, draft)
 
 
 def load_session(model: Model, file: str | Path) -> Session:
@@ -192,8 +182,7 @@ def load_session(model: Model, file: str | Path) -> Session:
         (tokens,) = checks.prompts([tokens], model.cfg.vocab_size)
         slots = loaded.capacity or bucket(len(tokens))
         checks.whole("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
-        blank = recording.whole(loaded.record).blank
         context = blank(model.cfg, model.dtype, 1, len(tokens), loaded.cache_dtype, loaded.draft)
-        loaded._context = resized(model.cfg, session_file.read_into(file, context), slots)
+        loaded._context = resized(session_file.read_into(file, context), slots)
     loaded.tokens, loaded._drafted = tokens, saved["drafted"]
     return loaded

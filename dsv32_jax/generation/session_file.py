@@ -17,7 +17,7 @@ from ..errors import CheckpointError, StorageError, UsageError, listing
 from ..model.model import Model
 from .prefill_decode import Context
 
-KIND = "dsv32_jax session 3"
+KIND = "dsv32_jax session 4"
 
 
 def identity(model: Model) -> str:
@@ -91,7 +91,7 @@ def _digest(settings: str, arrays: Mapping[str, np.ndarray]) -> str:
 
 
 def _slots(context: Context | None) -> dict[str, Any]:
-    """What has slots [1, S, ...], caches and tapes, by its path."""
+    """The arrays with slots [1, S, ...] by path."""
     found = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(context)}
     return {name: leaf for name, leaf in found.items() if name not in (".cache.length_B", ".h_BD")}
 

@@ -10,10 +10,9 @@ import numpy as np
 
 from ..quantization.quantize import E2M1, E4M3
 from .blocks import Statistics
-from .mass import Mass
 from .picture import Picture, figure
-from .record import Record
 from .shard_placement import Placement
+from .traces import Mass, Trace
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 GREY = "#999999"
@@ -82,33 +81,33 @@ def atlas(errors: np.ndarray, layers: Sequence[int]) -> Picture:
     return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
 
 
-def load(record: Record) -> Picture:
+def load(trace: Trace) -> Picture:
     """How many of the recorded tokens each expert of each layer gets, against an equal share."""
-    counts = expert_counts(record)
+    counts = expert_counts(trace)
     share = counts / counts.sum(axis=1, keepdims=True) * counts.shape[1]
-    first = record.config.first_k_dense_replace
+    first = trace.config.first_k_dense_replace
     return heat(share, "expert", "layer", "load (1 = equal share)", rows=range(first, first + len(share)))
 
 
-def expert_counts(record: Record, chosen: np.ndarray | None = None) -> np.ndarray:
+def expert_counts(trace: Trace, chosen: np.ndarray | None = None) -> np.ndarray:
     """How often each expert is used [moe layers, experts], by all recorded tokens, or those where `chosen`
     [rows, tokens] is true."""
-    expert = record["expert"]
+    expert = trace["expert"]
     chosen = np.ones(expert.shape[1:3], bool) if chosen is None else chosen
     picked = [layer[chosen] for layer in expert]
-    return np.stack([np.bincount(one[one >= 0], minlength=record.config.n_routed_experts) for one in picked])
+    return np.stack([np.bincount(one[one >= 0], minlength=trace.config.n_routed_experts) for one in picked])
 
 
-def kinds(record: Record, layer: int, members: Mapping[str, np.ndarray]) -> Picture:
+def kinds(trace: Trace, layer: int, members: Mapping[str, np.ndarray]) -> Picture:
     """Which experts of a layer the tokens of each kind use: their share of the kind's choices, times the number of
     experts. `members` [rows, tokens] says by kind which tokens belong to it."""
-    index = layer - record.config.first_k_dense_replace
-    counts = np.stack([expert_counts(record, chosen)[index] for chosen in members.values()])
+    index = layer - trace.config.first_k_dense_replace
+    counts = np.stack([expert_counts(trace, chosen)[index] for chosen in members.values()])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
     groups = f"expert of layer {layer}"
     made = heat(share, groups, "kind of token", "use (1 = equal share)", rows=list(members))
-    size = record.config.n_routed_experts // record.config.n_group
-    for border in range(size, record.config.n_routed_experts, size):
+    size = trace.config.n_routed_experts // trace.config.n_group
+    for border in range(size, trace.config.n_routed_experts, size):
         made.axes[0].axvline(border - 0.5, color="white", linewidth=2)
     return made
 
@@ -132,10 +131,10 @@ def kept_by_position(mass: Mass, row: int = 0) -> Picture:
     return heat(100 * mass.kept[:, row], "position", "layer", "attention mass kept (%)")
 
 
-def selection(record: Record, layer: int, row: int = 0, start: int = 0) -> Picture:
+def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture:
     """Which positions each token from `start` on selects, coloured by how high they score among those it sees."""
-    length = int(record["length"][row])
-    selected, score = (record[name][layer, row, start:length] for name in ("selected", "index_score"))
+    length = int(trace["length"][row])
+    selected, score = (trace[name][layer, row, start:length] for name in ("selected", "index_score"))
     picture = np.full((length - start, length), np.nan)
     for i, (positions, scores) in enumerate(zip(selected, score, strict=True)):
         real = positions >= 0

@@ -88,8 +88,8 @@ class Cache:
         """How many tokens a row can hold."""
         return self.layers[0].capacity
 
-    def resized(self, cfg: Config, capacity: int) -> Self:
-        """The first `capacity` slots of each row, with empty ones where there are fewer; `cfg` is the model's."""
+    def resized(self, capacity: int) -> Self:
+        """The first `capacity` slots of each row, with empty ones where there are fewer."""
         return dataclasses.replace(self, layers=tuple(layer.resized(capacity) for layer in self.layers))
 
 

@@ -1,0 +1,211 @@
+"""A trace: what the layers of a model computed for rows of tokens, as arrays and as one file."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Collection, Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..config import Config
+from ..errors import CheckpointError, UsageError, listing, writing_failed
+
+FORMAT = "dsv32_jax trace 1"
+
+TOP = 20
+"""How many of the most likely next tokens are kept."""
+
+KINDS = {
+    "attention": ("selected", "weight", "spread"),
+    "indexer": ("selected", "index_score"),
+    "logits": ("top_id", "top_logprob", "entropy"),
+    "mass": ("mass_selected", "mass_best", "mass_recent"),
+    "routing": ("expert", "gate"),
+}
+"""The arrays of each kind."""
+
+AXES = {
+    "tokens": "rt",
+    "length": "r",
+    "expert": "mrtX",
+    "gate": "mrtX",
+    "selected": "lrtk",
+    "index_score": "lrtk",
+    "weight": "lrtk",
+    "spread": "lrt",
+    "mass_selected": "lrt",
+    "mass_best": "lrt",
+    "mass_recent": "lrt",
+    "top_id": "rtn",
+    "top_logprob": "rtn",
+    "entropy": "rt",
+}
+"""The axes of each array: rows, tokens, layers, MoE layers, X experts a token, k selected positions, n next tokens."""
+
+IDS = ("tokens", "length", "expert", "selected", "top_id")
+"""Arrays of int32; the others are float32."""
+
+PADDING = {**dict.fromkeys(IDS, -1), "index_score": -np.inf}
+"""The value beyond the end of a row; NaN for other arrays."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trace(Mapping[str, np.ndarray]):
+    """What every layer computed for the tokens of each row, made by `inspect.trace`; `trace[name]` is an array:
+
+    tokens         [rows, tokens]                  token ids
+    length         [rows]                          the number of tokens in each row
+    expert         [MoE layers, rows, tokens, X]   routing: the experts of each token, in no particular order
+    gate           as expert                       routing: their gates, which sum to routed_scaling_factor
+    selected       [layers, rows, tokens, k]       indexer, attention: the positions attended to, -1 for none
+    index_score    as selected                     indexer: their index scores, -inf for none
+    weight         as selected                     attention: their attention weights, mean over heads; they sum to 1
+    spread         [layers, rows, tokens]          attention: entropy of the weights in nats, mean over heads
+    mass_selected  as spread                       mass: the share of dense attention's weight on selected positions,
+    mass_best      as spread                           on the best choice of as many positions,
+    mass_recent    as spread                           and on as many of the most recent positions; means over heads
+    top_id         [rows, tokens, n]               logits: the most likely next tokens
+    top_logprob    as top_id                       logits: their log-probabilities
+    entropy        [rows, tokens]                  logits: entropy of the prediction in nats
+
+    Entry i along tokens belongs to the token at position i. Beyond the end of a row ids are -1, index scores -inf and
+    all else is NaN. `about` holds the model's config and the digest of its checkpoint.
+    """
+
+    kinds: tuple[str, ...]
+    arrays: Mapping[str, np.ndarray]
+    about: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name in self.arrays:
+            return self.arrays[name]
+        kinds = [kind for kind, names in KINDS.items() if name in names]
+        if not kinds:
+            raise UsageError(f"a trace has no array {name!r}; this one has {listing(self.arrays, 20)}")
+        raise UsageError(f"{name!r} was not traced: keep={{{' or '.join(map(repr, kinds))}}} keeps it")
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.arrays
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.arrays)
+
+    def __len__(self) -> int:
+        return len(self.arrays)
+
+    def __repr__(self) -> str:
+        rows, tokens = self.arrays["tokens"].shape
+        head = f"Trace of {', '.join(self.kinds) or 'nothing'}: {rows} x {tokens} tokens, {self.nbytes / 1e6:.1f} MB"
+        return "\n".join([head, *(f"  {name:<14} {list(array.shape)}" for name, array in self.arrays.items())])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        return sum(array.nbytes for array in self.arrays.values())
+
+    @cached_property
+    def config(self) -> Config:
+        """The model's config."""
+        return Config.from_dict(dict(self.about["config"]), "the config in the trace")
+
+    def save(self, file: str | Path) -> None:
+        """Write the trace to one safetensors file, atomically. Raises CapacityError, StorageError."""
+        file = Path(file)
+        unfinished = file.with_name(file.name + ".unfinished")
+        about = {"kind": FORMAT, "kinds": json.dumps(self.kinds), "about": json.dumps(dict(self.about))}
+        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
+        try:
+            save_file(arrays, unfinished, about)
+            os.replace(unfinished, file)
+        except (OSError, SafetensorError) as error:
+            raise writing_failed(file, error) from error
+
+    @classmethod
+    def load(cls, file: str | Path) -> Self:
+        """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError."""
+        try:
+            with safe_open(file, "numpy") as opened:
+                about = opened.metadata() or {}
+                if about.get("kind") != FORMAT:
+                    raise CheckpointError(f"{file} is not a trace of this version ({FORMAT}): {about.get('kind')!r}")
+                kinds, facts = json.loads(about["kinds"]), json.loads(about["about"])
+                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(f"{file} is not a trace: {error}") from error
+        if problems := _find_problems(kinds, facts, arrays):
+            plural = "" if len(problems) == 1 else "s"
+            raise CheckpointError(f"{file} is damaged ({len(problems)} problem{plural}): {listing(problems)}")
+        return cls(tuple(kinds), arrays, facts)
+
+
+class Mass(NamedTuple):
+    """Shares of dense attention's weight, mean over heads, [layers, rows, tokens]; NaN beyond a row's end.
+
+    kept    on the positions that the indexer selected: 1 where it selected all
+    best    on the best choice of as many positions: an upper bound of `kept`
+    recent  on as many of the most recent positions
+    """
+
+    kept: np.ndarray
+    best: np.ndarray
+    recent: np.ndarray
+
+
+def check_kinds(keep: Any) -> tuple[str, ...]:
+    """Return the kinds that `keep` names, sorted. Raises UsageError."""
+    names = list(keep) if isinstance(keep, Collection) and not isinstance(keep, str) else [keep]
+    if unknown := [name for name in names if name not in KINDS]:
+        raise UsageError(f"keep takes a set of {listing(KINDS)}, not {listing(map(repr, unknown))}")
+    return tuple(kind for kind in KINDS if kind in names)
+
+
+def names_of(kinds: Collection[str]) -> list[str]:
+    """Return the names of all arrays of a trace of these kinds."""
+    return ["tokens", "length", *(name for name in AXES if any(name in KINDS[kind] for kind in kinds))]
+
+
+def dtype_of(name: str) -> np.dtype:
+    """Return the dtype of an array."""
+    return np.dtype(np.int32 if name in IDS else np.float32)
+
+
+def shapes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
+    """Return the shape of every array of a trace of `rows` rows of at most `tokens` tokens."""
+    sizes = {
+        "r": rows,
+        "t": tokens,
+        "l": cfg.num_hidden_layers,
+        "m": max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace),
+        "X": cfg.num_experts_per_tok,
+        "k": min(cfg.index_topk, tokens),
+        "n": min(TOP, cfg.vocab_size),
+    }
+    return {name: tuple(sizes[axis] for axis in AXES[name]) for name in names_of(kinds)}
+
+
+def _find_problems(kinds: Any, about: Any, arrays: dict[str, np.ndarray]) -> list[str]:
+    """Return the faults of a trace that was read: kinds, names, dtypes, and sizes that contradict each other."""
+    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+        return [f"its kinds are {kinds!r}"]
+    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
+        return ["it does not hold a config"]
+    wanted = set(names_of(kinds))
+    problems = [f"{name} is missing" for name in sorted(wanted - set(arrays))]
+    problems += [f"{name} is unknown" for name in sorted(set(arrays) - wanted)]
+    sizes: dict[str, int] = {}
+    for name in sorted(wanted & set(arrays)):
+        array, axes = arrays[name], AXES[name]
+        if array.dtype != dtype_of(name) or array.ndim != len(axes):
+            problems.append(f"{name} is {array.dtype} {list(array.shape)}")
+        elif any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, array.shape, strict=True)):
+            problems.append(f"{name} is {list(array.shape)}, which does not fit the other arrays")
+    if not problems and arrays["length"].max(initial=0) != arrays["tokens"].shape[1]:
+        problems.append(f"the longest row has {arrays['length'].max(initial=0)} tokens, not {sizes['t']}")
+    return problems
