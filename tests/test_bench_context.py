@@ -13,8 +13,6 @@ import pytest
 from dsv32_jax import cli
 from dsv32_jax.bench import context as bench
 from dsv32_jax.bench import measure, parts, reading
-from dsv32_jax.bench import record as recorder
-from dsv32_jax.generation import tape
 from dsv32_jax.generation.batch import WHOLE
 from dsv32_jax.model.attention import attention
 from dsv32_jax.model.cache import Cache, dtype_of
@@ -36,7 +34,7 @@ def model(single):
 @pytest.fixture
 def ready(model, monkeypatch):
     """The benches take `model` instead of making one."""
-    for file in (parts, reading, recorder):
+    for file in (parts, reading):
         monkeypatch.setattr(file, "random_model", lambda cfg: model)
 
 
@@ -196,18 +194,3 @@ def test_the_models_have_true_heads(real):
     }
     assert differing == {*bench.WIDE, "num_hidden_layers", "first_k_dense_replace"}
     assert bench.config(bench.SMALL, 1).first_k_dense_replace == 0
-
-
-def test_the_recorder_is_timed_beside_a_run_without(single, ready, monkeypatch, capsys):
-    """A kind and all of them against off, in one table; only the tape's size is sure."""
-    monkeypatch.setattr(tape, "KINDS", ("indexer",))
-    monkeypatch.setattr(recorder, "config", lambda sizes, layers: single)
-    monkeypatch.setattr(recorder, "CONTEXTS", (single.index_topk + 12,))
-    monkeypatch.setattr(recorder.rows, "__defaults__", (recorder.CONTEXTS, 0.0))
-    assert cli.main(["bench", "record"]) == 0
-    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
-    found = {row[1]: row for row in lines if row and row[0] == str(single.index_topk + 12)}
-    assert list(found) == ["off", "indexer", "all"]
-    assert found["off"][4:] == ["+0.0", "±", "0.0", "%", "0.0"]
-    assert found["indexer"][-1] == f"{8 * single.index_topk / 1e3:.1f}"
-    assert all(float(row[2]) > 0 for row in found.values())

@@ -11,7 +11,7 @@ def add(commands: Any) -> None:
     _add_context(bench)
     _add_model(bench)
     _add_kernels(bench)
-    _add_record_and_quantize(bench)
+    _add_quantize(bench)
     _add_convert(bench)
 
 
@@ -31,9 +31,7 @@ def _add_context(bench: Any) -> None:
     context.set_defaults(run=_context)
 
 
-def _add_record_and_quantize(bench: Any) -> None:
-    record = bench.add_parser("record", help="what the flight recorder costs in decoding (needs 4 GB)")
-    record.set_defaults(run=_record)
+def _add_quantize(bench: Any) -> None:
     quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
     quantize.set_defaults(run=_quantize)
 
@@ -108,13 +106,6 @@ def _kernels(arguments: argparse.Namespace) -> int:
     print_kernels(
         arguments.format or ["nvfp4"], arguments.rows or ROWS, arguments.weight or [], arguments.by or available()
     )
-    return 0
-
-
-def _record(_: argparse.Namespace) -> int:
-    from .record import print_record
-
-    print_record()
     return 0
 
 
