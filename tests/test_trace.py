@@ -53,7 +53,7 @@ def trace(model, rows):
 def seen(model, generated, trace):
     """One forward of prompts and answers, with as many slots as the generation had."""
     tokens = np.where(trace["tokens"] < 0, 0, trace["tokens"])
-    return ds.forward(model, tokens, count_B=trace["length"], capacity=generated.stats.capacity)
+    return ds.forward(model, tokens, count_B=trace["length"], capacity=generated.stats.capacity, seen=True)
 
 
 def test_generation_chose_the_most_likely_tokens(generated, trace):
@@ -70,9 +70,9 @@ def test_generation_chose_the_most_likely_tokens(generated, trace):
 def test_each_decode_step_saw_what_the_trace_holds(model, generated, trace):
     """Prompt at once, then a token at a time over the cache, as generation does."""
     prompt, new = PROMPTS[2], generated.tokens[2]
-    out = ds.forward(model, [prompt], capacity=generated.stats.capacity)
+    out = ds.forward(model, [prompt], capacity=generated.stats.capacity, seen=True)
     for position, token in enumerate(new, len(prompt)):
-        out = ds.forward(model, [[token]], cache=out.cache)
+        out = ds.forward(model, [[token]], cache=out.cache, seen=True)
         (layer,) = out.seen
         order, want = np.argsort(trace["expert"][0, 2, position]), np.argsort(layer.routing.expert_BTX[0, 0])
         np.testing.assert_array_equal(trace["expert"][0, 2, position][order], layer.routing.expert_BTX[0, 0][want])
@@ -139,7 +139,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
     cfg = dataclasses.replace(model.cfg, num_attention_heads=1, num_hidden_layers=1, num_nextn_predict_layers=0)
     single = models.random_model(cfg)
     (layer,), tokens = single.layers, models.tokens(cfg, 2, 18)
-    out = ds.forward(single, tokens, capacity=capacity)
+    out = ds.forward(single, tokens, capacity=capacity, seen=True)
     (one,), (cache,) = out.seen, out.cache.layers
     position = jnp.broadcast_to(jnp.arange(18, dtype=jnp.int32), (2, 18))
     weight, spread = replay.attention_weights(layer, one, cache, position)

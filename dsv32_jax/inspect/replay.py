@@ -111,7 +111,7 @@ def observe(
     """Prefill a chunk and return the new context, and the values of each layer and of the head, [B, T, ...]."""
     cache = context.cache
     position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    h_BTD, filled, seen = model(tokens_BT, cache, count_B)
+    h_BTD, filled, seen = model.observe(tokens_BT, cache, count_B)
     layers = [
         _observe_layer(kinds, layer, layer_seen, layer_cache, position_BT)
         for layer, layer_seen, layer_cache in zip(model.layers, seen, filled.layers, strict=True)
