@@ -1,7 +1,7 @@
-"""The job: safetensors -> Orbax, ready for a CPU or an accelerator mesh.
+"""Convert checkpoints: Hugging Face safetensors -> Orbax, laid out for a CPU or an accelerator mesh.
 
-`convert(src, dst)` is the whole of it; `main(argv)` is the command line (`python -m convert SRC DST`), `program(argv)`
-the same for a process that ends with it. They are imported when they are first used.
+`convert(src, dst)` does the whole job. `main(argv)` is the command line (`python -m convert SRC DST`), and
+`program(argv)` the same for a process that ends with it. All are imported on first use.
 """
 
 import importlib

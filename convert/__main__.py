@@ -2,15 +2,15 @@
 
 import sys
 
-from . import interrupts
+from . import signals
 
 
-def _too_early(signal_name: str, _: int) -> bytes:
+def _message_before_start(signal_name: str, _: int) -> bytes:
     return f"{signal_name}: stopped; nothing was written\n".encode()
 
 
 if __name__ == "__main__":
-    interrupts.install(_too_early)
+    signals.install_handlers(_message_before_start)
     from .command import program
 
     sys.exit(program())

@@ -7,7 +7,7 @@ from typing import Any
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.quantities import size_text
 
-from .. import text
+from .. import report
 from . import disk, memory, output
 from .plan import PlannedLeaf
 from .prepare import Prepared
@@ -36,7 +36,7 @@ def expected(prepared: Prepared) -> dict[str, Any]:
         "write_speed": writing and round(writing),
         "disk_seconds": writing and round(to_read / reading + planned.nbytes / writing, 1),
         "mesh": prepared.mesh,
-        **text.summary(planned.config, planned.formats, list(planned.notes), planned.ignored),
+        **report.summarize_model(planned.config, planned.formats, list(planned.notes), planned.ignored),
         "conversions": planned.conversions,
         "leaves": {leaf.leaf.path: _arrays(leaf, prepared.mesh) for leaf in planned.leaves},
     }

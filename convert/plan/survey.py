@@ -6,10 +6,10 @@ import re
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.layout import Leaf
 
-from ..names import grouped, with_detail
 from ..read.detect import BESIDE, MissingTensors, detect
 from ..read.header import Tensor
 from ..read.stored import Stored
+from ..report import fold_details, fold_names
 from .policy import Chooser
 
 IGNORED = (
@@ -83,20 +83,20 @@ class Survey:
         unknown = [name for name in self.tensors if name not in self.claimed]
         sections = []
         if self.missing:
-            sections.append(f"{len(self.missing)} tensors are missing: {'; '.join(grouped(self.missing))}")
+            sections.append(f"{len(self.missing)} tensors are missing: {'; '.join(fold_names(self.missing))}")
         if self.mismatched:
-            details = "; ".join(with_detail(self.mismatched))
+            details = "; ".join(fold_details(self.mismatched))
             sections.append(f"{len(self.mismatched)} tensors have another shape: {details}")
         if self.refused:
             texts = listing(self.refused)
             sections.append(f"{len(self.refused)} weights are stored in a way that is not read: {texts}")
         if unknown:
-            names = "; ".join(grouped(unknown))
+            names = "; ".join(fold_names(unknown))
             sections.append(f"{len(unknown)} tensors are unknown, and may change the model: {names}")
         if sections:
             raise CheckpointError(f"{folder} cannot be converted; nothing was written.\n  " + "\n  ".join(sections))
         if impossible := self.choose.impossible:
             raise UsageError(
                 f"{len(impossible)} weights cannot be stored as the policy says; nothing was written. "
-                "Give them another format in a policy file: " + "; ".join(with_detail(impossible))
+                "Give them another format in a policy file: " + "; ".join(fold_details(impossible))
             )

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..names import kind
+from ..report import fold_expert, split_layer
 from .requantize import Outcome
 
 WORST = 5
@@ -19,7 +19,7 @@ def summary(outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     """For each kind of weight, how many were converted and the error over all of them; and the worst weights."""
     kinds: dict[str, list[Outcome]] = {}
     for name, outcome in outcomes.items():
-        kinds.setdefault(kind(name).removesuffix(".weight"), []).append(outcome)
+        kinds.setdefault(fold_expert(split_layer(name)[1]).removesuffix(".weight"), []).append(outcome)
     worst = sorted(outcomes, key=lambda name: (-relative_rms([outcomes[name]]), name))[:WORST]
     return {
         "kinds": {

@@ -14,8 +14,8 @@ from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.system.meter import Progress, no_progress
 from dsv32_jax.system.paths import path_of
 
-from ..names import folded, grouped
 from ..read.source import Source
+from ..report import fold_lines, fold_names
 from .converted import Converted
 from .proof import Proof
 
@@ -76,7 +76,7 @@ def _report(converted: Converted, source: Source | None, proof: Proof, level: st
     """What was found, nothing being wrong."""
     ignored = [f"{count} {reason}" for reason, count in converted.manifest.report.get("ignored", {}).items()]
     if source is not None:
-        ignored = grouped(name for name in source.tensors if name not in proof.recorded)
+        ignored = fold_names(name for name in source.tensors if name not in proof.recorded)
     return Report(
         folder=str(converted.folder),
         level=level,
@@ -86,7 +86,7 @@ def _report(converted: Converted, source: Source | None, proof: Proof, level: st
         seconds=seconds,
         lossless=None if level == "quick" else not proof.changed and proof.proven == len(proof.recorded),
         proven=proof.proven,
-        changed={what: grouped(names) for what, names in sorted(proof.changed.items())},
+        changed={what: fold_names(names) for what, names in sorted(proof.changed.items())},
         ignored=ignored,
         against=None if source is None else str(source.folder),
     )
@@ -107,7 +107,7 @@ def _opened(folder: Path) -> Converted:
 def _message(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
     lines = [f"{folder} is not what was converted"]
     if damaged:
-        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in folded(damaged))]
+        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_lines(damaged))]
     if differing:
         lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in differing)]
     advice = "Copy the folder again, or convert to a new one"

@@ -27,11 +27,11 @@ class Tree:
     found: Any
 
     def __repr__(self) -> str:
-        return converter("show").inspection(self.found)
+        return converter("report").format_inspection(self.found)
 
     def _repr_html_(self) -> str:
         """A fold-out section for each run of equal layers, and a table of sums."""
-        ranges = converter("names").ranges
+        ranges = converter("report").format_ranges
         parts = [f"<p>{_text(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
             title = "outside of layers" if branch.layers is None else f"layers {ranges(branch.layers)}"

@@ -150,7 +150,7 @@ def test_what_no_tensor_is_called_is_an_error(originals, converted, capsys):
         with pytest.raises(UsageError, match="no tensor of .* is called nothing"):
             list(listing.statistics(folder, "nothing"))
     code, _, err = run(capsys, originals["bf16"], "--stats")
-    assert code == 2 and "say which with --tensors" in err
+    assert code == 2 and "select them with --tensors" in err
 
 
 def test_statistics_are_those_of_the_bytes(tmp_path, originals, small, capsys):

@@ -64,7 +64,7 @@ def test_before_anything_is_imported(checkpoints, tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert any("convert.interrupts" in line for line in iter(process.stderr.readline, ""))
+    assert any("convert.signals" in line for line in iter(process.stderr.readline, ""))
     while "numpy" not in process.stderr.readline():
         pass
     process.send_signal(signal.SIGTERM)

@@ -12,7 +12,7 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert import text
+from convert import report
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.arrays import Arrays
 from dsv32_jax.checkpoint.manifest import Manifest
@@ -112,7 +112,7 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
 
 
 def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
-    for said in ("written: ", "complete already: "):
+    for said in ("written: ", "already complete; nothing to do: "):
         assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 0
         assert capsys.readouterr().out.startswith(f"{said}{tmp_path / 'out'}\n")
 
@@ -187,8 +187,10 @@ def test_a_dry_run_of_the_real_thing_takes_seconds(enormous, tmp_path):
 
 
 def test_results_for_people():
-    shown = text.lines({"peak_memory": 2_000_000_000, "disk_seconds": 3723.0, "write_speed": None, "notes": ["a", "b"]})
-    assert shown == "peak memory: 2.00 GB\ndisk seconds: 1:02:03\nwrite speed: unknown\nnote: a\nnote: b"
+    shown = report.format_facts(
+        {"peak_memory": 2_000_000_000, "disk_seconds": 3723.0, "write_speed": None, "notes": ["a", "b"]}
+    )
+    assert shown == "peak memory: 2.00 GB\nestimated disk time: 1:02:03\nwrite speed: unknown\nnote: a\nnote: b"
     assert [duration_text(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
 
 

@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.names import grouped
 from convert.plan import memory
 from convert.plan.plan import plan
 from convert.read.source import Source
+from convert.report import fold_names
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
@@ -144,7 +144,7 @@ def test_the_digest_depends_on_the_files_and_not_on_where_they_lie(checkpoints, 
 
 def test_names_are_folded_by_layer_and_expert():
     names = [f"model.layers.{i}.mlp.experts.{e}.up_proj.weight" for i in (3, 4, 7) for e in range(2)]
-    assert grouped([*names, "lm_head.weight"]) == [
+    assert fold_names([*names, "lm_head.weight"]) == [
         "6 x mlp.experts.*.up_proj.weight (layers 3-4, 7)",
         "lm_head.weight",
     ]

@@ -14,7 +14,7 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert.names import folded
+from convert.report import fold_lines
 from convert.transform.amax import amax
 from convert.verify.verify import verify
 from dsv32_jax import cli
@@ -63,14 +63,14 @@ def test_a_conversion_that_keeps_formats_is_proven_lossless(storage, converted, 
     code, out, _ = run(capsys, "verify", converted[storage], "--against", originals[storage])
     count, source = len(fakes.load(originals[storage])), originals[storage]
     assert code == 0
-    assert f"lossless: proven ({count} tensors of the source, computed back, equal the bytes of {source})" in out
+    assert f"lossless: proven ({count} source tensors were reconstructed and match {source})" in out
     assert "changed:" not in out and "ignored:" not in out
     assert "GB/s" in out and "SHA-256" in out
 
 
 def test_what_was_requantized_is_listed(converted, originals, capsys):
     code, out, _ = run(capsys, "verify", converted["quantized"])
-    assert code == 0 and "lossless: no (" in out
+    assert code == 0 and "not lossless (" in out
     assert "changed: 8 x mlp.experts.*.down_proj.weight (layers 1): fp8_block became nvfp4" in out
     assert "changed: 2 x self_attn.o_proj.weight (layers 0-1): fp8_block became nvfp4" in out
     assert "q_a_proj" not in out
@@ -182,12 +182,15 @@ def test_a_flipped_bit_in_a_large_tokenizer(originals, tmp_path):
 
 def test_layers_are_folded():
     """What is said of many of them is said once."""
-    lines = [f"layers.{i}.norm_D is missing" for i in (0, 1, 2, 5)] + ["head_VD is missing", "layers.7.x at [1, 2)"]
-    lines += ["layers.3.x at [10, 20)"]
-    assert folded(lines) == [
+    lines = [f"layers.{i}.norm_D is missing" for i in (0, 1, 2, 5)] + [
+        "head_VD is missing",
+        "layers.7.x is missing",
+        "layers.3.x is missing",
+    ]
+    assert fold_lines(lines) == [
         "4 x layers.*.norm_D is missing (layers 0-2, 5)",
         "head_VD is missing",
-        "2 x layers.*.x at [...) (layers 3, 7)",
+        "2 x layers.*.x is missing (layers 3, 7)",
     ]
 
 
@@ -198,7 +201,7 @@ def test_a_missing_part_names_its_arrays(converted, copy):
     entries = Manifest.read(converted["nvfp4"]).leaves
     missing = [f"{path}.{name} is missing" for path, entry in entries.items() for name in entry.arrays]
     told = {line.strip() for line in str(caught.value).splitlines() if " is missing" in line}
-    assert {line for line in told if not line.startswith("weights/")} == set(folded(missing))
+    assert {line for line in told if not line.startswith("weights/")} == set(fold_lines(missing))
     shutil.rmtree(copy / "weights")
     with pytest.raises(VerificationError, match="weights cannot be read: .*No such file"):
         verify(copy)
@@ -321,18 +324,19 @@ def test_loading_verifies_as_asked(copy):
         ("verify {} --level quick", "Nothing was changed."),
         (
             "export {} {out}/a --format bf16",
-            "{out}/a was not made; what was written lies in {out}/.a.unfinished until the same command is run again, "
-            "which starts over.",
+            "{out}/a was not created; run the same command again to start over and replace {out}/.a.unfinished.",
         ),
-        ("reshard {} {out}/b", "What was written is kept; run the same command again to continue."),
+        ("reshard {} {out}/b", "Completed parts are kept; run the same command again to continue."),
     ],
 )
 def test_a_signal_is_answered_with_the_state_of_things(command, state, converted, tmp_path, monkeypatch, capsys):
-    from dsv32_jax.convert import interrupts
+    from dsv32_jax.convert import signals
 
     heard = []
-    ending = interrupts.ending
-    monkeypatch.setattr(interrupts, "ending", lambda words: heard.append(words("SIGTERM", 75)) or ending(words))
+    exit_on_signal = signals.exit_on_signal
+    monkeypatch.setattr(
+        signals, "exit_on_signal", lambda message: heard.append(message("SIGTERM", 75)) or exit_on_signal(message)
+    )
     assert cli.main([part.format(converted["bf16"], out=tmp_path) for part in command.split()]) == 0
     assert heard == [f"\nSIGTERM: stopped. {state.format(out=tmp_path)}\n".encode()]
     assert capsys.readouterr().out
