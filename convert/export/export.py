@@ -17,9 +17,9 @@ from dsv32_jax.quantization.quantize import NVFP4_BLOCK
 from dsv32_jax.system.meter import Progress, no_progress
 from dsv32_jax.system.paths import path_of
 
+from ..names import fold_names
 from ..plan.output import LOCK, copy_companions, locked, require_apart, require_space
 from ..read.source import CONFIG
-from ..report import fold_names
 from ..verify.converted import Converted, Group, Weight, nbytes_of, raise_damaged
 from . import sharing_scales
 from .encode import Encoder

@@ -6,10 +6,10 @@ import re
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.layout import Leaf
 
+from ..names import fold_details, fold_names
 from ..read.detect import BESIDE, MissingTensors, detect
 from ..read.header import Tensor
 from ..read.stored import Stored
-from ..report import fold_details, fold_names
 from .policy import Chooser
 
 IGNORED = (

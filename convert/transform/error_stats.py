@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ..report import fold_expert, split_layer
+from ..names import fold_expert, split_layer
 from .requantize import Outcome
 
 WORST = 5

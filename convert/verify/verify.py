@@ -14,8 +14,8 @@ from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.system.meter import Progress, no_progress
 from dsv32_jax.system.paths import path_of
 
+from ..names import fold_lines, fold_names
 from ..read.source import Source
-from ..report import fold_lines, fold_names
 from .converted import Converted
 from .proof import Proof
 

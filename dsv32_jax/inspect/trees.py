@@ -31,7 +31,7 @@ class Tree:
 
     def _repr_html_(self) -> str:
         """A fold-out section for each run of equal layers, and a table of sums."""
-        ranges = converter("report").format_ranges
+        ranges = converter("names").format_ranges
         parts = [f"<p>{_text(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
             title = "outside of layers" if branch.layers is None else f"layers {ranges(branch.layers)}"

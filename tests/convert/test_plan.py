@@ -8,10 +8,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convert.names import fold_names
 from convert.plan import memory
 from convert.plan.plan import plan
 from convert.read.source import Source
-from convert.report import fold_names
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves

@@ -14,7 +14,7 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert.report import fold_lines
+from convert.names import fold_lines
 from convert.transform.amax import amax
 from convert.verify.verify import verify
 from dsv32_jax import cli
