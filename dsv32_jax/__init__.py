@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .generation.generate import astream as astream
     from .generation.generate import generate as generate
     from .generation.generate import stream as stream
+    from .generation.options import Sampling as Sampling
     from .generation.result import Generation as Generation
     from .generation.run import Stream as Stream
-    from .generation.sampling_params import Sampling as Sampling
     from .generation.score import Score as Score
     from .generation.score import score as score
     from .generation.session import Session as Session
@@ -43,7 +43,7 @@ _HOME = {
     "Generation": ".generation.result",
     "Model": ".model.model",
     "Output": ".model.model",
-    "Sampling": ".generation.sampling_params",
+    "Sampling": ".generation.options",
     "Score": ".generation.score",
     "Session": ".generation.session",
     "Stream": ".generation.run",

@@ -14,7 +14,7 @@ from dsv32_jax.convert import convert
 import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.evaluation import layer_errors, layerwise
-from dsv32_jax.generation import prefill_decode, sampling_params, score, speculative
+from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation import request as request_of
 from dsv32_jax.inspect import replay
 from dsv32_jax.inspect.traces import KINDS
@@ -68,7 +68,7 @@ def _trace(cfg) -> None:
 def _trace_generation(cfg, weights) -> None:
     """Prefill, scoring, and decoding with and without drafts."""
     request = request_of.plan(
-        weights, [[5, 6, 7]] * 11, sampling_params.Sampling(temperature=1.0), draft=3, top_logprobs=4
+        weights, [[5, 6, 7]] * 11, ds.Sampling(temperature=1.0), draft=3, top_logprobs=4
     )
     task = request_of.task(weights, request, range(11), 11)
     tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)

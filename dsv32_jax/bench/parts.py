@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 from ..checkpoint.random_weights import leaf_maker, uniform
 from ..config import Config
 from ..generation.batch import WHOLE, Programs
+from ..generation.options import Sampling
 from ..generation.prefill_decode import Context, State, Task
-from ..generation.sampling_params import Sampling, knobs
+from ..generation.sampling_params import knobs
 from ..model import mla
 from ..model.cache import Cache, LayerCache, dtype_of, empty_layer
 from ..model.indexer import scores_of_cache, select

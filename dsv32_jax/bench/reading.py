@@ -13,7 +13,6 @@ from ..checkpoint.random_weights import leaf_maker
 from ..config import Config
 from ..generation.batch import WHOLE
 from ..generation.generate import generate
-from ..generation.options import Options
 from ..generation.prefill_decode import blank, placed
 from ..model.model import Model, build
 from .measure import Row
@@ -74,7 +73,7 @@ def batch_rows(cfg: Config, prompts: Sequence[Sequence[int]], new: int) -> Itera
     A capacity for all and no end token: every run takes as many steps. What is compiled is compiled before.
     """
     model = random_model(cfg)
-    options: Options = {
+    options: dict[str, Any] = {
         "max_new_tokens": new,
         "min_new_tokens": new,
         "capacity": max(map(len, prompts)) + new,

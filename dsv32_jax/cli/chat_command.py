@@ -5,8 +5,8 @@ import argparse
 from ..chat import Conversation
 from ..errors import DsvError, UsageError, refusal
 from ..generation.batch import WHOLE
+from ..generation.options import Sampling
 from ..generation.run import Run
-from ..generation.sampling_params import Sampling
 from ..generation.session import session
 from ..system.interrupts import EXIT_CODE
 from . import conversation_file

@@ -11,8 +11,8 @@ from ..chat import Conversation, Tokenizer, prepare, template
 from ..chat.lenient import UNENDED
 from ..chat.messages import to_json
 from ..errors import UsageError
+from ..generation.options import Sampling
 from ..generation.run import Stream
-from ..generation.sampling_params import Sampling
 from ..generation.session import Session
 from ..system.compilation import kept, metered
 from ..system.interrupts import interruptible

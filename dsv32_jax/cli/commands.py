@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import UsageError
+from ..generation.options import Sampling
 from ..generation.request import used
-from ..generation.sampling_params import Sampling, bias
+from ..generation.sampling_params import bias
 from ..system.paths import path_of
 from . import conversation_file
 from .chat_session import Talk

@@ -34,7 +34,7 @@ def run(new_tokens: int) -> None:
             from .. import chat
             from ..checkpoint.load import load
             from ..generation.generate import generate
-            from ..generation.sampling_params import Sampling
+            from ..generation.options import Sampling
             from ..generation.score import score
             from ..system.compilation import kept
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..chat import prepare
 from ..config import no_duplicates
 from ..errors import DsvError, UsageError
-from ..generation.sampling_params import Sampling
+from ..generation.options import Sampling
 from ..model import checks
 from ..system.paths import path_of
 from .arguments import SAMPLING, given, token_ids

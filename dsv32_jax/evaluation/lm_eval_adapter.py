@@ -15,7 +15,7 @@ from typing import Any
 from ..chat import encode, template
 from ..errors import UsageError, listing
 from ..generation.generate import generate
-from ..generation.sampling_params import Sampling
+from ..generation.options import Sampling
 from ..generation.score import score
 from ..model import checks
 from ..model.model import Model

@@ -21,9 +21,10 @@ from ..model.model import Model, build
 from ..quantization.formats import Weight
 from .batch import WHOLE
 from .inventory import Inventory
+from .options import Sampling
 from .prefill_decode import Task, blank
 from .request import CHUNK
-from .sampling_params import Sampling, knobs
+from .sampling_params import knobs
 
 
 class Shapes(NamedTuple):

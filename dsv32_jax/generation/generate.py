@@ -2,30 +2,30 @@
 
 import contextlib
 from collections.abc import Generator, Sequence
-from typing import Unpack
+from typing import Any
 
 from ..errors import UsageError
 from ..model.model import Model
 from ..parallel.multihost import asking
 from ..system.interrupts import interruptible
 from .batch import LAYERWISE, WHOLE
-from .options import Options
+from .options import Sampling, accepts_options
 from .result import Generation
 from .run import Run, Stream
-from .sampling_params import Sampling
 from .transcript import Token
 
 
+@accepts_options()
 def generate(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Generation:
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
 
-    `sampling` is one for all prompts or a list with one each; `options.Options` lists and explains the options.
+    `sampling` is one for all prompts or a list with one each.
     The first Ctrl-C returns what was made so far. Raises UsageError before anything is compiled where the request makes
     no sense, CapacityError where its cache does not fit in memory, FloatingPointError where the model's logits are not
     numbers. `generate.layerwise` does the same without compiling the whole model. `inspect.trace` shows afterwards what
@@ -34,12 +34,13 @@ def generate(
     return _generate(Run(WHOLE, model, prompts, sampling, **options))
 
 
+@accepts_options()
 def _layerwise(
     model: Model,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling | Sequence[Sampling] | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Generation:
     """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
     return _generate(Run(LAYERWISE, model, prompts, sampling, **options))
@@ -59,12 +60,13 @@ def _generate(run: Run) -> Generation:
     return run.result()
 
 
+@accepts_options(without=("n",))
 def stream(
     model: Model,
     prompt: Sequence[int],
     *,
     sampling: Sampling | None = None,
-    **options: Unpack[Options],
+    **options: Any,
 ) -> Stream:
     """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
     `generate` gives. The request is checked at once. Under `async for` each step runs in a thread."""

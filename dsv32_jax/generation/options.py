@@ -1,48 +1,257 @@
-"""What can be asked of a generation beside its prompts and sampling."""
+"""Sampling parameters and generation options, each declared once.
+
+A field's metadata holds its `Spec`. Python's checks, `help(generate)` and the command line read it; nothing else lists
+the options. This file imports neither JAX nor NumPy, so `--help` can read it at once.
+"""
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from typing import Any, TypedDict
+import inspect
+import math
+import numbers
+import textwrap
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, Self, TypeVar
 
 from ..errors import UsageError, listing, unknown
-from .sampling_params import Sampling
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+MAX_BIAS = 1e30
+"""Far beyond any logit; a larger bias could not be told from infinity."""
+
+MAX_TOP_LOGPROBS = 20
+MAX_DRAFTS = 16
 
 
-class Options(TypedDict, total=False):
-    """What `generate`, `generate.layerwise`, `stream` and sessions understand beside prompts and sampling.
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """How one option is checked, explained and read from text.
 
-    max_new_tokens  at most so many a row (64); None: until the capacity, or the model's longest context, is used
-    min_new_tokens  no end token is chosen before (0)
-    stop_token_ids  tokens that end a row, beside the model's own end tokens
-    stop            strings that end a row; needs a tokenizer; text and tokens end before the string
-    n               continuations of each prompt, which is read once; the i-th has seed + i (1)
-    top_logprobs    how many of the likeliest tokens to report at each place, 20 at most (0)
-    draft           tokens to draft and verify at each step with the drafting layer (MTP); the result is the same (0)
-    cache_dtype     bfloat16, float32 or "fp8"; by default the compute dtype
-    capacity        tokens a row's cache holds, prompt included; by default what is needed, rounded up
-    batch_size      rows at once; by default as many as the free memory holds
-    tokenizer       anything with the methods of `chat.Tokenizer`: adds text to the result
-    progress        called with (prompt tokens read, of all) while prompts are read
+    kind     "count" (whole number), "number", "token_ids", "token_biases", "seed", "strings", "dtype" or "object"; an
+             "object" cannot be given on a command line
+    metavar  the placeholder in a usage line
+    help     one line, in words that suit Python and the command line
+    low      the smallest value;  high: the largest one, where it does not depend on the model
+    unset    the meaning of None;  none: the word for None on a command line, where leaving it out means another default
+    group    "sampling", "length", "batch", "cache" or "python"
     """
 
-    max_new_tokens: int | None
-    min_new_tokens: int
-    stop_token_ids: Collection[int]
-    stop: str | Sequence[str]
-    n: int
-    top_logprobs: int
-    draft: int
-    cache_dtype: Any
-    capacity: int | None
-    batch_size: int | None
-    tokenizer: Any
-    progress: Any
+    kind: str
+    metavar: str
+    help: str
+    low: float = 0
+    high: float = math.inf
+    unset: str = ""
+    none: str = ""
+    group: str = "sampling"
 
 
-def require_known(options: Collection[str]) -> None:
-    """Raise UsageError that names every option which is not one of `Options`, and where it belongs."""
-    sampling = {field.name for field in dataclasses.fields(Sampling)}
-    wrong = [f"{name} (it is one of sampling: sampling=Sampling({name}=...))" for name in options if name in sampling]
-    wrong += unknown([name for name in options if name not in sampling], Options.__annotations__)
-    if wrong:
-        raise UsageError(f"{len(wrong)} options are not known: {listing(wrong)}; nothing was run")
+def option(default: Any, kind: str, metavar: str, help: str, **details: Any) -> Any:
+    """Return a dataclass field with a default and a Spec."""
+    metadata = {"spec": Spec(kind, metavar, help, **details)}
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=dict, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def specs(declaration: type) -> dict[str, Spec]:
+    """Return the Spec of each field of `Sampling` or `Options`."""
+    return {field.name: field.metadata["spec"] for field in dataclasses.fields(declaration)}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen; the default is greedy. Raises UsageError on values that make no sense.
+
+    `seed` is one for all prompts, or a sequence with one each. A row's tokens depend on its seed, its prompt and its
+    positions, never on the batch around it.
+    """
+
+    temperature: float = option(0.0, "number", "X", "0 is greedy; DeepSeek recommends 1 with a top-p of 0.95", high=5)
+    top_k: int = option(0, "count", "K", "sample from the K most likely tokens; 0: from all", high=2**31 - 1)
+    top_p: float = option(
+        1.0, "number", "P", "sample from the fewest tokens whose probabilities add up to P; 1: from all", high=1
+    )
+    min_p: float = option(
+        0.0, "number", "P", "drop tokens less likely than P times the most likely one; 0: none", high=1
+    )
+    repetition_penalty: float = option(
+        1.0, "number", "X", ">1 penalizes tokens already seen, in the prompt too; 1: off", low=0.01, high=100
+    )
+    presence_penalty: float = option(
+        0.0, "number", "X", "subtracted from the logit of every token generated so far", low=-100, high=100
+    )
+    frequency_penalty: float = option(
+        0.0, "number", "X", "subtracted from a token's logit once for each time it was generated", low=-100, high=100
+    )
+    logit_bias: Mapping[int, float] = option({}, "token_biases", "ID=X", "add X to the logit of a token")
+    allowed_ids: Collection[int] | None = option(None, "token_ids", "IDS", "sample only these tokens", unset="all")
+    forbidden_ids: Collection[int] = option((), "token_ids", "IDS", "never sample these tokens")
+    seed: int | Sequence[int] = option(
+        0, "seed", "N", "equal prompts with equal seeds give equal tokens", high=2**63 - 1
+    )
+
+    def __post_init__(self):
+        for name, spec in specs(Sampling).items():
+            object.__setattr__(self, name, check(name, spec, getattr(self, name)))
+        if self.top_p == 0:
+            raise UsageError(f"top_p must be above 0 and at most 1 (1 keeps all tokens), not {self.top_p!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of `generate`, `generate.layerwise`, `stream` and sessions beside prompts and sampling."""
+
+    max_new_tokens: int | None = option(
+        64, "count", "N", "maximum new tokens", unset="as many as the context holds", none="all", group="length"
+    )
+    min_new_tokens: int = option(0, "count", "N", "no end token before N new tokens", group="length")
+    stop_token_ids: Collection[int] = option(
+        (), "token_ids", "IDS", "tokens that end a row, beside the model's own end tokens", group="length"
+    )
+    stop: str | Sequence[str] = option(
+        (), "strings", "TEXT", "end a row before this text; needs a tokenizer", group="length"
+    )
+    n: int = option(
+        1, "count", "N", "continuations of each prompt, with consecutive seeds", low=1, high=1024, group="batch"
+    )
+    top_logprobs: int = option(
+        0, "count", "N", "report the N most likely tokens at each position", high=MAX_TOP_LOGPROBS, group="batch"
+    )
+    batch_size: int | None = option(
+        None, "count", "N", "rows at once", low=1, high=1 << 20, unset="as many as fit in memory", group="batch"
+    )
+    capacity: int | None = option(
+        None,
+        "count",
+        "N",
+        "tokens a row's cache holds, prompt included",
+        low=1,
+        unset="what the request needs",
+        group="cache",
+    )
+    cache_dtype: Any = option(
+        None, "dtype", "TYPE", "KV cache storage: bfloat16, float32 or fp8", unset="the compute dtype", group="cache"
+    )
+    draft: int = option(
+        0,
+        "count",
+        "K",
+        "draft K tokens a step with the MTP head; the tokens stay the same",
+        high=MAX_DRAFTS,
+        group="cache",
+    )
+    tokenizer: Any = option(
+        None,
+        "object",
+        "",
+        "a chat.Tokenizer or any object with its `bytes_of`; adds text",
+        unset="no text",
+        group="python",
+    )
+    progress: Callable[[int, int], object] | None = option(
+        None, "object", "", "called with (prompt tokens read, of all) during prefill", unset="no calls", group="python"
+    )
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """Return Options from keyword arguments. Raises UsageError that names the unknown ones."""
+        sampling, known = specs(Sampling), specs(cls)
+        wrong = [f"{name} (set it with sampling=Sampling({name}=...))" for name in given if name in sampling]
+        wrong += unknown([name for name in given if name not in sampling], known)
+        if wrong:
+            count = "" if len(wrong) == 1 else f"{len(wrong)} "
+            raise UsageError(f"{count}unknown option{'s' * (len(wrong) > 1)}: {listing(wrong)}; nothing was run")
+        return cls(**given)
+
+
+def check(name: str, spec: Spec, value: Any, *, low: float | None = None, high: float | None = None) -> Any:
+    """Return `value` as the option `name` takes it. `low` and `high`: the range, where the request narrows it.
+
+    Raises UsageError that gives the range. Token ids are compared with the vocabulary later, where it is known.
+    """
+    low, high = spec.low if low is None else low, spec.high if high is None else high
+    if value is None and spec.unset:
+        return None
+    if spec.kind in ("count", "number"):
+        number = as_whole(value) if spec.kind == "count" else as_number(value)
+        if number is None or not low <= number <= high:
+            what = "whole number" if spec.kind == "count" else "number"
+            raise UsageError(f"{name} must be a {what}{_range(spec, low, high)}, not {value!r}; nothing was run")
+        return number
+    if spec.kind == "token_ids" and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
+        raise UsageError(f"{name} must be a list of token ids, not {value!r}")
+    if spec.kind == "token_biases" and not (isinstance(value, Mapping) and all(map(_is_bias, value.values()))):
+        raise UsageError(f"{name} must map token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}, not {value!r}")
+    return _check_seed(value) if spec.kind == "seed" else value
+
+
+def _range(spec: Spec, low: float, high: float) -> str:
+    text = f", {low} or more" if high == math.inf else f" from {low} to {high}"
+    return f"{text}, or None" if spec.none else text
+
+
+def _check_seed(value: Any) -> int | tuple[int, ...]:
+    many = isinstance(value, Iterable) and not isinstance(value, str)
+    seeds = [as_whole(seed) for seed in (value if many else [value])]
+    found = tuple(seed for seed in seeds if seed is not None and 0 <= seed < 2**63)
+    if not seeds or len(found) < len(seeds):
+        raise UsageError(f"seed must be a whole number below 2^63, or one for each prompt, not {value!r}")
+    return found if many else found[0]
+
+
+def as_whole(value: Any) -> int | None:
+    """Return `value`, Python's or NumPy's, as an int; None where it is not a whole number."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+
+
+def as_number(value: Any) -> float | None:
+    """Return `value`, Python's or NumPy's, as a float; None where it is not a finite real number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return number if math.isfinite(number := float(value)) else None
+    except OverflowError:
+        return None
+
+
+def _is_bias(value: Any) -> bool:
+    number = as_number(value)
+    return number is not None and abs(number) <= MAX_BIAS
+
+
+def explain(field: dataclasses.Field, none: str = "None") -> str:
+    """Return the help of an option with its default. `none`: how None is written where the reader is."""
+    spec: Spec = field.metadata["spec"]
+    if field.default is None:
+        return f"{spec.help} (default: {spec.unset})"
+    unset = f"; {none}: {spec.unset}" if spec.unset else ""
+    plain = isinstance(field.default, int | float)
+    return spec.help + unset + (f" (default: {field.default:g})" if plain else "")
+
+
+def describe(declaration: type, without: Collection[str] = ()) -> str:
+    """Return a table of the options with their help, for a docstring."""
+    rows = [(field.name, explain(field)) for field in dataclasses.fields(declaration) if field.name not in without]
+    return "\n".join(textwrap.fill(f"{name:<18}  {text}", 100, subsequent_indent=" " * 20) for name, text in rows)
+
+
+def accepts_options(*, without: Collection[str] = ()) -> Callable[[Function], Function]:
+    """Decorate a function with `**options`: its signature and docstring list every field of Options but `without`."""
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
+            for f in dataclasses.fields(Options)
+            if f.name not in without
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *listed])  # type: ignore[attr-defined]
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n\n{describe(Options, without)}"
+        return function
+
+    return decorate
+
+
+Sampling.__doc__ = f"{inspect.cleandoc(Sampling.__doc__ or '')}\n\n{describe(Sampling)}"

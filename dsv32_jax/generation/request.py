@@ -13,7 +13,8 @@ from ..model.model import Model
 from ..system.compilation import prepare
 from . import memory
 from .prefill_decode import Task
-from .sampling_params import Sampling, bias, knobs, of_rows, token_ids
+from .options import Sampling
+from .sampling_params import bias, knobs, of_rows, token_ids
 
 SMALLEST_BUCKET = 16
 CHUNK = 512

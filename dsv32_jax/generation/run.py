@@ -14,7 +14,7 @@ from ..parallel import multihost
 from ..system.compilation import announced, metered
 from . import memory
 from .batch import Batch, Programs
-from .options import require_known
+from .options import Options
 from .prefill_decode import Context
 from .request import plan
 from .result import Generation, Stats
@@ -36,7 +36,7 @@ class Run:
         progress=None,
         **options,
     ):
-        require_known(options)
+        Options.of(options)
         self.request = plan(model, prompts, sampling, **options)
         multihost.require_same(model.mesh, (self.request, stop))
         self._programs, self._model, self._tokenizer = programs, model, tokenizer

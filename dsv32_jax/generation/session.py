@@ -8,7 +8,7 @@ import dataclasses
 import threading
 from collections.abc import Generator, Sequence
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,11 @@ from ..system.interrupts import interruptible
 from ..system.paths import file_of
 from . import memory, session_file
 from .batch import WHOLE, Batch
-from .options import Options
+from .options import Sampling, accepts_options
 from .prefill_decode import Context, blank, resized, resumed, rewound
 from .request import MOST_DRAFTS, bucket
 from .result import Generation
 from .run import Run, Stream
-from .sampling_params import Sampling
 from .transcript import Token
 
 OWN = ("capacity", "cache_dtype", "draft")
@@ -53,8 +52,9 @@ class Session:
         self._drafted = 0
         self._turns = threading.Lock()
 
+    @accepts_options(without=("n", *OWN))
     def generate(
-        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]
+        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any
     ) -> Generation:
         """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
         run = self._run(tokens, sampling, options)
@@ -63,7 +63,8 @@ class Session:
                 pass
         return run.result()
 
-    def stream(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Unpack[Options]) -> Stream:
+    @accepts_options(without=("n", *OWN))
+    def stream(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """The same, token by token. A stream that is left early keeps what was read and made until then."""
         run = self._run(tokens, sampling, options)
         return Stream(run, self._turn(run, 1, lambda: False))
@@ -95,7 +96,7 @@ class Session:
         if self._turns.locked():
             raise UsageError(BUSY)
 
-    def _run(self, tokens: Sequence[int], sampling: Any, options: Options) -> Run:
+    def _run(self, tokens: Sequence[int], sampling: Any, options: dict[str, Any]) -> Run:
         if given := [name for name in OWN if name in options]:
             raise UsageError(f"{given[0]} belongs to the session: give it to ds.session(...)")
         if options.get("n", 1) != 1:

@@ -829,7 +829,7 @@ def test_a_model_that_is_none(model):
 def test_unknown_options(model):
     """All of them, with where they belong or what is meant; sessions alike."""
     options: dict = {"temperature": 0.7, "max_tokens": 3, "echo": True}
-    said = "3 options", "sampling=Sampling(temperature=...)", "do you mean max_new_tokens?", "echo;"
+    said = "3 unknown options", "sampling=Sampling(temperature=...)", "do you mean max_new_tokens?", "echo;"
     refused(lambda: ds.generate(model, [[5]], **options), UsageError, *said)
     refused(lambda: ds.stream(model, [5], **options), UsageError, *said)
     refused(lambda: ds.session(model).generate([5], **options), UsageError, *said)

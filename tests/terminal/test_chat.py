@@ -23,7 +23,7 @@ from dsv32_jax.cli.keyboard import Keyboard
 from dsv32_jax.cli.open_checkpoint import Opened
 from dsv32_jax.cli.screen import Screen
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
-from dsv32_jax.generation.sampling_params import Sampling
+from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.session import session
 from dsv32_jax.generation.transcript import Transcript
 from dsv32_jax.model.model import Origin
