@@ -67,9 +67,7 @@ def _trace(cfg) -> None:
 
 def _trace_generation(cfg, weights) -> None:
     """Prefill, scoring, and decoding with and without drafts."""
-    request = request_of.plan(
-        weights, [[5, 6, 7]] * 11, ds.Sampling(temperature=1.0), draft=3, top_logprobs=4
-    )
+    request = request_of.plan(weights, [[5, 6, 7]] * 11, ds.Sampling(temperature=1.0), draft=3, top_logprobs=4)
     task = request_of.task(weights, request, range(11), 11)
     tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
     in_prompt_BV = jax.ShapeDtypeStruct((11, cfg.vocab_size), bool)

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from ..errors import UsageError, listing, unknown
+from ..errors import UsageError, argument, listing, pluralize, unknown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -95,7 +95,9 @@ class Sampling:
         for name, spec in specs(Sampling).items():
             object.__setattr__(self, name, check(name, spec, getattr(self, name)))
         if self.top_p == 0:
-            raise UsageError(f"top_p must be above 0 and at most 1 (1 keeps all tokens), not {self.top_p!r}")
+            raise UsageError(
+                f"{argument('top_p')} must be above 0 and at most 1 (1 keeps all tokens), not {self.top_p!r}"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,8 +162,7 @@ class Options:
         wrong = [f"{name} (set it with sampling=Sampling({name}=...))" for name in given if name in sampling]
         wrong += unknown([name for name in given if name not in sampling], known)
         if wrong:
-            count = "" if len(wrong) == 1 else f"{len(wrong)} "
-            raise UsageError(f"{count}unknown option{'s' * (len(wrong) > 1)}: {listing(wrong)}; nothing was run")
+            raise UsageError(f"{pluralize(len(wrong), 'unknown option')}: {listing(wrong)}; nothing was run")
         return cls(**given)
 
 
@@ -177,12 +178,16 @@ def check(name: str, spec: Spec, value: Any, *, low: float | None = None, high: 
         number = as_whole(value) if spec.kind == "count" else as_number(value)
         if number is None or not low <= number <= high:
             what = "whole number" if spec.kind == "count" else "number"
-            raise UsageError(f"{name} must be a {what}{_range(spec, low, high)}, not {value!r}; nothing was run")
+            raise UsageError(
+                f"{argument(name)} must be a {what}{_range(spec, low, high)}, not {value!r}; nothing was run"
+            )
         return number
     if spec.kind == "token_ids" and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
-        raise UsageError(f"{name} must be a list of token ids, not {value!r}")
+        raise UsageError(f"{argument(name)} must be a list of token ids, not {value!r}")
     if spec.kind == "token_biases" and not (isinstance(value, Mapping) and all(map(_is_bias, value.values()))):
-        raise UsageError(f"{name} must map token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}, not {value!r}")
+        raise UsageError(
+            f"{argument(name)} must map token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}, not {value!r}"
+        )
     return _check_seed(value) if spec.kind == "seed" else value
 
 
@@ -196,7 +201,7 @@ def _check_seed(value: Any) -> int | tuple[int, ...]:
     seeds = [as_whole(seed) for seed in (value if many else [value])]
     found = tuple(seed for seed in seeds if seed is not None and 0 <= seed < 2**63)
     if not seeds or len(found) < len(seeds):
-        raise UsageError(f"seed must be a whole number below 2^63, or one for each prompt, not {value!r}")
+        raise UsageError(f"{argument('seed')} must be a whole number below 2^63, or one for each prompt, not {value!r}")
     return found if many else found[0]
 
 

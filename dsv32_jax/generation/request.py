@@ -12,8 +12,8 @@ from ..model import cache, checks
 from ..model.model import Model
 from ..system.compilation import prepare
 from . import memory
-from .prefill_decode import Task
 from .options import Sampling
+from .prefill_decode import Task
 from .sampling_params import bias, knobs, of_rows, token_ids
 
 SMALLEST_BUCKET = 16

@@ -53,9 +53,7 @@ class Session:
         self._turns = threading.Lock()
 
     @accepts_options(without=("n", *OWN))
-    def generate(
-        self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any
-    ) -> Generation:
+    def generate(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Generation:
         """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
         run = self._run(tokens, sampling, options)
         with interruptible() as asked_to_stop:
