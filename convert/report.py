@@ -13,8 +13,7 @@ from .names import format_ranges
 
 if TYPE_CHECKING:
     from .export.export import Exported
-    from .inspect.folded_tree import Branch
-    from .inspect.inspection import Inspection
+    from .inspect.folder_tree import Branch, Inspection
     from .verify.verify import Report
 
 SIZES = frozenset("would_read would_write peak_memory memory_limit memory_free disk_free largest_leaf".split())

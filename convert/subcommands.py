@@ -60,19 +60,19 @@ def _inspect(arguments: argparse.Namespace) -> int:
     from dsv32_jax.errors import UsageError
 
     from . import report
-    from .inspect import inspection, listing
+    from .inspect import folder_tree, tensors
 
     if arguments.stats and not arguments.tensors:
         raise UsageError("--stats reads whole tensors: select them with --tensors GLOB ('*' for all)")
     if arguments.stats:
-        rows = listing.statistics(arguments.path, arguments.tensors)
+        rows = tensors.compute_statistics(arguments.path, arguments.tensors)
         for text in [json.dumps(list(rows))] if arguments.json else map(report.format_statistics, rows):
             print(text, flush=True)
     elif arguments.tensors:
-        found = listing.tensors(arguments.path, arguments.tensors)
+        found = tensors.list_tensors(arguments.path, arguments.tensors)
         print(json.dumps(found) if arguments.json else report.format_tensors(found))
     else:
-        whole = inspection.inspect(arguments.path)
+        whole = folder_tree.inspect(arguments.path)
         facts = {**dataclasses.asdict(whole), "bits_per_weight": whole.bits}
         print(json.dumps(facts) if arguments.json else report.format_inspection(whole))
     return 0

@@ -1,1 +1,1 @@
-"""What a folder of either kind holds."""
+"""Contents of a checkpoint folder, in Hugging Face layout or converted."""

@@ -34,13 +34,13 @@ class Statistics:
 
 def statistics(weight: StoredWeight) -> Statistics:
     """The statistics of an NVFP4 weight. Raises UsageError on another format."""
-    counting = converter("inspect.value_statistics")
+    counting = converter("inspect.tensors")
     codes, scale = _blocks(weight)
     magnitude = scale & 0x7F
     silent = ~(codes & 0x77).any(axis=-1)
     return Statistics(
-        counting.nibbles(counting.byte_counts(codes)),
-        counting.byte_counts(scale),
+        counting.count_nibbles(counting.count_bytes(codes)),
+        counting.count_bytes(scale),
         scale.size,
         int(np.count_nonzero(silent | (magnitude == 0))),
         int(np.count_nonzero(magnitude >= LARGEST_SCALE)),

@@ -57,17 +57,17 @@ class Tree:
 def tree(what: str | Path | Model, format: str | None = None) -> Tree:
     """The tree of a folder in either layout, of a config.json with its matrices in `format` (as `dsv32 fit`), or of a
     loaded model. Headers are read, no weights. Raises UsageError, ConfigError, CheckpointError."""
-    inspection = converter("inspect.inspection")
+    folder_tree = converter("inspect.folder_tree")
     if isinstance(what, Model):
-        items = inspection.of_leaves(what.cfg, _entries(what))
-        return Tree(inspection.summed("a model", "loaded", what.cfg.to_dict(), items, []))
+        items = folder_tree.manifest_items(what.cfg, _entries(what))
+        return Tree(folder_tree.summarize("a model", "loaded", what.cfg.to_dict(), items, []))
     if not isinstance(what, str | Path):
         raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
     if path_of(what).is_file():
         found = inventory.read(what, format)
-        items = inspection.of_leaves(found.cfg, found.entries)
-        return Tree(inspection.summed(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))
-    return Tree(inspection.inspect(what))
+        items = folder_tree.manifest_items(found.cfg, found.entries)
+        return Tree(folder_tree.summarize(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))
+    return Tree(folder_tree.inspect(what))
 
 
 def _entries(model: Model) -> Mapping[str, LeafEntry]:

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
-from convert.inspect import inspection, listing
-from convert.inspect.inspection import inspect, of_source
+from convert.inspect.folder_tree import inspect, inspect_source, source_items
+from convert.inspect.tensors import compute_statistics, list_tensors
 from convert.read.header import Tensor
 from convert.read.source import Source
 from dsv32_jax import cli
@@ -99,7 +99,7 @@ def test_formats_are_told_weight_by_weight(tmp_path, small):
         "model.layers.0.mlp.down_proj.weight": np.zeros((32, 32), ml_dtypes.float8_e4m3fn),
     }
     folder = fakes.write_checkpoint(tmp_path / "a", small.to_dict(), arrays)
-    found = {(item.layer, item.name): item for item in inspection.weights(Source(folder).tensors, 2)}
+    found = {(item.layer, item.name): item for item in source_items(Source(folder).tensors, 2)}
     assert {key: (item.format, item.shape, item.parameters) for key, item in found.items()} == {
         (0, "mlp.up_proj.weight"): ("nvfp4", (32, 32), 1024),
         (0, "mlp.up_proj.input_scale"): ("f32", (), 0),
@@ -131,7 +131,7 @@ def test_broken_headers_are_told(tmp_path, capsys):
 @pytest.mark.parametrize("storage", ["nvfp4", "compressed-tensors", "fp8", "bf16"])
 def test_single_tensors_are_listed(storage, originals, converted, capsys):
     arrays = fakes.load(originals[storage])
-    rows = {row["name"]: row for row in listing.tensors(originals[storage], "*layers.1.mlp.experts.3.*")}
+    rows = {row["name"]: row for row in list_tensors(originals[storage], "*layers.1.mlp.experts.3.*")}
     assert rows.keys() == {name for name in arrays if "layers.1.mlp.experts.3." in name}
     for name, row in rows.items():
         assert row["shape"] == list(arrays[name].shape) and row["bytes"] == arrays[name].nbytes
@@ -145,10 +145,10 @@ def test_single_tensors_are_listed(storage, originals, converted, capsys):
 
 def test_what_no_tensor_is_called_is_an_error(originals, converted, capsys):
     for folder in (originals["bf16"], converted["bf16"]):
-        with pytest.raises(UsageError, match="no tensor of .* is called nothing"):
-            listing.tensors(folder, "nothing")
-        with pytest.raises(UsageError, match="no tensor of .* is called nothing"):
-            list(listing.statistics(folder, "nothing"))
+        with pytest.raises(UsageError, match="no tensor of .* matches nothing"):
+            list_tensors(folder, "nothing")
+        with pytest.raises(UsageError, match="no tensor of .* matches nothing"):
+            list(compute_statistics(folder, "nothing"))
     code, _, err = run(capsys, originals["bf16"], "--stats")
     assert code == 2 and "select them with --tensors" in err
 
@@ -160,7 +160,7 @@ def test_statistics_are_those_of_the_bytes(tmp_path, originals, small, capsys):
     scale[0, 0], scale[1, :2], scale[2, 0] = 0x7F, 0, 0xFF
     arrays[name][3, 8:16], arrays[name][1, :8] = 0x88, 0
     folder = fakes.write_checkpoint(tmp_path / "a", small.to_dict(), arrays)
-    (row,) = listing.statistics(folder, "*layers.1.mlp.experts.2.down_proj.weight_scale")
+    (row,) = compute_statistics(folder, "*layers.1.mlp.experts.2.down_proj.weight_scale")
     parts = [arrays[name], scale.view(ml_dtypes.float8_e4m3fn), arrays[name + "_scale_2"]]
     assert row["name"] == name and row["amax"] == np.abs(nvfp4_dequantize(*parts)).max()
     assert (row["nan_scales"], row["zero_blocks"], row["not_finite"]) == (2, 3, 0)
@@ -180,13 +180,13 @@ def test_statistics_of_other_formats(tmp_path, originals, converted, small):
     name = "model.layers.0.mlp.up_proj.weight"
     arrays["model.norm.weight"][:3] = np.nan, np.inf, 0
     folder = fakes.write_checkpoint(tmp_path / "a", small.to_dict(), arrays)
-    (row,) = listing.statistics(folder, name)
+    (row,) = compute_statistics(folder, name)
     assert sum(row["codes"].values()) + row["zeros"] == arrays[name].size and row["scale_exponents"]
-    (norm,) = listing.statistics(folder, "model.norm.weight")
+    (norm,) = compute_statistics(folder, "model.norm.weight")
     assert (norm["not_finite"], norm["zeros"]) == (2, 1)
     assert norm["amax"] == np.abs(arrays["model.norm.weight"][3:]).max()
-    (leaf,) = listing.statistics(converted["nvfp4"], "layers.1.ffn.w_up_EMD*")
-    one = list(listing.statistics(originals["nvfp4"], "*layers.1.mlp.experts.*.up_proj.weight"))
+    (leaf,) = compute_statistics(converted["nvfp4"], "layers.1.ffn.w_up_EMD*")
+    one = list(compute_statistics(originals["nvfp4"], "*layers.1.mlp.experts.*.up_proj.weight"))
     assert leaf["amax"] == max(row["amax"] for row in one) and leaf["zeros"] == sum(row["zeros"] for row in one)
     assert leaf["codes"] == {code: sum(row["codes"][code] for row in one) for code in leaf["codes"]}
 
@@ -201,7 +201,7 @@ def test_statistics_of_damaged_arrays_are_not_given(converted, tmp_path):
     leaves = manifest.leaves | {"norm_D": dataclasses.replace(entry, arrays=arrays)}
     dataclasses.replace(manifest, leaves=leaves).write(folder)
     with pytest.raises(VerificationError, match="norm_D.values .* has changed"):
-        list(listing.statistics(folder, "norm_D"))
+        list(compute_statistics(folder, "norm_D"))
 
 
 @pytest.mark.parametrize("argv", [[], ["--tensors", "*norm*"], ["--tensors", "*wk*", "--stats"]])
@@ -258,7 +258,7 @@ def test_a_large_checkpoint_takes_seconds(real, tmp_path):
         for name, (dtype, shape) in tensors.items()
     }
     profile = cProfile.Profile(builtins=False)
-    found = profile.runcall(of_source, source)
+    found = profile.runcall(inspect_source, source)
     assert pstats.Stats(profile).total_calls < 6 * len(tensors)
     assert found.parameters == parameters(real) and len(found.tree) == 4
     assert [branch.layers and (branch.layers[0], branch.layers[-1]) for branch in found.tree] == [
@@ -274,6 +274,6 @@ def test_malformed_folders_are_refused_in_both_layouts(converted, tmp_path):
     with pytest.raises(CheckpointError, match="manifest.json"):
         inspect(folder)
     (folder / "manifest.json").rename(folder / "journal.jsonl")
-    for look in (inspect, lambda folder: listing.tensors(folder, "*"), ds.inspect.Folder):
+    for look in (inspect, lambda folder: list_tensors(folder, "*"), ds.inspect.Folder):
         with pytest.raises(CheckpointError, match="is an unfinished conversion"):
             look(folder)

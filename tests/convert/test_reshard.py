@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import convert
 from convert.export.reshard import reshard
-from convert.inspect.inspection import inspect
+from convert.inspect.folder_tree import inspect
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import chunks, random_checkpoint

@@ -1,0 +1,248 @@
+"""The tree of a checkpoint folder, from headers alone: weights with layers and experts folded, sizes, notes.
+
+A Hugging Face folder is shown by the names of its weights, scales counted with the weight they belong to; a converted
+checkpoint by the model's parameters.
+"""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CheckpointError, ConfigError
+from dsv32_jax.layout import leaves
+from dsv32_jax.system.paths import path_of
+
+from ..names import fold_expert, split_layer
+from ..read.detect import detect
+from ..read.header import BY_NAME, Tensor
+from ..read.source import Source
+
+SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
+SCALES = tuple(f"weight{suffix}" for suffix in SCALE_SUFFIXES)
+
+OTHER = "no weight"
+"""The kind of a tensor that belongs to no weight, such as an activation scale."""
+
+KINDS = (
+    ("mlp.experts.", "experts"),
+    ("mlp.shared_experts.", "shared experts"),
+    ("mlp.gate.", "router"),
+    ("mlp.", "dense feed-forward"),
+    ("self_attn.indexer.", "indexer"),
+    ("layernorm", "norms"),
+    ("self_attn.", "attention"),
+    ("embed_tokens", "embedding"),
+    ("head.weight", "head"),
+    ("norm", "norms"),
+)
+"""Kinds of weights by a part of their name; the first match decides."""
+
+
+class Item(NamedTuple):
+    """One weight or parameter: its layer, its name within (experts as *), logical shape, bytes with all scales.
+
+    `parameters` is 0 for a tensor that belongs to no weight, and for a shared copy.
+    """
+
+    layer: int | None
+    name: str
+    kind: str
+    format: str
+    shape: tuple[int, ...]
+    parameters: int
+    nbytes: int
+
+
+@dataclasses.dataclass
+class Row:
+    """Weights of one branch that differ only in their layer or expert."""
+
+    name: str
+    format: str
+    shape: tuple[int, ...]
+    count: int
+    parameters: int
+    nbytes: int
+
+    def add(self, count: int, parameters: int, nbytes: int) -> None:
+        self.count, self.parameters, self.nbytes = (
+            self.count + count,
+            self.parameters + parameters,
+            self.nbytes + nbytes,
+        )
+
+
+@dataclasses.dataclass
+class Branch:
+    """Consecutive layers with the same rows (`layers` is None outside the layers)."""
+
+    layers: list[int] | None
+    rows: list[Row]
+
+
+@dataclasses.dataclass
+class Inspection:
+    """Contents of a folder; `sizes` are (kind, format, parameters, bytes)."""
+
+    folder: str
+    layout: str
+    title: str
+    tree: list[Branch]
+    sizes: list[tuple[str, str, int, int]]
+    parameters: int
+    nbytes: int
+    notes: list[str]
+
+    @property
+    def bits(self) -> float:
+        """Bits per parameter."""
+        return 8 * self.nbytes / max(self.parameters, 1)
+
+
+def inspect(folder: str | Path) -> Inspection:
+    """Inspect a folder in either layout. Raises CheckpointError that lists everything wrong with its headers."""
+    folder = path_of(folder).absolute()
+    return _inspect_converted(folder) if is_converted(folder) else inspect_source(Source(folder))
+
+
+def inspect_source(source: Source) -> Inspection:
+    """Inspect a folder in Hugging Face layout."""
+    notes = list(source.notes)
+    try:
+        Config.from_dict(source.config, "config.json")
+    except ConfigError as error:
+        notes.append(str(error))
+    layers = source.config.get("num_hidden_layers")
+    items = list(source_items(source.tensors, layers if isinstance(layers, int) else None))
+    return summarize(source.folder, "Hugging Face", source.config, items, notes)
+
+
+def _inspect_converted(folder: Path) -> Inspection:
+    manifest = Manifest.read(folder)
+    cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
+    report, mesh = manifest.report, manifest.storage.get("mesh")
+    notes = [*report.get("notes", []), *(f"{count} ignored: {why}" for why, count in report.get("ignored", {}).items())]
+    if mesh:
+        notes.append(f"laid out for the mesh {', '.join(f'{axis}={size}' for axis, size in mesh.items())}")
+    notes.append(f"made from {manifest.source.get('folder')}; digest {manifest.digest}")
+    return summarize(folder, "converted", manifest.config, manifest_items(cfg, manifest.leaves), notes)
+
+
+def source_items(tensors: Mapping[str, Tensor], mtp_layer: int | None) -> Iterator[Item]:
+    """Every weight among `tensors` with its scales; a tensor that belongs to none is an item of its own.
+
+    Kinds and formats are cached: a checkpoint has 180,000 tensors and some dozens of different ones.
+    """
+    storage: dict[tuple, tuple[str, tuple[int, ...], int]] = {}
+    kinds: dict[tuple[str, bool], str] = {}
+    for name, tensor in tensors.items():
+        if name.endswith(SCALES) and _has_weight(name, tensors):
+            continue
+        base = name.removesuffix("_packed")
+        scales = [found for suffix in SCALE_SUFFIXES if (found := tensors.get(base + suffix)) is not None]
+        dtypes = tuple((t.dtype, t.shape) for t in (tensor, *scales))
+        signature = (base == name, base.endswith(".weight"), dtypes)
+        if signature not in storage:
+            storage[signature] = _detect_storage(base, tensor, tensors, scales)
+        format, shape, nbytes = storage[signature]
+        layer, rest = split_layer(base)
+        pattern, is_mtp = fold_expert(rest), layer is not None and layer == mtp_layer
+        if (pattern, is_mtp) not in kinds:
+            kinds[pattern, is_mtp] = _kind_of(pattern, is_mtp)
+        kind = kinds[pattern, is_mtp]
+        yield Item(layer, pattern, kind, format, shape, 0 if kind == OTHER else math.prod(shape), nbytes)
+
+
+def _has_weight(scale: str, tensors: Mapping[str, Tensor]) -> bool:
+    base = scale[: scale.rfind("weight") + len("weight")]
+    return base in tensors or base + "_packed" in tensors
+
+
+def _detect_storage(
+    name: str, tensor: Tensor, tensors: Mapping[str, Tensor], scales: list[Tensor]
+) -> tuple[str, tuple[int, ...], int]:
+    """Format, logical shape and bytes of a weight; of an unsupported format, the tensor's own dtype and shape."""
+    nbytes = tensor.nbytes + sum(scale.nbytes for scale in scales)
+    try:
+        stored = detect(name, tensors)
+    except CheckpointError:
+        return tensor.dtype.lower(), tensor.shape, nbytes
+    return tensor.dtype.lower() if stored.format == "dense" else stored.format, stored.shape, nbytes
+
+
+def _kind_of(name: str, is_mtp: bool) -> str:
+    if not name.endswith((".weight", ".bias", "_bias")):
+        return OTHER
+    return "MTP" if is_mtp else next((kind for part, kind in KINDS if part in name), "other")
+
+
+def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
+    """The parameters of a model, from their manifest entries."""
+    sources = {leaf.path: leaf.sources[0] for leaf in leaves(cfg)}
+    items = []
+    for path, entry in entries.items():
+        kind = _kind_of(sources.get(path, ""), path.startswith("mtp."))
+        layer, name = split_layer(path)
+        if entry.same_as is not None:
+            shape = _logical_shape(entries[entry.same_as])
+            items.append(Item(layer, name, kind, f"= {entry.same_as}", shape, 0, 0))
+            continue
+        shape = _logical_shape(entry)
+        nbytes = sum(math.prod(array.shape) * BY_NAME[array.dtype].itemsize for array in entry.arrays.values())
+        format = entry.arrays["values"].dtype if entry.format == "dense" else entry.format
+        items.append(Item(layer, name, kind, format, shape, math.prod(shape), nbytes))
+    return items
+
+
+def _logical_shape(entry: LeafEntry) -> tuple[int, ...]:
+    if entry.format != "nvfp4":
+        return entry.arrays["values"].shape
+    *outer, packed = entry.arrays["codes"].shape
+    return (*outer, 2 * packed)
+
+
+def summarize(
+    folder: str | Path, layout: str, config: dict[str, Any], items: list[Item], notes: list[str]
+) -> Inspection:
+    """The Inspection of `items`: their tree, and sums by kind and format."""
+    sizes: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for item in items:
+        size = sizes[item.kind, item.format]
+        size[0] += item.parameters
+        size[1] += item.nbytes
+    keys = ("model_type", "num_hidden_layers", "first_k_dense_replace", "n_routed_experts", "num_nextn_predict_layers")
+    return Inspection(
+        folder=str(folder),
+        layout=layout,
+        title=", ".join(f"{key} {config[key]}" for key in keys if key in config),
+        tree=list(build_tree(items)),
+        sizes=[(kind, format, size[0], size[1]) for (kind, format), size in sizes.items()],
+        parameters=sum(item.parameters for item in items),
+        nbytes=sum(item.nbytes for item in items),
+        notes=notes,
+    )
+
+
+def build_tree(items: Iterable[Item]) -> Iterator[Branch]:
+    """Group `items` by layer; consecutive layers with the same rows become one branch with their sums."""
+    layers: dict[int | None, dict[tuple, Row]] = {}
+    for item in items:
+        rows, key = layers.setdefault(item.layer, {}), (item.name, item.format, item.shape)
+        if key not in rows:
+            rows[key] = Row(*key, 0, 0, 0)
+        rows[key].add(1, item.parameters, item.nbytes)
+    if outside := layers.pop(None, None):
+        yield Branch(None, list(outside.values()))
+    numbers = sorted(layer for layer in layers if layer is not None)
+    for _, run in itertools.groupby(numbers, key=lambda layer: {key: row.count for key, row in layers[layer].items()}):
+        first, *more = run
+        for layer in more:
+            for key, row in layers[layer].items():
+                layers[first][key].add(row.count, row.parameters, row.nbytes)
+        yield Branch([first, *more], list(layers[first].values()))

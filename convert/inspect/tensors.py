@@ -1,0 +1,203 @@
+"""Tensors of a checkpoint folder selected by a pattern: dtype, shape and place, or statistics of their values."""
+
+import collections
+import fnmatch
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv32_jax.checkpoint.arrays import FOLDER, raw
+from dsv32_jax.checkpoint.manifest import Manifest, is_converted
+from dsv32_jax.errors import CheckpointError, UsageError, listing
+from dsv32_jax.quantization.quantize import E2M1, E4M3
+from dsv32_jax.system.paths import path_of
+
+from ..read import weights
+from ..read.detect import detect
+from ..read.header import Tensor
+from ..read.source import Source
+from ..read.stored import Stored
+from ..transform.amax import amax
+from ..transform.facts import scale_facts
+from ..verify.converted import Converted, nbytes_of, raise_damaged
+
+PIECE = 1 << 20
+"""Bytes counted at a time."""
+
+
+def list_tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:
+    """Name, dtype, shape, bytes and file of the tensors (in a converted folder: arrays) that match a shell pattern.
+
+    Raises UsageError where none does.
+    """
+    folder = path_of(folder).absolute()
+    found = list(_list_converted(folder, pattern) if is_converted(folder) else _list_source(folder, pattern))
+    if not found:
+        raise _no_match(folder, pattern)
+    return found
+
+
+def compute_statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
+    """Statistics of every weight (in a converted folder: parameter) of which the name or a tensor's name matches.
+
+    Raises UsageError where none does, VerificationError where an array has changed.
+    """
+    folder, found = path_of(folder).absolute(), False
+    rows = _converted_statistics(folder, pattern) if is_converted(folder) else _source_statistics(folder, pattern)
+    for row in rows:
+        found = True
+        yield row
+    if not found:
+        raise _no_match(folder, pattern)
+
+
+def _no_match(folder: Path, pattern: str) -> UsageError:
+    names = list(Manifest.read(folder).leaves if is_converted(folder) else Source(folder).tensors)
+    examples = listing(names[len(names) // 3 :: len(names) // 3 + 1], 3)
+    return UsageError(f"no tensor of {folder} matches {pattern}. Names look like {examples}; quote the pattern")
+
+
+def _list_source(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    for name, tensor in Source(folder).tensors.items():
+        if fnmatch.fnmatchcase(name, pattern):
+            yield _row(name, tensor.dtype, tensor.shape, tensor.nbytes, tensor.file.name)
+
+
+def _list_converted(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    converted = Converted(folder)
+    for key, entry in converted.expected.items():
+        name = ".".join(key)
+        if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(key[0], pattern):
+            info = converted.arrays.stored.get(key)
+            place = "missing" if info is None else f"{FOLDER}/{info.part}"
+            yield _row(name, entry.dtype, entry.shape, nbytes_of(entry), place)
+
+
+def _row(name: str, dtype: str, shape: tuple[int, ...], nbytes: int, place: str) -> dict[str, Any]:
+    return {"name": name, "dtype": dtype, "shape": list(shape), "bytes": nbytes, "place": place}
+
+
+def _source_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    source = Source(folder)
+    seen: set[str] = set()
+    for name in source.tensors:
+        stored = _find_weight(name, source.tensors) if fnmatch.fnmatchcase(name, pattern) else None
+        if stored is None or stored.name in seen:
+            continue
+        seen.add(stored.name)
+        statistics = Statistics()
+        statistics.add(weights.load(stored, source.read))
+        yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics.result()}
+
+
+def _find_weight(name: str, tensors: dict[str, Tensor]) -> Stored | None:
+    """The weight that the tensor `name` belongs to, None where there is none in a supported format."""
+    base = name[: name.rfind("weight") + len("weight")] if ".weight" in name else name
+    try:
+        return detect(base, tensors)
+    except CheckpointError:
+        return None
+
+
+def _converted_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    converted = Converted(folder)
+    for group in converted.groups:
+        matching = [i for i, leaf in enumerate(group.leaves) if _matches(converted, leaf.path, pattern)]
+        if not matching:
+            continue
+        statistics = {i: Statistics() for i in matching}
+        for _, parts in converted.read(group, raise_damaged):
+            for i in matching:
+                statistics[i].add({name: np.ascontiguousarray(array) for name, array in parts[i].items()})
+        for i in matching:
+            leaf, entry = group.leaves[i], group.weights[0].entries[i]
+            yield {"name": leaf.path, "format": entry.format, "shape": list(leaf.shape), **statistics[i].result()}
+
+
+def _matches(converted: Converted, path: str, pattern: str) -> bool:
+    names = [path, *(f"{path}.{name}" for name in converted.manifest.leaves[path].arrays)]
+    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+
+
+class Statistics:
+    """Accumulates the statistics of one weight, expert by expert."""
+
+    def __init__(self):
+        self._amax = 0.0
+        self._nan_scales = self._zero_blocks = self._zeros = self._not_finite = 0
+        self._codes: collections.Counter[str] = collections.Counter()
+        self._scale_exponents: collections.Counter[int] = collections.Counter()
+
+    def add(self, parts: Mapping[str, np.ndarray]) -> None:
+        """Count the components (manifest.COMPONENTS) of one matrix or vector."""
+        self._add_magnitude(dict(parts))
+        odd = scale_facts(dict(parts))
+        self._nan_scales += odd.get("nan_scale_bytes", 0)
+        self._zero_blocks += odd.get("zero_blocks", 0)
+        if "codes" in parts:
+            counts = count_nibbles(count_bytes(parts["codes"]))
+            self._codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, counts, strict=True)})
+            self._zeros += int(counts[0] + counts[8])
+            self._scale_exponents.update(_count_e4m3_exponents(parts["block_scale"]))
+            return
+        self._zeros += int(np.count_nonzero(parts["values"] == 0))
+        if "block_scale" in parts:
+            self._codes.update({f"2^{e}": n for e, n in _count_e4m3_exponents(parts["values"]).items()})
+            self._scale_exponents.update(_count_exponents(parts["block_scale"]))
+
+    def _add_magnitude(self, parts: dict[str, np.ndarray]) -> None:
+        """Count NaN and infinity; amax is that of the finite values."""
+        if "values" in parts:
+            values = parts["values"]
+            finite = np.isfinite(values)
+            self._not_finite += int(finite.size - np.count_nonzero(finite))
+            parts = {**parts, "values": np.where(finite, values, np.zeros((), values.dtype))}
+        self._amax = max(self._amax, amax(parts))
+
+    def result(self) -> dict[str, Any]:
+        """The totals. `codes` are E2M1 values, or powers of two of FP8 values, with their counts."""
+        return {
+            "amax": self._amax,
+            "not_finite": self._not_finite,
+            "zeros": self._zeros,
+            "zero_blocks": self._zero_blocks,
+            "nan_scales": self._nan_scales,
+            "codes": dict(self._codes),
+            "scale_exponents": {str(exponent): count for exponent, count in sorted(self._scale_exponents.items())},
+        }
+
+
+def count_bytes(array: np.ndarray) -> np.ndarray:
+    """How often each of the 256 bytes occurs."""
+    flat, counts = np.frombuffer(raw(array), np.uint8), np.zeros(256, np.int64)
+    for at in range(0, flat.size, PIECE):
+        counts += np.bincount(flat[at : at + PIECE], minlength=256)
+    return counts
+
+
+def count_nibbles(counts: np.ndarray) -> np.ndarray:
+    """How often each of the 16 codes occurs, from the counts of bytes that hold two."""
+    byte = np.arange(256)
+    return np.bincount(byte & 15, counts, 16).astype(np.int64) + np.bincount(byte >> 4, counts, 16).astype(np.int64)
+
+
+def _count_e4m3_exponents(array: np.ndarray) -> collections.Counter[int]:
+    """Exponents of E4M3 numbers, except zero and NaN."""
+    counts = count_bytes(array)
+    magnitudes = counts[1:127] + counts[129:255]
+    exponents = np.frexp(E4M3[1:127])[1] - 1
+    found: collections.Counter[int] = collections.Counter()
+    for exponent, count in zip(exponents.tolist(), magnitudes.tolist(), strict=True):
+        if count:
+            found[exponent] += count
+    return found
+
+
+def _count_exponents(values: np.ndarray) -> collections.Counter[int]:
+    """Exponents of floats, except zero and values that are not finite."""
+    flat = values.reshape(-1).astype(np.float32)
+    flat = np.abs(flat[np.isfinite(flat) & (flat != 0)])
+    found, counts = np.unique(np.frexp(flat)[1] - 1, return_counts=True)
+    return collections.Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
