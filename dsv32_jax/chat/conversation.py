@@ -1,27 +1,72 @@
-"""A conversation as a value: each turn gives the next conversation, and the old one stays as it was."""
+"""A conversation as an immutable value, and prompts as token ids."""
 
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from ..errors import UsageError
-from .encoding import encode
-from .lenient import parse_lenient
-from .prompts import Prompt, prepare
+from ..errors import UsageError, pluralize
+from ..generation.detokenizer import require_tokenizer
+from . import template
+from .encoding import encode, encode_pieces
+from .lenient_parsing import parse_lenient
+from .messages import Message
 from .tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt: `path` tells how it was made (raw text or messages), `text` is all of it, `ids` are its tokens."""
+
+    path: str
+    text: str
+    ids: list[int]
+
+
+def prepare(
+    given: str | Sequence[Message],
+    tokenizer: Tokenizer,
+    *,
+    thinking: bool = False,
+    tools: Sequence[Mapping] | None = None,
+    context: Sequence[Message] = (),
+    drop_thinking: bool = True,
+    bos: bool = True,
+    allow_special: bool = False,
+) -> Prompt:
+    """Return the prompt of messages in the chat format (see `encode`), or of raw text for the model to continue.
+
+    Special tokens in raw text or in the content of messages are plain text, so content cannot forge them, unless
+    `allow_special`; then the ids are those of the whole text, as the reference tokenizes it. Raw text is preceded by
+    the beginning-of-sentence token, unless `bos` is False or `allow_special` text begins with it already.
+    """
+    require_tokenizer(tokenizer)
+    if isinstance(given, str):
+        if thinking or tools or context:
+            raise UsageError(
+                "thinking, tools and context apply to messages, but raw text was given; "
+                "use [{'role': 'user', 'content': ...}] to chat"
+            )
+        begun = allow_special and given.startswith(template.BOS)
+        pieces = [template.BOS, given] if bos and not begun else [given]
+        path = "raw text"
+    else:
+        options = {"tools": tools, "context": context, "drop_thinking": drop_thinking, "bos": bos}
+        pieces = encode_pieces(given, thinking=thinking, **options)
+        path = "messages, thinking" if thinking else "messages, chat"
+    return Prompt(path, "".join(pieces), tokenizer.encode(pieces, allow_special=allow_special))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """What was said so far, and how: with which system text, which tools, and whether the model thinks first.
+    """System text, tools, whether the model thinks first, and the messages so far. Each turn makes a new value.
 
     talk = Conversation(system="Be brief.", thinking=True).user("1+1=?")
-    talk, forgiven = talk.completed(text)       # what the model wrote after `talk.prompt(tokenizer)`
-    talk = talk.results(["4"])                  # where it called tools: a result for each call, in order
+    talk, warnings = talk.complete(text)        # the model's text after `talk.prompt(tokenizer)`
+    talk = talk.results(["4"])                  # after tool calls: the result of each call, in order
 
-    Old reasoning stays in `messages` and is left out of the prompt when the next user turn begins.
-    Raises EncodingError where messages or tools have no encoding.
+    Old reasoning stays in `messages`; the prompt omits it once the next user turn begins. Raises EncodingError where
+    messages or tools have no encoding.
     """
 
     system: str | None = None
@@ -38,43 +83,40 @@ class Conversation:
         encode(self.messages, thinking=False, context=[self._head])
 
     def user(self, text: str) -> Self:
-        """With a user's turn. Raises UsageError while calls wait for their results."""
+        """Add a user's turn. Raises UsageError while tool calls are pending."""
         _require_text(text, "a user's turn")
-        if waiting := self.waiting:
-            raise UsageError(
-                f"{len(waiting)} tool calls wait for their results ({', '.join(waiting)}); give them first"
-            )
-        return self._with({"role": "user", "content": text})
+        self._require_no_pending()
+        return self._add({"role": "user", "content": text})
 
     def assistant(self, message: Mapping[str, Any]) -> Self:
-        """With the model's turn, as `parse` gives it. Raises UsageError where it is not the model's turn."""
+        """Add the model's turn, as `parse` returns it. Raises UsageError where it is not the model's turn."""
         if not isinstance(message, Mapping) or message.get("role") != "assistant":
             raise UsageError(f"the model's turn must be an assistant message, not {message!r:.200}")
         self._require_turn()
-        return self._with(message)
+        return self._add(message)
 
-    def completed(self, text: str) -> tuple[Self, list[str]]:
-        """With the model's turn read from its text, special tokens and all; and what was forgiven to read it."""
-        message, forgiven = parse_lenient(text, thinking=self.thinking)
-        return self.assistant(message), forgiven
+    def complete(self, text: str) -> tuple[Self, list[str]]:
+        """Add the model's turn, parsed from its text with special tokens; return also the warnings of the parser."""
+        message, warnings = parse_lenient(text, thinking=self.thinking)
+        return self.assistant(message), warnings
 
     def results(self, texts: Sequence[str]) -> Self:
-        """With the results of all calls that wait for one, in the order of the calls."""
-        waiting = self.waiting
-        if isinstance(texts, str) or len(texts) != len(waiting):
-            count = "one string" if isinstance(texts, str) else len(texts)
-            raise UsageError(f"{len(waiting)} tool calls wait for results ({', '.join(waiting)}), but {count} came")
+        """Add the results of all pending tool calls, in the order of the calls."""
+        pending = self.pending
+        if isinstance(texts, str) or len(texts) != len(pending):
+            count = "one string" if isinstance(texts, str) else pluralize(len(texts), "result")
+            raise UsageError(f"{pluralize(len(pending), 'pending tool call')} ({', '.join(pending)}), but {count}")
         for text in texts:
             _require_text(text, "a tool's result")
-        return self._with(*({"role": "tool", "content": text} for text in texts))
+        return self._add(*({"role": "tool", "content": text} for text in texts))
 
     def reset(self) -> Self:
-        """The same system text, tools and mode, with nothing said yet."""
+        """Return the same system text, tools and mode without messages."""
         return dataclasses.replace(self, messages=())
 
     @property
-    def waiting(self) -> list[str]:
-        """The names of the functions whose results come next."""
+    def pending(self) -> list[str]:
+        """The names of the functions that were called and have no result yet."""
         given = len(list(itertools.takewhile(lambda message: message["role"] == "tool", reversed(self.messages))))
         caller = self.messages[-1 - given] if given < len(self.messages) else {}
         calls = caller.get("tool_calls") if caller.get("role") == "assistant" else None
@@ -85,29 +127,32 @@ class Conversation:
         return {"role": "system", "content": self.system, "tools": self.tools}
 
     def all_messages(self) -> list[Mapping[str, Any]]:
-        """The system message and what was said, as `encode` takes it."""
+        """Return the system message and all others, as `encode` takes them."""
         return [self._head, *self.messages]
 
     def text(self) -> str:
-        """The prompt that the model's next turn follows. Raises UsageError where it is not the model's turn."""
+        """Return the prompt for the model's next turn. Raises UsageError where it is not the model's turn."""
         self._require_turn()
         return encode(self.all_messages(), thinking=self.thinking)
 
     def prompt(self, tokenizer: Tokenizer) -> Prompt:
-        """The same as token ids, in which no message's content makes special tokens."""
+        """Return the same as token ids, in which no message's content makes special tokens."""
         self._require_turn()
         return prepare(self.all_messages(), tokenizer, thinking=self.thinking)
 
-    def _with(self, *messages: Mapping[str, Any]) -> Self:
+    def _add(self, *messages: Mapping[str, Any]) -> Self:
         return dataclasses.replace(self, messages=(*self.messages, *messages))
 
     def _require_turn(self) -> None:
-        if waiting := self.waiting:
-            raise UsageError(f"{len(waiting)} tool calls wait for their results: {', '.join(waiting)}")
+        self._require_no_pending()
         if not self.messages or self.messages[-1].get("role") not in ("user", "developer", "tool"):
             raise UsageError("it is not the model's turn: add a user's turn first")
 
+    def _require_no_pending(self) -> None:
+        if pending := self.pending:
+            raise UsageError(f"add the results of pending tool calls first: {', '.join(pending)}")
 
-def _require_text(text: Any, what: str) -> None:
+
+def _require_text(text: Any, name: str) -> None:
     if not isinstance(text, str):
-        raise UsageError(f"{what} must be a string, not {text!r}")
+        raise UsageError(f"{name} must be a string, not {text!r}")

@@ -1,12 +1,29 @@
-"""From messages to the prompt: what the reference encoder of DeepSeek-V3.2 writes, byte for byte."""
+"""Encode messages as a prompt, byte for byte as the reference encoder of DeepSeek-V3.2 does."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ..errors import UsageError, pluralize
 from . import template
-from .dialogue import Dialogue, listed, no_role
-from .faults import EncodingError, Fault, Malformed
-from .messages import Message, arguments, call_count, calls, schemas, text, to_json
+from .messages import (
+    EncodingError,
+    Fault,
+    InvalidMessage,
+    Message,
+    get_calls,
+    get_schemas,
+    get_text,
+    require_messages,
+    to_json,
+)
+from .template import Mark
+
+ROLES = ("system", "user", "developer", "assistant", "tool")
+
+MISPLACED_DEVELOPER = (
+    "a thinking prompt cannot hold a developer message before a later user or developer message; "
+    "pass drop_thinking=False, or use chat mode"
+)
 
 
 def encode(
@@ -18,161 +35,163 @@ def encode(
     drop_thinking: bool = True,
     bos: bool = True,
 ) -> str:
-    """The prompt of `messages`, OpenAI-shaped dicts, up to where the model goes on.
+    """Return the prompt of OpenAI-shaped `messages`, up to where the model continues.
 
-    role       what is read of it
+    role       fields read
     system     content, tools, response_format
     user       content
     developer  content, tools, response_format
     assistant  content, reasoning_content, tool_calls (`arguments` is the JSON text of an object)
-    tool       content; results belong to the calls before them in order, whatever their ids
+    tool       content; results belong to the preceding calls in order, whatever their ids
 
     `thinking`       whether the model thinks before it answers. Reasoning is written only after the last user or
-                     developer message; chat mode writes none.
+                     developer message, and never in chat mode.
     `tools`          schemas for the first message if it is a system or developer message, else written before it.
-    `context`        earlier messages: they count, but are not written, and nor is the beginning-of-sentence token.
-    `drop_thinking`  False admits a developer message before a later user turn, which the format otherwise cannot hold.
-    `bos`            False leaves the beginning-of-sentence token out.
+    `context`        earlier messages: they count but are not written, nor is the beginning-of-sentence token.
+    `drop_thinking`  False allows a developer message before a later user turn, which the format otherwise cannot hold.
+    `bos`            False omits the beginning-of-sentence token.
 
-    As in the reference, content passes through as it is, so a string that looks like a special token becomes one
-    where the prompt is tokenized as a whole; `prepare` makes token ids that content cannot forge. As there too, a
-    user's or tool's content that is None or a number is written as Python writes it. Content that is a list or an
-    object is refused. Raises EncodingError, which lists every bad message.
+    As in the reference, content is not escaped, so a string that looks like a special token becomes one when the
+    prompt is tokenized as a whole; `prepare` returns token ids that content cannot forge. User or tool content that is
+    None or a number is written as Python writes it; a list or an object is refused. Raises EncodingError, which lists
+    every bad message.
     """
     return "".join(
-        pieces(messages, thinking=thinking, tools=tools, context=context, drop_thinking=drop_thinking, bos=bos)
+        encode_pieces(messages, thinking=thinking, tools=tools, context=context, drop_thinking=drop_thinking, bos=bos)
     )
 
 
-def pieces(messages, *, thinking, tools=None, context=(), drop_thinking=True, bos=True) -> list[str]:
-    """What `encode` joins: a Mark where the text is the format's own, any other string where it came with a message."""
+def encode_pieces(messages, *, thinking, tools=None, context=(), drop_thinking=True, bos=True) -> list[str]:
+    """Return the pieces that `encode` joins: a Mark for the format's own text, a plain string for what a message
+    holds."""
     if type(thinking) is not bool:
-        wrong = f"thinking must be True (thinking) or False (chat), not {thinking!r}"
-        raise EncodingError([Fault("invalid_thinking_mode", None, wrong)])
-    given, earlier = listed(messages, "messages"), listed(context, "context")
-    dialogue = Dialogue.of(earlier + given, thinking)
-    written: list[str] = [template.BOS] if bos and not earlier else []
+        text = f"thinking must be True (thinking) or False (chat), not {thinking!r}"
+        raise EncodingError([Fault("invalid_thinking_mode", None, text)])
+    new, earlier = require_messages(messages, "messages"), require_messages(context, "context")
+    encoder = _Encoder(earlier + new, thinking)
+    pieces: list[str] = [template.BOS] if bos and not earlier else []
     faults: list[Fault] = []
-    if tools and dialogue.turns and dialogue.roles[0] in ("system", "developer"):
-        dialogue = dialogue.with_tools(tools)
+
+    def write(index: int | None, name: str, encode_one: Callable[..., list[str]], given: Any) -> None:
+        try:
+            pieces.extend(encode_one(given))
+        except InvalidMessage as error:
+            faults.append(Fault(error.code, index, f"{name}: {error}"))
+
+    if tools and encoder.turns and encoder.roles[0] in ("system", "developer"):
+        if encoder.turns[0].get("tools"):
+            raise UsageError("tools are passed both on messages[0] and as an argument; pass them once")
+        encoder.turns[0] = {**encoder.turns[0], "tools": tools}
     elif tools and not earlier:
-        written += _attempt(faults, None, "tools", _tools, {"tools": tools})
-    for position in range(len(earlier), len(dialogue.turns)):
-        if not (drop_thinking and dialogue.drops(position)):
-            index, role = position - len(earlier), dialogue.roles[position]
-            writer = WRITERS.get(role, _unknown)
-            written += _attempt(faults, index, f"message {index} ({role:.40})", writer, dialogue, position)
-    if drop_thinking and given:
-        faults += dialogue.dropped(len(earlier))
+        write(None, "tools", _encode_tools, {"tools": tools})
+    for index in range(len(new)):
+        position = len(earlier) + index
+        if not (drop_thinking and encoder.drops(position)):
+            write(index, f"message {index} ({encoder.roles[position]:.40})", encoder.encode, position)
+    if drop_thinking and new:
+        faults += [encoder.describe_drop(i, len(earlier)) for i in range(len(encoder.turns)) if encoder.drops(i)]
     if faults:
         raise EncodingError(faults)
-    return written
+    return pieces
 
 
-def _attempt(faults: list[Fault], index: int | None, name: str, write: Callable[..., list[str]], *given) -> list[str]:
-    """What `write` writes; nothing, and a fault more, where it cannot."""
-    try:
-        return write(*given)
-    except Malformed as error:
-        faults.append(Fault(error.code, index, f"{name}: {error}"))
-        return []
+class _Encoder:
+    """Context and messages in one list, their roles, the index of the last user or developer turn (or -1), the mode."""
 
+    def __init__(self, turns: list[Message], thinking: bool):
+        self.turns, self.thinking = turns, thinking
+        self.roles = [role if isinstance(role := turn.get("role"), str) else repr(role) for turn in turns]
+        self.last = max((i for i, role in enumerate(self.roles) if role in ("user", "developer")), default=-1)
 
-def _unknown(dialogue: Dialogue, position: int) -> list[str]:
-    raise Malformed("unknown_role", no_role(dialogue.roles[position]))
+    def drops(self, position: int) -> bool:
+        """Whether the reference drops this message together with old reasoning, and then miscounts."""
+        keeps = self.roles[position] in ROLES and self.roles[position] != "developer"
+        return self.thinking and position < self.last and not keeps
 
+    def encode(self, position: int) -> list[str]:
+        """Return the pieces of one message. Raises InvalidMessage."""
+        message, is_last = self.turns[position], position == self.last
+        match self.roles[position]:
+            case "system":
+                return [get_text(message, "content", ""), *_encode_tools(message), *_encode_response_format(message)]
+            case "user":
+                return [template.USER, get_text(message, "content"), template.ASSISTANT, self._open_turn(is_last)]
+            case "developer":
+                if not message.get("content"):
+                    raise InvalidMessage("developer_empty_content", "a developer message needs content")
+                lead = [*_encode_tools(message), *_encode_response_format(message), template.DEVELOPER]
+                content = [*lead, get_text(message, "content")]
+                return [template.USER, *content, template.ASSISTANT, self._open_turn(is_last)]
+            case "assistant":
+                reasoning = self._encode_reasoning(message) if position > self.last else []
+                return [*reasoning, get_text(message, "content", ""), *_encode_calls(message), template.EOS]
+            case "tool":
+                return self._encode_result(position)
+            case role:
+                raise InvalidMessage("unknown_role", _describe_unknown(role))
 
-def _system(dialogue: Dialogue, position: int) -> list[str]:
-    message = dialogue.turns[position]
-    return [text(message, "content", none=""), *_tools(message), *_response_format(message)]
+    def _open_turn(self, thinks: bool) -> Mark:
+        return template.THINK if thinks and self.thinking else template.THINK_END
 
-
-def _tools(message: Message) -> list[str]:
-    """The tools block of a system or developer message, which opens with a blank line."""
-    found = schemas(message)
-    if not found:
-        return []
-    return [template.LEAD, template.TOOLS, *_joined([[schema] for schema in found]), template.TOOLS_END]
-
-
-def _response_format(message: Message) -> list[str]:
-    wanted = message.get("response_format")
-    return [template.LEAD, template.RESPONSE_FORMAT, to_json(wanted)] if wanted else []
-
-
-def _user(dialogue: Dialogue, position: int) -> list[str]:
-    content = text(dialogue.turns[position], "content")
-    return [template.USER, content, template.ASSISTANT, dialogue.think(position == dialogue.last)]
-
-
-def _developer(dialogue: Dialogue, position: int) -> list[str]:
-    message = dialogue.turns[position]
-    if not message.get("content"):
-        raise Malformed("developer_empty_content", "a developer message needs content")
-    content = [*_tools(message), *_response_format(message), template.DEVELOPER, text(message, "content")]
-    return [template.USER, *content, template.ASSISTANT, dialogue.think(position == dialogue.last)]
-
-
-def _assistant(dialogue: Dialogue, position: int) -> list[str]:
-    message = dialogue.turns[position]
-    reasoning: list[str] = []
-    if dialogue.thinking and position > dialogue.last:
+    def _encode_reasoning(self, message: Message) -> list[str]:
+        if not self.thinking:
+            return []
         if not message.get("reasoning_content") and not message.get("tool_calls"):
-            raise Malformed(
+            raise InvalidMessage(
                 "assistant_missing_reasoning",
                 "in thinking mode an answer after the last user message needs reasoning_content or tool_calls",
             )
-        reasoning = [text(message, "reasoning_content", none=""), template.THINK_END]
-    return [*reasoning, text(message, "content", none=""), *_calls(message), template.EOS]
+        return [get_text(message, "reasoning_content", ""), template.THINK_END]
+
+    def _encode_result(self, position: int) -> list[str]:
+        """Encode a tool's result. The first opens the block; the last one hands the turn back to the model."""
+        caller = next((i for i in range(position - 1, -1, -1) if self.roles[i] != "tool"), -1)
+        if position > 0 and (caller < 0 or self.roles[caller] != "assistant"):
+            raise InvalidMessage("tool_without_assistant", "it must follow an assistant message with tool calls")
+        calls = self.turns[caller].get("tool_calls") if caller >= 0 else None
+        count, order = len(calls) if isinstance(calls, list | tuple) else 0, position - caller
+        if order > count:
+            text = f"this is result {order}, but the assistant message made {pluralize(count, 'tool call')}"
+            raise InvalidMessage("tool_without_calls", text)
+        opening = [template.RESULTS] if order == 1 else []
+        closing = [template.RESULTS_END, self._open_turn(position >= self.last)] if order == count else []
+        return [*opening, template.RESULT, get_text(self.turns[position], "content"), template.RESULT_END, *closing]
+
+    def describe_drop(self, position: int, earlier: int) -> Fault:
+        """Return the fault of a message that `drops`; `earlier` messages come before the first that has an index."""
+        index, role = position - earlier if position >= earlier else None, self.roles[position]
+        name = f"context message {position}" if index is None else f"message {index}"
+        reason = MISPLACED_DEVELOPER if role == "developer" else _describe_unknown(role)
+        return Fault("index_out_of_range", index, f"{name}: {reason}")
 
 
-def _calls(message: Message) -> list[str]:
-    found = calls(message)
-    if not found:
-        return []
-    invokes = [_invoke(function["name"], arguments(function)) for function in found]
-    return [template.LEAD, template.CALLS, *_joined(invokes), template.CALLS_END]
+def _describe_unknown(role: str) -> str:
+    return f"unknown role {role[:40]!r}; the roles are {', '.join(ROLES)}"
 
 
-def _invoke(name: str, given: dict) -> list[str]:
-    parameters = [[template.PARAMETER, key, *_value(value), template.PARAMETER_END] for key, value in given.items()]
-    return [template.INVOKE, name, template.INVOKE_NAMED, *_joined(parameters), template.INVOKE_END]
+def _encode_tools(message: Message) -> list[str]:
+    schemas = [[schema] for schema in get_schemas(message)]
+    return [template.LEAD, template.TOOLS, *_join_lines(schemas), template.TOOLS_END] if schemas else []
 
 
-def _value(value: Any) -> list[str]:
+def _encode_response_format(message: Message) -> list[str]:
+    schema = message.get("response_format")
+    return [template.LEAD, template.RESPONSE_FORMAT, to_json(schema)] if schema else []
+
+
+def _encode_calls(message: Message) -> list[str]:
+    invokes = []
+    for name, arguments in get_calls(message):
+        parameters = [[template.PARAMETER, key, *_encode_value(value)] for key, value in arguments.items()]
+        invokes.append([template.INVOKE, name, template.INVOKE_NAMED, *_join_lines(parameters), template.INVOKE_END])
+    return [template.LEAD, template.CALLS, *_join_lines(invokes), template.CALLS_END] if invokes else []
+
+
+def _encode_value(value: Any) -> list[str]:
     if isinstance(value, str):
-        return [template.PARAMETER_STRING, value]
-    return [template.PARAMETER_JSON, to_json(value)]
+        return [template.PARAMETER_STRING, value, template.PARAMETER_END]
+    return [template.PARAMETER_JSON, to_json(value), template.PARAMETER_END]
 
 
-def _tool(dialogue: Dialogue, position: int) -> list[str]:
-    """One result: the first opens the block, the one that completes it gives the word to the model again."""
-    caller = next((i for i in range(position - 1, -1, -1) if dialogue.roles[i] != "tool"), -1)
-    if position > 0 and (caller < 0 or dialogue.roles[caller] != "assistant"):
-        raise Malformed("tool_without_assistant", "a tool result needs an assistant message with tool calls before it")
-    order = position - caller
-    count = call_count(dialogue.turns[caller]) if caller >= 0 else 0
-    if order > count:
-        raise Malformed(
-            "tool_without_calls", f"this is result {order}, but the assistant message before made {count} tool calls"
-        )
-    written = [template.RESULT, text(dialogue.turns[position], "content"), template.RESULT_END]
-    if order == 1:
-        written = [template.RESULTS, *written]
-    if order == count:
-        written += [template.RESULTS_END, dialogue.think(position >= dialogue.last)]
-    return written
-
-
-def _joined(groups: list[list[str]]) -> list[str]:
-    """The groups with a line break between each two."""
+def _join_lines(groups: list[list[str]]) -> list[str]:
     return [piece for group in groups for piece in (template.LINE, *group)][1:]
-
-
-WRITERS: dict[str, Callable[[Dialogue, int], list[str]]] = {
-    "system": _system,
-    "user": _user,
-    "developer": _developer,
-    "assistant": _assistant,
-    "tool": _tool,
-}

@@ -1,125 +1,218 @@
 """The checkpoint's tokenizer.json: text to token ids and back, exactly, by the `tokenizers` library (extra [text])."""
 
+import importlib
 import itertools
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint.vocabulary import read_tokenizer
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, require
 from ..system.paths import path_of
 from . import template
-from .byte_level import Vocabulary
 from .template import Mark
-from .tokenizer_file import read
 
 PROBE = "hello  world\n\tDon't 12345 naïve 你好 こんにちは 😀 \x00\x7f" + template.USER
-"""What a tokenizer must bring back unchanged before it is used: some drop spaces."""
+"""Text that must survive encoding and decoding before a tokenizer is used: some drop spaces."""
 
 UNUSED = "\N{REPLACEMENT CHARACTER}".encode()
-"""What an id that no token has is decoded to."""
-
-
-def require_tokenizer(tokenizer: Any) -> None:
-    """Raise UsageError where `tokenizer` has not the methods of a Tokenizer."""
-    if not callable(getattr(tokenizer, "bytes_of", None)):
-        raise UsageError(
-            f"tokenizer must be what chat.Tokenizer.load gives, or have its methods, not {tokenizer!r:.200}"
-        )
 
 
 class Tokenizer:
-    """Byte-level BPE with DeepSeek's special tokens, whose ids were compared with the model's config.
+    """Byte-level BPE with DeepSeek's special tokens, checked against the model's config.
 
-    `specials` has the id of every token that is added to the base vocabulary, by its text.
+    `specials` maps the text of every added token to its id.
     """
 
-    def __init__(self, vocabulary: Vocabulary, plain: Any, vocab_size: int):
-        self.specials = vocabulary.specials
-        self.vocab_size = vocab_size
-        self._said = vocabulary.said
-        self._special_ids = frozenset(self.specials.values())
-        self._plain = plain
-        longest_first = sorted(self.specials, key=len, reverse=True)
+    def __init__(self, specials: dict[str, int], token_bytes: dict[int, bytes], library: Any, vocab_size: int):
+        self.specials, self.vocab_size = specials, vocab_size
+        self._token_bytes, self._library = token_bytes, library
+        self._special_ids = frozenset(specials.values())
+        longest_first = sorted(specials, key=len, reverse=True)
         self._split = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self.encode(PROBE)
 
     @classmethod
     def load(cls, folder: str | Path, cfg: Config) -> "Tokenizer":
-        """The tokenizer in a checkpoint's folder, for the model that `cfg` describes.
+        """Load the tokenizer in a checkpoint's folder, for the model that `cfg` describes.
 
-        Raises UsageError where `tokenizers` is not installed or `cfg` is none; CheckpointError where there is no
-        tokenizer.json, where it is not a byte-level BPE that brings text back unchanged, or belongs to another model.
+        Raises UsageError where `tokenizers` is not installed or `cfg` is not a Config; CheckpointError where there is
+        no tokenizer.json, or it is not byte-level BPE that preserves text, or it belongs to another model.
         """
         require(cfg, Config, "cfg must be a Config, as model.cfg is")
-        vocabulary, plain = read(path_of(folder) / "tokenizer.json", cfg)
-        return cls(vocabulary, plain, cfg.vocab_size)
+        file = path_of(folder) / "tokenizer.json"
+        stored = read_tokenizer(file.parent, cfg) if file.is_file() else None
+        if stored is None:
+            raise CheckpointError(
+                f"no tokenizer.json in {file.parent}: copy the original checkpoint's there, or use token ids only"
+            )
+        try:
+            library = importlib.import_module("tokenizers")
+        except ImportError as error:
+            raise UsageError(
+                f"text needs the `tokenizers` library ({error}): pip install 'dsv32-jax[text]', or use token ids only"
+            ) from error
+        raw, _ = stored
+        try:
+            problems = [*_find_vocabulary_problems(raw, cfg), *_find_unsupported_parts(raw)]
+            definition = "" if problems else json.dumps(_define_plain(raw))
+            specials = {token["content"]: token["id"] for token in raw.get("added_tokens") or []}
+            token_bytes = {i: _decode_letters(text) for text, i in raw["model"]["vocab"].items()}
+            token_bytes |= {i: text.encode("utf-8") for text, i in specials.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise CheckpointError(f"{file} is not a tokenizer: {error!r}") from error
+        if problems:
+            raise CheckpointError(
+                f"{file} is not DeepSeek-V3.2's tokenizer, or was modified: {'; '.join(problems)}. Replace it by the "
+                "checkpoint's own tokenizer.json, or use token ids only"
+            )
+        try:
+            plain = library.Tokenizer.from_str(definition)
+        except Exception as error:
+            raise CheckpointError(f"the `tokenizers` library cannot use {file}: {error}") from error
+        return cls(specials, token_bytes, plain, cfg.vocab_size)
 
     def encode(self, text: str | Iterable[str], *, allow_special: bool = False) -> list[int]:
-        """The token ids of a text, or of the pieces of one; no token is added.
+        """Return the token ids of a text, or of the pieces of one; no token is added.
 
-        Special tokens count in a Mark, which is what the message format itself writes. Anywhere else their text is
-        plain text, unless `allow_special`; then the ids are those of the joined text as the library gives them.
+        A Mark, text that the message format itself writes, may hold special tokens. Anywhere else their text is plain
+        text, unless `allow_special`; then the ids are those the library gives for the joined text.
         """
         pieces: list[str] = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
         if wrong := [piece for piece in pieces if not isinstance(piece, str)]:
             raise UsageError(f"only text can be encoded, not {wrong[0]!r}")
         if allow_special:
             pieces = [Mark("".join(pieces))]
+        parts = [part for piece in pieces for part in self._split_specials(piece)]
         ids: list[int] = []
-        for special, run in itertools.groupby(self._parts(pieces), self._is_special):
-            parts = list(run)
-            ids += [self.specials[part] for part in parts] if special else self._plainly("".join(parts))
+        for special, run in itertools.groupby(parts, lambda part: isinstance(part, Mark) and part in self.specials):
+            texts = list(run)
+            ids += [self.specials[text] for text in texts] if special else self._encode_plain("".join(texts))
         return ids
 
-    def _is_special(self, part: str) -> bool:
-        return isinstance(part, Mark) and part in self.specials
+    def _split_specials(self, piece: str) -> list[str]:
+        return [Mark(part) for part in self._split.split(piece) if part] if isinstance(piece, Mark) else [piece]
 
-    def _parts(self, pieces: list[str]) -> Iterable[str]:
-        """The pieces, those of the format cut at special tokens."""
-        for piece in pieces:
-            if isinstance(piece, Mark):
-                yield from (Mark(part) for part in self._split.split(piece) if part)
-            else:
-                yield piece
-
-    def _plainly(self, text: str) -> list[int]:
-        """The ids of a text in which nothing is special, checked: they say the text, and only the text."""
+    def _encode_plain(self, text: str) -> list[int]:
+        """Encode text without special tokens, and check that the ids decode to it."""
         try:
-            wanted = text.encode("utf-8")
+            expected = text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UsageError(
-                f"the text has half a surrogate pair at character {error.start}, which no tokens can say"
-            ) from None
-        ids = self._plain.encode(text, add_special_tokens=False).ids
-        if self.bytes_of(ids) != wanted or not self._special_ids.isdisjoint(ids):
+            raise UsageError(f"no tokens for the text: lone surrogate at character {error.start}") from None
+        ids = self._library.encode(text, add_special_tokens=False).ids
+        if self.bytes_of(ids) != expected or not self._special_ids.isdisjoint(ids):
             raise CheckpointError(
-                "the tokenizer changes text that it encodes, or makes special tokens of plain text; it cannot be the "
-                "tokenizer of this model. Put the checkpoint's own tokenizer.json there"
+                "the tokenizer changes text that it encodes, or makes special tokens of plain text: it does not belong "
+                "to this model. Replace it by the checkpoint's own tokenizer.json"
             )
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of tokens, special ones included; U+FFFD stands for bytes that are no UTF-8 and for unused ids."""
+        """Return the text of tokens, special ones included; invalid UTF-8 and unused ids become U+FFFD."""
         return self.bytes_of(ids).decode("utf-8", "replace")
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
-        """The bytes of tokens, joined. Raises UsageError on ids outside the vocabulary."""
-        return b"".join(self._said.get(i, UNUSED) for i in self.checked(ids, "tokens"))
+        """Return the joined bytes of tokens. Raises UsageError on ids outside the vocabulary."""
+        return b"".join(self._token_bytes.get(i, UNUSED) for i in self.check_ids(ids, "tokens"))
 
-    def checked(self, ids: Iterable[int], name: str) -> list[int]:
-        """`ids`, all of which are token ids. Raises UsageError that calls them `name`."""
+    def check_ids(self, ids: Iterable[int], name: str) -> list[int]:
+        """Return `ids` as ints. Raises UsageError, which calls them `name`, unless all are in the vocabulary."""
         ids = list(ids)
         wrong = [i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < self.vocab_size]
         if wrong:
             raise UsageError(
-                f"{len(wrong)} of {len(ids)} {name} are not ids of the vocabulary of 0..{self.vocab_size - 1}: "
+                f"{len(wrong)} of {len(ids)} {name} are outside the vocabulary of 0..{self.vocab_size - 1}: "
                 f"{listing(wrong, 5)}"
             )
         return [int(i) for i in ids]
 
     @property
     def unused(self) -> list[int]:
-        """The ids that the model has a row for and that no token has."""
-        return [i for i in range(self.vocab_size) if i not in self._said]
+        """The ids that have an embedding row but no token."""
+        return [i for i in range(self.vocab_size) if i not in self._token_bytes]
+
+
+def _find_vocabulary_problems(raw: dict, cfg: Config) -> list[str]:
+    """Return what is wrong with the tokens of a tokenizer.json and their ids."""
+    base, added = raw["model"]["vocab"], raw.get("added_tokens") or []
+    texts = [token["content"] for token in added]
+    specials = {token["content"]: token["id"] for token in added}
+    ids = {**base, **specials}
+    found = {
+        f"ids that are no whole number below {cfg.vocab_size}": [
+            f"{i!r} ({text!r})" for text, i in ids.items() if type(i) is not int or not 0 <= i < cfg.vocab_size
+        ],
+        "ids of two tokens": [i for i, count in Counter(ids.values()).items() if count > 1],
+        "added tokens that are empty or there twice": [
+            repr(text) for text, count in Counter(texts).items() if count > 1 or not text or not isinstance(text, str)
+        ],
+        "added tokens that absorb spaces or match whole words only": [
+            repr(token["content"]) for token in added if any(map(token.get, ("lstrip", "rstrip", "single_word")))
+        ],
+        "added tokens with two ids": [repr(text) for text in specials if base.get(text, ids[text]) != ids[text]],
+        "bytes without a token": [f"0x{byte:02x}" for letter, byte in BYTE_LETTERS.items() if letter not in base],
+        "missing special tokens": [mark for mark in template.SPECIAL if mark not in specials],
+    }
+    for mark, name, expected in (
+        (template.BOS, "bos_token_id", (cfg.bos_token_id,)),
+        (template.EOS, "eos_token_id", cfg.eos_token_id),
+    ):
+        if specials.get(mark, expected[0]) not in expected:
+            found[f"{mark} has id {specials[mark]}, but the config's {name} is"] = list(expected)
+    return [f"{problem}: {listing(items)}" for problem, items in found.items() if items]
+
+
+def _find_unsupported_parts(raw: dict) -> list[str]:
+    """Return the parts of a tokenizer.json that byte-level BPE does not have."""
+    model, decoder, normalizer = raw["model"], raw.get("decoder") or {}, raw.get("normalizer") or {}
+    supported = {
+        "model type": model.get("type", "BPE") == "BPE",
+        "subword prefix": not model.get("continuing_subword_prefix"),
+        "word suffix": not model.get("end_of_word_suffix"),
+        "decoder": decoder.get("type") == "ByteLevel",
+        "normalizer": not normalizer or (normalizer.get("type") == "Sequence" and not normalizer.get("normalizers")),
+        "pre_tokenizer": all(step.get("type") in ("Split", "ByteLevel") for step in _get_pre_tokenizers(raw)),
+    }
+    return [f"its {name} is not that of byte-level BPE" for name, good in supported.items() if not good]
+
+
+def _get_pre_tokenizers(raw: dict) -> list[dict]:
+    stored = raw["pre_tokenizer"]
+    return stored["pretokenizers"] if stored["type"] == "Sequence" else [stored]
+
+
+def _define_plain(raw: dict) -> dict:
+    """Return the definition of a tokenizer for plain text, which never adds, cuts, pads or samples tokens.
+
+    It is rebuilt from the parts that were checked, because the library aborts the process on some files.
+    """
+    model = {"type": "BPE", "vocab": raw["model"]["vocab"], "merges": raw["model"]["merges"]}
+    return {
+        "version": "1.0",
+        "added_tokens": [],
+        "pre_tokenizer": {"type": "Sequence", "pretokenizers": _get_pre_tokenizers(raw)},
+        "model": {**model, "ignore_merges": bool(raw["model"].get("ignore_merges"))},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    }
+
+
+def _assign_byte_letters() -> dict[str, int]:
+    """Map the letter that byte-level BPE writes for each byte: itself where visible, else the next from U+0100."""
+    visible = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = itertools.count(0x100)
+    return {chr(byte if byte in visible else next(others)): byte for byte in range(0x100)}
+
+
+BYTE_LETTERS = _assign_byte_letters()
+
+
+def _decode_letters(token: str) -> bytes:
+    """Return the bytes of a base token; one that is not written in byte letters stands for itself."""
+    try:
+        return bytes(BYTE_LETTERS[letter] for letter in token)
+    except KeyError:
+        return token.encode("utf-8")

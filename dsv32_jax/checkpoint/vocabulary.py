@@ -14,6 +14,15 @@ def check(folder: Path, cfg: Config) -> int | None:
 
     Returns how many ids it has, counted up to the largest; None without a tokenizer.
     """
+    stored = read_tokenizer(folder, cfg)
+    return stored and stored[1]
+
+
+def read_tokenizer(folder: Path, cfg: Config) -> tuple[dict, int] | None:
+    """Return the parsed `folder`/tokenizer.json and how many ids it has, counted up to the largest; None without one.
+
+    Raises CheckpointError where it cannot be read or its ids do not fit the config.
+    """
     file = folder / "tokenizer.json"
     if not file.exists():
         return None
@@ -41,7 +50,7 @@ def check(folder: Path, cfg: Config) -> int | None:
             f"{file} does not belong to this model: {'; '.join(problems)}. Put the same checkpoint's tokenizer.json "
             "there, or remove it to use token ids only"
         )
-    return largest + 1
+    return raw, largest + 1
 
 
 def _why(error: Exception) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat import Conversation, Tokenizer, prepare, template
-from ..chat.lenient import UNENDED
+from ..chat.lenient_parsing import UNENDED
 from ..chat.messages import to_json
 from ..errors import UsageError
 from ..generation.options import Sampling
@@ -46,7 +46,7 @@ class Talk:
     @property
     def prompt(self) -> str:
         """What asks for the next turn."""
-        waiting = self.conversation.waiting[len(self._results) :]
+        waiting = self.conversation.pending[len(self._results) :]
         return f"result of {one_line(waiting[0], 40)}> " if waiting else "> "
 
     @property
@@ -82,7 +82,7 @@ class Talk:
 
         Returns False where Ctrl-C stopped the answer.
         """
-        waiting = self.conversation.waiting
+        waiting = self.conversation.pending
         if not waiting:
             return self._answered(self.conversation.user(text))
         self._results.append(text)
@@ -98,8 +98,8 @@ class Talk:
             self.screen.note("stopped before the first token; your turn was taken back")
             return False
         ended = answer.last_token in self.session.model.cfg.eos_token_id
-        self.conversation, forgiven = conversation.completed(answer.text + template.EOS if ended else answer.text)
-        self._tell(answer, forgiven, len(ids) + answer.tokens)
+        self.conversation, warnings = conversation.complete(answer.text + template.EOS if ended else answer.text)
+        self._tell(answer, warnings, len(ids) + answer.tokens)
         return answer.finish_reason != "interrupted"
 
     def _answer(self, ids: Sequence[int], thinking: bool) -> Answer:
@@ -136,10 +136,10 @@ class Talk:
         """What comes after `ids`, token by token; closed, it leaves the session with what was read and made."""
         return self.session.stream(ids, sampling=self.sampling, tokenizer=self._tokenizer, **options)
 
-    def _tell(self, answer: Answer, forgiven: Sequence[str], used: int) -> None:
+    def _tell(self, answer: Answer, warnings: Sequence[str], used: int) -> None:
         """The calls of an answer, and what else there is to know about it."""
         self.show_calls()
-        notes = [text for text in forgiven if text != UNENDED]
+        notes = [text for text in warnings if text != UNENDED]
         if answer.finish_reason == "interrupted":
             notes.append("stopped; what was said so far is kept, /undo takes it back")
         elif used >= self.capacity:

@@ -139,7 +139,8 @@ class _Results:
         if thinking is None:
             return {}
         ended = bool(tokens) and tokens[-1] in self._opened.cfg.eos_token_id
-        return parse_lenient(text + template.EOS if ended else text, thinking=thinking)._asdict()
+        message, warnings = parse_lenient(text + template.EOS if ended else text, thinking=thinking)
+        return {"message": message, "parse_warnings": warnings}
 
     def _summarize(self, stats: Stats) -> None:
         rates = {

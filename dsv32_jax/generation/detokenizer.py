@@ -2,8 +2,21 @@
 
 import codecs
 from collections.abc import Iterable
+from typing import Any, Protocol
 
-from ..chat.tokenizer import Tokenizer
+from ..errors import UsageError
+
+
+class Tokenizer(Protocol):
+    """As much of `chat.Tokenizer` as text needs."""
+
+    def bytes_of(self, ids: Iterable[int]) -> bytes: ...
+
+
+def require_tokenizer(tokenizer: Any) -> None:
+    """Raise UsageError unless `tokenizer` has the methods of `chat.Tokenizer`."""
+    if not callable(getattr(tokenizer, "bytes_of", None)):
+        raise UsageError(f"tokenizer must be one of chat.Tokenizer.load, or have its methods, not {tokenizer!r:.200}")
 
 
 class Detokenizer:

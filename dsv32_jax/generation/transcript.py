@@ -3,9 +3,8 @@
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
-from ..chat.tokenizer import require_tokenizer
 from ..errors import UsageError
-from .detokenizer import Detokenizer
+from .detokenizer import Detokenizer, require_tokenizer
 from .stop_strings import StopStrings
 
 

@@ -15,13 +15,13 @@ CALLING = {"role": "assistant", "content": "", "reasoning_content": "r1", "tool_
 def test_a_conversation_with_tools():
     """Reasoning stays through the tool results of a turn, and is gone with the user's next."""
     talk = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("2+3?").assistant(CALLING)
-    assert talk.waiting == ["add", "clock"]
+    assert talk.pending == ["add", "clock"]
     calls = [{"function": {"name": "f", "arguments": "{}"}}]
-    assert Conversation(messages=[{"role": "user", "content": "x", "tool_calls": calls}]).waiting == []
+    assert Conversation(messages=[{"role": "user", "content": "x", "tool_calls": calls}]).pending == []
     talk = talk.results(["5", "noon"])
-    assert talk.waiting == [] and "<think>r1</think>" in talk.text() and talk.text().endswith("\n\n<think>")
-    talk, forgiven = talk.completed(f"r2</think>It is 5.{EOS}")
-    assert forgiven == [] and talk.messages[-1]["content"] == "It is 5."
+    assert talk.pending == [] and "<think>r1</think>" in talk.text() and talk.text().endswith("\n\n<think>")
+    talk, warnings = talk.complete(f"r2</think>It is 5.{EOS}")
+    assert warnings == [] and talk.messages[-1]["content"] == "It is 5."
     following = talk.user("Sure?")
     assert "r1" not in following.text() and "r2" not in following.text() and following.text().endswith("<think>")
     assert following.text() == chat.encode(
@@ -43,7 +43,7 @@ def test_results_can_come_in_parts():
     """A conversation that was kept half way waits for the rest."""
     first = {"role": "tool", "content": "5"}
     talk = Conversation(messages=[{"role": "user", "content": "2+3?"}, CALLING, first])
-    assert talk.waiting == ["clock"] and talk.results(["noon"]).waiting == []
+    assert talk.pending == ["clock"] and talk.results(["noon"]).pending == []
 
 
 def test_nothing_is_said_of_what_is_not_there():
@@ -52,9 +52,9 @@ def test_nothing_is_said_of_what_is_not_there():
 
 
 def test_an_answer_that_was_cut_off():
-    """It is kept as far as it came, and what was forgiven is said."""
-    talk, forgiven = Conversation(thinking=True).user("hi").completed("I should")
-    assert talk.messages[-1]["reasoning_content"] == "I should" and len(forgiven) == 2
+    """It is kept as far as it came, with warnings."""
+    talk, warnings = Conversation(thinking=True).user("hi").complete("I should")
+    assert talk.messages[-1]["reasoning_content"] == "I should" and len(warnings) == 2
     assert talk.user("go on").text().endswith(f"</think>{EOS}{template.USER}go on{template.ASSISTANT}<think>")
 
 
@@ -74,11 +74,11 @@ def test_ids_say_the_text(tokenizer):
         (lambda: Conversation().assistant(CALLING), "not the model's turn"),
         (lambda: Conversation().user("a").assistant({"role": "user", "content": "x"}), "assistant message"),
         (lambda: Conversation().user("a").assistant(CALLING).user("b"), "add, clock"),
-        (lambda: Conversation().user("a").assistant(CALLING).text(), "wait for their results"),
-        (lambda: Conversation().user("a").assistant(CALLING).results(["1"]), "2 tool calls .* but 1 came"),
+        (lambda: Conversation().user("a").assistant(CALLING).text(), "pending tool calls"),
+        (lambda: Conversation().user("a").assistant(CALLING).results(["1"]), "2 pending tool calls .* but 1 result"),
         (lambda: Conversation().user("a").assistant(CALLING).results("12"), "one string"),
         (lambda: Conversation().user("a").assistant(CALLING).results([1, 2]), "must be a string"),
-        (lambda: Conversation().user("a").results(["1"]), "0 tool calls"),
+        (lambda: Conversation().user("a").results(["1"]), "0 pending tool calls"),
         (lambda: Conversation().user(None), "must be a string"),
         (lambda: Conversation(system=5), "must be a string"),
         (lambda: Conversation(tools=[{"name": "add"}]), "tools.0. must be an object"),

@@ -24,7 +24,7 @@ WHOLE = f"r</think>c{OPEN}{HEAD}{X}\n{Y}{TAIL}\n{HEAD}{X}{TAIL}{CLOSE}{EOS}"
 @pytest.mark.parametrize("thinking", [False, True])
 @given(st.data())
 def test_a_message_comes_back(thinking, data):
-    """Reasoning, content, names and arguments, escapes and all; and nothing has to be forgiven."""
+    """Reasoning, content, names and arguments, escapes and all; and there are no warnings."""
     message = data.draw(answers(thinking))
     text = chat.encode([message], thinking=thinking, context=USER)
     found = chat.parse(text, thinking=thinking)
@@ -83,63 +83,69 @@ LOOSE = [
     ("r</think>c", "r", "c", [], ["without the end-of-sentence"]),
     ("r", "r", "", [], ["not closed: there is no answer"]),
     (f"r{EOS}", "r", "", [], ["not closed: there is no answer"]),
-    (f"<think>r</think>c{EOS}", "r", "c", [], ["opens the thinking"]),
+    (f"<think>r</think>c{EOS}", "r", "c", [], ["second <think>"]),
     (f"r</think>c{EOS}xyz", "r", "c", [], ["3 characters after"]),
     (f"r</think>a</think>b{EOS}", "r", "a</think>b", [], ["holds </think>"]),
     (f"r{OPEN}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "", [F], ["not closed before the tool calls"]),
     (f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}</think>c{EOS}", f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "c", [], ["holds ｜DSML｜"]),
     (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "r", "c", [F], ["without the end-of-sentence"]),
     (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["calls are not closed"]),
-    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}\n{HEAD}{X}", "r", "c", [F], ["tool call 1 (f) is cut off and was left out"]),
-    (f"r</think>c{OPEN}{HEAD}{X}\n{Y[:-20]}", "r", "c", [], ["tool call 0 (f) is cut off"]),
-    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE} done{EOS}", "r", "c done", [F], ["put behind the content"]),
-    (f"r</think>c{OPEN[1:]}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["do not begin as the format has it"]),
-    (f"r</think>c\n\n{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["do not begin", "are not closed"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}\n{HEAD}{X}", "r", "c", [F], ["dropped tool call 1 (f): it is cut off"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{Y[:-20]}", "r", "c", [], ["dropped tool call 0 (f): it is cut off"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE} done{EOS}", "r", "c done", [F], ["appended to the content"]),
+    (f"r</think>c{OPEN[1:]}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["opening tag of the tool calls is malformed"]),
+    (f"r</think>c\n\n{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["malformed", "are not closed"]),
     (f"r</think>c{OPEN}  {HEAD} {X} {TAIL} {CLOSE}{EOS}", "r", "c", [F], ["spacing"]),
     (f'r</think>c{OPEN}{HEAD}{{"x": 1}}{TAIL}{CLOSE}{EOS}', "r", "c", [F], ["as a JSON object"]),
     (f"r</think>c{OPEN}{HEAD}oops{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
     (f"r</think>c{OPEN}{HEAD}[1]{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
     (f"r</think>c{OPEN}<｜DSML｜invoke>\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["has no name"]),
-    (f"r</think>c{OPEN}{HEAD}{X}\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["gives 'x' twice"]),
-    (f"r</think>c{OPEN}{HEAD}{X} and{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text behind 'x'"]),
-    (f"r</think>c{OPEN}{HEAD}so {X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text outside of its parameters"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["'x' appears twice"]),
+    (f"r</think>c{OPEN}{HEAD}{X} and{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text after 'x'"]),
+    (f"r</think>c{OPEN}{HEAD}so {X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text outside its parameters"]),
     (f"r</think>c{OPEN}{HEAD}{X.replace('1', 'one')}{TAIL}{CLOSE}{EOS}", "r", "c", [("f", {"x": "one"})], ["not JSON"]),
-    (f"r</think>c{OPEN}{HEAD}{X.replace('false', 'no')}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["whether 'x' is a string"]),
-    (f"r</think>c{OPEN}{HEAD}{X.replace(' name=', ' id=')}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["not named"]),
+    (f"r</think>c{OPEN}{HEAD}{X.replace('false', 'no')}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["'x' is not marked"]),
+    (
+        f"r</think>c{OPEN}{HEAD}{X.replace(' name=', ' id=')}{TAIL}{CLOSE}{EOS}",
+        "r",
+        "c",
+        [],
+        ["a parameter has no name"],
+    ),
     (f"r</think>c{OPEN}{HEAD}{X.removesuffix('</｜DSML｜parameter>')}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["not closed"]),
 ]
 
 
 @pytest.mark.parametrize(("text", "reasoning", "content", "calls", "said"), LOOSE)
-def test_what_is_forgiven(text, reasoning, content, calls, said):
+def test_warnings(text, reasoning, content, calls, said):
     """What a model gets wrong, what is made of it, and the words for it."""
-    message, forgiven = chat.parse_lenient(text, thinking=True)
+    message, warnings = chat.parse_lenient(text, thinking=True)
     assert (message["reasoning_content"], message["content"], functions(message)) == (reasoning, content, calls)
-    assert all(any(part in words for words in forgiven) for part in said), forgiven
+    assert all(any(part in words for words in warnings) for part in said), warnings
 
 
 @pytest.mark.parametrize(
     ("text", "reasoning", "content", "said"),
     [
-        (f"</think>c{EOS}", "", "c", "closes the thinking"),
-        (f"<think>r</think>c{EOS}", "r", "c", "unasked"),
+        (f"</think>c{EOS}", "", "c", "second </think>"),
+        (f"<think>r</think>c{EOS}", "r", "c", "reasoning in chat mode"),
         (f"use <｜DSML｜function_calls> so{EOS}", "", "use <｜DSML｜function_calls> so", "holds ｜DSML｜"),
         ("", "", "", "without the end-of-sentence"),
     ],
 )
-def test_what_is_forgiven_in_chat_mode(text, reasoning, content, said):
-    message, forgiven = chat.parse_lenient(text, thinking=False)
+def test_warnings_in_chat_mode(text, reasoning, content, said):
+    message, warnings = chat.parse_lenient(text, thinking=False)
     assert (message["reasoning_content"], message["content"], message["tool_calls"]) == (reasoning, content, [])
-    assert said in "; ".join(forgiven)
+    assert said in "; ".join(warnings)
 
 
 @pytest.mark.parametrize("length", range(len(WHOLE)))
 def test_text_that_ends_by_length(length):
     """Cut anywhere, it gives only whole calls, and says that it was cut."""
-    message, forgiven = chat.parse_lenient(WHOLE[:length], thinking=True)
+    message, warnings = chat.parse_lenient(WHOLE[:length], thinking=True)
     whole = [("f", {"x": 1, "y": "a\nb"}), F]
     assert functions(message) == whole[: WHOLE[:length].count("</｜DSML｜invoke")]
-    assert forgiven and message["reasoning_content"][:1] == "r"[:length]
+    assert warnings and message["reasoning_content"][:1] == "r"[:length]
 
 
 QUOTED = f'<｜DSML｜parameter name="text" string="true">{HEAD}{{}}{TAIL}{CLOSE}</｜DSML｜parameter>'
@@ -153,28 +159,28 @@ QUOTED = f'<｜DSML｜parameter name="text" string="true">{HEAD}{{}}{TAIL}{CLOSE
 def test_a_value_that_quotes_a_call_is_a_value(more, end, said):
     """Nothing in it is run, and nothing of it is lost, however the text around it ends."""
     whole = f"r</think>c{OPEN}{HEAD.replace('f', 'write')}{QUOTED}{more}{TAIL}{CLOSE}"
-    message, forgiven = chat.parse_lenient(whole + end, thinking=True)
+    message, warnings = chat.parse_lenient(whole + end, thinking=True)
     ((name, arguments),) = functions(message)
     assert (name, arguments["text"], message["content"]) == ("write", f"{HEAD}{{}}{TAIL}{CLOSE}", "c")
-    assert said in "; ".join(forgiven) if said else not forgiven
+    assert said in "; ".join(warnings) if said else not warnings
 
 
 def test_a_call_in_an_unclosed_value_is_not_run():
     """What follows a value that is not closed may be a part of it."""
     whole = f"r</think>c{OPEN}{HEAD}{QUOTED}{TAIL}{CLOSE}"
     for cut in (whole[: -len(CLOSE)], whole[: -len(CLOSE + TAIL)], whole.replace(f"{CLOSE}</｜DSML｜parameter>", "")):
-        message, forgiven = chat.parse_lenient(cut, thinking=True)
-        assert functions(message) == [] and "left out" in "; ".join(forgiven)
+        message, warnings = chat.parse_lenient(cut, thinking=True)
+        assert functions(message) == [] and "dropped tool call" in "; ".join(warnings)
     two = f"r</think>c{OPEN}{HEAD}{X.removesuffix('</｜DSML｜parameter>')}{TAIL}\n{HEAD}{X}{TAIL}{CLOSE}{EOS}"
-    message, forgiven = chat.parse_lenient(two, thinking=True)
-    assert functions(message) == [] and "unclosed parameter" in "; ".join(forgiven)
+    message, warnings = chat.parse_lenient(two, thinking=True)
+    assert functions(message) == [] and "unclosed parameter" in "; ".join(warnings)
 
 
-def test_what_is_left_out_is_said():
-    _, forgiven = chat.parse_lenient(f'{OPEN}{HEAD}{{"x": 1}}{TAIL} so it is', thinking=False)
-    assert "text outside" in "; ".join(forgiven)
-    assert chat.parse_lenient(f"{BOS}hi{EOS}", thinking=False).forgiven == [
-        "the text begins a sentence, which the prompt did"
+def test_ignored_text_is_reported():
+    _, warnings = chat.parse_lenient(f'{OPEN}{HEAD}{{"x": 1}}{TAIL} so it is', thinking=False)
+    assert "text outside" in "; ".join(warnings)
+    assert chat.parse_lenient(f"{BOS}hi{EOS}", thinking=False).warnings == [
+        "ignored a second beginning-of-sentence token"
     ]
 
 
@@ -200,10 +206,10 @@ fragments = st.sampled_from(
 @given(st.lists(st.one_of(fragments, texts), max_size=12).map("".join), st.booleans())
 @example(WHOLE.replace("1", "one"), True)
 def test_any_text_can_be_read(text, thinking):
-    """All arguments are JSON objects, and where nothing is forgiven it is what the strict parser reads."""
-    message, forgiven = chat.parse_lenient(text, thinking=thinking)
+    """All arguments are JSON objects, and where there are no warnings it is what the strict parser reads."""
+    message, warnings = chat.parse_lenient(text, thinking=thinking)
     assert all(isinstance(json.loads(call["function"]["arguments"]), dict) for call in message["tool_calls"])
-    if not forgiven:
+    if not warnings:
         assert chat.parse(text, thinking=thinking) == message
 
 
@@ -215,4 +221,4 @@ def test_any_text_can_be_read(text, thinking):
 def test_long_text_is_read_once(part, start):
     """Both parsers come to an end: no text makes them search it again and again, which takes hours here."""
     text = start + part * (2_000_000 // len(part))
-    assert chat.parse_lenient(text, thinking=False).forgiven
+    assert chat.parse_lenient(text, thinking=False).warnings

@@ -165,12 +165,12 @@ def test_half_a_surrogate_pair(tokenizer, text):
 def test_g25_ids_outside_the_vocabulary(tokenizer, wrong):
     """Of stop tokens, of what is decoded: refused by name."""
     with pytest.raises(UsageError, match=r"1 of 2 stop token ids .* 0\.\.639"):
-        tokenizer.checked([5, *wrong], "stop token ids")
+        tokenizer.check_ids([5, *wrong], "stop token ids")
     with pytest.raises(UsageError, match="tokens"):
         tokenizer.decode(wrong)
     with pytest.raises(UsageError):
         Detokenizer(tokenizer).add(wrong)
-    assert tokenizer.checked(np.array([5, 639]), "ids") == [5, 639]
+    assert tokenizer.check_ids(np.array([5, 639]), "ids") == [5, 639]
 
 
 def test_ids_that_no_token_has(tokenizer):
@@ -201,9 +201,12 @@ WRONG = {
     "an id past the model": (lambda raw: added(raw, template.USER).update(id=640), ["640"]),
     "a negative id": (lambda raw: added(raw, template.USER).update(id=-5), ["whole number"]),
     "an id that is none": (lambda raw: added(raw, template.USER).update(id=600.5), ["whole number", "600.5"]),
-    "no user token": (lambda raw: raw["added_tokens"].remove(added(raw, template.USER)), ["no token <｜User｜>"]),
+    "no user token": (
+        lambda raw: raw["added_tokens"].remove(added(raw, template.USER)),
+        ["missing special tokens: <｜User｜>"],
+    ),
     "a token that eats spaces": (lambda raw: added(raw, template.USER).update(lstrip=True), ["spaces", "User"]),
-    "a byte without a token": (lambda raw: raw["model"]["vocab"].pop("Ā"), ["1 bytes"]),
+    "a byte without a token": (lambda raw: raw["model"]["vocab"].pop("Ā"), ["bytes without a token: 0x00"]),
     "no bytes": (lambda raw: raw.update(decoder={"type": "Metaspace"}), ["byte-level BPE"]),
     "another model": (lambda raw: raw["model"].update(type="Unigram"), ["byte-level BPE"]),
     "lost spaces": (
@@ -245,7 +248,7 @@ def list_or_none(value):
 def test_g24_ids_of_another_config(folder, cfg, field):
     """The beginning and the end of a sentence are where the config says."""
     other = dataclasses.replace(cfg, **{field: 7 if field == "bos_token_id" else (7,)})
-    with pytest.raises(CheckpointError, match=f"{field} is 7"):
+    with pytest.raises(CheckpointError, match=f"{field} is: 7"):
         Tokenizer.load(folder, other)
 
 
@@ -304,7 +307,7 @@ def test_junk_anywhere_in_the_file(raw, cfg, tmp_path, junk):
 
 def test_no_file_or_no_library(folder, cfg, tmp_path, monkeypatch):
     """Each says what to do."""
-    with pytest.raises(CheckpointError, match="copy the one of the original checkpoint"):
+    with pytest.raises(CheckpointError, match="copy the original checkpoint's"):
         Tokenizer.load(tmp_path, cfg)
     (tmp_path / "tokenizer.json").mkdir()
     with pytest.raises(CheckpointError, match="no tokenizer.json"):

@@ -10,7 +10,7 @@ from dsv32_jax.convert import convert
 
 from dsv32_jax import cli
 from dsv32_jax.chat import template
-from dsv32_jax.chat.byte_level import LETTERS
+from dsv32_jax.chat.tokenizer import BYTE_LETTERS
 from dsv32_jax.checkpoint import random_checkpoint
 
 
@@ -23,7 +23,7 @@ def byte_tokenizer() -> dict:
         "normalizer": None,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": {"type": "BPE", "vocab": {letter: 7 + i for i, letter in enumerate(LETTERS)}, "merges": []},
+        "model": {"type": "BPE", "vocab": {letter: 7 + i for i, letter in enumerate(BYTE_LETTERS)}, "merges": []},
     }
 
 

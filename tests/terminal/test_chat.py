@@ -177,7 +177,7 @@ def test_the_context_has_an_end(talk, capsys):
 def test_what_is_forgiven_is_told(talk, capsys):
     chat = talk("Look.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name=")
     chat.say("Hi")
-    assert "(the tool calls are not closed)" in capsys.readouterr().err and not chat.conversation.waiting
+    assert "(the tool calls are not closed)" in capsys.readouterr().err and not chat.conversation.pending
 
 
 def test_commands(talk, capsys, tmp_path):

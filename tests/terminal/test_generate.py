@@ -118,7 +118,7 @@ def test_a_file_of_requests(dsv32, checkpoint, model, tokenizer, tmp_path):
     second = wanted(model, tokenizer, chat.prepare(messages, tokenizer, thinking=True).ids)
     assert found[1]["id"] == "a" and found[1]["tokens"] == first.tokens[0]
     assert found[3]["id"] == ["b"] and found[3]["tokens"] == second.tokens[0]
-    assert found[3]["message"]["role"] == "assistant" and found[3]["forgiven"]
+    assert found[3]["message"]["role"] == "assistant" and found[3]["parse_warnings"]
     assert "id" not in found[5] and found[5]["tokens"] == wanted(model, tokenizer, [0, 17, 42]).tokens[0]
 
 
@@ -140,7 +140,7 @@ BAD_LINES = {
     '{"messages": "hi"}': "must be a list of messages",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "\\u001b[2Jx", "content": ""}]}': "message 1",
     '{"messages": [{"role": "tool", "content": "1"}]}': "made 0 tool calls",
-    '{"messages": [{"role": "user", "content": "\\ud800"}]}': "half a surrogate pair",
+    '{"messages": [{"role": "user", "content": "\\ud800"}]}': "lone surrogate",
     '{"messages": [{"role": "user", "content": "a"}], "thinking": 1}': "thinking must be true or false, not 1",
     '{"messages": [{"role": "user", "content": "a"}], "thinking": null}': "thinking must be true or false, not None",
 }
