@@ -8,13 +8,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv32_jax.system.meter import Progress as Progress
+    from dsv32_jax.system.progress import Progress as Progress
 
     from .command import main as main
     from .command import program as program
     from .write.job import convert as convert
 
-_HOME = {"main": ".command", "program": ".command", "Progress": "dsv32_jax.system.meter", "convert": ".write.job"}
+_HOME = {"main": ".command", "program": ".command", "Progress": "dsv32_jax.system.progress", "convert": ".write.job"}
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from dsv32_jax.checkpoint.manifest import Manifest, is_complete
 from dsv32_jax.errors import CapacityError, DsvError, StorageError
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.argument_parser import Parser
-from dsv32_jax.system.progress import Bar, JsonLines, Lines, Watcher
+from dsv32_jax.system.progress import Reporter, make_reporter
 
 from . import report, signals
 from .plan import dry_run
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    watcher = JsonLines() if options.log_format == "json" else Bar() if sys.stderr.isatty() else Lines()
+    watcher = make_reporter(options.log_format == "json")
     command = f"{NAME} {shlex.join(argv)}"
     with watch(watcher, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
         try:
@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         return code
 
 
-def _run(options: argparse.Namespace, watcher: Watcher) -> None:
+def _run(options: argparse.Namespace, watcher: Reporter) -> None:
     """Convert, or predict for a dry run, and print the result."""
     show = json.dumps if options.log_format == "json" else report.format_facts
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsv32_jax.errors import printable
-from dsv32_jax.system.quantities import amount, duration_text, size_text
+from dsv32_jax.system.progress import format_count, format_duration, format_size
 
 from .names import format_ranges
 
@@ -50,10 +50,10 @@ def _format_fact(key: str, value: Any) -> str:
     if value is None:
         return "unknown"
     if key in SIZES:
-        return size_text(value)
+        return format_size(value)
     if key in SPEEDS:
-        return f"{size_text(value)}/s"
-    return duration_text(value) if key.endswith("seconds") else str(value)
+        return f"{format_size(value)}/s"
+    return format_duration(value) if key.endswith("seconds") else str(value)
 
 
 def format_inspection(found: "Inspection") -> str:
@@ -77,13 +77,13 @@ def _format_branch(branch: "Branch", width: int) -> Iterator[str]:
     for row in branch.rows:
         count = f"{row.count} x " if row.count > 1 else ""
         name, shape = indent + row.name, f"{count}{list(row.shape)}"
-        size = f"{amount(row.parameters):>10}{size_text(row.nbytes):>12}"
+        size = f"{format_count(row.parameters):>10}{format_size(row.nbytes):>12}"
         yield f"{name:{width + 2}}{shape:>26}  {row.format:12}{size}"
 
 
 def _format_size(kind: str, format: str, parameters: int, nbytes: int) -> str:
     bits = f"{8 * nbytes / parameters:.2f}" if parameters else ""
-    return f"{kind:20}{format:16}{amount(parameters):>12}{size_text(nbytes):>12}{bits:>8}"
+    return f"{kind:20}{format:16}{format_count(parameters):>12}{format_size(nbytes):>12}{bits:>8}"
 
 
 def format_tensors(rows: list[dict[str, Any]]) -> str:
@@ -92,7 +92,7 @@ def format_tensors(rows: list[dict[str, Any]]) -> str:
     lines = []
     for row in rows:
         columns = f"{row['name']:{name}}{row['dtype']:16}{row['shape']!s:{shape}}"
-        lines.append(f"{columns}{size_text(row['bytes']):>12}  {row['place']}")
+        lines.append(f"{columns}{format_size(row['bytes']):>12}  {row['place']}")
     return printable("\n".join(lines))
 
 
@@ -124,7 +124,7 @@ def format_verification(report: "Report") -> str:
     if report.level == "full":
         speed = report.nbytes / max(report.seconds, 1e-9) / 1e9
         pace = f"{report.seconds:.1f} s, {speed:.2f} GB/s"
-        lines.append(f"bytes: {size_text(report.nbytes)} match their SHA-256 ({pace})")
+        lines.append(f"bytes: {format_size(report.nbytes)} match their SHA-256 ({pace})")
         origin = report.against if report.against else "the checksums recorded at conversion"
         verdict = "lossless: proven" if report.lossless else "not lossless"
         lines.append(f"{verdict} ({report.proven} source tensors were reconstructed and match {origin})")
@@ -135,7 +135,7 @@ def format_verification(report: "Report") -> str:
 
 def format_export(exported: "Exported") -> str:
     """The outcome of an export."""
-    size = f"{exported.tensors} tensors, {size_text(exported.nbytes)}, {exported.files} files"
+    size = f"{exported.tensors} tensors, {format_size(exported.nbytes)}, {exported.files} files"
     lines = [f"written: {exported.folder} ({exported.family}): {size}"]
     for why, names in exported.changed.items():
         lines += [f"changed: {name}: {why}" for name in names]

@@ -3,12 +3,11 @@
 import argparse
 import contextlib
 import json
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dsv32_jax.system.progress import Watcher
+    from dsv32_jax.system.progress import Reporter
 
 
 def add(commands: Any) -> None:
@@ -20,13 +19,13 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def watch(watcher: "Watcher", state: str) -> "Iterator[Watcher]":
+def watch(watcher: "Reporter", state: str) -> "Iterator[Reporter]":
     """Report progress and stalled reads to `watcher`. A signal ends the process with a last message: `state`."""
     from . import signals
     from .read import waiting
 
     def final_message(signal_name: str, code: int) -> bytes:
-        return watcher.last_words(f"{signal_name}: stopped. {state}", code)
+        return watcher.final_message(f"{signal_name}: stopped. {state}", code)
 
     try:
         with signals.exit_on_signal(final_message), waiting.told(watcher.warning):
@@ -35,10 +34,10 @@ def watch(watcher: "Watcher", state: str) -> "Iterator[Watcher]":
         watcher.close()
 
 
-def _terminal_watcher() -> "Watcher":
-    from dsv32_jax.system.progress import Bar, Lines
+def _terminal_watcher() -> "Reporter":
+    from dsv32_jax.system.progress import make_reporter
 
-    return Bar() if sys.stderr.isatty() else Lines()
+    return make_reporter()
 
 
 def _add_inspect(commands: Any) -> None:
@@ -124,12 +123,12 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dsv32_jax.system.paths import path_of
+    from dsv32_jax.system.files import expand_path
 
     from . import report
     from .export.export import export, unfinished
 
-    out = path_of(arguments.out)
+    out = expand_path(arguments.out)
     state = f"{out} was not created; run the same command again to start over and replace {unfinished(out)}."
     with watch(_terminal_watcher(), state) as watcher:
         exported = export(

@@ -10,7 +10,7 @@ Names are imported when they are first used, so that a tool that needs no JAX do
 
 from typing import TYPE_CHECKING
 
-from .system.lazy import names
+from .system.lazy import attach
 
 __version__ = "0.1.0"
 
@@ -63,4 +63,4 @@ _HOME = {
 
 __all__ = sorted([*_HOME, "__version__"])
 
-__getattr__, __dir__ = names(__name__, _HOME)
+__getattr__, __dir__ = attach(__name__, _HOME)

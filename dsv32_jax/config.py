@@ -5,13 +5,13 @@ here. Anything else is an error that names all offenders: a key this code does n
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from .errors import ConfigError, listing
+from .system.files import parse_json
 
 LARGEST = 2**31 - 1
 
@@ -120,9 +120,8 @@ class Config:
     def from_json(cls, path: str | Path) -> Self:
         """Read a config.json. Raises ConfigError that lists everything that is wrong with it."""
         try:
-            text = Path(path).read_text(encoding="utf-8")
-            raw = json.loads(text, parse_constant=_no_constant, object_pairs_hook=no_duplicates)
-        except (OSError, ValueError, RecursionError) as error:
+            raw = parse_json(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a model's config.json: {error}") from error
         return cls.from_dict(raw, str(path))
 
@@ -162,18 +161,6 @@ class Config:
         if values["rope_scaling"] is not None:
             values["rope_scaling"] = {"type": "yarn", **values["rope_scaling"]}
         return {"architectures": ["DeepseekV32ForCausalLM"], **REQUIRED, **values}
-
-
-def _no_constant(text: str):
-    raise ValueError(f"the number {text} is not JSON")
-
-
-def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of JSON, for its parser. Raises ValueError where a key is given twice."""
-    keys = [key for key, _ in pairs]
-    if len(found := dict(pairs)) < len(keys):
-        raise ValueError(f"keys that are given twice: {listing(sorted({key for key in keys if keys.count(key) > 1}))}")
-    return found
 
 
 def _value(field: dataclasses.Field, value: Any, problems: list[str]) -> Any:

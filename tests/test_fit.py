@@ -22,7 +22,7 @@ from dsv32_jax.generation import activations, inventory, memory
 from dsv32_jax.generation import fit as fitting
 from dsv32_jax.generation.activations import Shapes
 from dsv32_jax.generation.batch import WHOLE
-from dsv32_jax.generation.fit import Fit, amount, fit
+from dsv32_jax.generation.fit import Fit, fit
 from dsv32_jax.generation.prefill_decode import blank
 from dsv32_jax.generation.request import CHUNK
 from dsv32_jax.parallel import sharding
@@ -346,7 +346,7 @@ def test_json(converted, no_programs, capsys):
         (["--mesh", "modle=2"], 2, "write for example expert=8,model=2"),
         (["--mesh", "expert=3"], 5, "does not divide"),
         (["--format", "fp8"], 2, "a format is for a config.json"),
-        (["--device-memory", "lots"], 2, "'lots' is no amount of memory"),
+        (["--device-memory", "lots"], 2, "invalid size 'lots'"),
     ],
 )
 def test_misuse(converted, no_programs, capsys, options, code, message):
@@ -373,13 +373,6 @@ def test_a_manifest_with_other_leaves_is_refused(converted, tmp_path, capsys):
     ).write(tmp_path)
     code, _, err = run(capsys, tmp_path)
     assert code == 3 and "does not hold the leaves its config describes: norm_D" in err
-
-
-def test_amounts():
-    assert [amount(text) for text in ("141GB", "80 GiB", "7", "1.5kB")] == [141 * 10**9, 80 << 30, 7, 1500]
-    for text in ("", "GB", "-1GB", "1 PB", "1e9", "nan"):
-        with pytest.raises(UsageError, match="write for example 141GB"):
-            amount(text)
 
 
 def test_unknown_names_are_refused(converted):

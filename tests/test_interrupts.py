@@ -27,13 +27,13 @@ done = True
 
 def wait() -> None:
     """Longer than a signal takes to come again."""
-    deadline = time.monotonic() + 100 * interrupts.AGAIN
+    deadline = time.monotonic() + 100 * interrupts.RETRY_SECONDS
     while time.monotonic() < deadline:
-        time.sleep(interrupts.AGAIN)
+        time.sleep(interrupts.RETRY_SECONDS)
 
 
 def test_at_once():
-    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+    with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
 
 
@@ -44,7 +44,7 @@ def test_out_of_a_destructor():
         def __del__(self):
             signal.raise_signal(signal.SIGINT)
 
-    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+    with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
         Gone()
         wait()
 
@@ -58,7 +58,7 @@ def test_out_of_the_garbage_collector():
             pressed.append(True)
             signal.raise_signal(signal.SIGINT)
 
-    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+    with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
         gc.callbacks.append(hook)
         try:
             gc.collect()
@@ -72,7 +72,7 @@ def test_after_an_import(tmp_path, monkeypatch):
     """The module is whole."""
     (tmp_path / "pressed_while_imported.py").write_text(SIGNAL_IN_AN_IMPORT)
     monkeypatch.syspath_prepend(tmp_path)
-    with interrupts.raised(), pytest.raises(KeyboardInterrupt):
+    with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
         importlib.import_module("pressed_while_imported")
         wait()
     assert sys.modules["pressed_while_imported"].done
@@ -81,7 +81,7 @@ def test_after_an_import(tmp_path, monkeypatch):
 def test_other_handlers_and_threads_are_left_alone():
     """And what was there comes back."""
     before = signal.getsignal(signal.SIGINT)
-    with interrupts.raised(), interrupts.interruptible() as asked:
+    with interrupts.raise_on_interrupt(), interrupts.defer_interrupt() as asked:
         signal.raise_signal(signal.SIGINT)
         assert asked()
         with pytest.raises(KeyboardInterrupt):
@@ -89,7 +89,7 @@ def test_other_handlers_and_threads_are_left_alone():
     assert signal.getsignal(signal.SIGINT) is before
     own = signal.signal(signal.SIGINT, lambda *_: None)
     try:
-        with interrupts.raised(), interrupts.interruptible() as asked:
+        with interrupts.raise_on_interrupt(), interrupts.defer_interrupt() as asked:
             signal.raise_signal(signal.SIGINT)
             assert not asked()
     finally:

@@ -309,7 +309,7 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
         return [launch.launch("kernel", out, x, grid=(1, 2, 3), WIDTH=7) for _ in range(2)]
 
     start = time.perf_counter()
-    with compilation.metered() as meter:
+    with compilation.count_compilations() as meter:
         text = jax.jit(twice).lower(x).as_text()
     assert 0.2 < meter.seconds < time.perf_counter() - start
     assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
@@ -327,7 +327,7 @@ PRODUCTS = (
 @pytest.mark.parametrize("spec", PRODUCTS)
 def test_products_of_bfloat16_are_those_of_float32(spec, instructions, monkeypatch):
     """With instructions for them and without, of few rows and many: products are exact, and added in float32."""
-    monkeypatch.setattr(host, "multiplies_bfloat16", lambda: instructions)
+    monkeypatch.setattr(host, "has_avx512_bf16", lambda: instructions)
     left, right, out = spec.replace("->", ",").split(",")
     rng = np.random.default_rng(sum(map(ord, spec)))
     for sizes in ((1, 2, 3, 5), (2, 16, 24), (33, 64)):

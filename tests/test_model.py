@@ -19,7 +19,7 @@ from dsv32_jax.generation import prefill_decode
 from dsv32_jax.model import attention, block, experts
 from dsv32_jax.model.cache import empty, empty_layer
 from dsv32_jax.model.ops import over_tokens, rms_norm
-from dsv32_jax.system.compilation import metered
+from dsv32_jax.system.compilation import count_compilations
 from tests import golden, models
 from tests.golden import sets
 
@@ -582,7 +582,7 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
 )
 def test_forward_refuses_wrong_tokens(model, tokens, said):
     """Before anything is compiled, with the offending values."""
-    with metered() as compiled, pytest.raises(UsageError) as caught:
+    with count_compilations() as compiled, pytest.raises(UsageError) as caught:
         ds.forward(model, tokens)
     assert compiled.count == 0
     assert all(word in str(caught.value) for word in said), str(caught.value)
@@ -607,7 +607,7 @@ def test_forward_refuses_wrong_tokens(model, tokens, said):
 )
 def test_forward_refuses_what_does_not_fit(model, tokens, arguments, said):
     """A cache that is too small, or counts that are none."""
-    with metered() as compiled, pytest.raises(UsageError) as caught:
+    with count_compilations() as compiled, pytest.raises(UsageError) as caught:
         ds.forward(model, tokens, **arguments)
     assert compiled.count == 0
     assert all(word in str(caught.value) for word in said), str(caught.value)
@@ -616,7 +616,10 @@ def test_forward_refuses_what_does_not_fit(model, tokens, arguments, said):
 def test_forward_refuses_more_than_the_longest_context(model):
     """As every way in does."""
     longest = model.cfg.max_position_embeddings
-    with metered() as compiled, pytest.raises(UsageError, match=f"{longest + 1} tokens.*context is {longest}"):
+    with (
+        count_compilations() as compiled,
+        pytest.raises(UsageError, match=f"{longest + 1} tokens.*context is {longest}"),
+    ):
         ds.forward(model, np.zeros((1, longest + 1), int))
     assert compiled.count == 0
 
@@ -625,7 +628,7 @@ def test_a_full_cache_is_refused_and_stays_as_it_is(model, tokens, whole):
     """The next token of a full cache would overwrite the last: the error says how much is needed."""
     full = ds.forward(model, tokens, capacity=LENGTH).cache
     before = jax.tree.map(np.asarray, full)
-    with metered() as compiled, pytest.raises(UsageError, match=r"25 tokens.*26.*capacity=26.*as it was"):
+    with count_compilations() as compiled, pytest.raises(UsageError, match=r"25 tokens.*26.*capacity=26.*as it was"):
         ds.forward(model, tokens[:, :1], cache=full)
     with pytest.raises(UsageError, match="3 rows, but there are 2"):
         ds.forward(model, tokens[:2, :1], cache=whole.cache)

@@ -14,8 +14,8 @@ from pathlib import Path
 from dsv32_jax.checkpoint.manifest import sync_folder
 from dsv32_jax.errors import FULL, CapacityError, OutputExistsError, UsageError, listing
 from dsv32_jax.quantization.quantize import NVFP4_BLOCK
-from dsv32_jax.system.meter import Progress, no_progress
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_names
 from ..plan.output import LOCK, copy_companions, locked, require_apart, require_space
@@ -51,7 +51,7 @@ def export(
     *,
     share_scales: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[Progress], None] = no_progress,
+    progress: Callable[[Progress], None] = ignore_progress,
 ) -> Exported:
     """Write the converted checkpoint `folder` to the new folder `out` in the layout `family`, one of FAMILIES.
 
@@ -60,7 +60,7 @@ def export(
     """
     if family not in FAMILIES:
         raise UsageError(f"the format must be one of {', '.join(FAMILIES)}, not {family!r}")
-    converted, out = Converted(folder), path_of(out).absolute()
+    converted, out = Converted(folder), expand_path(out).absolute()
     require_apart(converted.folder, out)
     _require_new(out)
     work = _Export(converted, family, share_scales)

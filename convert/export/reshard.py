@@ -15,8 +15,8 @@ from dsv32_jax.checkpoint.manifest import JOURNAL, Manifest, digest, is_complete
 from dsv32_jax.errors import OutputExistsError, VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
-from dsv32_jax.system.meter import Progress, no_progress
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.output import copy_companions, locked, require_apart, require_ours, require_space
 from ..transform import facts
@@ -30,7 +30,7 @@ def reshard(
     out: str | Path,
     mesh: str | Mapping[str, int] | None = None,
     *,
-    progress: Callable[[Progress], None] = no_progress,
+    progress: Callable[[Progress], None] = ignore_progress,
 ) -> Manifest:
     """Write the converted checkpoint `folder` to `out`, with chunks that lie within the pieces of `mesh`'s devices.
 
@@ -39,7 +39,7 @@ def reshard(
     read; VerificationError when an array has changed; OutputExistsError, UsageError, StorageError.
     """
     sizes = partition.optional(mesh)
-    converted, out = Converted(folder), path_of(out).absolute()
+    converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
     _require_whole(converted)

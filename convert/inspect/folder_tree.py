@@ -16,7 +16,7 @@ from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
 
 from ..names import fold_expert, split_layer
 from ..read.detect import detect
@@ -107,7 +107,7 @@ class Inspection:
 
 def inspect(folder: str | Path) -> Inspection:
     """Inspect a folder in either layout. Raises CheckpointError that lists everything wrong with its headers."""
-    folder = path_of(folder).absolute()
+    folder = expand_path(folder).absolute()
     return _inspect_converted(folder) if is_converted(folder) else inspect_source(Source(folder))
 
 

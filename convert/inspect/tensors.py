@@ -12,7 +12,7 @@ from dsv32_jax.checkpoint.arrays import FOLDER, raw
 from dsv32_jax.checkpoint.manifest import Manifest, is_converted
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.quantization.quantize import E2M1, E4M3
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
 
 from ..read import weights
 from ..read.detect import detect
@@ -32,7 +32,7 @@ def list_tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:
 
     Raises UsageError where none does.
     """
-    folder = path_of(folder).absolute()
+    folder = expand_path(folder).absolute()
     found = list(_list_converted(folder, pattern) if is_converted(folder) else _list_source(folder, pattern))
     if not found:
         raise _no_match(folder, pattern)
@@ -44,7 +44,7 @@ def compute_statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, A
 
     Raises UsageError where none does, VerificationError where an array has changed.
     """
-    folder, found = path_of(folder).absolute(), False
+    folder, found = expand_path(folder).absolute(), False
     rows = _converted_statistics(folder, pattern) if is_converted(folder) else _source_statistics(folder, pattern)
     for row in rows:
         found = True

@@ -5,7 +5,7 @@ import shutil
 from typing import Any
 
 from dsv32_jax.parallel import partition
-from dsv32_jax.system.quantities import size_text
+from dsv32_jax.system.progress import format_size
 
 from .. import report
 from . import disk, memory, output
@@ -28,7 +28,7 @@ def expected(prepared: Prepared) -> dict[str, Any]:
         "would_write": planned.nbytes,
         "peak_memory": prepared.peak,
         "memory_limit": budget.limit,
-        "memory_free": memory.available(),
+        "memory_free": memory.get_free_memory(),
         "largest_leaf": max(leaf.nbytes for leaf in planned.leaves),
         "workers": budget.workers,
         "disk_free": shutil.disk_usage(folder).free,
@@ -57,4 +57,4 @@ def _arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
     for name, (dtype, shape) in leaf.arrays.items():
         piece = partition.split(mesh, leaf.leaf, shape)
         texts.append(f"{name} {dtype} {list(shape)}" + (f" in pieces of {list(piece)}" if piece != shape else ""))
-    return f"{leaf.form.format}, {size_text(leaf.nbytes)}: {', '.join(texts)}"
+    return f"{leaf.form.format}, {format_size(leaf.nbytes)}: {', '.join(texts)}"

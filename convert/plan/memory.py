@@ -7,15 +7,13 @@ before, which is still being written, and the band of it that is on its way to t
 import dataclasses
 import functools
 import math
-import os
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from dsv32_jax.checkpoint.chunks import LARGEST as BAND_BYTES
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.system.host import available
-from dsv32_jax.system.quantities import size_text
+from dsv32_jax.system.host import count_cores, get_free_memory
+from dsv32_jax.system.progress import format_size, parse_size
 
 from ..read.stored import Stored
 from .plan import PlannedLeaf
@@ -28,8 +26,6 @@ GROUP_BYTES = 256 << 20
 
 SHARE = 0.8
 """Of the memory that is available, the share that a conversion takes when it is not told."""
-
-UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
 Group = tuple[PlannedLeaf, ...]
 
@@ -53,16 +49,8 @@ def budget(max_memory: str | int | None, workers: int | None) -> Budget:
     """
     if workers is not None and (type(workers) is not int or workers < 1):
         raise UsageError(f"workers must be a whole number, 1 or more, not {workers!r}; nothing was read")
-    cores = len(os.sched_getaffinity(0))
-    return Budget(int(available() * SHARE) if max_memory is None else parse(max_memory), workers or cores)
-
-
-def parse(text: str | int) -> int:
-    """Bytes from "8GiB", "500 MB" or a plain number. Raises UsageError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?i?)b?", str(text).strip().lower())
-    if match is None or match[2] not in UNITS:
-        raise UsageError(f"{text!r} is no amount of memory; write for example 8GiB or 500MB. Nothing was read")
-    return int(float(match[1]) * UNITS[match[2]])
+    cores = count_cores()
+    return Budget(int(get_free_memory() * SHARE) if max_memory is None else parse_size(max_memory), workers or cores)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -85,21 +73,21 @@ def require(leaves: Iterable[PlannedLeaf], limit: int) -> None:
     """Raise CapacityError when a leaf does not fit into `limit` bytes."""
     largest = max(leaves, key=need)
     if need(largest) > limit:
-        too_large = f"{largest.leaf.path} ({size_text(largest.nbytes)}, {largest.form.format})"
+        too_large = f"{largest.leaf.path} ({format_size(largest.nbytes)}, {largest.form.format})"
         smallest = -(-need(largest) >> 20)
         raise CapacityError(
-            f"{size_text(limit)} of memory are too little: converting {too_large} takes {size_text(need(largest))}, "
-            f"{size_text(PROGRAM + BAND_BYTES)} of which the program takes with any. Nothing was written. "
-            f"The smallest limit that works is --max-memory {smallest}MiB"
+            f"{format_size(limit)} of memory are too little: converting {too_large} takes "
+            f"{format_size(need(largest))}, {format_size(PROGRAM + BAND_BYTES)} of which the program takes with any. "
+            f"Nothing was written. The smallest limit that works is --max-memory {smallest}MiB"
         )
 
 
 def require_free(peak: int) -> None:
     """Raise CapacityError when `peak` bytes are more than this process can take: it would be killed on the way."""
-    free = available()
+    free = get_free_memory()
     if peak > free:
         raise CapacityError(
-            f"the conversion takes up to {size_text(peak)} of memory, and {size_text(free)} are free here. "
+            f"the conversion takes up to {format_size(peak)} of memory, and {format_size(free)} are free here. "
             f"Nothing new was written; free some, or give a limit: --max-memory {int(free * SHARE) >> 20}MiB"
         )
 

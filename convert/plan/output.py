@@ -10,7 +10,7 @@ from pathlib import Path
 
 from dsv32_jax.checkpoint.manifest import FILE, JOURNAL
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, StorageError, UsageError, listing
-from dsv32_jax.system.quantities import size_text
+from dsv32_jax.system.progress import format_size
 
 LOCK = ".lock"
 RESERVE = 64 << 20
@@ -50,8 +50,8 @@ def require_space(dst: Path, needed: int) -> None:
     free, reserve = shutil.disk_usage(dst).free, needed // 50 + RESERVE
     if free < needed + reserve:
         raise CapacityError(
-            f"{dst} has {size_text(free)} free, and {size_text(needed)} are still to be written, with "
-            f"{size_text(reserve)} to spare. Nothing new was written; free some space or convert to another disk"
+            f"{dst} has {format_size(free)} free, and {format_size(needed)} are still to be written, with "
+            f"{format_size(reserve)} to spare. Nothing new was written; free some space or convert to another disk"
         )
 
 

@@ -22,8 +22,7 @@ from typing import Any, NamedTuple
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.quantization.quantize import NVFP4_BLOCK
 from dsv32_jax.quantization.scale_search import SCALINGS
-from dsv32_jax.system.paths import path_of
-from dsv32_jax.system.strict_json import strict_json
+from dsv32_jax.system.files import JsonLimits, expand_path, parse_json
 
 from ..read.stored import BECOMES, Stored
 
@@ -92,7 +91,7 @@ def policy(to: str | None = None, name: str | Path | None = None) -> Policy:
             raise UsageError(f"the policy {name} needs a format to convert to: add --to with one of {listing(BECOMES)}")
         rules = tuple((pattern, to if format == TO else format) for pattern, format in PRESETS[name])
         return Policy(rules, to)
-    file = path_of(name)
+    file = expand_path(name)
     return Policy(_read(file), KEEP if to is None else to, file)
 
 
@@ -100,7 +99,7 @@ def _read(file: Path) -> tuple[tuple[str, str], ...]:
     """The rules of a policy file."""
     try:
         text = file.read_bytes()
-        raw = tomllib.loads(text.decode()) if file.suffix == ".toml" else strict_json(text)
+        raw = tomllib.loads(text.decode()) if file.suffix == ".toml" else parse_json(text, JsonLimits())
     except FileNotFoundError:
         raise UsageError(f"{file} is neither a preset ({listing(PRESETS)}) nor a file; nothing was read") from None
     except (OSError, ValueError, CheckpointError) as error:

@@ -11,7 +11,7 @@ from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.config import Config
 from dsv32_jax.errors import UsageError, listing, unknown
 from dsv32_jax.parallel import partition
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
 
 from ..read.layers import first_layers
 from ..read.source import Source
@@ -89,7 +89,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> Prepared:
     """
     if wrong := unknown(options, Options.__annotations__):
         raise UsageError(f"{len(wrong)} options are not known: {listing(wrong)}; nothing was read")
-    src, dst = path_of(src).absolute(), path_of(dst).absolute()
+    src, dst = expand_path(src).absolute(), expand_path(dst).absolute()
     kinds = (options.get("scales", "rtn"), options.get("tensor_scales", "own"))
     if kinds != ("rtn", "own") and options.get("to") != "nvfp4" and options.get("policy") is None:
         raise UsageError(

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, listing
-from dsv32_jax.system.strict_json import Limits, strict_json
+from dsv32_jax.system.files import JsonLimits, parse_json
 
 from .magic import what_it_is
 
@@ -73,8 +73,8 @@ def read_header(descriptor: int, file: Path, size: int) -> Header:
     start = os.pread(descriptor, 64, 0)
     try:
         text = _header_text(descriptor, start, size)
-        limits = Limits(LARGEST_COUNT + 2, 2 * LARGEST_COUNT, 6 * LARGEST_COUNT)
-        tensors, problems = _tensors(strict_json(text, limits), file, 8 + len(text), size)
+        limits = JsonLimits(LARGEST_COUNT + 2, 2 * LARGEST_COUNT, 6 * LARGEST_COUNT)
+        tensors, problems = _tensors(parse_json(text, limits), file, 8 + len(text), size)
     except CheckpointError as malformed:
         known = what_it_is(start)
         raise CheckpointError(f"{file} is {known}" if known else f"{file}: {malformed}") from None

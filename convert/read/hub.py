@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dsv32_jax.errors import CheckpointError, UsageError, listing
-from dsv32_jax.system.meter import Progress
+from dsv32_jax.system.progress import Progress
 
 from . import reading
 from .reading import FileId

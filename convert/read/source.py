@@ -14,7 +14,7 @@ import numpy as np
 
 from dsv32_jax.checkpoint.manifest import is_complete
 from dsv32_jax.errors import CheckpointError, StorageError, listing
-from dsv32_jax.system.strict_json import strict_json
+from dsv32_jax.system.files import JsonLimits, parse_json
 
 from . import declared_quant, hub, index, reading
 from .header import DTYPES, LARGEST_HEADER, Tensor, read_header
@@ -115,7 +115,7 @@ class Source:
                 return None
             if not stat.S_ISREG(file.stat().st_mode) or file.stat().st_size > LARGEST_HEADER:
                 raise CheckpointError(f"not a regular file of at most {LARGEST_HEADER} bytes")
-            return strict_json(file.read_bytes())
+            return parse_json(file.read_bytes(), JsonLimits())
         except (OSError, CheckpointError) as error:
             self._problems.append(f"{name} cannot be read: {error}")
             return {} if name == CONFIG else None

@@ -18,7 +18,7 @@ from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.config import Config
 from dsv32_jax.errors import StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
 
 from ..read.header import BY_NAME
 
@@ -50,7 +50,7 @@ class Converted:
     """The folder `folder`, as its manifest describes it. Raises CheckpointError where it holds nothing of the kind."""
 
     def __init__(self, folder: str | Path):
-        self.folder = path_of(folder).absolute()
+        self.folder = expand_path(folder).absolute()
         self.manifest = Manifest.read(self.folder)
         self.config = Config.from_dict(self.manifest.config, f"the config in {self.folder.name}'s manifest")
         self.arrays = Arrays(self.folder)

@@ -17,7 +17,7 @@ import numpy as np
 from dsv32_jax.checkpoint.arrays import raw
 from dsv32_jax.checkpoint.manifest import ArrayEntry
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.system.meter import Progress
+from dsv32_jax.system.progress import Progress
 
 from ..read.header import BY_NAME, DTYPES
 from ..read.source import Source

@@ -11,8 +11,8 @@ from pathlib import Path
 from dsv32_jax.checkpoint.checksums import damaged_files, require_manifest
 from dsv32_jax.checkpoint.manifest import is_complete
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
-from dsv32_jax.system.meter import Progress, no_progress
-from dsv32_jax.system.paths import path_of
+from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_lines, fold_names
 from ..read.source import Source
@@ -48,7 +48,7 @@ def verify(
     *,
     against: str | Path | None = None,
     level: str = "full",
-    progress: Callable[[Progress], None] = no_progress,
+    progress: Callable[[Progress], None] = ignore_progress,
 ) -> Report:
     """Check the converted checkpoint `folder`, and with `against` compare it with the Hugging Face folder it came from.
 
@@ -60,9 +60,9 @@ def verify(
     if against is not None and level == "quick":
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
-    converted = _opened(path_of(folder).absolute())
+    converted = _opened(expand_path(folder).absolute())
     damaged = damaged_files(converted.folder, converted.manifest) + converted.damaged_arrays()
-    source = None if against is None else Source(path_of(against).absolute())
+    source = None if against is None else Source(expand_path(against).absolute())
     proof = Proof(converted, source, progress)
     if level == "full":
         proof.run()

@@ -8,7 +8,7 @@ from dsv32_jax.checkpoint.manifest import JOURNAL, Manifest, is_complete
 from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, writing_failed
 from dsv32_jax.parallel import partition
 from dsv32_jax.quantization.scale_search import SCALINGS
-from dsv32_jax.system.meter import Meter, Progress, no_progress
+from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
 from ..plan import memory
 from ..plan.output import locked, require_files, require_ours, require_space
@@ -25,7 +25,11 @@ from .record import Recorder
 
 
 def convert(
-    src: str | Path, dst: str | Path, *, progress: Callable[[Progress], None] = no_progress, **options: Unpack[Options]
+    src: str | Path,
+    dst: str | Path,
+    *,
+    progress: Callable[[Progress], None] = ignore_progress,
+    **options: Unpack[Options],
 ) -> Manifest:
     """Convert the Hugging Face checkpoint `src` into the folder `dst`; the manifest of what was written.
 
@@ -78,16 +82,18 @@ def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
     require_space(dst, sum(leaf.nbytes for leaf in missing))
     require_files(prepared.budget.workers)
     _require_scales(source, missing)
-    meter = Meter(progress, planned.nbytes, planned.nbytes - sum(leaf.nbytes for leaf in missing))
+    meter = ByteMeter(progress, planned.nbytes, planned.nbytes - sum(leaf.nbytes for leaf in missing))
 
     meter.report()
 
     def done(part: Part) -> None:
         journal.add(part.name, part.leaves, part.facts, part.outcomes)
         entries.update(part.leaves)
-        meter.written(part.nbytes)
+        meter.add_written(part.nbytes)
 
-    pipeline = Pipeline(Recorder(source.read), _recaster(planned), writer, prepared.budget, entries, meter.built, done)
+    pipeline = Pipeline(
+        Recorder(source.read), _recaster(planned), writer, prepared.budget, entries, meter.add_read, done
+    )
     try:
         pipeline.run(zip(journal.new_parts(), prepared.groups(missing), strict=False))
         writer.finish()

@@ -14,7 +14,7 @@ from typing import Any
 from ..checkpoint import random_checkpoint
 from ..checkpoint.manifest import Manifest
 from ..config import Config
-from ..system.paths import path_of
+from ..system.files import expand_path
 from .measure import Row, held_bytes, medians, peak_bytes, table
 
 BUFFER_BYTES = 8 << 20
@@ -68,7 +68,7 @@ def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Ite
         if checkpoint is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-bench-")))
             checkpoint = _random(scratch, cfg or _about_1_gb())
-        folder = path_of(checkpoint).resolve()
+        folder = expand_path(checkpoint).resolve()
         Manifest.read(folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)

@@ -1,7 +1,6 @@
 """What the benches share: times, memory, a plain read to compare with, and a table."""
 
 import collections
-import os
 import random
 import resource
 import statistics
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
+
+from ..system.host import count_cores
 
 FEWEST_REPEATS = 3
 LARGEST_BUFFER = 256 << 20
@@ -59,7 +60,7 @@ def reader(nbytes: int) -> Callable[[], Any]:
 
     It goes as often as needed over a buffer that no cache holds, and so needs little memory.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = count_cores()
     buffer = np.ones(max(1, min(nbytes, LARGEST_BUFFER) // 8), np.uint64)
     rounds, rest = divmod(nbytes // 8, buffer.size)
     parts = [part for piece in [*[buffer] * rounds, buffer[:rest]] for part in np.array_split(piece, threads)]

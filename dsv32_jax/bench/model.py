@@ -28,7 +28,7 @@ from ..layout import leaves
 from ..model.cache import dtype_of
 from ..model.model import Model
 from ..parallel import sharding
-from ..system.compilation import metered, require_device
+from ..system.compilation import count_compilations, require_device
 from . import scopes
 from .limits import all_reduce_latency, all_reduces, copy_speed
 from .measure import Row, medians, peak_bytes
@@ -153,7 +153,7 @@ def rows(asked: Plan, seconds: float = 2.0) -> Iterator[Row]:
         program = in_pieces = None
         for context in asked.contexts:
             cache = filled(asked.cfg, asked.capacity, asked.cache_dtype, batch, context, asked.mesh)
-            with metered() as compiled:
+            with count_compilations() as compiled:
                 step = Step(model, cache, steps=asked.steps, program=program)
             program, run = step.program, step.run
             each = medians(lambda run=run: jax.block_until_ready(run()), seconds).wall / asked.steps

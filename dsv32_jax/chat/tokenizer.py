@@ -12,7 +12,7 @@ from typing import Any
 from ..checkpoint.vocabulary import read_tokenizer
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, require
-from ..system.paths import path_of
+from ..system.files import expand_path
 from . import template
 from .template import Mark
 
@@ -44,7 +44,7 @@ class Tokenizer:
         no tokenizer.json, or it is not byte-level BPE that preserves text, or it belongs to another model.
         """
         require(cfg, Config, "cfg must be a Config, as model.cfg is")
-        file = path_of(folder) / "tokenizer.json"
+        file = expand_path(folder) / "tokenizer.json"
         stored = read_tokenizer(file.parent, cfg) if file.is_file() else None
         if stored is None:
             raise CheckpointError(

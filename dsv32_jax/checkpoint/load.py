@@ -18,8 +18,8 @@ from ..layout import Leaf, leaves
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
-from ..system.compilation import prepare
-from ..system.paths import path_of
+from ..system.compilation import initialize
+from ..system.files import expand_path
 from . import checksums, vocabulary
 from .arrays import Key
 from .manifest import LeafEntry, Manifest
@@ -46,7 +46,7 @@ def load(folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, ve
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
     """
-    prepare()
+    initialize()
     variable.asked()
     if (compute := _dtype(dtype)) not in ("bfloat16", "float32"):
         raise UsageError(f"dtype must be bfloat16 or float32, not {compute}; weights keep their own formats")
@@ -74,7 +74,7 @@ class Checkpoint:
     @classmethod
     def open(cls, folder: str | Path, verify: str | None = None) -> "Checkpoint":
         """Read the manifest only, and with `verify` compare the files with it. Raises as `load` does."""
-        folder = path_of(folder).resolve()
+        folder = expand_path(folder).resolve()
         manifest = Manifest.read(folder)
         if verify is not None:
             checksums.require_files(folder, manifest)

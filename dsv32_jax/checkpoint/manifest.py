@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError, listing
-from ..system.paths import path_of
+from ..system.files import expand_path
 from . import provenance
 from .manifest_text import COMPONENTS as COMPONENTS
 from .manifest_text import FORMAT_VERSION as FORMAT_VERSION
@@ -146,7 +146,7 @@ def _content(leaf: LeafEntry) -> dict[str, Any]:
 
 def is_complete(folder: str | Path) -> bool:
     """Whether `folder` has a manifest, which is written last."""
-    return (path_of(folder) / FILE).exists()
+    return (expand_path(folder) / FILE).exists()
 
 
 def is_converted(folder: Path) -> bool:

@@ -46,7 +46,7 @@ def _main(argv: list[str]) -> int:
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")
     try:
-        with interrupts.raised():
+        with interrupts.raise_on_interrupt():
             if argv[:1] == ["convert"]:
                 return _convert(argv[1:])
             arguments = parser().parse_args(argv)

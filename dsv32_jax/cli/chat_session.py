@@ -14,8 +14,8 @@ from ..errors import UsageError
 from ..generation.options import Sampling
 from ..generation.run import Stream
 from ..generation.session import Session
-from ..system.compilation import kept, metered
-from ..system.interrupts import interruptible
+from ..system.compilation import count_compilations, is_cache_enabled
+from ..system.interrupts import defer_interrupt
 from .screen import Screen, one_line
 from .stream_view import Answer
 
@@ -65,7 +65,8 @@ class Talk:
         ids = prepare([self.conversation.all_messages()[0]], self._tokenizer).ids
         if (room := self.capacity - len(ids)) < 2:
             raise UsageError(f"the system text and tools have {len(ids)} tokens, the context holds {self.capacity}")
-        self.screen.status("getting ready" + kept(": what is compiled now is kept on disk for next time"))
+        cached = ": compiled programs are cached for next time" if is_cache_enabled() else ""
+        self.screen.status("getting ready" + cached)
         limit = min(self._limit or room, room)
         with contextlib.closing(self._stream(ids, max_new_tokens=limit, min_new_tokens=min(2, limit))) as tokens:
             for _ in itertools.islice(tokens, 2):
@@ -115,7 +116,7 @@ class Talk:
                 "or /save it and start again with --load and a larger --capacity. Your turn was not taken"
             )
         limit = min(self._limit or room, room)
-        with interruptible() as asked_to_stop, metered() as meter:
+        with defer_interrupt() as asked_to_stop, count_compilations() as meter:
             answer = Answer(self.screen, meter, thinking=thinking, hides=self.hides)
 
             def reading(read: int, _: int) -> None:

@@ -10,7 +10,7 @@ from ..errors import UsageError
 from ..generation.options import Sampling
 from ..generation.request import used
 from ..generation.sampling_params import bias
-from ..system.paths import path_of
+from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import Talk
 from .prompt_input import sampling_of, text_of
@@ -140,7 +140,7 @@ class Commands:
 def _path(text: str) -> Path:
     if not text.strip():
         raise UsageError("which file? write its name behind the command")
-    return path_of(text.strip())
+    return expand_path(text.strip())
 
 
 def _chosen(sampling: Sampling) -> dict:

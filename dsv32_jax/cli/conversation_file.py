@@ -8,7 +8,7 @@ from typing import Any
 from ..chat import Conversation
 from ..errors import CheckpointError, DsvError, OutputExistsError, UsageError
 from ..generation.session import OWN, Session, load_session, session
-from ..system.paths import path_of
+from ..system.files import expand_path
 
 KIND = "dsv32_jax conversation 1"
 FIELDS = {"system": (str, type(None)), "tools": (list,), "thinking": (bool,), "messages": (list,)}
@@ -18,7 +18,7 @@ LARGEST = 256 << 20
 
 def files(file: Path) -> tuple[Path, Path]:
     """Where `file` keeps messages and cache: FILE.json and FILE.safetensors."""
-    stem = path_of(file)
+    stem = expand_path(file)
     if not stem.name:
         raise UsageError(f"{file} is no name of a file; nothing was written or read")
     stem = stem.with_suffix("") if stem.suffix in (".json", ".safetensors") else stem
@@ -78,7 +78,7 @@ def conversation_in(file: Path) -> Conversation:
 
 def read_json(file: Path) -> Any:
     """The value in a JSON file. Raises CheckpointError where it is none."""
-    file = path_of(file)
+    file = expand_path(file)
     with open(file, "rb") as opened:
         raw = opened.read(LARGEST + 1)
     try:

@@ -36,7 +36,7 @@ def run(new_tokens: int) -> None:
             from ..generation.generate import generate
             from ..generation.options import Sampling
             from ..generation.score import score
-            from ..system.compilation import kept
+            from ..system.compilation import is_cache_enabled
 
             model = load(target)
             tokenizer = chat.Tokenizer.load(target, model.cfg)
@@ -53,7 +53,7 @@ def run(new_tokens: int) -> None:
                 stop=["\ndef", "\nclass", "\n```"],
             )
             stats = made.stats
-            programs = f"{stats.compiles} programs{kept(', kept for the next run')}"
+            programs = f"{stats.compiles} programs{', cached for the next run' if is_cache_enabled() else ''}"
             done(f"{stats.compile_seconds:.1f} s of it compiling {programs}")
         print(PROMPT + (made.text or [""])[0])
         with _timed("read a paragraph that it was not trained on") as done:

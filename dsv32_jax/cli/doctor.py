@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import DsvError
 from ..system import host
-from ..system.paths import path_of
+from ..system.files import expand_path, find_home
 from .screen import Screen, json_line, one_line, shown
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors", "tokenizers")
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, look in {"versions": versions, "machine": machine, "devices": devices, "runs": runs}.items():
         findings.look(name, look)
     if arguments.checkpoint is not None:
-        findings.look("checkpoint", partial(checkpoint, folder=path_of(arguments.checkpoint)))
+        findings.look("checkpoint", partial(checkpoint, folder=expand_path(arguments.checkpoint)))
     as_json = json_line({**findings.sections, "problems": findings.problems})
     Screen().result((as_json if arguments.json else text(findings)) + "\n")
     return 0
@@ -95,13 +95,13 @@ def versions(findings: Findings) -> Facts:
 
 def machine(_: Findings) -> Facts:
     """Processor, memory, disks and limits."""
-    places = {"here": Path.cwd(), "temporary files": Path(tempfile.gettempdir()), "home": Path.home()}
+    places = {"here": Path.cwd(), "temporary files": Path(tempfile.gettempdir()), "home": find_home()}
     return {
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": host.count_cores(),
         "memory": Bytes(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")),
-        "free memory": Bytes(host.available()),
-        **{f"free disk, {name}": Bytes(shutil.disk_usage(place).free) for name, place in places.items()},
+        "free memory": Bytes(host.get_free_memory()),
+        **{f"free disk, {name}": Bytes(shutil.disk_usage(place).free) for name, place in places.items() if place},
         "open files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
     }
 
@@ -139,9 +139,9 @@ def runs(_: Findings) -> Facts:
     import jax
 
     from ..kernels import dispatch
-    from ..system.compilation import prepare
+    from ..system.compilation import initialize
 
-    prepare()
+    initialize()
     folder, kept = (jax.config.values[f"jax_{name}"] for name in ("compilation_cache_dir", "enable_compilation_cache"))
     found: Facts = {"kernels": dispatch.description(), "arithmetic": "bfloat16 (--dtype float32 for parity)"}
     if not (folder and kept):

@@ -14,7 +14,7 @@ from ..generation.result import Stats
 from ..generation.run import Run
 from ..generation.transcript import Token
 from ..parallel.multihost import asking
-from ..system.interrupts import EXIT_CODE, interruptible
+from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .arguments import BATCH, CACHE, TURN, given
 from .open_checkpoint import Opened
 from .prompt_input import Asked, Reader
@@ -79,7 +79,7 @@ class _Results:
 
     def write(self, run: Run) -> int:
         """Do the run; the exit code."""
-        with interruptible() as asked:
+        with defer_interrupt() as asked:
             asked_to_stop = asking(run.mesh, asked)
             for batch in run.batches():
                 for row, token in run.tokens(batch, 1 if self._stream else None, asked_to_stop):

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..errors import UsageError
+from ..system.files import find_user_folder
 from .screen import Screen
 
 FENCE = '"""'
@@ -97,17 +98,19 @@ class Keyboard:
         if self._readline is None:
             yield
             return
-        readline, file = self._readline, _history()
+        readline, folder = self._readline, find_user_folder("XDG_STATE_HOME", ".local/state")
         readline.set_completer(lambda text, i: [name for name in [*commands, None] if _fits(name, text)][i])
         readline.set_completer_delims("")
         readline.parse_and_bind("tab: complete")
         readline.parse_and_bind("set enable-bracketed-paste on")
+        file = folder and folder / "chat_history"
         with contextlib.suppress(FileNotFoundError):
-            readline.read_history_file(file)
+            if file is not None:
+                readline.read_history_file(file)
         try:
             yield
         finally:
-            if keep:
+            if keep and file is not None:
                 self._keep(readline, file)
 
     def _keep(self, readline: ModuleType, file: Path) -> None:
@@ -118,12 +121,6 @@ class Keyboard:
             readline.write_history_file(file)
         except OSError as error:
             self._screen.note(f"what you typed was not kept: {error}")
-
-
-def _history() -> Path:
-    """Where history is kept: in the user's state folder."""
-    root = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(root, "dsv32_jax", "chat_history")
 
 
 def _fits(name: str | None, text: str) -> bool:

@@ -16,7 +16,7 @@ from ..config import Config
 from ..errors import CheckpointError, UsageError
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
-from ..system.paths import path_of
+from ..system.files import expand_path
 from .screen import Screen
 
 
@@ -32,7 +32,7 @@ class Opened:
     def of(cls, folder: str | Path, *, ids: bool = False) -> "Opened":
         """The checkpoint in `folder`. Raises CheckpointError where it is none; where its tokenizer cannot be used and
         not `ids`, CheckpointError or UsageError."""
-        folder = path_of(folder)
+        folder = expand_path(folder)
         cfg = Config.from_dict(Manifest.read(folder).config, f"the config in {folder.name}'s manifest")
         if ids:
             return cls(folder, cfg, None)

@@ -2,18 +2,16 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..chat import prepare
-from ..config import no_duplicates
 from ..errors import DsvError, UsageError
 from ..generation.options import Sampling
 from ..model import checks
-from ..system.paths import path_of
+from ..system.files import expand_path, parse_json
 from .arguments import SAMPLING, given, token_ids
 from .open_checkpoint import Opened
 
@@ -146,9 +144,9 @@ class Reader:
 def _object(line: str) -> dict[str, Any]:
     """A line of a .jsonl file."""
     try:
-        found = json.loads(line, object_pairs_hook=no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"it is not JSON: {error}") from None
+        found = parse_json(line.encode())
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     if not isinstance(found, dict):
         raise UsageError("it is not an object")
     if unknown := sorted(set(found) - set(KEYS)):
@@ -181,7 +179,7 @@ def _prompt(arguments: argparse.Namespace) -> str:
 
 def text_of(file: Path) -> str:
     """The text in a file. Raises UsageError where it is not UTF-8, or far too long."""
-    with open(path_of(file), "rb") as opened:
+    with open(expand_path(file), "rb") as opened:
         return _decoded(opened.read(LARGEST + 1), str(file))
 
 

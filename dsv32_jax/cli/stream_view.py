@@ -3,7 +3,7 @@
 import time
 
 from ..generation.transcript import Token
-from ..system.compilation import Meter
+from ..system.compilation import Compilations
 from .answer_parts import ANSWER, CALLS, THINKING, Parts
 from .screen import Screen, shown
 from .wrapping import Wrapping
@@ -12,7 +12,7 @@ from .wrapping import Wrapping
 class Answer:
     """One answer while it comes, on the screen and as text, with what there is to tell about it."""
 
-    def __init__(self, screen: Screen, meter: Meter, *, thinking: bool, hides: bool):
+    def __init__(self, screen: Screen, meter: Compilations, *, thinking: bool, hides: bool):
         self._screen, self._meter, self._hides = screen, meter, hides
         self._parts = Parts(thinking=thinking)
         self._part = THINKING if thinking else ANSWER

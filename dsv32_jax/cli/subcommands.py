@@ -49,7 +49,7 @@ def _add_generate(commands: Any) -> None:
     arguments.add(generate, "how much", {**arguments.TURN, **arguments.BATCH, **arguments.CACHE})
     multihost_launch.add(generate)
     generate.set_defaults(run=_generate)
-    generate.late = "prompt"
+    generate.trailing_positional = "prompt"
 
 
 def _add_chat(commands: Any) -> None:

@@ -11,7 +11,7 @@ for layer in layers("bf16", "nvfp4"): ...          # one layer of each in memory
 
 from typing import TYPE_CHECKING
 
-from ..system.lazy import names
+from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from .divergence import Divergence as Divergence
@@ -36,4 +36,4 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
-__getattr__, __dir__ = names(__name__, _HOME)
+__getattr__, __dir__ = attach(__name__, _HOME)

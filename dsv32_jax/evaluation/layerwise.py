@@ -21,7 +21,7 @@ from ..model.cache import LayerCache, empty_layer
 from ..model.model import Model, build
 from ..model.mtp import MTP
 from ..model.ops import einsum32, rms_norm
-from ..system.compilation import prepare
+from ..system.compilation import initialize
 from . import layer_errors
 from .layer_errors import Squares, squares
 from .passages import CONTEXT, Texts, passages
@@ -78,7 +78,7 @@ def layers(
     Outputs are for the first `tokens` tokens (1024, where the model's longest context allows) of the first text.
     What is asked for is checked at once. Raises UsageError where the two are not the same model.
     """
-    prepare()
+    initialize()
     first, second = (Source(Checkpoint.open(_folder(given))) for given in (a, b))
     cfg = first.checkpoint.cfg
     _require_one_model(first.checkpoint, second.checkpoint)

@@ -12,7 +12,7 @@ import numpy as np
 from ..errors import CheckpointError, listing
 from ..generation.score import score
 from ..model.model import Model
-from ..system.compilation import metered
+from ..system.compilation import count_compilations
 from .estimate import Estimate, exponential, over_windows
 from .passages import BATCH, Passages, Texts, passages
 from .reading import Progress, over_groups, silent
@@ -76,7 +76,7 @@ def perplexity(
         found = score(model, rows, cache_dtype=variant.stored(model), batch_size=len(rows)).logprobs
         return [np.array(found[row][read.windows[i].first - 1 :]) for row, i in enumerate(group)]
 
-    with metered() as compiled:
+    with count_compilations() as compiled:
         logprobs = over_groups(scored, model, read, progress)
     require_finite(read.windows, logprobs)
     seconds = max(time.perf_counter() - start - compiled.seconds, 1e-9)

@@ -16,7 +16,7 @@ from ..generation.request import bucket, chunks
 from ..model.model import Model
 from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
-from ..system.compilation import prepare
+from ..system.compilation import initialize
 from .passages import Passages
 from .variant import Variant
 
@@ -81,7 +81,7 @@ def vectors(
 ) -> Iterator[tuple[jax.Array, int, np.ndarray]]:
     """Hidden vectors [B, T, D] of the windows in `group`, a chunk of tokens at a time, with the position of the first
     and the token after each. B is filled up to a power of two."""
-    prepare()
+    initialize()
     rows = read.filled(group)
     batch, start = rows_bucket(len(rows)), 0
     stored: Any = variant.stored(model)

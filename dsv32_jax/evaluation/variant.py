@@ -12,7 +12,7 @@ from ..config import Config
 from ..errors import UsageError, listing
 from ..model import cache
 from ..model.model import Model
-from ..system.paths import path_of
+from ..system.files import expand_path
 
 COMPUTE = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 CACHES = {"bfloat16-cache": "bfloat16", "float32-cache": "float32", "fp8-cache": "fp8"}
@@ -47,7 +47,7 @@ class Variant:
         if not isinstance(given, str | Path):
             raise UsageError(f"a checkpoint is a folder, {SYNTAX}, or a Model, not {type(given).__name__}")
         folder, colon, words = str(given).rpartition(":")
-        if not colon or path_of(given).exists():
+        if not colon or expand_path(given).exists():
             return cls(Path(given))
         chosen = [word.strip() for word in words.split(",")]
         if unknown := [word for word in chosen if word not in COMPUTE and word not in CACHES]:
@@ -74,6 +74,6 @@ class Variant:
 
     def tokenizer(self) -> Tokenizer | None:
         """The checkpoint's tokenizer; None where it has none, and for a model in memory."""
-        if isinstance(self.checkpoint, Model) or not (path_of(self.checkpoint) / "tokenizer.json").exists():
+        if isinstance(self.checkpoint, Model) or not (expand_path(self.checkpoint) / "tokenizer.json").exists():
             return None
         return Tokenizer.load(self.checkpoint, self.cfg)

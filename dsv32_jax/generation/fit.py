@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +14,8 @@ from ..config import Config
 from ..errors import CapacityError, UsageError, listing
 from ..model import cache, checks
 from ..parallel import partition
-from ..system.compilation import prepare
+from ..system.compilation import initialize
+from ..system.progress import parse_size
 from . import activations, inventory, memory
 from .activations import Shapes
 from .request import MOST_DRAFTS, bucket
@@ -23,18 +23,6 @@ from .request import MOST_DRAFTS, bucket
 COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
 DTYPES = {**COMPUTE, "fp8": "fp8"}
 """What the dtypes of computing and of caches are called."""
-
-UNITS = {
-    "": 1,
-    "kb": 10**3,
-    "mb": 10**6,
-    "gb": 10**9,
-    "tb": 10**12,
-    "kib": 2**10,
-    "mib": 2**20,
-    "gib": 2**30,
-    "tib": 2**40,
-}
 
 LARGEST_BATCH = 1 << 20
 CONTEXT = 4096
@@ -96,7 +84,7 @@ def fit(
     is loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError where the mesh does not divide the
     model.
     """
-    prepare()
+    initialize()
     sizes = partition.optional(mesh)
     compute = _dtype("dtype", dtype, tuple(COMPUTE))
     stored = compute if cache_dtype is None else _dtype("cache dtype", cache_dtype, tuple(DTYPES))
@@ -110,7 +98,7 @@ def fit(
         raise UsageError(f"draft={draft} needs the drafting layer (MTP), which this model does not have; use draft=0")
     weights = found.device_bytes(sizes, compute)
     devices = math.prod(sizes.values())
-    free = memory.available(devices) if device_memory is None else amount(device_memory)
+    free = memory.available(devices) if device_memory is None else parse_size(device_memory)
 
     rows, split = memory.rows_bucket(batch), sizes.get("data", 1)
     here = Shapes(memory.rows_of_a_device(rows, split), bucket(context), stored, draft)
@@ -185,14 +173,6 @@ def _dtype(what: str, name: str, known: tuple[str, ...]) -> np.dtype:
 
 def _amount(count: int) -> str:
     return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def amount(text: str) -> int:
-    """Bytes from "141GB", "80 GiB" or a plain number. Raises UsageError."""
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]i?b)?", text.strip().lower())
-    if match is None:
-        raise UsageError(f"{text!r} is no amount of memory; write for example 141GB or 80GiB. Nothing was read")
-    return int(float(match[1]) * UNITS[match[2] or ""])
 
 
 def print_fit(found: Fit, as_json: bool) -> int:

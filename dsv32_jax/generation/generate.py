@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UsageError
 from ..model.model import Model
 from ..parallel.multihost import asking
-from ..system.interrupts import interruptible
+from ..system.interrupts import defer_interrupt
 from .batch import LAYERWISE, WHOLE
 from .options import Sampling, accepts_options
 from .result import Generation
@@ -50,7 +50,7 @@ generate.layerwise = _layerwise
 
 
 def _generate(run: Run) -> Generation:
-    with interruptible() as asked:
+    with defer_interrupt() as asked:
         asked_to_stop = asking(run.mesh, asked)
         for batch in run.batches():
             for _ in run.tokens(batch, asked_to_stop=asked_to_stop):

@@ -14,7 +14,7 @@ from ..errors import CheckpointError, UsageError, listing
 from ..layout import COPIES, Leaf, leaves
 from ..parallel import partition
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
-from ..system.paths import path_of
+from ..system.files import expand_path
 
 FORMATS = ("nvfp4", "fp8", "bf16")
 """nvfp4: as NVIDIA publishes it, that is experts, dense feed-forward and W^O in NVFP4, the rest of attention, the
@@ -55,7 +55,7 @@ def read(path: str | Path, format: str | None = None) -> Inventory:
 
     Raises UsageError, ConfigError, CheckpointError.
     """
-    path = path_of(path)
+    path = expand_path(path)
     if path.is_file():
         if format not in (None, *FORMATS):
             raise UsageError(f"the format is one of {listing(FORMATS)}, not {format!r}; nothing was read")

@@ -33,7 +33,7 @@ def available(devices: int = 1) -> int:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
         return stats["bytes_limit"] - stats["bytes_in_use"]
-    return host.available() // devices
+    return host.get_free_memory() // devices
 
 
 def rows_bucket(rows: int) -> int:

@@ -10,7 +10,7 @@ import numpy as np
 from ..errors import UsageError
 from ..model import cache, checks
 from ..model.model import Model
-from ..system.compilation import prepare
+from ..system.compilation import initialize
 from . import memory
 from .options import Sampling
 from .prefill_decode import Task
@@ -64,7 +64,7 @@ def plan(
     batch_size: int | None = None,
 ) -> Request:
     """Check a request and choose its shapes; nothing is compiled here."""
-    prepare()
+    initialize()
     cfg = checks.config_of(model)
     rows = checks.prompts(prompts, cfg.vocab_size)
     n = checks.whole("n", n, 1, 1024)

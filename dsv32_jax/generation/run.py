@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from ..model.model import Model
 from ..parallel import multihost
-from ..system.compilation import announced, metered
+from ..system.compilation import count_compilations, log_slow_compilation
 from . import memory
 from .batch import Batch, Programs
 from .options import Options
@@ -119,7 +119,7 @@ class Run:
         Raises CapacityError where the device has no memory left.
         """
         start, what = time.perf_counter(), f"{part} of {len(batch.rows)} rows, {self.request.capacity} tokens each"
-        with metered() as compiled, announced(what, compiled):
+        with count_compilations() as compiled, log_slow_compilation(what, compiled):
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:

@@ -13,7 +13,7 @@ from ..model.attention import LARGEST_TEMPORARY
 from ..model.model import Model
 from ..model.ops import over_tokens
 from ..parallel.multihost import fetch
-from ..system.compilation import prepare
+from ..system.compilation import initialize
 from . import memory
 from .prefill_decode import Context, blank, placed
 from .request import MOST_TOP_LOGPROBS, bucket, chunks
@@ -77,7 +77,7 @@ def prefill_chunks(
     `step(model, context, tokens_BT, next_BT, count_B)` returns the context with the chunk and a pytree of [B, T, ...]
     arrays, which takes `extra` bytes a row. Raises UsageError, or CapacityError if not even one row fits in memory.
     """
-    prepare()
+    initialize()
     cfg = model.cfg
     if batch_size is not None:
         batch_size = checks.whole("batch_size", batch_size, 1, 1 << 20)

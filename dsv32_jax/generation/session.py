@@ -19,8 +19,8 @@ from ..model import cache as caches
 from ..model import checks
 from ..model.model import Model
 from ..parallel.multihost import fetch
-from ..system.interrupts import interruptible
-from ..system.paths import file_of
+from ..system.files import expand_file_path
+from ..system.interrupts import defer_interrupt
 from . import memory, session_file
 from .batch import WHOLE, Batch
 from .options import Sampling, accepts_options
@@ -56,7 +56,7 @@ class Session:
     def generate(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Generation:
         """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
         run = self._run(tokens, sampling, options)
-        with interruptible() as asked_to_stop:
+        with defer_interrupt() as asked_to_stop:
             for _ in self._turn(run, None, asked_to_stop):
                 pass
         return run.result()
@@ -79,7 +79,7 @@ class Session:
         """Write the session to one file (safetensors); `load_session` continues it with the same model. Raises
         UsageError in the middle of a turn or where `file` is a folder, StorageError where it cannot be written."""
         self._require_rest()
-        file = file_of(file)
+        file = expand_file_path(file)
         settings = {
             "capacity": self.capacity,
             "cache_dtype": self.cache_dtype.name,
@@ -173,7 +173,7 @@ def load_session(model: Model, file: str | Path) -> Session:
     """The session in `file`, for the model it was saved with. Raises UsageError where that is another one,
     CheckpointError where the file is damaged."""
     checks.config_of(model)
-    file = file_of(file)
+    file = expand_file_path(file)
     saved = session_file.read_settings(file, model)
     options = {name: saved[name] for name in OWN}
     loaded, tokens = session(model, **options), saved["tokens"]

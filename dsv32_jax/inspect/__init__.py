@@ -11,7 +11,7 @@ inspect.plots.codes(inspect.statistics(weight))      # figures; needs the extra 
 
 from typing import TYPE_CHECKING
 
-from ..system.lazy import names
+from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
@@ -52,4 +52,4 @@ _HOME = {
 
 __all__ = sorted(_HOME)
 
-__getattr__, __dir__ = names(__name__, _HOME)
+__getattr__, __dir__ = attach(__name__, _HOME)

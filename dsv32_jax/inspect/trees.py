@@ -13,8 +13,8 @@ from ..errors import UsageError, printable
 from ..generation import inventory
 from ..model.model import Model
 from ..quantization.formats import NVFP4, Fp8Block
-from ..system.paths import path_of
-from ..system.quantities import amount, size_text
+from ..system.files import expand_path
+from ..system.progress import format_count, format_size
 from .converter import converter
 
 STYLE = "text-align:left;padding:0 1em 0 0;font-family:monospace;white-space:nowrap"
@@ -42,15 +42,15 @@ class Tree:
                     row.name,
                     f"{row.count} x {list(row.shape)}",
                     row.format,
-                    amount(row.parameters),
-                    size_text(row.nbytes),
+                    format_count(row.parameters),
+                    format_size(row.nbytes),
                 )
                 for row in branch.rows
             ]
-            summary = _text(f"{title}: {amount(parameters)} parameters, {size_text(nbytes)}")
+            summary = _text(f"{title}: {format_count(parameters)} parameters, {format_size(nbytes)}")
             parts.append(f"<details><summary>{summary}</summary>{_table(rows)}</details>")
-        sums = [(*size[:2], amount(size[2]), size_text(size[3])) for size in self.found.sizes]
-        total = ("total", "", amount(self.found.parameters), size_text(self.found.nbytes))
+        sums = [(*size[:2], format_count(size[2]), format_size(size[3])) for size in self.found.sizes]
+        total = ("total", "", format_count(self.found.parameters), format_size(self.found.nbytes))
         return "".join([*parts, _table([*sums, total])])
 
 
@@ -63,7 +63,7 @@ def tree(what: str | Path | Model, format: str | None = None) -> Tree:
         return Tree(folder_tree.summarize("a model", "loaded", what.cfg.to_dict(), items, []))
     if not isinstance(what, str | Path):
         raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
-    if path_of(what).is_file():
+    if expand_path(what).is_file():
         found = inventory.read(what, format)
         items = folder_tree.manifest_items(found.cfg, found.entries)
         return Tree(folder_tree.summarize(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))

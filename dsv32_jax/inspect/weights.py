@@ -21,7 +21,7 @@ from ..errors import CapacityError, UsageError, VerificationError, listing, requ
 from ..layout import Leaf, leaves
 from ..quantization.quantize import fp8_dequantize, nvfp4_dequantize
 from ..system import host
-from ..system.paths import path_of
+from ..system.files import expand_path
 from .converter import converter
 
 SHARE = 0.8
@@ -74,7 +74,7 @@ class Folder:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = path_of(folder).absolute()
+        self.folder = expand_path(folder).absolute()
         self.converted = is_converted(self.folder)
         self._read = _Converted(self.folder) if self.converted else _Source(self.folder)
         self.config: Config = self._read.config
@@ -114,7 +114,7 @@ class Folder:
         return self.table[path]
 
     def _require_room(self, what: str, nbytes: int) -> None:
-        free = host.available()
+        free = host.get_free_memory()
         if nbytes > free * SHARE:
             raise CapacityError(
                 f"{what} takes {nbytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free; nothing was read. Read one "

@@ -20,7 +20,7 @@ def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     def convert_first(a, b):
         return multiply(a.astype(jnp.float32), b.astype(jnp.float32))
 
-    if a.dtype == jnp.float32 or (_is_batched_first(spec) and host.multiplies_bfloat16()):
+    if a.dtype == jnp.float32 or (_is_batched_first(spec) and host.has_avx512_bf16()):
         return multiply(a, b)
     return jax.lax.platform_dependent(a, b, cpu=convert_first, default=multiply)
 

@@ -1,1 +1,1 @@
-"""The machine around the model: files, memory, signals, compiled programs, progress."""
+"""The machine around the model: files, memory, signals, the compiler, progress."""

@@ -1,4 +1,4 @@
-"""A command line that says what an unknown option may mean."""
+"""An argument parser that suggests the option a user may have meant."""
 
 import argparse
 
@@ -6,16 +6,19 @@ from ..errors import unknown
 
 
 class Parser(argparse.ArgumentParser):
-    """One whose subcommands answer for their own options. `late` names an optional positional that may stand behind
-    options, as of Python 3.12 all may."""
+    """An ArgumentParser whose subcommands report unknown options themselves.
 
-    late: str | None = None
+    `trailing_positional` names an optional positional that may follow options; argparse allows that since Python 3.12.
+    """
+
+    trailing_positional: str | None = None
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """What was found, and nothing else: what is not known ends the program."""
+        """Parse, and exit with an error if anything is left over."""
         found, rest = super().parse_known_args(args, namespace)
-        if self.late and rest and getattr(found, self.late) is None and not rest[0].startswith("-"):
-            setattr(found, self.late, rest.pop(0))
+        name = self.trailing_positional
+        if name and rest and getattr(found, name) is None and not rest[0].startswith("-"):
+            setattr(found, name, rest.pop(0))
         if rest:
             self.error(f"unrecognized arguments: {', '.join(unknown(rest, self._option_string_actions))}")
         return found, rest

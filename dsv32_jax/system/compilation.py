@@ -1,4 +1,4 @@
-"""Compilation: kept on disk between runs by default, and counted."""
+"""JAX's compiler: a device is required, programs are cached on disk by default, compilations are counted."""
 
 import contextlib
 import dataclasses
@@ -13,89 +13,99 @@ from pathlib import Path
 import jax
 
 from ..errors import CapacityError
+from .files import find_user_folder
 
 LOG = logging.getLogger("dsv32_jax")
 
-_EVENT = "/jax/core/compile/backend_compile_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
-def prepare() -> None:
-    """What every way in does first: find a device, and keep programs on disk. Raises CapacityError without a device."""
+def initialize() -> None:
+    """Require a device and enable the compilation cache: the first step of every entry point.
+
+    Raises CapacityError without a device.
+    """
     require_device()
-    keep_on_disk()
+    enable_cache()
 
 
 def require_device() -> None:
-    """Raise CapacityError where JAX finds no device to compute on."""
+    """Raise CapacityError if JAX finds no device."""
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:
-        asked = jax.config.values["jax_platforms"]
-        why = f" ({error})" if str(error) else ""
+        platforms = jax.config.values["jax_platforms"]
+        reason = f" ({error})" if str(error) else ""
         raise CapacityError(
-            f"JAX finds no device of the platforms it was told to use, JAX_PLATFORMS={asked}{why}. Unset it to compute "
-            "on what is there; dsv32 doctor lists that"
+            f"JAX finds no device of the requested platforms, JAX_PLATFORMS={platforms}{reason}. Unset it to use "
+            "what is there; dsv32 doctor lists that"
         ) from error
 
 
-def keep_on_disk() -> None:
-    """Store compiled programs under the user's cache folder, unless JAX was already told where, or told not to."""
+def enable_cache() -> None:
+    """Cache compiled programs in the user's cache folder, unless JAX is already configured to use another or none."""
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        if _can_be_written(folder := root / "dsv32_jax" / "compiled"):
-            jax.config.update("jax_compilation_cache_dir", str(folder))
+        folder = find_user_folder("XDG_CACHE_HOME", ".cache")
+        if folder is None:
+            _warn_uncached("there is no home folder")
+        elif _is_writable(folder / "compiled"):
+            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
 
 
-@functools.cache
-def _can_be_written(folder: Path) -> bool:
-    """Whether `folder` is there and can be written; where not, that is said once."""
-    try:
+def _is_writable(folder: Path) -> bool:
+    """Create `folder` and return whether it is writable; warn if not."""
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.W_OK):
             return True
-    except OSError:
-        pass
-    LOG.warning("compiled programs are not kept: %s cannot be written; JAX_COMPILATION_CACHE_DIR names another", folder)
+    _warn_uncached(f"{folder} is not writable")
     return False
 
 
-def kept(words: str) -> str:
-    """`words`, which say that programs are kept, where they are."""
+@functools.cache
+def _warn_uncached(reason: str) -> None:
+    """Log once that compiled programs are not cached."""
+    LOG.warning("compiled programs are not cached: %s; set JAX_COMPILATION_CACHE_DIR to another folder", reason)
+
+
+def is_cache_enabled() -> bool:
+    """Return whether compiled programs are cached on disk."""
     values = jax.config.values
-    return words if values["jax_enable_compilation_cache"] and values["jax_compilation_cache_dir"] is not None else ""
+    return values["jax_enable_compilation_cache"] and values["jax_compilation_cache_dir"] is not None
 
 
 @dataclasses.dataclass(eq=False)
-class Meter:
-    """Programs compiled while the meter ran, and the seconds they took (from disk they take less)."""
+class Compilations:
+    """Programs compiled, and the seconds it took; reading them from the cache counts too."""
 
     count: int = 0
     seconds: float = 0.0
 
 
-_running: ContextVar[tuple[Meter, ...]] = ContextVar("_running", default=())
+_counters: ContextVar[tuple[Compilations, ...]] = ContextVar("_counters", default=())
 
 
 @contextlib.contextmanager
-def metered() -> Iterator[Meter]:
-    """Count what is compiled inside the `with`, by its thread and by those that run in a copy of its context."""
-    meter = Meter()
-    before = _running.set((*_running.get(), meter))
+def count_compilations() -> Iterator[Compilations]:
+    """Count the compilations inside the `with`, of its thread and of threads that run in a copy of its context."""
+    counter = Compilations()
+    token = _counters.set((*_counters.get(), counter))
     try:
-        yield meter
+        yield counter
     finally:
-        _running.reset(before)
+        _counters.reset(token)
 
 
 @contextlib.contextmanager
-def announced(what: str, meter: Meter, after: float = 2.0) -> Iterator[None]:
-    """Log `what` where the `with` is still at it after some seconds and something is being compiled."""
+def log_slow_compilation(program: str, counter: Compilations, after: float = 2.0) -> Iterator[None]:
+    """Log that `program` is being compiled if the `with` takes more than `after` seconds and `counter` is not zero."""
 
-    def say() -> None:
-        if meter.seconds:
-            LOG.warning("compiling %s%s", what, kept("; programs are kept on disk for next time"))
+    def log() -> None:
+        if counter.seconds:
+            suffix = "; compiled programs are cached for next time" if is_cache_enabled() else ""
+            LOG.warning("compiling %s%s", program, suffix)
 
-    timer = threading.Timer(after, say)
+    timer = threading.Timer(after, log)
     timer.daemon = True
     timer.start()
     try:
@@ -106,9 +116,9 @@ def announced(what: str, meter: Meter, after: float = 2.0) -> Iterator[None]:
 
 def _listen(event: str, duration_secs: float, **_) -> None:
     if event.startswith("/jax/core/compile/"):
-        for meter in _running.get():
-            meter.seconds += duration_secs
-            meter.count += event == _EVENT
+        for counter in _counters.get():
+            counter.seconds += duration_secs
+            counter.count += event == _COMPILED
 
 
 jax.monitoring.register_event_duration_secs_listener(_listen)

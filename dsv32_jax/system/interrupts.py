@@ -1,4 +1,4 @@
-"""Ctrl-C: what was made so far is returned, and a command ends, whatever it is in the middle of."""
+"""Ctrl-C: generation stops and returns what it has, and a command ends, wherever the program is at that moment."""
 
 import contextlib
 import gc
@@ -8,47 +8,44 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 
 EXIT_CODE = 130
-"""Of a command that Ctrl-C ended."""
+"""The exit code of a command that Ctrl-C ended."""
 
-AGAIN = 0.05
-"""Seconds until a signal that came there is sent again."""
+RETRY_SECONDS = 0.05
+"""Seconds before a signal is sent again that arrived where an exception would be lost."""
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    """A signal handler: KeyboardInterrupt, raised as soon as it can travel from where the program is."""
+def raise_interrupt(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise KeyboardInterrupt, later if it would be swallowed where the program is now."""
     while frame is not None:
-        if _swallows(frame.f_code):
-            again = threading.Timer(AGAIN, signal.pthread_kill, (threading.main_thread().ident, number))
-            again.daemon = True
-            again.start()
+        if _swallows_exceptions(frame.f_code):
+            retry = threading.Timer(RETRY_SECONDS, signal.pthread_kill, (threading.main_thread().ident, number))
+            retry.daemon = True
+            retry.start()
             return
         frame = frame.f_back
     raise KeyboardInterrupt
 
 
-def _swallows(code: CodeType) -> bool:
-    """Whether what is raised there goes nowhere: in a destructor, a hook of the garbage collector (JAX has one), or an
-    import, which would leave modules half made or make an ImportError of it."""
+def _swallows_exceptions(code: CodeType) -> bool:
+    """Return whether an exception is lost in `code`: a destructor, a hook of the garbage collector (JAX has one), or an
+    import, which would leave modules half initialized or turn it into an ImportError."""
     hooks = [getattr(hook, "__code__", None) for hook in gc.callbacks]
     return code.co_name == "__del__" or code in hooks or code.co_filename.startswith("<frozen importlib")
 
 
-HANDLERS = (signal.default_int_handler, interrupt)
-"""Those that raise KeyboardInterrupt and do nothing else."""
+DEFAULT_HANDLERS = (signal.default_int_handler, raise_interrupt)
+"""Handlers that raise KeyboardInterrupt and do nothing else."""
 
 
-def _is_free() -> bool:
-    """Whether nothing else handles SIGINT, and this is the main thread: Python delivers signals to no other."""
-    return threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) in HANDLERS
+def _can_handle() -> bool:
+    """Return whether this is the main thread, which alone receives signals, and nothing else handles SIGINT."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return is_main and signal.getsignal(signal.SIGINT) in DEFAULT_HANDLERS
 
 
 @contextlib.contextmanager
-def raised() -> Iterator[None]:
-    """Inside the `with`, Ctrl-C raises KeyboardInterrupt in spite of imports and the garbage collector."""
-    if not _is_free():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
+def _handle(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
@@ -56,24 +53,28 @@ def raised() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def interruptible() -> Iterator[Callable[[], bool]]:
-    """Inside the `with`, the first Ctrl-C only makes the given function true; a second one raises KeyboardInterrupt.
+def raise_on_interrupt() -> Iterator[None]:
+    """Inside the `with`, make Ctrl-C raise KeyboardInterrupt reliably, during imports and garbage collection too.
 
-    In other threads than the main one nothing changes; nor where SIGINT has a handler already.
+    Changes nothing outside the main thread, or if SIGINT has a handler of somebody else.
     """
-    asked = False
+    with _handle(raise_interrupt) if _can_handle() else contextlib.nullcontext():
+        yield
+
+
+@contextlib.contextmanager
+def defer_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield a function that returns whether Ctrl-C was pressed inside the `with`; twice raises KeyboardInterrupt.
+
+    Changes nothing outside the main thread, or if SIGINT has a handler of somebody else.
+    """
+    interrupted = False
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
-            interrupt(number, frame)
-        asked = True
+        nonlocal interrupted
+        if interrupted:
+            raise_interrupt(number, frame)
+        interrupted = True
 
-    if not _is_free():
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield lambda: asked
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with _handle(on_signal) if _can_handle() else contextlib.nullcontext():
+        yield lambda: interrupted

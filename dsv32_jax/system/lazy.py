@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that importing the package waits for nothing."""
+"""Packages that import their modules on first use, so that importing the package itself is instant."""
 
 import importlib
 import sys
@@ -6,16 +6,19 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def names(package: str, home: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """The package's `__getattr__` and `__dir__`: `home` says in which module, relative to it, each name is; a name that
-    is its own module is that module."""
+def attach(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` for a package (PEP 562).
+
+    `modules` maps each public name to the module that defines it, relative to the package; a name that maps to
+    `.name` is that module itself.
+    """
 
     def get(name: str) -> Any:
-        if name not in home:
+        if name not in modules:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(home[name], package)
-        value = module if home[name] == f".{name}" else getattr(module, name)
+        module = importlib.import_module(modules[name], package)
+        value = module if modules[name] == f".{name}" else getattr(module, name)
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted(home)
+    return get, lambda: sorted(modules)

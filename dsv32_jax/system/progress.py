@@ -1,121 +1,181 @@
-"""How far a conversion is, on stderr: a bar for a terminal, lines for a log, JSON for a program."""
+"""Progress of a job on stderr, as a bar on a terminal, lines in a log or JSON lines for a program; sizes as text."""
 
 import contextlib
 import json
-import os
+import re
 import sys
 import time
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
-from .meter import Progress
-from .quantities import duration_text, size_text
+from ..errors import UsageError, printable
+from .host import get_resident_memory
 
 INTERVAL = 10.0
 """Seconds between two lines of a log."""
 
+_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def format_size(count: float) -> str:
+    """Return a number of bytes in decimal units: 1.20 GB."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count:.0f} B"
+
+
+def parse_size(text: str | int) -> int:
+    """Return the bytes of "8GiB", "500 MB" or a plain number. Raise UsageError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]?i?)b?", str(text).strip().lower())
+    if match is None or match[2] not in _PREFIXES:
+        raise UsageError(f"invalid size {text!r:.200}; write for example 8GiB or 500MB. Nothing was read")
+    return int(float(match[1]) * _PREFIXES[match[2]])
+
+
+def format_duration(seconds: float) -> str:
+    """Return seconds as 0:04, 12:30 or 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def format_count(count: int) -> str:
+    """Return a number of parameters: 671.03 B."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count)
+
+
+class Progress(NamedTuple):
+    """Bytes done of a total, and the parameter being worked on. Bytes that are read but not yet written count half."""
+
+    done: int
+    total: int
+    leaf: str
+
+
+def ignore_progress(progress: Progress) -> None:
+    """Report to nobody."""
+
+
+class ByteMeter:
+    """Adds up bytes read and bytes written, and reports their mean as progress; `ready` were there at the start."""
+
+    def __init__(self, report: Callable[[Progress], None], total: int, ready: int):
+        self._report, self._total = report, total
+        self._read = self._written = ready
+        self._leaf = ""
+
+    def add_read(self, leaf: str, nbytes: int) -> None:
+        """Count `nbytes` of `leaf` that are in memory."""
+        self._leaf = leaf
+        self._read = min(self._read + nbytes, self._total)
+        self.report()
+
+    def add_written(self, nbytes: int) -> None:
+        """Count `nbytes` that are safely on disk."""
+        self._written += nbytes
+        self._read = max(self._read, self._written)
+        self.report()
+
+    def report(self) -> None:
+        """Report the current state."""
+        self._report(Progress((self._read + self._written) // 2, self._total, self._leaf))
+
 
 class Pace(NamedTuple):
-    """Bytes a second since the start, seconds to the end (None before anything is known), bytes of memory in use."""
+    """Bytes a second since the start, seconds left (None before the rate is known), bytes of memory in use."""
 
     rate: float
     eta_s: float | None
     rss: int
 
 
-class Watcher(Protocol):
-    """What the command line tells its user, and where."""
-
-    def __call__(self, progress: Progress) -> None: ...
-
-    def event(self, name: str, **facts: Any) -> None: ...
-
-    def warning(self, message: str) -> None: ...
-
-    def error(self, message: str, code: int) -> None: ...
-
-    def last_words(self, message: str, code: int) -> bytes: ...
-
-    def close(self) -> None: ...
-
-
-class Lines:
-    """A line every few seconds."""
+class Reporter:
+    """A job's channel to its user, in lines: progress every few seconds, warnings, the error that ends it."""
 
     def __init__(self):
-        self._began = self._said = time.monotonic()
+        self._start = self._last = time.monotonic()
         self._ready, self._total = 0, -1
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
         if self._total != progress.total:
-            self._ready, self._total, self._began = progress.done, progress.total, now
-            self._begin(progress)
-        if now - self._said >= INTERVAL or progress.done == progress.total:
-            self._said = now
-            self._say(progress, self._pace(progress, now))
+            self._ready, self._total, self._start = progress.done, progress.total, now
+            self._write_start(progress)
+        if now - self._last >= INTERVAL or progress.done == progress.total:
+            self._last = now
+            self._write_progress(progress, self._pace(progress, now))
 
-    def _begin(self, progress: Progress) -> None:
+    def _write_start(self, progress: Progress) -> None:
         if progress.done:
-            self._write(f"continuing: {size_text(progress.done)} of {size_text(progress.total)} are there")
+            self._write(f"continuing: {format_size(progress.done)} of {format_size(progress.total)} are there")
 
     def _pace(self, progress: Progress, now: float) -> Pace:
-        rate = (progress.done - self._ready) / max(now - self._began, 1e-3)
+        rate = (progress.done - self._ready) / max(now - self._start, 1e-3)
         left = (progress.total - progress.done) / rate if rate > 0 else None
-        return Pace(rate, left, resident())
+        return Pace(rate, left, get_resident_memory())
 
-    def _say(self, progress: Progress, pace: Pace) -> None:
+    def _write_progress(self, progress: Progress, pace: Pace) -> None:
         percent = 100 * progress.done / max(progress.total, 1)
-        left = "" if pace.eta_s is None else f"  {duration_text(pace.eta_s)} left"
+        left = "" if pace.eta_s is None else f"  {format_duration(pace.eta_s)} left"
         self._write(
-            f"{percent:5.1f} %  {size_text(progress.done)} of {size_text(progress.total)}  "
-            f"{size_text(pace.rate)}/s{left}  memory {size_text(pace.rss)}  {progress.leaf}"
+            f"{percent:5.1f} %  {format_size(progress.done)} of {format_size(progress.total)}  "
+            f"{format_size(pace.rate)}/s{left}  memory {format_size(pace.rss)}  {progress.leaf}"
         )
 
     def event(self, name: str, **facts: Any) -> None:
-        """What happened besides progress: of interest to programs."""
+        """Write nothing: events are for programs."""
 
     def warning(self, message: str) -> None:
-        """What a person may want to look after while the work goes on."""
+        """Write something the user may want to look into while the job goes on."""
         self._write(f"warning: {message}")
 
     def error(self, message: str, code: int) -> None:
+        """Write why the job ends."""
         self._write(f"error: {message}")
 
-    def last_words(self, message: str, code: int) -> bytes:
-        """What is left to be said when the process is about to be gone."""
-        return f"\n{_ascii(message)}\n".encode()
+    def final_message(self, message: str, code: int) -> bytes:
+        """Return what a signal handler writes to stderr before it ends the process."""
+        return f"\n{_encodable(message)}\n".encode()
 
     def close(self) -> None:
-        pass
+        """Restore the terminal."""
 
     def _write(self, line: str) -> None:
-        print(_ascii(line), file=sys.stderr, flush=True)
+        print(_encodable(line), file=sys.stderr, flush=True)
 
 
-class JsonLines(Lines):
-    """The same as one JSON object a line."""
+class JsonReporter(Reporter):
+    """Writes one JSON object a line."""
 
     def event(self, name: str, **facts: Any) -> None:
+        """Write an event with its facts."""
         self._write(json.dumps({"event": name, **facts}))
 
-    def _begin(self, progress: Progress) -> None:
+    def _write_start(self, progress: Progress) -> None:
         self.event("continue" if progress.done else "begin", done=progress.done, total=progress.total)
 
-    def _say(self, progress: Progress, pace: Pace) -> None:
+    def _write_progress(self, progress: Progress, pace: Pace) -> None:
         self.event("progress", **progress._asdict(), **pace._asdict())
 
     def warning(self, message: str) -> None:
+        """Write a warning as an event."""
         self.event("warning", message=message)
 
     def error(self, message: str, code: int) -> None:
+        """Write the error as an event, with the exit code."""
         self.event("error", message=message, code=code)
 
-    def last_words(self, message: str, code: int) -> bytes:
+    def final_message(self, message: str, code: int) -> bytes:
+        """Return the event of an interruption."""
         return json.dumps({"event": "interrupted", "message": message, "code": code}).encode() + b"\n"
 
 
-class Bar(Lines):
-    """One bar in bytes."""
+class BarReporter(Reporter):
+    """Shows one bar in bytes, and writes warnings above it."""
 
     def __init__(self):
         super().__init__()
@@ -124,43 +184,44 @@ class Bar(Lines):
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = self._stack.enter_context(_rich_bar())
+            self._bar = self._stack.enter_context(_make_bar())
             self._task = self._bar.add_task("", total=progress.total, completed=progress.done, memory="")
-        memory = f"memory {size_text(resident())}"
+        memory = f"memory {format_size(get_resident_memory())}"
         done = {"completed": progress.done, "total": progress.total, "description": progress.leaf}
         self._bar.update(self._task, **done, memory=memory)
 
     def warning(self, message: str) -> None:
+        """Write a warning above the bar."""
         if self._bar is None:
             super().warning(message)
         else:
-            self._bar.console.print(_ascii(f"warning: {message}"), markup=False, highlight=False)
+            self._bar.console.print(_encodable(f"warning: {message}"), markup=False, highlight=False)
 
     def error(self, message: str, code: int) -> None:
+        """Remove the bar and write why the job ends."""
         self.close()
         super().error(message, code)
 
-    def last_words(self, message: str, code: int) -> bytes:
-        """The bar had hidden the cursor."""
-        return b"\x1b[?25h" + super().last_words(message, code)
+    def final_message(self, message: str, code: int) -> bytes:
+        """Return the message, after the sequence that shows the cursor again."""
+        return b"\x1b[?25h" + super().final_message(message, code)
 
     def close(self) -> None:
+        """Remove the bar."""
         self._stack.close()
 
 
-def resident() -> int:
-    """Bytes of memory that this process has now."""
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def make_reporter(as_json: bool = False) -> Reporter:
+    """Return JSON lines where they are asked for, a bar on a terminal, lines otherwise."""
+    return JsonReporter() if as_json else BarReporter() if sys.stderr.isatty() else Reporter()
 
 
-def _ascii(text: str) -> str:
-    """`text` without what a console may not be able to print, or may take for a command; lines stay lines."""
-    shown = (char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
-    return "".join(shown).encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(errors="replace")
+def _encodable(text: str) -> str:
+    """Return `text` without control characters, and with escapes for what stderr's encoding does not have."""
+    return printable(text).encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(errors="replace")
 
 
-def _rich_bar() -> Any:
+def _make_bar() -> Any:
     from rich import console, progress
 
     return progress.Progress(

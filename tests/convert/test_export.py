@@ -32,7 +32,7 @@ from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
-from dsv32_jax.system.meter import no_progress
+from dsv32_jax.system.progress import ignore_progress
 
 from . import fakes
 
@@ -493,7 +493,9 @@ def test_what_another_process_put_there_meanwhile_is_not_touched(when, converted
         if when == "at the last moment":
             patch.setattr(os, "rename", late)
         with pytest.raises(OutputExistsError, match=f"{out} was made by something else .* stays in .*hf.unfinished"):
-            export(converted["bf16"], out, "bf16", progress=intrude if when == "while it is written" else no_progress)
+            export(
+                converted["bf16"], out, "bf16", progress=intrude if when == "while it is written" else ignore_progress
+            )
     assert [(file.name, file.read_text()) for file in out.iterdir()] == [("thesis.tex", "precious")]
     assert sorted(os.listdir(tmp_path)) == [".hf.unfinished", "hf"] and (tmp_path / ".hf.unfinished" / LOCK).exists()
     shutil.rmtree(out)

@@ -28,8 +28,7 @@ from convert.read.hub import METADATA
 from convert.read.source import Source
 from convert.transform import facts
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.system.meter import Progress
-from dsv32_jax.system.progress import Bar, Lines
+from dsv32_jax.system.progress import BarReporter, Progress, Reporter
 
 from . import fakes
 
@@ -309,7 +308,7 @@ def test_f46_bit_rot_in_the_source(layout, folder, tmp_path, capsys):
 
 def test_f44_a_disk_that_hangs(folder, tmp_path, monkeypatch, capsys):
     """The read answers only once a person has been told, twice."""
-    preadv, warning, heard, said = os.preadv, Lines.warning, threading.Event(), []
+    preadv, warning, heard, said = os.preadv, Reporter.warning, threading.Event(), []
 
     def hanging(*arguments):
         assert heard.wait(30)
@@ -323,7 +322,7 @@ def test_f44_a_disk_that_hangs(folder, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(waiting, "PATIENCE", 0.1)
     monkeypatch.setattr(os, "preadv", hanging)
-    monkeypatch.setattr(Lines, "warning", hear)
+    monkeypatch.setattr(Reporter, "warning", hear)
     assert run(folder, tmp_path / "out", "--workers", "1") == 0
     assert re.search(rf"warning: no bytes of {folder}/model-\S+ for \d+ s: .*Still waiting", capsys.readouterr().err)
 
@@ -417,7 +416,7 @@ def test_f55_a_terminal(folder, tmp_path, monkeypatch):
     with open(slave, "w", encoding="utf-8") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         assert run(folder, tmp_path / "out") == 0
-        bar = Bar()
+        bar = BarReporter()
         for progress in (Progress(0, 100, "a"), Progress(50, 100, "b"), Progress(0, 200, "another")):
             bar(progress)
             bar.warning(f"[/x] at \x1b[31m{progress.leaf}")

@@ -17,10 +17,10 @@ from convert.plan.prepare import prepare
 from convert.read.detect import detect
 from convert.transform import cut
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.errors import CapacityError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantization.quantize import fp8_quantize, nvfp4_quantize
-from dsv32_jax.system import host
+from dsv32_jax.system.progress import parse_size
 
 from . import fakes
 
@@ -49,46 +49,14 @@ def wide(tmp_path_factory, tiny):
     return root / "hf"
 
 
-@pytest.mark.parametrize(
-    "text, size",
-    [("8GiB", 8 << 30), ("8 gb", 8 * 10**9), ("500M", 500 * 10**6), ("1.5GiB", 3 << 29), ("4096", 4096), (7, 7)],
-)
-def test_sizes_as_people_write_them(text, size):
-    assert memory.parse(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "8 apples", "-1GB", "GiB", "1e9", "nan"])
-def test_other_sizes_are_refused(text):
-    with pytest.raises(UsageError, match="8GiB"):
-        memory.parse(text)
-
-
-def test_a_control_group_is_a_limit(tmp_path):
-    (tmp_path / "meminfo").write_text("MemTotal: 90 kB\nMemAvailable:   2097152 kB\n")
-    assert memory.available(tmp_path, tmp_path / "meminfo") == 2 << 30
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("5\n")
-    assert memory.available(tmp_path, tmp_path / "meminfo") == 2 << 30
-    (tmp_path / "memory.max").write_text(f"{1 << 30}\n")
-    (tmp_path / "memory.current").write_text(f"{1 << 28}\n")
-    assert memory.available(tmp_path, tmp_path / "meminfo") == 3 << 28
-
-
-def test_instructions_are_those_of_the_processor(tmp_path):
-    """As Linux lists them; where nothing does, none are known."""
-    (tmp_path / "new").write_text("flags\t\t: fpu avx512f avx512_bf16 amx_tile\n")
-    (tmp_path / "old").write_text("flags\t\t: fpu avx2 fma\n")
-    assert [host.multiplies_bfloat16(tmp_path / name) for name in ("new", "old", "none")] == [True, False, False]
-
-
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
     with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*--max-memory \d+MiB") as caught:
         prepare(wide, tmp_path / "out", {"max_memory": "500MB"})
     smallest = str(caught.value).split()[-1]
     prepared = prepare(wide, tmp_path / "out", {"max_memory": smallest})
-    assert memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget) <= memory.parse(smallest)
+    assert memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget) <= parse_size(smallest)
     with pytest.raises(CapacityError):
-        prepare(wide, tmp_path / "out", {"max_memory": memory.parse(smallest) - (1 << 20)})
+        prepare(wide, tmp_path / "out", {"max_memory": parse_size(smallest) - (1 << 20)})
 
 
 def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):

@@ -18,7 +18,7 @@ from dsv32_jax.checkpoint.arrays import Arrays
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.system.progress import duration_text
+from dsv32_jax.system.progress import format_duration
 
 from . import fakes
 
@@ -69,8 +69,8 @@ def test_a_mesh_cuts_the_chunks_and_keeps_the_digest(checkpoints, tmp_path):
         ({"mesh": 4}, "a mesh is written as .*, not 4"),
         ({"mesh": ""}, "the mesh '' is not understood"),
         ({"mesh": {"rows": 2}}, "the mesh 'rows=2' is not understood"),
-        ({"to": "nvfp4", "policy": 5}, "a path is text or a Path, not 5"),
-        ({"to": "nvfp4", "policy": {"a": "b"}}, "a path is text or a Path, not {'a': 'b'}"),
+        ({"to": "nvfp4", "policy": 5}, "a path must be a string or a Path, not 5"),
+        ({"to": "nvfp4", "policy": {"a": "b"}}, "a path must be a string or a Path, not {'a': 'b'}"),
     ],
     ids=str,
 )
@@ -83,7 +83,7 @@ def test_wrong_options_of_python(checkpoints, tmp_path, options, said):
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("", "a path is empty"), (None, "text or a Path, not None"), (b"a\xff".decode(errors="surrogateescape"), "UTF-8")],
+    [("", "empty path"), (None, "a string or a Path, not None"), (b"a\xff".decode(errors="surrogateescape"), "UTF-8")],
     ids=repr,
 )
 def test_paths_that_are_none(checkpoints, tmp_path, monkeypatch, path, said):
@@ -191,7 +191,7 @@ def test_results_for_people():
         {"peak_memory": 2_000_000_000, "disk_seconds": 3723.0, "write_speed": None, "notes": ["a", "b"]}
     )
     assert shown == "peak memory: 2.00 GB\nestimated disk time: 1:02:03\nwrite speed: unknown\nnote: a\nnote: b"
-    assert [duration_text(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
+    assert [format_duration(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
 
 
 def test_a_manifest_says_how_it_was_made(checkpoints, tmp_path):

@@ -14,7 +14,7 @@ import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.evaluation import Variant, kl, loss, perplexity
-from dsv32_jax.system.compilation import metered
+from dsv32_jax.system.compilation import count_compilations
 from tests import oracle
 from tests.evaluation.conftest import Bytes
 
@@ -65,7 +65,7 @@ def test_one_program_for_all_groups(model, monkeypatch):
     whole = perplexity(model, rows[:-1], batch_size=4, limit=4)
     monkeypatch.setattr(loss, "score", both)
     told = []
-    with metered() as compiled:
+    with count_compilations() as compiled:
         found = perplexity(model, rows, batch_size=4, progress=lambda *counts: told.append(counts))
     assert told == [(4, 13), (8, 13), (12, 13), (13, 13)] and compiled.count == 0
     assert found.compile_seconds == 0 < whole.compile_seconds

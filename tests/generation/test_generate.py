@@ -24,7 +24,7 @@ from dsv32_jax.generation.request import bucket, plan
 from dsv32_jax.generation.transcript import Transcript
 from dsv32_jax.model import indexer
 from dsv32_jax.system import compilation
-from dsv32_jax.system.compilation import metered
+from dsv32_jax.system.compilation import count_compilations
 from tests import models, oracle
 
 NEW = 12
@@ -275,20 +275,20 @@ def test_g35_wrong_stop_strings(model, stop):
 
 def test_g03_a_long_compilation_says_so(caplog, tmp_path):
     """After some seconds, once, where something is compiled; never where nothing is. And whether it is kept."""
-    with metered() as meter, compilation.announced("prefill of 1 rows", meter, after=0.05):
+    with count_compilations() as meter, compilation.log_slow_compilation("prefill of 1 rows", meter, after=0.05):
         jax.jit(lambda x: x + 41)(1)
         time.sleep(0.3)
     assert [record.message for record in caplog.records] == ["compiling prefill of 1 rows"]
-    with metered() as meter, compilation.announced("nothing", meter, after=0.01):
+    with count_compilations() as meter, compilation.log_slow_compilation("nothing", meter, after=0.01):
         time.sleep(0.1)
     assert len(caplog.records) == 1
-    assert not compilation.kept("kept")
+    assert not compilation.is_cache_enabled()
     was = {name: jax.config.values[name] for name in ("jax_enable_compilation_cache", "jax_compilation_cache_dir")}
     try:
         jax.config.update("jax_enable_compilation_cache", True)
-        assert bool(compilation.kept("kept")) == (was["jax_compilation_cache_dir"] is not None)
+        assert compilation.is_cache_enabled() == (was["jax_compilation_cache_dir"] is not None)
         jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-        assert compilation.kept("kept") == "kept"
+        assert compilation.is_cache_enabled()
     finally:
         for name, value in was.items():
             jax.config.update(name, value)
@@ -457,7 +457,7 @@ def test_changing_a_sampling_parameter_compiles_nothing(model, greedy):
         ds.Sampling(temperature=1.0, top_k=7, top_p=0.9, seed=123456789123),
         ds.Sampling(seed=(1, 2, 3)),
     ]
-    with metered() as compiled:
+    with count_compilations() as compiled:
         for settings in changes:
             ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings)
         ds.generate(model, [[5], [6, 7], [8] * 16], max_new_tokens=16)
@@ -470,7 +470,7 @@ def test_a_mixed_workload_compiles_nothing_after_warming_up(model):
     lengths, rng = (1, 3, 9, 16), np.random.default_rng(5)
     for rows in (1, 2, 4):
         ds.generate(model, [[5] * 16] * rows, max_new_tokens=12)
-    with metered() as compiled:
+    with count_compilations() as compiled:
         for rows in (1, 2, 3, 4, 3, 1):
             prompts = [[7] * int(rng.choice(lengths)) for _ in range(rows)]
             settings = ds.Sampling(
@@ -485,7 +485,7 @@ def test_a_mixed_workload_compiles_nothing_after_warming_up(model):
 def test_a_stream_compiles_once(model):
     """Every later token and every later stream runs the same two programs."""
     list(ds.stream(model, PROMPTS[0], max_new_tokens=4))
-    with metered() as compiled:
+    with count_compilations() as compiled:
         list(ds.stream(model, PROMPTS[1], max_new_tokens=9, sampling=ds.Sampling(temperature=0.4, top_k=3)))
     assert compiled.count == 0
 
@@ -500,7 +500,7 @@ def test_the_compilation_cache_is_on_by_default(tmp_path):
     from tests.test_layers import run
 
     script = (
-        "import jax, os; from dsv32_jax.system.compilation import keep_on_disk; keep_on_disk();"
+        "import jax, os; from dsv32_jax.system.compilation import enable_cache; enable_cache();"
         "print(jax.config.jax_compilation_cache_dir)"
     )
     setting = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path)!r}; "
@@ -511,8 +511,8 @@ def test_the_compilation_cache_is_on_by_default(tmp_path):
     assert run("-c", other + script).stdout.strip() == "/elsewhere"
     (tmp_path / "file").touch()
     nowhere = f"import os; os.environ['XDG_CACHE_HOME'] = {str(tmp_path / 'file')!r}; "
-    unwritable = run("-c", nowhere + script + "; keep_on_disk()")
-    assert unwritable.stdout.strip() == "None" and unwritable.stderr.count("are not kept") == 1
+    unwritable = run("-c", nowhere + script + "; enable_cache()")
+    assert unwritable.stdout.strip() == "None" and unwritable.stderr.count("are not cached") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- misuse
@@ -520,7 +520,7 @@ def test_the_compilation_cache_is_on_by_default(tmp_path):
 
 def refused(call, kind, *said: str) -> None:
     """`call` raises `kind`, says all of `said`, and compiled nothing."""
-    with metered() as compiled, pytest.raises(kind) as caught:
+    with count_compilations() as compiled, pytest.raises(kind) as caught:
         call()
     assert compiled.count == 0
     missing = [word for word in said if word not in str(caught.value)]
@@ -640,7 +640,7 @@ def test_g14_a_billion_new_tokens(model):
 
 def test_g14_no_new_tokens(model):
     """0 is nothing to do: rows of nothing, and nothing is compiled or run."""
-    with metered() as compiled:
+    with count_compilations() as compiled:
         result = ds.generate(model, PROMPTS, max_new_tokens=0)
         assert list(ds.stream(model, PROMPTS[0], max_new_tokens=0)) == []
     assert compiled.count == 0

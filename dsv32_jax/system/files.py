@@ -1,0 +1,197 @@
+"""Files: paths as users write them, regular files only, atomic writes, checksums, strict JSON."""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import CheckpointError, UsageError, listing
+
+
+def expand_path(path: str | os.PathLike[str]) -> Path:
+    """Return `path` with ~ and ~user expanded. Raise UsageError for an unknown user and for what cannot be a path."""
+    try:
+        expanded = Path(path).expanduser()
+    except TypeError:
+        raise UsageError(f"a path must be a string or a Path, not {path!r:.200}") from None
+    except RuntimeError as error:
+        raise UsageError(f"invalid path {str(path)!r}: {error}") from None
+    if not os.fspath(path):
+        raise UsageError("empty path: name a folder, or . for the current one")
+    if "\0" in str(expanded):
+        raise UsageError(f"invalid path {str(path)!r}: it contains a null byte")
+    try:
+        str(expanded).encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"invalid path {str(path)!r}: it is not UTF-8, which checkpoints require") from None
+    return expanded
+
+
+def expand_file_path(path: str | os.PathLike[str]) -> Path:
+    """Return `expand_path` of a file that may or may not exist. Raise UsageError for a folder."""
+    if (file := expand_path(path)).is_dir():
+        raise UsageError(f"{file} is a folder; give the name of a file")
+    return file
+
+
+def find_home() -> Path | None:
+    """Return the user's home folder; None where neither HOME nor the password database names one."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return None
+
+
+def find_user_folder(variable: str, default: str) -> Path | None:
+    """Return this package's folder below the one in the environment `variable` (XDG), by default HOME/`default`."""
+    home = find_home()
+    root = os.environ.get(variable) or (home and home / default)
+    return Path(root, "dsv32_jax") if root else None
+
+
+def open_regular(file: Path) -> int:
+    """Return a descriptor open for reading. Raise CheckpointError unless `file` is a regular file.
+
+    Never blocks: opening a FIFO without O_NONBLOCK waits for a writer.
+    """
+    if not stat.S_ISREG(os.stat(file).st_mode):
+        raise CheckpointError(f"{file} is not a regular file")
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise CheckpointError(f"{file} is not a regular file")
+    return descriptor
+
+
+def read_regular(file: Path, largest: int) -> bytes:
+    """Return the content of a regular file. Raise CheckpointError if it has more than `largest` bytes."""
+    with open(open_regular(file), "rb") as opened:
+        size = os.fstat(opened.fileno()).st_size
+        content = opened.read(largest + 1) if size <= largest else b""
+    if max(size, len(content)) > largest:
+        raise CheckpointError(f"{file} has {max(size, len(content))} bytes; the limit is {largest}")
+    return content
+
+
+def hash_chunks(chunks: Iterable[Any]) -> str:
+    """Return the SHA-256 of contiguous buffers one after the other, in hexadecimal."""
+    digest = hashlib.sha256()
+    for chunk in chunks:
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def hash_file(file: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def replace_file(file: Path) -> Iterator[Path]:
+    """Yield the path of a new, empty file to write to, which then takes the place of `file`, synced to the disk.
+
+    `file` stays as it was until then, and if the `with` raises. The new file lies beside it under a name of its own,
+    created exclusively, so that no link is followed and two writers do not meet.
+    """
+    new = file.with_name(f".{file.name}.{secrets.token_hex(4)}.tmp")
+    os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
+    try:
+        yield new
+        _sync(new)
+        os.replace(new, file)
+        _sync(file.parent)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
+
+
+def write_file(file: Path, content: bytes) -> None:
+    """Write `content` to `file`, whole or not at all."""
+    with replace_file(file) as new:
+        new.write_bytes(content)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class JsonLimits(NamedTuple):
+    """The most braces, brackets and commas a JSON text may contain, in strings too.
+
+    For files from elsewhere: Python's objects take up to thirty times as much memory as the text. The defaults are
+    enough for every file of a checkpoint but the header of a shard.
+    """
+
+    objects: int = 1_000
+    lists: int = 10_000
+    commas: int = 2_000_000
+
+
+SPACE_BEFORE_COLON = re.compile(r'"\s+:')
+
+
+def parse_json(text: bytes, limits: JsonLimits | None = None) -> Any:
+    """Parse strict JSON: UTF-8, no duplicate keys, no NaN or Infinity. Raise CheckpointError (a ValueError).
+
+    json.loads is much faster without hooks. Without a backslash and without space before a colon, every `":`
+    follows a key; so if there are as many as keys, no key is a duplicate and the hooks are not needed.
+    """
+    for kind, mark, most in zip(JsonLimits._fields, (b"{", b"[", b","), limits or (), strict=False):
+        if (count := text.count(mark)) > most:
+            raise CheckpointError(f"not valid here: JSON with {count} {kind}; the limit is {most}")
+    try:
+        decoded = text.decode("utf-8")
+        if "\\" not in decoded and "-0" not in decoded and not SPACE_BEFORE_COLON.search(decoded):
+            parsed = json.loads(decoded, parse_constant=_reject_constant)
+            if _count_keys(parsed) == decoded.count('":'):
+                return parsed
+        hooks = {"object_pairs_hook": _reject_duplicates, "parse_constant": _reject_constant, "parse_int": _parse_int}
+        return json.loads(decoded, **hooks)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"not valid JSON: {error}") from None
+
+
+def read_json(file: Path, largest: int, limits: JsonLimits | None = None) -> Any:
+    """Return the value in a JSON file of at most `largest` bytes. Raise CheckpointError that names the file."""
+    content = read_regular(file, largest)
+    try:
+        return parse_json(content, limits)
+    except CheckpointError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+
+
+def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the pairs as a dict, as `object_pairs_hook` of a JSON parser. Raise ValueError for duplicate keys."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = sorted({key for key in keys if keys.count(key) > 1}) if len(keys) <= 1000 else ["(a large object)"]
+        raise ValueError(f"duplicate keys: {listing(map(ascii, twice))}")
+    return found
+
+
+def _count_keys(parsed: Any) -> int:
+    """Count the keys of an object and of the objects directly in it."""
+    if not isinstance(parsed, dict):
+        return 0
+    return len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
+
+
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _parse_int(text: str) -> int | float:
+    """Parse an integer; -0 is a float, as in the safetensors library."""
+    return -0.0 if text == "-0" else int(text)
