@@ -298,7 +298,7 @@ def test_layers_are_dequantized_one_after_the_other(tmp_path, program, draft):
 
 
 def test_devices_of_one_host_share_its_memory(converted, no_programs, monkeypatch):
-    monkeypatch.setattr(host, "available", lambda: 8_000_000)
+    monkeypatch.setattr(host, "get_free_memory", lambda: 8_000_000)
     assert fit(converted["nvfp4"]).free == 8_000_000
     assert fit(converted["nvfp4"], mesh="expert=4,model=2").free == 1_000_000
 

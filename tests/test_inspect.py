@@ -159,7 +159,7 @@ def test_misuse(folders, tmp_path, monkeypatch):
         patch.setattr(arrays, "read", lambda *key: read(*key).copy() * 0)
         with pytest.raises(VerificationError, match="norm_D.values has changed"):
             folder.weight("norm_D")
-    monkeypatch.setattr(host, "available", lambda: 1000)
+    monkeypatch.setattr(host, "get_free_memory", lambda: 1000)
     with pytest.raises(CapacityError, match="nothing was read"):
         folder.weight(BANK)
 

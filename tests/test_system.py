@@ -211,7 +211,7 @@ def test_json_of_a_file_names_the_file(tmp_path):
             files.read_json(file, 1 << 20)
     file.write_text("[[], [], []]")
     assert files.read_json(file, 12) == [[], [], []]
-    with pytest.raises(CheckpointError, match="4 lists; the limit is 3"):
+    with pytest.raises(CheckpointError, match="4 lists, at most 3 are allowed"):
         files.read_json(file, 12, files.JsonLimits(lists=3))
     with pytest.raises(CheckpointError, match="12 bytes; the limit is 11"):
         files.read_json(file, 11)

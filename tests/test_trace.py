@@ -281,7 +281,7 @@ def test_misuse(model, trace, tmp_path, monkeypatch):
     assert "selected" not in only and "tokens" in only
     with pytest.raises(StorageError):
         trace.save(tmp_path / "nowhere" / "trace")
-    monkeypatch.setattr(host, "available", lambda: 10_000)
+    monkeypatch.setattr(host, "get_free_memory", lambda: 10_000)
     with pytest.raises(CapacityError, match=r"a trace of 3 rows of up to 37 tokens .* routing 0.0 kB"):
         ds.inspect.trace(model, PROMPTS, {"routing", "indexer"})
 

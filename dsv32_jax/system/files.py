@@ -149,7 +149,7 @@ def parse_json(text: bytes, limits: JsonLimits | None = None) -> Any:
     """
     for kind, mark, most in zip(JsonLimits._fields, (b"{", b"[", b","), limits or (), strict=False):
         if (count := text.count(mark)) > most:
-            raise CheckpointError(f"not valid here: JSON with {count} {kind}; the limit is {most}")
+            raise CheckpointError(f"too large a JSON text: {count} {kind}, at most {most} are allowed")
     try:
         decoded = text.decode("utf-8")
         if "\\" not in decoded and "-0" not in decoded and not SPACE_BEFORE_COLON.search(decoded):

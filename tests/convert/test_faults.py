@@ -215,7 +215,7 @@ def _text(folder: Path, name: str) -> str:
 
 
 def test_f04_too_little_memory_for_what_is_allowed(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(memory, "available", lambda: 400 << 20)
+    monkeypatch.setattr(memory, "get_free_memory", lambda: 400 << 20)
     for options in (["--max-memory", "1GiB", "--dry-run"], ["--max-memory", "1GiB"]):
         assert run(folder, tmp_path / "out", *options) == 5
         printed = capsys.readouterr()

@@ -170,7 +170,7 @@ BAD = {
                                                                        "'*' is to become 'int4'", "'b' is to become 3"],
     '{"*": "fp8"}': ["1 problems", "a table `formats`"],
     "[1]": ["a table `formats`"],
-    '{"formats": {"*": "fp8", "*": "keep"}}': ["twice: '*'"],
+    '{"formats": {"*": "fp8", "*": "keep"}}': ["duplicate keys: '*'"],
     "{": ["not valid JSON"],
     "\xff": ["not valid JSON"],
 }  # fmt: skip

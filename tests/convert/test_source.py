@@ -41,11 +41,14 @@ MALFORMED = {
     "many objects": (fakes.file_bytes(b'{"a":[' + b"{}," * 2_000_000 + b"{}]}"), "2000002 objects, at most 200002"),
     "many numbers": (fakes.file_bytes(b'{"a":[' + b"999," * 4_000_000 + b"9]}"), "4000000 commas, at most 1200000"),
     "NaN": (fakes.file_bytes(b'{"a": NaN}'), "NaN"),
-    "duplicate keys": (fakes.file_bytes(b'{"a": 1, "a": 2}'), "twice: 'a'"),
-    "duplicate shape": (fakes.file_bytes(b'{"a": {"dtype": "U8", "shape": [4], "shape": [4]}}'), "twice: 'shape'"),
+    "duplicate keys": (fakes.file_bytes(b'{"a": 1, "a": 2}'), "duplicate keys: 'a'"),
+    "duplicate shape": (
+        fakes.file_bytes(b'{"a": {"dtype": "U8", "shape": [4], "shape": [4]}}'),
+        "duplicate keys: 'shape'",
+    ),
     "duplicate beside a space": (
         fakes.file_bytes(b'{"a":{"dtype":"F32","dtype":"I32","shape" :[2],"data_offsets":[0,8]}}', b"12345678"),
-        "twice: 'dtype'",
+        "duplicate keys: 'dtype'",
     ),
     "unknown dtype": (fakes.file_bytes(entry(dtype="F4"), b"1234"), "dtype 'F4'.*supported: BOOL"),
     "dtype is a number": (fakes.file_bytes(entry(dtype=3), b"1234"), "dtype 3"),
