@@ -124,7 +124,7 @@ def test_a_file_of_requests(dsv32, checkpoint, model, tokenizer, tmp_path):
 
 BAD_LINES = {
     '{"ids": [0, 99999]}': "outside the vocabulary of 0..319: 99999",
-    "not json": "not JSON",
+    "not json": "not valid JSON",
     "[1]": "not an object",
     '{"prompt": "a", "ids": [1]}': "one of prompt, messages, ids, not prompt and ids",
     "{}": "not none",
@@ -132,10 +132,10 @@ BAD_LINES = {
     '{"prompt": "a", "thinking": true}': "thinking belong to messages",
     '{"prompt": "a", "max_new_tokens": 3}': "unknown: 'max_new_tokens'",
     '{"prompt": "a", "temperature": -1}': "temperature must be a number from 0",
-    '{"prompt": "a", "temperature": NaN}': "temperature must be a number from 0",
+    '{"prompt": "a", "temperature": NaN}': "NaN is not a JSON number",
     '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' for a token id",
     '{"prompt": "a", "logit_bias": {"01": 1}}': "'01' for a token id",
-    '{"prompt": "a", "prompt": "b"}': "given twice: prompt",
+    '{"prompt": "a", "prompt": "b"}': "duplicate keys: 'prompt'",
     '{"ids": "0,1"}': "must be a list of token ids",
     '{"messages": "hi"}': "must be a list of messages",
     '{"messages": [{"role": "user", "content": "a"}, {"role": "\\u001b[2Jx", "content": ""}]}': "message 1",
