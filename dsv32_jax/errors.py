@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import numbers
 import os
 from collections.abc import Collection, Iterable
 from contextvars import ContextVar
@@ -118,6 +119,20 @@ def require(value: object, kind: type | tuple[type, ...], rule: str) -> None:
     """Raise UsageError that gives the `rule` where `value` is not of a kind."""
     if not isinstance(value, kind):
         raise UsageError(f"{rule}, not {value!r:.200}")
+
+
+def require_integer(name: str, value: object, least: int, most: int | None = None) -> int:
+    """Return the argument `name` as an int. Raises UsageError unless it is an integer, not a bool, in the range."""
+    number = to_integer(value)
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise UsageError(f"{argument(name)} must be an integer {allowed}, not {value!r}; nothing was run")
+    return number
+
+
+def to_integer(value: object) -> int | None:
+    """Return an integer of Python or NumPy as an int, and None for anything else; a bool is not an integer."""
+    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
 
 
 def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:

@@ -339,10 +339,10 @@ def test_json(converted, no_programs, capsys):
 @pytest.mark.parametrize(
     "options, code, message",
     [
-        (["--context", "0"], 2, "context must be a whole number from 1 to 4096"),
-        (["--context", "4097"], 2, "context must be a whole number from 1 to 4096"),
-        (["--batch", "0"], 2, "batch must be a whole number"),
-        (["--draft", "17"], 2, "draft must be a whole number from 0 to 16"),
+        (["--context", "0"], 2, "context must be an integer from 1 to 4096"),
+        (["--context", "4097"], 2, "context must be an integer from 1 to 4096"),
+        (["--batch", "0"], 2, "batch must be an integer"),
+        (["--draft", "17"], 2, "draft must be an integer from 0 to 16"),
         (["--mesh", "modle=2"], 2, "write for example expert=8,model=2"),
         (["--mesh", "expert=3"], 5, "does not divide"),
         (["--format", "fp8"], 2, "a format is for a config.json"),

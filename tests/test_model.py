@@ -570,12 +570,12 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
     [
         ([[1, 320]], ["320", "row 0, position 1", "0..319"]),
         ([[1, -1], [400, 2]], ["2 token ids", "-1", "400"]),
-        ([[1.0, 2.0]], ["float64", "whole numbers"]),
-        ([[True, False]], ["bool", "whole numbers"]),
+        ([[1.0, 2.0]], ["float64", "integers"]),
+        ([[True, False]], ["bool", "integers"]),
         ([1, 2, 3], ["(3,)", "matrix"]),
         (np.zeros((1, 0), int), ["(1, 0)"]),
         ([], ["(0,)", "matrix"]),
-        ([[1, 2], [3]], ["2 lengths (1, 2)", "count_B"]),
+        ([[1, 2], [3]], ["2 different lengths (1, 2)", "count_B"]),
         ([[[1]]], ["(1, 1, 1)"]),
     ],
     ids=str,
@@ -598,8 +598,8 @@ def test_forward_refuses_wrong_tokens(model, tokens, said):
         ({"count_B": [1.0, 2.0, 3.0]}, ["count_B"]),
         ({"capacity": 0}, ["0", "capacity"]),
         ({"capacity": -5}, ["-5", "capacity"]),
-        ({"capacity": 30.0}, ["30.0", "capacity", "whole number"]),
-        ({"capacity": True}, ["True", "capacity", "whole number"]),
+        ({"capacity": 30.0}, ["30.0", "capacity", "integer"]),
+        ({"capacity": True}, ["True", "capacity", "integer"]),
         ({"capacity": 10**7}, ["10000000", "from 1 to 4096"]),
         ({"cache": 5}, ["5", "`forward` gave"]),
     ],
@@ -628,7 +628,7 @@ def test_a_full_cache_is_refused_and_stays_as_it_is(model, tokens, whole):
     """The next token of a full cache would overwrite the last: the error says how much is needed."""
     full = ds.forward(model, tokens, capacity=LENGTH).cache
     before = jax.tree.map(np.asarray, full)
-    with count_compilations() as compiled, pytest.raises(UsageError, match=r"25 tokens.*26.*capacity=26.*as it was"):
+    with count_compilations() as compiled, pytest.raises(UsageError, match=r"25 tokens.*26.*capacity=26.*unchanged"):
         ds.forward(model, tokens[:, :1], cache=full)
     with pytest.raises(UsageError, match="3 rows, but there are 2"):
         ds.forward(model, tokens[:2, :1], cache=whole.cache)

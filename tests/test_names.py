@@ -18,17 +18,42 @@ from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation import request as request_of
 from dsv32_jax.inspect import replay
 from dsv32_jax.inspect.traces import KINDS
-from dsv32_jax.model import cache, checks, indexer, model
+from dsv32_jax.kernels import dispatch
+from dsv32_jax.model import cache, indexer, model, validation
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
     "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
-    "model.attention model.block model.mtp model.model model.checks generation.sampler generation.sampling_params "
+    "model.attention model.block model.mtp model.model model.validation generation.sampler generation.sampling_params "
     "generation.prefill_decode generation.speculative inspect.replay generation.request "
     "generation.batch generation.score evaluation.reading evaluation.divergence evaluation.layerwise "
     "evaluation.layer_errors"
 ).split()
+
+LOWERCASE = {
+    "a": ("assignments of tokens to experts", lambda size: size["t"] * size["X"]),
+    "b": ("rows of a block", None),
+    "d": ("drafts", lambda size: size["T"] - 1),
+    "e": ("experts of a group", lambda size: size["E"] // size["G"]),
+    "g": ("groups of index heads that are scored one after the other", lambda size: size["I"] // size["i"]),
+    "i": ("index heads of such a group", None),
+    "k": ("selected positions", lambda size: min(size["K"], size["S"])),
+    "m": ("slots for the new tokens of a row", None),
+    "n": ("blocks of rows, each of which is multiplied by one matrix of a bank", None),
+    "o": ("outputs of a matrix, its other axes as one", None),
+    "p": ("parts of a sum that is split", None),
+    "r": ("pairs that are rotated", lambda size: size["R"] // 2),
+    "s": ("some of the S positions", None),
+    "t": ("tokens of all rows, one after the other", lambda size: size["B"] * size["T"]),
+    "v": ("the part of V that a device has", None),
+    "w": ("most likely tokens that are reported", None),
+    "z": ("inputs of a matrix, its contracted axes as one", None),
+}
+"""Letters for sizes that are not the config's: one meaning each for the whole library, and the size where it follows
+from others."""
+
+RULES = {letter: rule for letter, (_, rule) in LOWERCASE.items()}
 
 FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu"}
 """What only accelerators can import; its names are explained in it."""
@@ -37,7 +62,7 @@ FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu"}
 @pytest.fixture(scope="module")
 def watching(tiny, tmp_path_factory):
     """What the check saw while every public function was traced, nothing being compiled but the host's own code."""
-    with watched(tiny.dims) as shapes:
+    with watched(tiny.dims, RULES) as shapes:
         _trace(tiny)
         _run(tiny, tmp_path_factory.mktemp("names"))
     return shapes
@@ -56,6 +81,7 @@ def _trace(cfg) -> None:
         layer = weights.layers[-1]
         jax.eval_shape(layer_errors.outputs, layer, layer, h_BTD, empty.layers[0], tokens_BT)
         jax.eval_shape(layerwise._drafting, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+    jax.eval_shape(dispatch.columns, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((11, 23, 5), (11, 5, 7))))
     moe = weights.layers[-1].ffn
     on_mesh = dataclasses.replace(moe, mesh=ds.mesh("expert=1,model=1"))
     jax.eval_shape(lambda moe, h_BTD: moe(h_BTD), on_mesh, jax.ShapeDtypeStruct((11, 23, cfg.hidden_size), jnp.float32))
@@ -96,8 +122,8 @@ def _draft(weights, h_BTD, next_BT, layer_cache, position_BT):
 
 def _run(cfg, folder) -> None:
     """What works on numbers rather than on shapes."""
-    assert checks.capacity(5, np.array([3, 2]), 9) == 5
-    checks.room(cache.empty(cfg, 2, 5, jnp.float32), checks.counts(np.array([3, 2]), 2, 3))
+    assert validation.check_capacity(5, np.array([3, 2]), 9) == 5
+    validation.check_room(cache.empty(cfg, 2, 5, jnp.float32), validation.check_counts(np.array([3, 2]), 2, 3))
     one_row = dataclasses.replace(cfg, num_hidden_layers=1, num_nextn_predict_layers=0)
     session = ds.session(models.random_model(one_row), capacity=32)
     session.generate([5, 6, 7], max_new_tokens=2)
@@ -122,7 +148,15 @@ def test_every_function_was_watched(watching, name):
     visited = {where for where, _ in watching.seen}
     functions = suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))
     assert functions, f"{name} has no suffixed names: take it off the list"
-    assert not functions - visited
+    assert not set(functions) - visited
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_letter_has_one_meaning(tiny, name):
+    """Capitals are sizes of the config, or B, T and S; lowercase letters are in the table."""
+    known = {*tiny.dims, *LOWERCASE, *"BTS1"}
+    functions = suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))
+    assert not {f"{function}: {axes}" for function, used in functions.items() for axes in used if set(axes) - known}
 
 
 def test_other_modules_have_no_suffixed_names():
@@ -143,25 +177,33 @@ def test_other_modules_have_no_suffixed_names():
         "def misnamed(x_BTD):\n    y_B1D = x_BTD\n    return y_B1D",
         "def misnamed(x_BTD):\n    y_nnD = x_BTD\n    return y_nnD",
         "def misnamed(x_BTD):\n    y_BTY = x_BTD\n    return y_BTY",
+        "def misnamed(x_BTD):\n    y_BTu = x_BTD\n    return y_BTu",
+        "def misnamed(x_BTD):\n    y_BTr = x_BTD\n    return y_BTr",
+        "def misnamed(x_BTD):\n    y_tD = x_BTD[0]\n    return y_tD",
+        "def misnamed(x_BTD):\n    y_BTk, z_BSk = x_BTD, x_BTD\n    return y_BTk, z_BSk",
         "def misnamed(x_BTD):\n    return LayerCache(x_BTD, x_BTD, x_BTD).write(POSITION, x_BTD, x_BTD, x_BTD)",
     ],
 )
 def test_a_misnamed_array_is_caught(tiny, code):
-    """The check can fail: wrong size, rank, order, size-one axis, repeated letter, unknown letter, field."""
+    """The check can fail: wrong size, rank, order, size-one axis, repeated letter, unknown letters,
+    sizes that follow from others, field."""
     place = {"__name__": "dsv32_jax.made_up", "LayerCache": cache.LayerCache, "POSITION": jnp.zeros((2, 3), jnp.int32)}
     exec(code, place)
-    with watched(tiny.dims) as shapes:
+    with watched(tiny.dims, RULES) as shapes:
         jax.eval_shape(place["misnamed"], jax.ShapeDtypeStruct((2, 3, tiny.hidden_size), jnp.float32))
     assert any("dsv32_jax.made_up.misnamed" in line or "dsv32_jax.model.cache" in line for line in shapes.wrong)
 
 
 def test_suffix():
     """Which names carry axes."""
-    assert [suffix(name) for name in ("w_uq_HNQ", "cos_BTr", "slot_B11", "order_a", "w_gate", "layer_cache", "x")] == [
+    assert [
+        suffix(name) for name in ("w_uq_HNQ", "cos_BTr", "slot_B11", "order_a", "x_nbz", "w_gate", "layer_cache", "x")
+    ] == [
         "HNQ",
         "BTr",
         "B11",
         "a",
+        "nbz",
         None,
         None,
         None,

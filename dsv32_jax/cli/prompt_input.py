@@ -10,7 +10,7 @@ from typing import Any
 from ..chat import prepare
 from ..errors import DsvError, UsageError
 from ..generation.options import Sampling
-from ..model import checks
+from ..model import validation
 from ..system.files import expand_path, parse_json
 from .arguments import SAMPLING, given, token_ids
 from .open_checkpoint import Opened
@@ -110,7 +110,7 @@ class Reader:
         self._refuse(given, "thinking", "tools")
         if not isinstance(given["ids"], list):
             raise UsageError(f"ids must be a list of token ids, not {given['ids']!r:.60}")
-        (ids,) = checks.prompts([given["ids"]], self._opened.cfg.vocab_size)
+        (ids,) = validation.check_prompts([given["ids"]], self._opened.cfg.vocab_size)
         return Asked(ids, "token ids", about, None, sampling)
 
     def _of_text(self, given: Mapping[str, Any], about: dict[str, Any], sampling: Sampling) -> Asked:

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..checkpoint.load import Checkpoint
-from ..errors import UsageError, listing
-from ..model import checks
+from ..errors import UsageError, listing, require_integer
+from ..model import validation
 from ..model.cache import LayerCache, empty_layer
 from ..model.model import Model, build
 from ..model.mtp import MTP
@@ -83,11 +83,11 @@ def layers(
     cfg = first.checkpoint.cfg
     _require_one_model(first.checkpoint, second.checkpoint)
     if tokens is not None:
-        checks.whole("tokens", tokens, 2, cfg.max_position_embeddings)
+        require_integer("tokens", tokens, 2, cfg.max_position_embeddings)
     tokenizer = tokenizer or Variant.of(first.checkpoint.folder).tokenizer()
     context = min(CONTEXT, cfg.max_position_embeddings) if tokens is None else tokens
     (window,) = passages(cfg, tokenizer, texts, context=context, limit=1).windows
-    return _parts(first, second, jnp.asarray(checks.token_matrix([window.tokens], cfg.vocab_size)))
+    return _parts(first, second, jnp.asarray(validation.check_token_matrix([window.tokens], cfg.vocab_size)))
 
 
 def _parts(a: Source, b: Source, tokens_BT: jax.Array) -> Iterator[LayerError]:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import encode, template
-from ..errors import UsageError, listing
+from ..errors import UsageError, listing, require_integer
 from ..generation.generate import generate
 from ..generation.options import Sampling
 from ..generation.score import score
-from ..model import checks
 from ..model.model import Model
 from .variant import Variant
 from .windows import windows
@@ -70,10 +69,10 @@ class LmEval(TemplateLM):
         self.model = self._variant.load()
         cfg = self.model.cfg
         self.max_length = cfg.max_position_embeddings if max_length is None else max_length
-        checks.whole("max_length", self.max_length, 2, cfg.max_position_embeddings)
+        require_integer("max_length", self.max_length, 2, cfg.max_position_embeddings)
         given = str(BATCH if batch_size is None else batch_size)
         self.batch_size: Any = int(given) if given.isdecimal() else given
-        checks.whole("batch_size", self.batch_size, 1, 1 << 20)
+        require_integer("batch_size", self.batch_size, 1, 1 << 20)
         self.thinking = thinking
         self.truncated = 0
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..config import Config
-from ..errors import UsageError, listing
-from ..model import checks
+from ..errors import UsageError, listing, require_integer
+from ..model import validation
 from . import texts as files
 from .windows import Window, windows
 
@@ -67,7 +67,7 @@ def passages(
     _within("context", context, 2, cfg.max_position_embeddings, "the model's longest context")
     stride = context // 2 if stride is None else stride
     _within("stride", stride, 1, context - 1, "context - 1, so that each token has one before it")
-    checks.whole("batch_size", batch_size, 1, 1 << 20)
+    require_integer("batch_size", batch_size, 1, 1 << 20)
     if limit is not None:
         _within("limit", limit, 1, None, "")
     given = files.heldout() if texts is None else [texts] if isinstance(texts, str) else texts
@@ -85,7 +85,7 @@ def passages(
             f"{len(short)} of {len(documents)} texts have fewer than two tokens, so that there is nothing to score "
             f"(counted from 0: {listing(short)}); nothing was run. Leave them out"
         )
-    documents = checks.prompts(documents, cfg.vocab_size)
+    documents = validation.check_prompts(documents, cfg.vocab_size)
     found = windows(documents, context, stride)
     return Passages(documents, found[:limit], context, stride, tokenizer, batch_size)
 

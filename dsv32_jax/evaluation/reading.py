@@ -44,8 +44,8 @@ class Reading:
         """The vectors of `windows` from their position `start` on as an array of `shape` [B, T, D], zero beyond."""
         h_BTD = np.zeros(shape, self.hidden[0].dtype)
         for b, i in enumerate(windows):
-            part_tD = self.hidden[i][start : start + shape[1]]
-            h_BTD[b, : len(part_tD)] = part_tD
+            hidden = self.hidden[i][start : start + shape[1]]
+            h_BTD[b, : len(hidden)] = hidden
         return h_BTD
 
 

@@ -182,14 +182,14 @@ class Batch:
         self._refuse_nonfinite(made_B, finite_B)
         if not any(made > len(one.tokens) for made, one in zip(made_B, self.transcripts, strict=False)):
             return
-        tokens_Bn, logprob_Bn = fetch(state.tokens_Bn), fetch(state.logprob_Bn)
-        top_id_Bnw, top_logprob_Bnw = fetch(state.top_id_Bnw), fetch(state.top_logprob_Bnw)
+        tokens_Bm, logprob_Bm = fetch(state.tokens_Bm), fetch(state.logprob_Bm)
+        top_id_Bmw, top_logprob_Bmw = fetch(state.top_id_Bmw), fetch(state.top_logprob_Bmw)
         for b, one in enumerate(self.transcripts):
             for i in range(len(one.tokens), made_B[b]):
                 if one.finish_reason:
                     break
-                top = zip(top_id_Bnw[b, i].tolist(), top_logprob_Bnw[b, i].tolist(), strict=True)
-                token = one.add(int(tokens_Bn[b, i]), float(logprob_Bn[b, i]), tuple(top)[: self._request.top_logprobs])
+                top = zip(top_id_Bmw[b, i].tolist(), top_logprob_Bmw[b, i].tolist(), strict=True)
+                token = one.add(int(tokens_Bm[b, i]), float(logprob_Bm[b, i]), tuple(top)[: self._request.top_logprobs])
                 yield self.rows[b], token
         self._end(np.array([bool(one.finish_reason) for one in self.transcripts]))
 
@@ -206,6 +206,6 @@ class Batch:
         if bad.size:
             b = min(bad, key=lambda b: self.rows[b])
             new = int(made_B[b]) - 1
-            made = fetch(self.state.tokens_Bn)[b, : max(new, 0)].tolist()
+            made = fetch(self.state.tokens_Bm)[b, : max(new, 0)].tolist()
             tokens = self._prompts[b // self._request.n] + made
             raise not_finite(self._model, sorted(self.rows[b] for b in bad), tokens, new)

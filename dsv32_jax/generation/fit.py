@@ -11,8 +11,8 @@ import jax
 import numpy as np
 
 from ..config import Config
-from ..errors import CapacityError, UsageError, listing
-from ..model import cache, checks
+from ..errors import CapacityError, UsageError, listing, require_integer
+from ..model import cache
 from ..parallel import partition
 from ..system.compilation import initialize
 from ..system.progress import parse_size
@@ -91,9 +91,9 @@ def fit(
     found = inventory.read(path, format)
     cfg = found.cfg
     longest = cfg.max_position_embeddings
-    context = min(CONTEXT, longest) if context is None else checks.whole("context", context, 1, longest)
-    checks.whole("batch", batch, 1, LARGEST_BATCH)
-    checks.whole("draft", draft, 0, MOST_DRAFTS)
+    context = min(CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
+    require_integer("batch", batch, 1, LARGEST_BATCH)
+    require_integer("draft", draft, 0, MOST_DRAFTS)
     if draft and not cfg.num_nextn_predict_layers:
         raise UsageError(f"draft={draft} needs the drafting layer (MTP), which this model does not have; use draft=0")
     weights = found.device_bytes(sizes, compute)

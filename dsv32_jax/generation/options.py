@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from ..errors import UsageError, argument, listing, pluralize, unknown
+from ..errors import UsageError, argument, listing, pluralize, to_integer, unknown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,7 +27,7 @@ MAX_DRAFTS = 16
 class Spec:
     """How one option is checked, explained and read from text.
 
-    kind     "count" (whole number), "number", "token_ids", "token_biases", "seed", "strings", "dtype" or "object"; an
+    kind     "count" (an integer), "number", "token_ids", "token_biases", "seed", "strings", "dtype" or "object"; an
              "object" cannot be given on a command line
     metavar  the placeholder in a usage line
     help     one line, in words that suit Python and the command line
@@ -175,11 +175,11 @@ def check(name: str, spec: Spec, value: Any, *, low: float | None = None, high: 
     if value is None and spec.unset:
         return None
     if spec.kind in ("count", "number"):
-        number = as_whole(value) if spec.kind == "count" else as_number(value)
+        number = to_integer(value) if spec.kind == "count" else as_number(value)
         if number is None or not low <= number <= high:
-            what = "whole number" if spec.kind == "count" else "number"
+            what = "an integer" if spec.kind == "count" else "a number"
             raise UsageError(
-                f"{argument(name)} must be a {what}{_range(spec, low, high)}, not {value!r}; nothing was run"
+                f"{argument(name)} must be {what}{_range(spec, low, high)}, not {value!r}; nothing was run"
             )
         return number
     if spec.kind == "token_ids" and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
@@ -198,16 +198,11 @@ def _range(spec: Spec, low: float, high: float) -> str:
 
 def _check_seed(value: Any) -> int | tuple[int, ...]:
     many = isinstance(value, Iterable) and not isinstance(value, str)
-    seeds = [as_whole(seed) for seed in (value if many else [value])]
+    seeds = [to_integer(seed) for seed in (value if many else [value])]
     found = tuple(seed for seed in seeds if seed is not None and 0 <= seed < 2**63)
     if not seeds or len(found) < len(seeds):
-        raise UsageError(f"{argument('seed')} must be a whole number below 2^63, or one for each prompt, not {value!r}")
+        raise UsageError(f"{argument('seed')} must be an integer below 2^63, or one for each prompt, not {value!r}")
     return found if many else found[0]
-
-
-def as_whole(value: Any) -> int | None:
-    """Return `value`, Python's or NumPy's, as an int; None where it is not a whole number."""
-    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
 
 
 def as_number(value: Any) -> float | None:

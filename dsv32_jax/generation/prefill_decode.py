@@ -43,14 +43,14 @@ class Task:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fresh:
-    """Tokens that the drafting layer has not read: up to t of them a row, the last of which may be followed by drafts.
+    """Tokens that the drafting layer has not read: up to T of them a row, the last of which may be followed by drafts.
 
-    h_BtD  the model's hidden vectors of the last count_B tokens;  next_Bt  the token after each of them
+    h_BTD  the model's hidden vectors of the last count_B tokens;  next_BT  the token after each of them
     """
 
     cache: LayerCache
-    h_BtD: jax.Array
-    next_Bt: jax.Array
+    h_BTD: jax.Array
+    next_BT: jax.Array
     count_B: jax.Array
 
 
@@ -61,8 +61,8 @@ class State:
 
     cache            of the tokens processed so far;  fresh  what drafting needs, None where nothing is drafted
     token_B          the last token chosen, which the next step processes;  tally  what penalties count
-    tokens_Bn        all tokens chosen, n slots;  logprob_Bn  their log-probabilities;  made_B  how many
-    top_id_Bnw       the w likeliest tokens at each place, with top_logprob_Bnw; w may be 0
+    tokens_Bm        all tokens chosen, m slots;  logprob_Bm  their log-probabilities;  made_B  how many
+    top_id_Bmw       the w likeliest tokens at each place, with top_logprob_Bmw; w may be 0
     step_B           how many steps a row has taken;  done_B  rows that have ended
     finite_B         whether all logits so far were numbers
     """
@@ -71,10 +71,10 @@ class State:
     fresh: Fresh | None
     token_B: jax.Array
     tally: Tally
-    tokens_Bn: jax.Array
-    logprob_Bn: jax.Array
-    top_id_Bnw: jax.Array
-    top_logprob_Bnw: jax.Array
+    tokens_Bm: jax.Array
+    logprob_Bm: jax.Array
+    top_id_Bmw: jax.Array
+    top_logprob_Bmw: jax.Array
     made_B: jax.Array
     step_B: jax.Array
     done_B: jax.Array
@@ -209,9 +209,9 @@ def chosen(task: Task, state: State, logit_BV: jax.Array, position_B: jax.Array,
     weighed_BV = jnp.where(too_early_BV, -jnp.inf, weighed(task.knobs, state.tally, logit_BV))
     token_B = jnp.where(on_B, choose(task.knobs, weighed_BV, position_B), state.token_B)
     logprob_BV = jax.nn.log_softmax(logit_BV, axis=-1)
-    top_logprob_Bw, top_id_Bw = jax.lax.top_k(logprob_BV, state.top_id_Bnw.shape[-1])
+    top_logprob_Bw, top_id_Bw = jax.lax.top_k(logprob_BV, state.top_id_Bmw.shape[-1])
     logprob_B = _of_token(logprob_BV, token_B)
-    slot_B = jnp.where(on_B, state.made_B, state.tokens_Bn.shape[1])
+    slot_B = jnp.where(on_B, state.made_B, state.tokens_Bm.shape[1])
     kept = jax.vmap(lambda slots, slot, new: slots.at[slot].set(new, mode="drop"))
 
     made_B = state.made_B + on_B.astype(jnp.int32)
@@ -220,10 +220,10 @@ def chosen(task: Task, state: State, logit_BV: jax.Array, position_B: jax.Array,
         state,
         token_B=token_B,
         tally=state.tally.add(token_B, on_B),
-        tokens_Bn=kept(state.tokens_Bn, slot_B, token_B),
-        logprob_Bn=kept(state.logprob_Bn, slot_B, logprob_B),
-        top_id_Bnw=kept(state.top_id_Bnw, slot_B, top_id_Bw),
-        top_logprob_Bnw=kept(state.top_logprob_Bnw, slot_B, top_logprob_Bw),
+        tokens_Bm=kept(state.tokens_Bm, slot_B, token_B),
+        logprob_Bm=kept(state.logprob_Bm, slot_B, logprob_B),
+        top_id_Bmw=kept(state.top_id_Bmw, slot_B, top_id_Bw),
+        top_logprob_Bmw=kept(state.top_logprob_Bmw, slot_B, top_logprob_Bw),
         made_B=made_B,
         done_B=state.done_B | (on_B & ended_B),
         finite_B=finite_B,

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import UsageError
-from ..model import cache, checks
+from ..errors import UsageError, require_integer, to_integer
+from ..model import cache, validation
 from ..model.model import Model
 from ..system.compilation import initialize
 from . import memory
@@ -65,24 +65,24 @@ def plan(
 ) -> Request:
     """Check a request and choose its shapes; nothing is compiled here."""
     initialize()
-    cfg = checks.config_of(model)
-    rows = checks.prompts(prompts, cfg.vocab_size)
-    n = checks.whole("n", n, 1, 1024)
-    top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
-    draft = checks.whole("draft", draft, 0, MOST_DRAFTS)
+    cfg = validation.config_of(model)
+    rows = validation.check_prompts(prompts, cfg.vocab_size)
+    n = require_integer("n", n, 1, 1024)
+    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    draft = require_integer("draft", draft, 0, MOST_DRAFTS)
     if draft and model.mtp is None:
         raise UsageError(
             f"draft={draft} needs the drafting layer (MTP), which this checkpoint does not have; use draft=0"
         )
     limit, capacity = _room(model, max(map(len, rows)), max_new_tokens, capacity)
-    min_new_tokens = checks.whole("min_new_tokens", min_new_tokens, 0, limit)
+    min_new_tokens = require_integer("min_new_tokens", min_new_tokens, 0, limit)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     samplings = of_rows(sampling, len(rows), n)
     ends = [*cfg.eos_token_id, *token_ids("stop_token_ids", stop_token_ids, cfg.vocab_size)]
     for one in samplings[::n]:
         _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
     if batch_size is not None:
-        batch_size = checks.whole("batch_size", batch_size, n, 1 << 20)
+        batch_size = require_integer("batch_size", batch_size, n, 1 << 20)
     return Request(
         rows,
         samplings,
@@ -101,13 +101,11 @@ def plan(
 def _room(model: Model, longest: int, max_new_tokens: Any, capacity: Any) -> tuple[int, int]:
     """How many tokens a row may make, and the capacity."""
     largest = model.cfg.max_position_embeddings
-    slots = None if capacity is None else checks.as_whole(capacity) or 0
+    slots = None if capacity is None else to_integer(capacity) or 0
     if slots is not None and not 1 <= slots <= largest:
-        raise UsageError(
-            f"capacity must be a whole number from 1 to max_position_embeddings ({largest}), not {capacity!r}"
-        )
+        raise UsageError(f"capacity must be an integer from 1 to max_position_embeddings ({largest}), not {capacity!r}")
     available = (slots or largest) - longest
-    limit = max(available, 0) if max_new_tokens is None else checks.as_whole(max_new_tokens)
+    limit = max(available, 0) if max_new_tokens is None else to_integer(max_new_tokens)
     if limit is None or limit < 0:
         raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
     if limit > available:

@@ -14,7 +14,7 @@ import numpy as np
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Knobs:
-    """A Sampling for each row as traced values: bias_BV is -inf where a token is forbidden, key_Bw two words of key."""
+    """A Sampling for each row as traced values: bias_BV is -inf where a token is forbidden, key_data uint32 [B, 2]."""
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -24,7 +24,7 @@ class Knobs:
     presence_B: jax.Array
     frequency_B: jax.Array
     bias_BV: jax.Array
-    key_Bw: jax.Array
+    key_data: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -72,7 +72,7 @@ def weighed(knobs: Knobs, tally: Tally, logit_BV: jax.Array) -> jax.Array:
 def _draw(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
     temperature_B1 = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1)[:, None]
     logit_BV = truncate(logit_BV / temperature_B1, knobs.top_k_B, knobs.top_p_B, knobs.min_p_B)
-    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.wrap_key_data)(knobs.key_Bw), position_B)
+    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.wrap_key_data)(knobs.key_data), position_B)
     return jax.vmap(jax.random.categorical)(key_B, logit_BV)
 
 

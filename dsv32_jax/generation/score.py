@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..model import cache, checks
+from ..errors import require_integer
+from ..model import cache, validation
 from ..model.attention import LARGEST_TEMPORARY
 from ..model.model import Model
 from ..model.ops import over_tokens
@@ -39,9 +40,9 @@ def score(
     batch_size: int | None = None,
 ) -> Score:
     """Score rows of token ids, of any lengths, chunk by chunk: the logits of all positions are never there at once."""
-    cfg = checks.config_of(model)
-    rows = checks.prompts(tokens, cfg.vocab_size)
-    top_logprobs = checks.whole("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    cfg = validation.config_of(model)
+    rows = validation.check_prompts(tokens, cfg.vocab_size)
+    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
     found = Score([[] for _ in rows], [[] for _ in rows])
     step = partial(_scored_jit, width=top_logprobs)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):
@@ -80,9 +81,9 @@ def prefill_chunks(
     initialize()
     cfg = model.cfg
     if batch_size is not None:
-        batch_size = checks.whole("batch_size", batch_size, 1, 1 << 20)
+        batch_size = require_integer("batch_size", batch_size, 1, 1 << 20)
     stored = cache.dtype_of(cache_dtype, model.dtype)
-    capacity = bucket(checks.length(max(map(len, rows)), cfg.max_position_embeddings))
+    capacity = bucket(validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
     each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     for first in range(0, len(order), each):

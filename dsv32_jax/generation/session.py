@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UsageError
+from ..errors import UsageError, require_integer
 from ..model import cache as caches
-from ..model import checks
+from ..model import validation
 from ..model.model import Model
 from ..parallel.multihost import fetch
 from ..system.files import expand_file_path
@@ -146,7 +146,7 @@ class Session:
         if state is None or not fetch(state.finite_B).all():
             return
         length = int(fetch(state.cache.length_B)[0])
-        made = fetch(state.tokens_Bn)[0, : int(fetch(state.made_B)[0])].tolist()
+        made = fetch(state.tokens_Bm)[0, : int(fetch(state.made_B)[0])].tolist()
         self.tokens = (prompt + made)[:length]
         self._context = resumed(self.model, state)
         self._drafted = 0 if state.fresh is None else length - int(fetch(state.fresh.count_B)[0])
@@ -160,11 +160,11 @@ def session(
     draft: int = 0,
 ) -> Session:
     """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two."""
-    longest = checks.config_of(model).max_position_embeddings
-    draft = checks.whole("draft", draft, 0, MOST_DRAFTS)
+    longest = validation.config_of(model).max_position_embeddings
+    draft = require_integer("draft", draft, 0, MOST_DRAFTS)
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
-        capacity = checks.whole("capacity", capacity, 1, longest)
+        capacity = require_integer("capacity", capacity, 1, longest)
         memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
     return Session(model, capacity, stored, draft)
 
@@ -172,15 +172,15 @@ def session(
 def load_session(model: Model, file: str | Path) -> Session:
     """The session in `file`, for the model it was saved with. Raises UsageError where that is another one,
     CheckpointError where the file is damaged."""
-    checks.config_of(model)
+    validation.config_of(model)
     file = expand_file_path(file)
     saved = session_file.read_settings(file, model)
     options = {name: saved[name] for name in OWN}
     loaded, tokens = session(model, **options), saved["tokens"]
     if tokens:
-        (tokens,) = checks.prompts([tokens], model.cfg.vocab_size)
+        (tokens,) = validation.check_prompts([tokens], model.cfg.vocab_size)
         slots = loaded.capacity or bucket(len(tokens))
-        checks.whole("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
+        require_integer("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
         context = blank(model.cfg, model.dtype, 1, len(tokens), loaded.cache_dtype, loaded.draft)
         loaded._context = resized(session_file.read_into(file, context), slots)
     loaded.tokens, loaded._drafted = tokens, saved["drafted"]

@@ -17,7 +17,7 @@ from ..generation.prefill_decode import Context
 from ..generation.request import CHUNK, bucket
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
-from ..model import checks, mla
+from ..model import mla, validation
 from ..model.attention import LARGEST_TEMPORARY, queries_at_once
 from ..model.block import Block, Seen
 from ..model.cache import LayerCache
@@ -48,9 +48,9 @@ def trace(
     Raises UsageError for bad arguments and CapacityError, before anything runs, if the arrays do not fit in memory.
     """
     kinds = check_kinds(keep)
-    cfg = checks.config_of(model)
-    rows = checks.prompts(tokens, cfg.vocab_size)
-    longest = checks.length(max(map(len, rows)), cfg.max_position_embeddings)
+    cfg = validation.config_of(model)
+    rows = validation.check_prompts(tokens, cfg.vocab_size)
+    longest = validation.check_length(max(map(len, rows)), cfg.max_position_embeddings)
     require_room(cfg, len(rows), longest, kinds)
     arrays = {
         name: np.full(shape, PADDING.get(name, np.nan), dtype_of(name))

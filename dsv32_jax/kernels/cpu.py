@@ -56,7 +56,7 @@ def description() -> str:
 
 
 def serves(w: Weight, rows: int) -> bool:
-    """Whether there is a kernel for `rows` rows and the format of `w` [..., o, k] that is faster than XLA's product."""
+    """Whether there is a kernel for `rows` rows and the format of `w` [..., o, z] that is faster than XLA's product."""
     match w:
         case NVFP4():
             return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0 and rows <= MOST_ROWS

@@ -64,23 +64,23 @@ def smallest_block() -> int:
     return 1 if asked() == "xla" or room.missing() else room.SMALLEST_BLOCK
 
 
-def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
-    """Block i of b rows times the transposed matrix `expert_n[i]` of the bank [E, o, k]: float32 [n, b, o].
+def blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
+    """Block i of b rows times the transposed matrix `expert_n[i]` of the bank [E, o, z]: float32 [n, b, o].
 
     An id that is no expert stands for no matrix, and makes zeros. Where the experts are spread over `devices`, about
     one block in so many has an expert here; it decides nothing but how the work is cut.
     """
-    there = kernels(bank, x_nbk.shape[1])
+    there = kernels(bank, x_nbz.shape[1])
     found = {platform: _scaled(partial(kernel, devices=devices)) for platform, kernel in there.items()}
     product = _differentiable(reference.blocks, found) if found else reference.blocks
-    return product(x_nbk, expert_n, bank)
+    return product(x_nbz, expert_n, bank)
 
 
-def columns(x_nbk: jax.Array, bank_nko: jax.Array) -> jax.Array:
+def columns(x_nbz: jax.Array, bank_nzo: jax.Array) -> jax.Array:
     """Block i of a few rows times the plain matrix i of the bank, which lies the other way: float32 [n, b, o]."""
-    if x_nbk.shape[1] > FEW or not kernels(bank_nko, x_nbk.shape[1]):
-        return reference.columns(x_nbk, bank_nko)
-    return _differentiable(reference.columns, {"cpu": cpu.columns})(x_nbk, bank_nko)
+    if x_nbz.shape[1] > FEW or not kernels(bank_nzo, x_nbz.shape[1]):
+        return reference.columns(x_nbz, bank_nzo)
+    return _differentiable(reference.columns, {"cpu": cpu.columns})(x_nbz, bank_nzo)
 
 
 def _scaled(kernel: Callable) -> Callable:

@@ -1,6 +1,6 @@
 """Products with quantized weights on NVIDIA GPUs: how the kernels of `triton_kernels` are launched, with jax_triton.
 
-Letters: n blocks of b rows of x; E matrices [o, k], one of which multiplies each block.
+Letters: n blocks of b rows of x; E matrices [o, z], one of which multiplies each block.
 """
 
 import importlib
@@ -77,7 +77,7 @@ def description() -> str:
 
 
 def serves(w: Weight, rows: int) -> bool:
-    """Whether there is a kernel for the format of `w` [..., o, k]; any number of rows will do."""
+    """Whether there is a kernel for the format of `w` [..., o, z]; any number of rows will do."""
     match w:
         case NVFP4():
             return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0
@@ -107,12 +107,12 @@ def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -
             _dot(kernel, tiles, elements, parts, expert, values, scale, devices), 3, axis=1
         )
         return first + second + third
-    n, b, k = x.shape
+    n, b, z = x.shape
     matrices, o, _ = values.shape
     tile = next((tile for tile in tiles if tile.rows >= b), tiles[-1])
     programs = -(-b // tile.rows) * -(-o // tile.out)
-    steps = -(-k // (elements * tile.columns))
-    each = -(-steps // _parts(programs * -(-n // devices) * tile.warps, steps, min(13 * b, 800) / k))
+    steps = -(-z // (elements * tile.columns))
+    each = -(-steps // _parts(programs * -(-n // devices) * tile.warps, steps, min(13 * b, 800) / z))
     parts = -(-steps // each)
     y_pnbo = launch(
         kernel,
@@ -128,7 +128,7 @@ def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -
         B=b,
         OUTPUTS=o,
         MATRICES=matrices,
-        WIDTH=k // elements,
+        WIDTH=z // elements,
         SCALES=scale.shape[-1],
         STEPS=each,
         OUT=tile.out,
@@ -139,7 +139,7 @@ def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -
 
 
 def _parts(warps: int, steps: int, writing: float) -> int:
-    """In how many parts the sum over k is cut: two warps keep a scheduler busy, and none should get one more than most.
+    """In how many parts the sum over z is cut: two warps keep a scheduler busy, and none should get one more than most.
 
     `writing` is the time to write and read y, as a share of that for all products where every scheduler is busy.
     """
@@ -163,6 +163,6 @@ def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
 
 def _in_planes(x: jax.Array, columns: int) -> jax.Array:
     """x in chunks of `columns` words of 8 elements: the elements 0 of the words, then the elements 1, and so on."""
-    n, b, k = x.shape
-    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -k % (8 * columns))])
+    n, b, z = x.shape
+    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -z % (8 * columns))])
     return padded.reshape(n, b, -1, columns, 8).swapaxes(-1, -2).reshape(n, b, -1)

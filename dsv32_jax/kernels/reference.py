@@ -39,29 +39,29 @@ def product(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     return dot(*_join_contracted(spec, x, values)) * scale.reshape(())
 
 
-def blocks(x_nbk: jax.Array, expert_n: jax.Array, bank: Weight) -> jax.Array:
-    """Block i of b rows times the transposed matrix `expert_n[i]` of the bank [E, o, k]: float32 [n, b, o].
+def blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight) -> jax.Array:
+    """Block i of b rows times the transposed matrix `expert_n[i]` of the bank [E, o, z]: float32 [n, b, o].
 
     An id that is no expert stands for no matrix, and makes zeros. The matrices that nobody asks for are not touched.
     """
     experts = bank.shape[0]
 
-    def run(expert, x_bk):
-        return product("bk,ok->bo", x_bk, _pick(bank, expert))
+    def run(expert, x_bz):
+        return product("bz,oz->bo", x_bz, _pick(bank, expert))
 
-    def nothing(_, x_bk):
-        return jnp.zeros((len(x_bk), bank.shape[1]), jnp.float32)
+    def nothing(_, x_bz):
+        return jnp.zeros((len(x_bz), bank.shape[1]), jnp.float32)
 
     def visit(_, block):
-        expert, x_bk = block
-        return None, jax.lax.cond((expert >= 0) & (expert < experts), run, nothing, expert, x_bk)
+        expert, x_bz = block
+        return None, jax.lax.cond((expert >= 0) & (expert < experts), run, nothing, expert, x_bz)
 
-    return jax.lax.scan(visit, None, (expert_n, x_nbk))[1]
+    return jax.lax.scan(visit, None, (expert_n, x_nbz))[1]
 
 
-def columns(x_nbk: jax.Array, bank_nko: jax.Array) -> jax.Array:
+def columns(x_nbz: jax.Array, bank_nzo: jax.Array) -> jax.Array:
     """Block i of b rows times the plain matrix i of the bank, which lies the other way: float32 [n, b, o]."""
-    return dot("nbk,nko->nbo", x_nbk, bank_nko.astype(x_nbk.dtype))
+    return dot("nbz,nzo->nbo", x_nbz, bank_nzo.astype(x_nbz.dtype))
 
 
 def _join_contracted(spec: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:

@@ -73,8 +73,8 @@ def each_expert(
     """expert[t, k](h[t]), in float32 [t, X, D]: what each of a token's experts makes of it."""
     blocks = in_blocks(expert_tX, w_gate_EMD.shape[0], kernels.smallest_block())
 
-    def product(x_nbk, bank):
-        return kernels.blocks(x_nbk, blocks.expert_n, bank, devices)
+    def product(x_nbz, bank):
+        return kernels.blocks(x_nbz, blocks.expert_n, bank, devices)
 
     y_nbD = swiglu(h_tD[blocks.token_nb], w_gate_EMD, w_up_EMD, w_down_EDM, product, product)
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
@@ -132,11 +132,11 @@ def in_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:
     chosen_E = jnp.bincount(expert_a, length=experts)
     blocks_E = -(-chosen_E // size)
     end_E = jnp.cumsum(blocks_E)
-    expert_o = expert_a[order_a]
-    rank_o = jnp.arange(total) - (jnp.cumsum(chosen_E) - chosen_E)[expert_o]
-    slot_o = jnp.where(expert_o < experts, ((end_E - blocks_E) * size)[expert_o] + rank_o, count * size)
-    slot_a = jnp.zeros(total, jnp.int32).at[order_a].set(slot_o)
+    sorted_a = expert_a[order_a]
+    rank_a = jnp.arange(total) - (jnp.cumsum(chosen_E) - chosen_E)[sorted_a]
+    sorted_slot_a = jnp.where(sorted_a < experts, ((end_E - blocks_E) * size)[sorted_a] + rank_a, count * size)
+    slot_a = jnp.zeros(total, jnp.int32).at[order_a].set(sorted_slot_a)
     token_a = jnp.arange(total, dtype=jnp.int32) // each
-    token_s = jnp.zeros(count * size, jnp.int32).at[slot_a].set(token_a, mode="drop")
+    token_nb = jnp.zeros(count * size, jnp.int32).at[slot_a].set(token_a, mode="drop").reshape(count, size)
     expert_n = jnp.searchsorted(end_E, jnp.arange(count), side="right")
-    return Blocks(expert_n, token_s.reshape(count, size), slot_a.reshape(tokens, each))
+    return Blocks(expert_n, token_nb, slot_a.reshape(tokens, each))

@@ -79,15 +79,15 @@ def some_heads(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Arr
     """The same, HEADS heads after the other: the matches stay in a CPU's caches, and it takes half the time."""
     *before, heads = w_BTI.shape
     at_once = math.gcd(heads, HEADS)
-    q_nBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
-    w_nBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
+    q_gBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
+    w_gBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
 
     def add(score_BTS, group):
         q_BTiJ, w_BTi = group
         return score_BTS + all_heads(q_BTiJ, w_BTi, k_BSJ), None
 
     nothing_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
-    return jax.lax.scan(add, nothing_BTS, (q_nBTiJ, w_nBTi))[0]
+    return jax.lax.scan(add, nothing_BTS, (q_gBTiJ, w_gBTi))[0]
 
 
 @jax.named_scope("index scores")

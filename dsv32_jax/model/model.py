@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import UsageError
 from ..parallel import sharding
 from ..quantization.formats import Weight
-from . import block, checks
+from . import block, validation
 from .block import Block, Seen
 from .cache import Cache, LayerCache, empty
 from .indexer import Indexer
@@ -118,18 +118,22 @@ def forward(
     long prompts are much larger than everything else. Raises UsageError before anything is compiled if tokens are
     outside the vocabulary or do not fit in the cache.
     """
-    cfg = checks.config_of(model)
-    tokens_BT, longest = checks.token_matrix(tokens_BT, cfg.vocab_size), cfg.max_position_embeddings
+    cfg = validation.config_of(model)
+    tokens_BT, longest = validation.check_token_matrix(tokens_BT, cfg.vocab_size), cfg.max_position_embeddings
     batch, new = tokens_BT.shape
-    count_B = np.full(batch, new, np.int32) if count_B is None else checks.counts(count_B, batch, new)
+    count_B = np.full(batch, new, np.int32) if count_B is None else validation.check_counts(count_B, batch, new)
     if cache is None:
-        slots = checks.length(new, longest) if capacity is None else checks.capacity(capacity, count_B, longest)
+        slots = (
+            validation.check_length(new, longest)
+            if capacity is None
+            else validation.check_capacity(capacity, count_B, longest)
+        )
         cache = empty(model.cfg, batch, slots, model.dtype)
     elif not isinstance(cache, Cache):
         raise UsageError(f"cache must be the cache of what `forward` gave, not {cache!r:.200}")
     elif capacity is not None:
         raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
-    checks.room(cache, count_B)
+    validation.check_room(cache, count_B)
     run = _observe if seen else _forward
     return run(model, tokens_BT, cache, count_B)
 

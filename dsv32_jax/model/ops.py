@@ -45,13 +45,13 @@ def _linear(count: int, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def _of_heads(x: jax.Array, w: Weight) -> jax.Array:
-    """[..., H, out]: the rows of each head of `x` [..., H, k] times the head's own matrix [out, k]."""
+    """[..., H, out]: the rows of each head of `x` [..., H, in] times the head's own matrix [out, in]."""
     rows = _by_head(x)
     return _by_row(blocks(rows, jnp.arange(len(rows), dtype=jnp.int32), w), x)
 
 
 def _of_heads_columns(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same with matrices that lie the other way, [k, out]."""
+    """The same with matrices that lie the other way, [in, out]."""
     return _by_row(columns(_by_head(x), w), x)
 
 

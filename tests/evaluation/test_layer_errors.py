@@ -142,7 +142,7 @@ def test_misuse(folders):
         layers(a, folders / "other", [IDS])
     with pytest.raises(UsageError, match="folder of a checkpoint, not from dict"):
         layers(a, {}, [IDS])  # pyright: ignore[reportArgumentType]
-    with pytest.raises(UsageError, match="tokens must be a whole number from 2 to 64"):
+    with pytest.raises(UsageError, match="tokens must be an integer from 2 to 64"):
         layers(a, b, [IDS], tokens=65)
     with pytest.raises(UsageError, match="outside the vocabulary"):
         layers(a, b, [[0, 320]])

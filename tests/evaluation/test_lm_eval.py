@@ -155,7 +155,7 @@ def test_misuse(adapter, model, monkeypatch):
     """What the harness passes on and is not understood; a model without tokenizer; no harness."""
     for options, message in [
         ({"dtype": "auto", "peft": "x"}, r"unknown arguments \(2\): dtype, peft"),
-        ({"max_length": 65}, "max_length must be a whole number from 2 to 64"),
+        ({"max_length": 65}, "max_length must be an integer from 2 to 64"),
         ({"batch_size": "0"}, "batch_size must be"),
         ({"batch_size": "auto"}, "batch_size"),
     ]:

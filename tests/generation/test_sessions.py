@@ -184,11 +184,11 @@ def test_files_that_are_no_sessions(model, tmp_path, fault):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"capacity": 0}, "capacity must be a whole number from 1"),
-        ({"capacity": 1 << 40}, "capacity must be a whole number from 1"),
+        ({"capacity": 0}, "capacity must be an integer from 1"),
+        ({"capacity": 1 << 40}, "capacity must be an integer from 1"),
         ({"cache_dtype": "int8"}, "cache_dtype must be bfloat16, float32"),
         ({"cache_dtype": jnp.float16}, "cache_dtype must be bfloat16, float32"),
-        ({"draft": -1}, "draft must be a whole number"),
+        ({"draft": -1}, "draft must be an integer"),
     ],
     ids=str,
 )

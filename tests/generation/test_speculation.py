@@ -113,5 +113,5 @@ def test_no_drafting_layer(tiny):
 @pytest.mark.parametrize("value", [-1, 17, 1.0, True, "two"], ids=repr)
 def test_wrong_numbers_of_drafts(tiny, value):
     """A number of tokens, 16 at most."""
-    with pytest.raises(UsageError, match="draft must be a whole number from 0 to 16"):
+    with pytest.raises(UsageError, match="draft must be an integer from 0 to 16"):
         ds.generate(models.abstract(tiny), [[5]], draft=value)
