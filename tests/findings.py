@@ -22,10 +22,10 @@ from dsv32_jax import chat
 from dsv32_jax.checkpoint.arrays import dtype_of
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.random_checkpoint import write
-from dsv32_jax.evaluation.divergence import Compared, compare, summary
-from dsv32_jax.evaluation.estimate import Estimate, over_windows
-from dsv32_jax.evaluation.passages import Passages, passages
-from dsv32_jax.evaluation.reading import Reading, reading
+from dsv32_jax.evaluation.corpus import Corpus, build_corpus
+from dsv32_jax.evaluation.divergence import TokenDivergence, compare, summarize
+from dsv32_jax.evaluation.estimate import Estimate, estimate_mean
+from dsv32_jax.evaluation.hidden_states import HiddenStates, compute_hidden_states
 from dsv32_jax.evaluation.variant import Variant
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
@@ -67,36 +67,37 @@ def main() -> None:
             convert(SOURCE, scratch / name, **options)
         dense(scratch)
         model = ds.load(scratch / "bf16")
-        read = passages(model.cfg, chat.Tokenizer.load(scratch / "bf16", model.cfg), None)
-        first = reading(Variant(scratch / "bf16"), read)
-        print_formats(scratch, first)
-        for line in itertools.chain(unigrams_and_noise(scratch, read), drafts(scratch, read), masses(model, read)):
+        corpus = build_corpus(model.cfg, chat.Tokenizer.load(scratch / "bf16", model.cfg), None)
+        states = compute_hidden_states(Variant(scratch / "bf16"), corpus)
+        print_formats(scratch, states)
+        for line in itertools.chain(
+            unigrams_and_noise(scratch, corpus), drafts(scratch, corpus), masses(model, corpus)
+        ):
             print(line, flush=True)
 
 
-def print_formats(scratch: Path, first: Reading) -> None:
+def print_formats(scratch: Path, states: HiddenStates) -> None:
     """One row for each variant, then the pairs."""
     print("| | MB | perplexity | KL to BF16 | same top token | loss against BF16 |\n|---|---|---|---|---|---|")
-    found: dict[str, list[Compared]] = {}
+    found: dict[str, list[TokenDivergence]] = {}
     for name, text in VARIANTS.items():
-        found[name] = compare(first, Variant.of(str(scratch / text)))
-        one = summary(first.passages, found[name])
+        found[name] = compare(states, Variant.of(str(scratch / text)))
+        one = summarize(states.corpus, found[name])
         print(
-            f"| {name} | {megabytes(scratch / text.partition(':')[0]):.1f} | {told(one.perplexity_b, '.3f')} | "
-            f"{told(one.kl, '.4f')} | {100 * one.same_top.mean:.2f} % | {told(one.loss, '+.4f')} |",
+            f"| {name} | {megabytes(scratch / text.partition(':')[0]):.1f} | {text_of(one.perplexity_b, '.3f')} | "
+            f"{text_of(one.kl, '.4f')} | {100 * one.same_top.mean:.2f} % | {text_of(one.loss, '+.4f')} |",
             flush=True,
         )
     print("\n| paired | nats a token | in standard errors | KL |\n|---|---|---|---|")
     for a, b in PAIRS:
-        loss = over_windows([x.logprob_b - y.logprob_b for x, y in zip(found[a], found[b], strict=True)])
-        kl = over_windows([y.kl - x.kl for x, y in zip(found[a], found[b], strict=True)])
-        print(
-            f"| {b} - {a} | {told(loss, '+.4f')} | {loss.mean / (loss.standard_error or 1):+.1f} | {told(kl, '+.4f')} |"
-        )
+        loss = estimate_mean([x.logprob_b - y.logprob_b for x, y in zip(found[a], found[b], strict=True)])
+        kl = estimate_mean([y.kl - x.kl for x, y in zip(found[a], found[b], strict=True)])
+        errors = loss.mean / (loss.standard_error or 1)
+        print(f"| {b} - {a} | {text_of(loss, '+.4f')} | {errors:+.1f} | {text_of(kl, '+.4f')} |")
     print()
 
 
-def told(value: Estimate, form: str) -> str:
+def text_of(value: Estimate, form: str) -> str:
     return f"{value.mean:{form}} ± {value.standard_error:{form.lstrip('+')}}"
 
 
@@ -114,22 +115,22 @@ def dense(scratch: Path) -> None:
     convert(scratch / "hf", scratch / "dense")
 
 
-def unigrams_and_noise(scratch: Path, read: Passages) -> Iterator[str]:
+def unigrams_and_noise(scratch: Path, corpus: Corpus) -> Iterator[str]:
     """What knowing nothing but frequencies gives, and the architecture with random weights."""
-    tokens = np.concatenate([read.scored(window) for window in read.windows])
+    tokens = np.concatenate([window.scored for window in corpus.windows])
     share = np.bincount(tokens) / len(tokens)
     share = share[share > 0]
     yield f"perplexity of the text's own unigrams: {np.exp(-np.sum(share * np.log(share))):.0f}"
     cfg = ds.Config.from_json(SOURCE / "config.json")
     write(scratch / "noise-hf", cfg)
     convert(scratch / "noise-hf", scratch / "noise")
-    untrained = ds.evaluation.perplexity(scratch / "noise", read.documents, limit=8)
+    untrained = ds.evaluation.perplexity(scratch / "noise", corpus.documents, limit=8)
     yield f"perplexity of the architecture with random weights: {untrained.perplexity.mean:.0f}"
 
 
-def drafts(scratch: Path, read: Passages) -> Iterator[str]:
+def drafts(scratch: Path, corpus: Corpus) -> Iterator[str]:
     """Greedy continuations with drafts of MTP: how many are kept, and tokens a step."""
-    starts = read.windows[:: len(read.windows) // ROWS][:ROWS]
+    starts = corpus.windows[:: len(corpus.windows) // ROWS][:ROWS]
     prompts = [window.tokens[:PROMPT] for window in starts]
     yield "\n| drafts a step | kept, BF16 | tokens a step | kept, NVFP4 mse | tokens a step |\n|---|---|---|---|---|"
     models = [ds.load(scratch / name) for name in ("bf16", "nvfp4 full mse")]
@@ -142,9 +143,9 @@ def drafts(scratch: Path, read: Passages) -> Iterator[str]:
         yield f"| {count} | {' | '.join(cells)} |"
 
 
-def masses(model: ds.Model, read: Passages) -> Iterator[str]:
+def masses(model: ds.Model, corpus: Corpus) -> Iterator[str]:
     """Share of dense attention's mass on 128 tokens, from position 512 on."""
-    whole = [window.tokens for window in read.windows if len(window.tokens) == read.context][::2]
+    whole = [window.tokens for window in corpus.windows if len(window.tokens) == corpus.context][::2]
     shares = [shares_kept(model, tokens) for tokens in whole]
     layers = [f"layer {i}" for i in range(len(model.layers))]
     yield f"\n| attention mass ({len(whole)} windows) | {' | '.join(layers)} | mean |\n|---|{'---|' * len(layers)}---|"

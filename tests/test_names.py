@@ -13,7 +13,7 @@ from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
-from dsv32_jax.evaluation import layer_errors, layerwise
+from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation import request as request_of
 from dsv32_jax.inspect import replay
@@ -27,7 +27,7 @@ MODULES = (
     "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
     "model.attention model.block model.mtp model.model model.validation generation.sampler generation.sampling_params "
     "generation.prefill_decode generation.speculative inspect.replay generation.request "
-    "generation.batch generation.score evaluation.reading evaluation.divergence evaluation.layerwise "
+    "generation.batch generation.score evaluation.hidden_states evaluation.divergence "
     "evaluation.layer_errors"
 ).split()
 
@@ -79,8 +79,8 @@ def _trace(cfg) -> None:
         h_BTD = jax.ShapeDtypeStruct((batch, count, cfg.hidden_size), jnp.float32)
         jax.eval_shape(_draft, weights, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
         layer = weights.layers[-1]
-        jax.eval_shape(layer_errors.outputs, layer, layer, h_BTD, empty.layers[0], tokens_BT)
-        jax.eval_shape(layerwise._drafting, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+        jax.eval_shape(layer_errors.compare_blocks, layer, layer, h_BTD, empty.layers[0], tokens_BT)
+        jax.eval_shape(layer_errors.mtp_block_input, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
     jax.eval_shape(dispatch.columns, *(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((11, 23, 5), (11, 5, 7))))
     moe = weights.layers[-1].ffn
     on_mesh = dataclasses.replace(moe, mesh=ds.mesh("expert=1,model=1"))

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from .. import __version__
 from ..bench import command as bench
 from ..errors import FULL, CapacityError, DsvError, StorageError, printable, refusal
-from ..evaluation import command as evaluation
 from ..system import interrupts
 from ..system.argument_parser import Parser
-from . import subcommands
+from . import eval_command, subcommands
 from .screen import Screen
 
 
@@ -82,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
     importlib.import_module("dsv32_jax.convert.subcommands").add(commands)
     subcommands.add(commands)
-    evaluation.add(commands)
+    eval_command.add(commands)
 
     _add_fit(commands)
 

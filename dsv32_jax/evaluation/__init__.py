@@ -1,9 +1,9 @@
-"""Quality, measured: perplexity, divergence between two models, and where in the layers an error arises.
+"""Measure quality: perplexity, divergence between two models, and errors layer by layer.
 
-perplexity("converted")                            # of the held-out text that is shipped
+perplexity("converted")                            # on the bundled held-out text
 perplexity(model, texts, tokenizer=tokenizer)
-kl("bf16", "nvfp4")                                # how far the second's predictions are from the first's
-kl("nvfp4", "nvfp4:fp8-cache")                     # one checkpoint, two ways to compute
+kl("bf16", "nvfp4")                                # how far the second model's predictions are from the first's
+kl("nvfp4", "nvfp4:fp8-cache")                     # one checkpoint, computed in two ways
 for layer in layers("bf16", "nvfp4"): ...          # one layer of each in memory at a time
 
 `LmEval` runs lm-evaluation-harness (extra [eval]) on a checkpoint.
@@ -16,8 +16,8 @@ from ..system.lazy import attach
 if TYPE_CHECKING:
     from .divergence import Divergence as Divergence
     from .divergence import kl as kl
-    from .layerwise import LayerError as LayerError
-    from .layerwise import layers as layers
+    from .layer_errors import LayerError as LayerError
+    from .layer_errors import layers as layers
     from .lm_eval_adapter import LmEval as LmEval
     from .loss import Perplexity as Perplexity
     from .loss import perplexity as perplexity
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Divergence": ".divergence",
-    "LayerError": ".layerwise",
+    "LayerError": ".layer_errors",
     "LmEval": ".lm_eval_adapter",
     "Perplexity": ".loss",
     "Variant": ".variant",
     "kl": ".divergence",
-    "layers": ".layerwise",
+    "layers": ".layer_errors",
     "perplexity": ".loss",
 }
 

@@ -1,4 +1,4 @@
-"""Perplexity: how many tokens, equally likely, the model is as unsure among as it is about the next one."""
+"""Perplexity: the number of equally likely tokens that the model is as uncertain among as about the next token."""
 
 import dataclasses
 import math
@@ -9,23 +9,22 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, listing
+from ..errors import CheckpointError, listing, pluralize
 from ..generation.score import score
 from ..model.model import Model
 from ..system.compilation import count_compilations
-from .estimate import Estimate, exponential, over_windows
-from .passages import BATCH, Passages, Texts, passages
-from .reading import Progress, over_groups, silent
+from .corpus import BATCH, Corpus, Texts, Window, build_corpus
+from .estimate import Estimate, estimate_mean, exponentiate
+from .hidden_states import Progress, ignore_progress, map_batches
 from .variant import Variant
-from .windows import Window
 
 
 @dataclasses.dataclass(frozen=True)
 class Perplexity:
-    """What the text costs the model: `nats` is the mean of -log p of a token, `perplexity` its exponential.
+    """The loss of a model on a text: `nats` is the mean of -log p of a token, `perplexity` its exponential.
 
-    `tokens` were scored, each once; `read` counts those that were read, context included, in `seconds` (without
-    compilation). `bits_per_byte` is of the scored text in UTF-8, comparable between vocabularies; None where ids were
+    `tokens` counts scored tokens, each once; `read` counts tokens processed, context included, in `seconds` (without
+    compilation). `bits_per_byte` of the scored text in UTF-8 is comparable between vocabularies; None if token ids were
     given. Standard errors are over windows.
     """
 
@@ -44,7 +43,7 @@ class Perplexity:
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens read a second."""
+        """Tokens processed per second."""
         return self.read / self.seconds
 
 
@@ -57,56 +56,56 @@ def perplexity(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int = BATCH,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Perplexity:
-    """The perplexity of `texts`: one or several, or token ids; by default the held-out text that is shipped.
+    """Return the perplexity of `texts`: one or several, or token ids; by default the bundled held-out text.
 
-    Texts are read apart from each other, in windows of `context` tokens (1024), `stride` (half of it) apart; with
-    `limit` only the first windows. The tokenizer is the checkpoint's unless one is given. Raises UsageError where there
-    is nothing to score or sizes make no sense, CheckpointError where the model's logits are not numbers.
+    Each text is read on its own, in windows of `context` tokens (1024), `stride` (half of it) apart; `limit` keeps the
+    first windows only. The tokenizer is the checkpoint's unless one is given. Raises UsageError if there is nothing to
+    score or a size is out of range, CheckpointError if logits are not finite.
     """
     variant = Variant.of(checkpoint)
-    tokenizer = tokenizer or variant.tokenizer()
-    read = passages(variant.cfg, tokenizer, texts, context=context, stride=stride, limit=limit, batch_size=batch_size)
+    sizes = {"context": context, "stride": stride, "limit": limit, "batch_size": batch_size}
+    corpus = build_corpus(variant.cfg, tokenizer or variant.tokenizer(), texts, **sizes)
     model = variant.load()
     start = time.perf_counter()
 
-    def scored(group: range) -> list[np.ndarray]:
-        rows = read.filled(group)
-        found = score(model, rows, cache_dtype=variant.stored(model), batch_size=len(rows)).logprobs
-        return [np.array(found[row][read.windows[i].first - 1 :]) for row, i in enumerate(group)]
+    def score_batch(batch: range) -> list[np.ndarray]:
+        rows = corpus.rows(batch)
+        logprobs = score(model, rows, cache_dtype=variant.cache_dtype, batch_size=len(rows)).logprobs
+        return [np.array(logprobs[b][corpus.windows[i].first - 1 :]) for b, i in enumerate(batch)]
 
     with count_compilations() as compiled:
-        logprobs = over_groups(scored, model, read, progress)
-    require_finite(read.windows, logprobs)
+        logprobs = map_batches(score_batch, model, corpus, progress)
+    require_finite(corpus.windows, logprobs)
     seconds = max(time.perf_counter() - start - compiled.seconds, 1e-9)
-    return _summary(read, logprobs, seconds, compiled.seconds)
+    return _summarize(corpus, logprobs, seconds, compiled.seconds)
 
 
-def _summary(read: Passages, logprobs: list[np.ndarray], seconds: float, compile_seconds: float) -> Perplexity:
-    nats = over_windows([-row for row in logprobs])
+def _summarize(corpus: Corpus, logprobs: list[np.ndarray], seconds: float, compile_seconds: float) -> Perplexity:
+    nats = estimate_mean([-row for row in logprobs])
     tokens = sum(map(len, logprobs))
     size = None
-    if read.tokenizer is not None:
-        size = sum(len(read.tokenizer.bytes_of(read.scored(window))) for window in read.windows)
+    if corpus.tokenizer is not None:
+        size = sum(len(corpus.tokenizer.bytes_of(window.scored)) for window in corpus.windows)
     return Perplexity(
-        exponential(nats),
+        exponentiate(nats),
         nats,
         nats.mean * tokens / math.log(2) / size if size else None,
         tokens,
         size,
-        len({window.document for window in read.windows}),
-        len(read.windows),
-        read.context,
-        read.stride,
-        sum(len(window.tokens) for window in read.windows),
+        len({window.document for window in corpus.windows}),
+        len(corpus.windows),
+        corpus.context,
+        corpus.stride,
+        sum(len(window.tokens) for window in corpus.windows),
         seconds,
         compile_seconds,
     )
 
 
 def require_finite(windows: Iterable[Window], values: Iterable[np.ndarray]) -> None:
-    """Raise CheckpointError that says where `values`, those of the tokens that `windows` score, are no numbers."""
+    """Raise CheckpointError naming the scored tokens of `windows` whose `values` are not finite."""
     bad = [
         f"text {window.document} at token {window.start + window.first + i}"
         for window, row in zip(windows, values, strict=True)
@@ -114,6 +113,6 @@ def require_finite(windows: Iterable[Window], values: Iterable[np.ndarray]) -> N
     ]
     if bad:
         raise CheckpointError(
-            f"the log-probabilities of {len(bad)} tokens are not numbers (counted from 0: {listing(bad, 5)}). "
-            "Check the checkpoint's weights: `dsv32 verify`"
+            f"the log-probabilities of {pluralize(len(bad), 'token')} are not finite (counted from 0: "
+            f"{listing(bad, 5)}). Check the checkpoint's weights with `dsv32 verify`"
         )

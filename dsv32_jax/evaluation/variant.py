@@ -1,4 +1,4 @@
-"""What is evaluated: a checkpoint, and how it computes."""
+"""A checkpoint to evaluate, and how it computes."""
 
 import dataclasses
 from pathlib import Path
@@ -10,7 +10,6 @@ from ..chat.tokenizer import Tokenizer
 from ..checkpoint.load import Checkpoint, load
 from ..config import Config
 from ..errors import UsageError, listing
-from ..model import cache
 from ..model.model import Model
 from ..system.files import expand_path
 
@@ -22,9 +21,9 @@ SYNTAX = f"CKPT[:WORD,...] with one of {listing(COMPUTE)} and one of {listing(CA
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """A converted checkpoint, or a model in memory, with the compute dtype and the cache's storage.
+    """A converted checkpoint or a model in memory, with the compute dtype and the dtype of the KV cache.
 
-    `dtype` is bfloat16 by default and that of a model in memory; `cache_dtype` is the compute dtype by default.
+    `dtype` defaults to bfloat16, for a model in memory to its own; `cache_dtype` to the compute dtype.
     """
 
     checkpoint: Path | Model
@@ -38,8 +37,8 @@ class Variant:
 
     @classmethod
     def of(cls, given: "Variant | Model | str | Path") -> "Variant":
-        """`given`, where text is read as CKPT[:WORD,...]: "ckpt:float32" computes in float32, "ckpt:fp8-cache" keeps
-        an FP8 cache. A folder whose whole name is the text is that folder. Raises UsageError on other words."""
+        """Return the variant that `given` names. Text is CKPT[:WORD,...]: "ckpt:float32" computes in float32,
+        "ckpt:fp8-cache" uses an FP8 cache. An existing folder of that name comes first. Raises UsageError."""
         if isinstance(given, Variant):
             return given
         if isinstance(given, Model):
@@ -49,31 +48,27 @@ class Variant:
         folder, colon, words = str(given).rpartition(":")
         if not colon or expand_path(given).exists():
             return cls(Path(given))
-        chosen = [word.strip() for word in words.split(",")]
-        if unknown := [word for word in chosen if word not in COMPUTE and word not in CACHES]:
+        split = [word.strip() for word in words.split(",")]
+        if unknown := [word for word in split if word not in COMPUTE and word not in CACHES]:
             raise UsageError(f"{str(given)!r}: {listing(map(repr, unknown))} cannot follow the colon; write {SYNTAX}")
-        dtypes, caches = ([table[word] for word in chosen if word in table] for table in (COMPUTE, CACHES))
+        dtypes, caches = ([table[word] for word in split if word in table] for table in (COMPUTE, CACHES))
         if len(dtypes) > 1 or len(caches) > 1:
             raise UsageError(f"{str(given)!r} names two dtypes for one thing; write {SYNTAX}")
         return cls(Path(folder), *(one[0] if one else None for one in (dtypes, caches)))
 
     @property
     def cfg(self) -> Config:
-        """The model's config; of a checkpoint it is read, and its leaves compared with it."""
+        """The model's config; that of a checkpoint is read and checked."""
         return self.checkpoint.cfg if isinstance(self.checkpoint, Model) else Checkpoint.open(self.checkpoint).cfg
 
     def load(self) -> Model:
-        """The model, in memory."""
+        """Return the model, loading it if necessary."""
         if isinstance(self.checkpoint, Model):
             return self.checkpoint
         return load(self.checkpoint, dtype=jnp.bfloat16 if self.dtype is None else self.dtype)
 
-    def stored(self, model: Model) -> Any:
-        """The dtype of the cache of `model`, which this variant has loaded."""
-        return cache.dtype_of(self.cache_dtype, model.dtype)
-
     def tokenizer(self) -> Tokenizer | None:
-        """The checkpoint's tokenizer; None where it has none, and for a model in memory."""
+        """Return the checkpoint's tokenizer, None if it has none or for a model in memory."""
         if isinstance(self.checkpoint, Model) or not (expand_path(self.checkpoint) / "tokenizer.json").exists():
             return None
         return Tokenizer.load(self.checkpoint, self.cfg)

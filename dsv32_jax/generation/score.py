@@ -46,7 +46,7 @@ def score(
     found = Score([[] for _ in rows], [[] for _ in rows])
     step = partial(_scored_jit, width=top_logprobs)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):
-        logprob_BT, id_BTw, top_BTw = chunk.values
+        logprob_BT, id_BTw, top_BTw = map(fetch, chunk.values)
         for b, (i, count) in enumerate(zip(chunk.rows, chunk.counts, strict=True)):
             known = min(count, len(rows[i]) - 1 - len(found.logprobs[i]))
             found.logprobs[i].extend(logprob_BT[b, :known].tolist())
@@ -56,7 +56,7 @@ def score(
 
 
 class Chunk(NamedTuple):
-    """The values of a chunk of some of the rows: `counts[b]` tokens of row `rows[b]`, from position `start`."""
+    """Values [B, T, ...] of a chunk of some rows: b holds `counts[b]` tokens of row `rows[b]` from position `start`."""
 
     rows: list[int]
     start: int
@@ -76,7 +76,8 @@ def prefill_chunks(
     """Prefill checked rows of token ids in chunks and yield the values that `step` computes from each.
 
     `step(model, context, tokens_BT, next_BT, count_B)` returns the context with the chunk and a pytree of [B, T, ...]
-    arrays, which takes `extra` bytes a row. Raises UsageError, or CapacityError if not even one row fits in memory.
+    arrays, which takes `extra` bytes a row. B is a power of two; rows that fit in one batch keep their order. Raises
+    UsageError, or CapacityError if not even one row fits in memory.
     """
     initialize()
     cfg = model.cfg
@@ -85,14 +86,16 @@ def prefill_chunks(
     stored = cache.dtype_of(cache_dtype, model.dtype)
     capacity = bucket(validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
     each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    order = list(range(len(rows)))
+    if each < len(rows):
+        order.sort(key=lambda i: len(rows[i]))
     for first in range(0, len(order), each):
         group, start = order[first : first + each], 0
         batch = memory.rows_bucket(len(group))
         context = placed(model, blank(cfg, model.dtype, batch, capacity, stored, 0))
         for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
             context, values = step(model, context, tokens_BT, next_BT, count_B)
-            yield Chunk(group, start, count_B[: len(group)].tolist(), jax.tree.map(fetch, values))
+            yield Chunk(group, start, count_B[: len(group)].tolist(), values)
             start += tokens_BT.shape[1]
 
 

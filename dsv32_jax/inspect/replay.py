@@ -23,6 +23,7 @@ from ..model.block import Block, Seen
 from ..model.cache import LayerCache
 from ..model.model import Model
 from ..model.ops import over_tokens, rms_norm, rotation
+from ..parallel.multihost import fetch
 from ..system import host
 from .traces import KINDS, PADDING, TOP, Mass, Trace, check_kinds, dtype_of, shapes
 
@@ -95,7 +96,7 @@ def require_room(cfg: Config, rows: int, tokens: int, kinds: Collection[str]) ->
 
 def _copy(chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
     """Copy the values of a chunk to their places in the arrays of the whole trace."""
-    layers, head = chunk.values
+    layers, head = jax.tree.map(fetch, chunk.values)
     for name, array in arrays.items():
         targets, sources = [array], [head[name]] if name in head else []
         if parts := [values[name] for values in layers if name in values]:

@@ -11,7 +11,7 @@ import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import load
 from dsv32_jax.errors import UsageError
-from dsv32_jax.evaluation import Variant, layers, show
+from dsv32_jax.evaluation import Variant, layers, report
 from dsv32_jax.quantization import quantize
 from dsv32_jax.quantization.formats import NVFP4
 from tests import oracle
@@ -165,7 +165,7 @@ def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
 
 def test_shown(found):
     """A line a part, with the worst leaf and the worst expert."""
-    heading, _, *lines = show.layers(found)
+    heading, _, *lines = report.format_layers(found)
     assert heading.startswith("relative errors in %")
     assert len(lines) == len(found) and lines[2].startswith("layer 1")
     worst = max(found[2].expert_weights)
