@@ -106,8 +106,8 @@ def build_corpus(
         raise UsageError("there is no text to evaluate on; nothing was run")
     if short := [i for i, ids in enumerate(documents) if len(ids) < 2]:
         raise UsageError(
-            f"{len(short)} of {pluralize(len(documents), 'text')} have fewer than two tokens and so nothing to score "
-            f"(counted from 0: {listing(short)}); nothing was run. Leave them out"
+            f"texts of fewer than two tokens have nothing to score: {listing(short)} (counted from 0); "
+            "nothing was run. Leave them out"
         )
     documents = validation.check_prompts(documents, cfg.vocab_size)
     return Corpus(documents, cut_windows(documents, context, stride)[:limit], context, stride, tokenizer, batch_size)
