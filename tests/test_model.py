@@ -18,6 +18,7 @@ from dsv32_jax.errors import UsageError
 from dsv32_jax.generation import prefill_decode
 from dsv32_jax.model import attention, block, experts
 from dsv32_jax.model.cache import empty, empty_layer
+from dsv32_jax.model.model import Origin
 from dsv32_jax.model.ops import over_tokens, rms_norm
 from dsv32_jax.system.compilation import count_compilations
 from tests import golden, models
@@ -527,6 +528,13 @@ def test_index_keys_are_written_even_where_nothing_is_scored(model, tokens, whol
     out = ds.forward(model, tokens[:, :19], capacity=19)
     for layer, long in zip(out.cache.layers, whole.cache.layers, strict=True):
         same(layer.k_index_BSJ, long.k_index_BSJ[:, :19])
+
+
+def test_a_traced_function_sees_the_origin_of_its_own_model(model):
+    """Models from two checkpoints do not share a program that looks at where they come from."""
+    known = jax.jit(lambda model: model.origin.tokens)
+    for tokens in (100, 200):
+        assert known(dataclasses.replace(model, origin=Origin(tokens=tokens))) == tokens
 
 
 def nbytes(arrays) -> int:

@@ -180,7 +180,7 @@ def load_session(model: Model, file: str | Path) -> Session:
     if tokens:
         (tokens,) = validation.check_prompts([tokens], model.cfg.vocab_size)
         slots = loaded.capacity or bucket(len(tokens))
-        require_integer("the number of its tokens", len(tokens), 1, min(slots, model.cfg.max_position_embeddings))
+        validation.check_length(len(tokens), min(slots, model.cfg.max_position_embeddings))
         context = blank(model.cfg, model.dtype, 1, len(tokens), loaded.cache_dtype, loaded.draft)
         loaded._context = resized(session_file.read_into(file, context), slots)
     loaded.tokens, loaded._drafted = tokens, saved["drafted"]

@@ -26,11 +26,11 @@ from .ops import einsum32, rms_norm, rows_of
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """Where a model comes from: the digest of its checkpoint's manifest, and how many ids its tokenizer has (None: as
-    many as the vocabulary). All are equal, so that models that differ in nothing else share their programs."""
+    """The checkpoint of a model: the digest of its manifest, "" if there is none, and the number of ids its tokenizer
+    has, None if that is the vocabulary."""
 
-    digest: str = dataclasses.field(default="", compare=False)
-    tokens: int | None = dataclasses.field(default=None, compare=False)
+    digest: str = ""
+    tokens: int | None = None
 
 
 @dataclasses.dataclass(eq=False)
