@@ -18,9 +18,10 @@ from dsv32_jax.errors import UsageError
 from dsv32_jax.generation import prefill_decode
 from dsv32_jax.model import attention, block, experts
 from dsv32_jax.model.cache import empty, empty_layer
-from dsv32_jax.model.model import Origin
+from dsv32_jax.model.model import Origin, build
 from dsv32_jax.model.ops import over_tokens, rms_norm
 from dsv32_jax.system.compilation import count_compilations
+from dsv32_jax.system.progress import format_count, format_size
 from tests import golden, models
 from tests.golden import sets
 
@@ -568,6 +569,46 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
     prefill_decode.read(deep, context, tokens, tokens, np.full(3, LENGTH, np.int32))
     growth = set(np.diff(alive[1:]).tolist())
     assert growth == {nbytes(jax.tree.leaves(context.cache.layers[0]))}
+
+
+@pytest.mark.parametrize("storage", ["dense", "nvfp4", "fp8"])
+def test_repr_of_a_model_is_a_summary(cfg, storage):
+    """A few lines, in a notebook too, instead of every array."""
+    drafting = models.random_model(dataclasses.replace(cfg, num_nextn_predict_layers=1), storage=storage)
+    text = repr(drafting)
+    assert text == str(drafting)
+    assert len(text.splitlines()) < 8 and len(text) < 600, text
+    table = {leaf.path: math.prod(leaf.shape) for leaf in layout.leaves(drafting.cfg) if leaf.path not in layout.COPIES}
+    copies = sum(math.prod(leaf.shape) for leaf in layout.leaves(drafting.cfg) if leaf.path in layout.COPIES)
+    stated = format_count(sum(table.values()) + copies), format_size(nbytes(jax.tree.leaves(drafting)))
+    for word in (*stated, "2 (1 dense, 1 MoE)", "MTP head", storage.replace("dense", "float32"), "cpu"):
+        assert word in text, (word, text)
+    assert all(word in drafting._repr_html_() for word in (*stated, "<table>"))
+    assert len(repr(drafting.layers[1])) < 400
+
+
+def test_repr_counts_shared_weights_once(model):
+    """The MTP head has the model's own embedding and head unless the checkpoint stores others."""
+    twice = dataclasses.replace(model, head_VD=model.embed_VD)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(model)) - model.head_VD.size
+    assert format_count(parameters) in repr(twice)
+
+
+def test_repr_without_arrays(cfg):
+    """Shapes, names in the place of arrays, and tracers are shown as well as they can be."""
+    assert "none" in repr(models.abstract(cfg)) and format_size(0) in repr(build(cfg, jnp.float32, lambda path: path))
+    shown = []
+    jax.eval_shape(lambda model: shown.append(repr(model)), models.abstract(cfg))
+    assert len(shown[0]) < 600
+
+
+def test_repr_of_an_output_is_a_summary(whole):
+    """Shapes instead of arrays, of its parts too."""
+    for part in (whole, whole.cache, whole.cache.layers[0], whole.seen[1]):
+        text = repr(part)
+        assert len(text.splitlines()) < 8 and len(text) < 600, text
+    assert "float32[3, 25, 320]" in repr(whole) and "2 x Seen" in repr(whole) and "3 rows x 32 slots" in repr(whole)
+    assert "float32[3, 25, 320]" in whole._repr_html_()
 
 
 # -------------------------------------------------------------------------------------------------------------- misuse

@@ -14,11 +14,12 @@ from .indexer import Indexer
 from .mla import MLA
 from .moe import MLP, MoE, Routing
 from .ops import rms_norm
+from .summary import Module, Summarized
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Seen:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Seen(Summarized):
     """Intermediate values of a layer.
 
     x_BTD            the residual stream that enters the layer, float32
@@ -35,8 +36,8 @@ class Seen:
     routing: Routing | None
 
 
-@dataclasses.dataclass(eq=False)
-class Block(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class Block(Module):
     """One layer. `dtype` is the compute dtype; the residual stream is float32, so that sums are normed unrounded."""
 
     cfg: Config

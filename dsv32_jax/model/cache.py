@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..errors import UsageError
+from ..errors import UsageError, pluralize
+from ..system.progress import format_size
 from . import cache_formats
 from .cache_formats import Rows
+from .summary import Summarized, describe_devices, nbytes
 
 DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class LayerCache(Summarized):
     """The cache of one layer, S slots a row; slot s holds the token at position s.
 
     c_kv_BSC     the latent c^KV of MLA, after its norm
@@ -76,8 +78,8 @@ class LayerCache:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Cache:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Cache(Summarized):
     """The caches of all layers, and how many tokens each row has: its next token goes to position length_B[b]."""
 
     layers: tuple[LayerCache, ...]
@@ -87,6 +89,14 @@ class Cache:
     def capacity(self) -> int:
         """How many tokens a row can hold."""
         return self.layers[0].capacity
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return rows and slots, the storage of latents, and the size."""
+        arrays = jax.tree.leaves(self.layers)
+        return f"Cache: {pluralize(len(self.length_B), 'row')} x {pluralize(self.capacity, 'slot')}", {
+            "layers": f"{len(self.layers)}, {self.layers[0].c_kv_BSC.dtype}, {format_size(sum(map(nbytes, arrays)))}",
+            "devices": describe_devices(arrays),
+        }
 
     def resized(self, capacity: int) -> Self:
         """The first `capacity` slots of each row, with empty ones where there are fewer."""

@@ -13,6 +13,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..quantization.quantize import E4M3_MAX
 
@@ -37,6 +38,11 @@ class Bf16Rows:
         """bfloat16 [..., n]."""
         return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
 
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return np.dtype(jnp.bfloat16)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +61,11 @@ class Fp8Rows:
     def values(self) -> jax.Array:
         """float8_e4m3fn [..., n], to be multiplied by the scale."""
         return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of the values."""
+        return np.dtype(jnp.float8_e4m3fn)
 
 
 Rows = jax.Array | Bf16Rows | Fp8Rows

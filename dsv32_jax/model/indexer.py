@@ -19,6 +19,7 @@ from ..config import Config
 from ..quantization.formats import Weight
 from .cache import LayerCache
 from .ops import dot, einsum32, hadamard, layer_norm, rotate_halves
+from .summary import Module
 
 LAYER_NORM_EPS = 1e-6
 
@@ -31,8 +32,8 @@ MATCHES = 1 << 21
 HEADS = 4
 
 
-@dataclasses.dataclass(eq=False)
-class Indexer(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class Indexer(Module):
     """The matrices that make index queries, keys and head weights."""
 
     cfg: Config

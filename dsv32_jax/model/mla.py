@@ -16,10 +16,11 @@ from ..config import Config
 from ..quantization.formats import Weight
 from .cache import LayerCache
 from .ops import dot, einsum, einsum32, rms_norm, rotate_interleaved
+from .summary import Module
 
 
-@dataclasses.dataclass(eq=False)
-class MLA(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class MLA(Module):
     """The paper's matrices: D down-projection, U up-projection, R rotated part; Q query, K key, V value."""
 
     cfg: Config

@@ -22,6 +22,7 @@ from .mla import MLA
 from .moe import MLP, MoE
 from .mtp import MTP
 from .ops import einsum32, rms_norm, rows_of
+from .summary import Module, Summarized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +34,8 @@ class Origin:
     tokens: int | None = None
 
 
-@dataclasses.dataclass(eq=False)
-class Model(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class Model(Module):
     """The whole model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
 
     cfg: Config
@@ -78,6 +79,15 @@ class Model(nnx.Module):
         h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
         return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
 
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return layers, dtype and mesh, and what is known of any module."""
+        _, weights = super().summary()
+        dense = sum(isinstance(layer.ffn, MLP) for layer in self.layers)
+        drafting = "" if self.mtp is None else " and the MTP head"
+        mesh = {} if self.mesh is None else {"mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items())}
+        layers = f"{len(self.layers)} ({dense} dense, {len(self.layers) - dense} MoE){drafting}"
+        return "DeepSeek-V3.2", {"layers": layers, **weights, "compute": self.dtype.name, **mesh}
+
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
@@ -86,8 +96,8 @@ class Model(nnx.Module):
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Output(Summarized):
     """The result of `forward`.
 
     logits  [B, T, V] float32

@@ -13,19 +13,20 @@ from ..parallel.sharding import over_rows
 from ..quantization.formats import Weight
 from .experts import Matrices, mixture, over_mesh
 from .ops import einsum32, swiglu
+from .summary import Module, Summarized
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Routing:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Routing(Summarized):
     """The experts of each token and the weights of their outputs, which sum to routed_scaling_factor."""
 
     expert_BTX: jax.Array
     gate_BTX: jax.Array
 
 
-@dataclasses.dataclass(eq=False)
-class MLP(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class MLP(Module):
     """The dense feed-forward of the first layers."""
 
     cfg: Config
@@ -39,8 +40,8 @@ class MLP(nnx.Module):
         return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, up, down), None
 
 
-@dataclasses.dataclass(eq=False)
-class MoE(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class MoE(Module):
     """One shared expert that always runs and E routed ones of which a token uses X."""
 
     cfg: Config

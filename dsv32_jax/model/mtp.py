@@ -16,10 +16,11 @@ from . import block
 from .block import Block, Seen
 from .cache import LayerCache
 from .ops import einsum32, rms_norm, rows_of
+from .summary import Module
 
 
-@dataclasses.dataclass(eq=False)
-class MTP(nnx.Module):
+@dataclasses.dataclass(eq=False, repr=False)
+class MTP(Module):
     """Slot i knows the model's hidden vector h of token i and the token i + 1, and predicts token i + 2.
 
     embed_VD and head_VD are the model's own arrays unless the checkpoint stores others.
