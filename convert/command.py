@@ -17,7 +17,7 @@ from . import report, signals
 from .plan import dry_run
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .plan.prepare import Options, prepare
-from .read.stored import BECOMES
+from .read.weights import TARGETS
 from .subcommands import watch
 from .write.job import convert
 
@@ -69,7 +69,7 @@ def _run(options: argparse.Namespace, watcher: Reporter) -> None:
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
     if options.dry_run:
         prepared = prepare(options.src, options.dst, how)
-        print(show(dry_run.expected(prepared)), flush=True)
+        print(show(dry_run.estimate(prepared)), flush=True)
         dry_run.require_room(prepared)
         return
     watcher.event("start", source=options.src, output=options.dst)
@@ -118,7 +118,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("formats").add_argument
-    add("--to", choices=tuple(BECOMES), help="quantize or dequantize the weights that the policy selects")
+    add("--to", choices=tuple(TARGETS), help="quantize or dequantize the weights that the policy selects")
     add(
         "--policy",
         metavar="POLICY",

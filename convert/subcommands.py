@@ -20,17 +20,24 @@ def add(commands: Any) -> None:
 
 @contextlib.contextmanager
 def watch(watcher: "Reporter", state: str) -> "Iterator[Reporter]":
-    """Report progress and stalled reads to `watcher`. A signal ends the process with a last message: `state`."""
+    """Report progress and stalled reads to `watcher`, and spell arguments as options in messages.
+
+    A signal ends the process with a last message: `state`.
+    """
+    from dsv32_jax.errors import COMMAND_LINE
+
     from . import signals
-    from .read import waiting
+    from .read.safetensors import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
         return watcher.final_message(f"{signal_name}: stopped. {state}", code)
 
+    token = COMMAND_LINE.set(True)
     try:
-        with signals.exit_on_signal(final_message), waiting.told(watcher.warning):
+        with signals.exit_on_signal(final_message), warn_on_stalled_reads(watcher.warning):
             yield watcher
     finally:
+        COMMAND_LINE.reset(token)
         watcher.close()
 
 

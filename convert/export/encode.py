@@ -8,7 +8,7 @@ from dsv32_jax.errors import CheckpointError, listing
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
 from ..read import weights
-from ..read.header import DTYPES
+from ..read.safetensors import DTYPES
 from ..verify import inverse
 from ..verify.converted import Converted, Weight
 from . import sharing_scales
@@ -56,7 +56,7 @@ class Encoder:
 
     def _dense(self, weight: Weight, parts: Sequence[dict[str, np.ndarray]], target: Target) -> dict[str, np.ndarray]:
         dtype = DTYPES[target.tensors[0].dtype]
-        plain = [{"values": weights.exact(part).astype(dtype, copy=False)} for part in parts]
+        plain = [{"values": weights.dequantize(part).astype(dtype, copy=False)} for part in parts]
         return {weight.name: inverse.join(weight.leaves, plain, "dense", 1)["values"]}
 
     def _fp8(self, joined: dict[str, np.ndarray], target: Target) -> dict[str, np.ndarray]:

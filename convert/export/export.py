@@ -18,7 +18,8 @@ from dsv32_jax.system.files import expand_path
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_names
-from ..plan.output import LOCK, copy_companions, locked, require_apart, require_space
+from ..plan.limits import require_disk_space
+from ..plan.output import LOCK, copy_companions, lock_folder, require_apart
 from ..read.source import CONFIG
 from ..verify.converted import Converted, Group, Weight, nbytes_of, raise_damaged
 from . import sharing_scales
@@ -68,9 +69,9 @@ def export(
     aside = unfinished(out)
     if aside.is_dir() and os.listdir(aside) and not (aside / LOCK).exists():
         raise OutputExistsError(f"{aside} is in the way and not from an export; nothing was touched")
-    with locked(aside):
+    with lock_folder(aside):
         _empty(aside)
-        require_space(aside, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
+        require_disk_space(aside, sum(nbytes(tensor) for shard in shards for tensor in shard.tensors))
         _write(work, aside, shards, progress)
         _publish(aside, out)
         (out / LOCK).unlink()

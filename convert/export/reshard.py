@@ -18,8 +18,9 @@ from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path
 from dsv32_jax.system.progress import Progress, ignore_progress
 
-from ..plan.output import copy_companions, locked, require_apart, require_ours, require_space
-from ..transform import facts
+from ..plan.limits import require_disk_space
+from ..plan.output import copy_companions, lock_folder, require_apart, require_ours
+from ..transform import array_facts
 from ..verify.converted import Converted, nbytes_of
 from ..write.identity import basis_of
 from ..write.journal import Journal
@@ -46,7 +47,7 @@ def reshard(
     require_apart(converted.folder, out)
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])
-    with locked(out):
+    with lock_folder(out):
         return _finished(out, plan) or _run(converted, out, sizes, plan, progress)
 
 
@@ -82,7 +83,7 @@ def _run(
         parts.setdefault(converted.arrays.stored[key].part, []).append(key)
     sizes = {part: sum(nbytes_of(converted.expected[key]) for key in keys) for part, keys in parts.items()}
     done = sum(size for part, size in sizes.items() if part in journal.leaves)
-    require_space(out, converted.nbytes - done)
+    require_disk_space(out, converted.nbytes - done)
     progress(Progress(done, converted.nbytes, ""))
     for part in sorted(set(parts) - set(journal.leaves)):
         writer.save(part, {key: _read(converted, key) for key in parts[part]})
@@ -101,7 +102,7 @@ def _run(
 def _read(converted: Converted, key: Key) -> np.ndarray:
     """One array. Raises VerificationError when it is not what was written."""
     array = converted.arrays.read(key)
-    if facts.entry(array) != converted.expected[key]:
+    if array_facts.describe_array(array) != converted.expected[key]:
         raise VerificationError(
             f"{converted.where(key)} has changed. What was written before is kept; `dsv32 verify` lists all damage"
         )

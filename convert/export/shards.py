@@ -13,8 +13,8 @@ import numpy as np
 from dsv32_jax.checkpoint.arrays import raw
 from dsv32_jax.checkpoint.manifest import sync_folder
 
-from ..read.header import DTYPES
-from ..read.index import NAME as INDEX
+from ..read.safetensors import DTYPES
+from ..read.source import INDEX
 from .targets import Written
 
 SHARD_BYTES = 5_000_000_000

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import ml_dtypes
 import numpy as np
 
-from ..transform.requantize import TOGETHER
+from ..transform.requantize import FUSED
 from ..verify.converted import Converted, Weight
 
 SIGN, NAN, LARGEST = 0x80, 0x7F, 0x7E
@@ -40,7 +40,7 @@ def differing(converted: Converted, weights: Iterable[Weight]) -> list[tuple[Wei
     pairs = []
     for name, weight in by_name.items():
         stem, _, last = name.rpartition(".")
-        for first, second in TOGETHER:
+        for first, second in FUSED:
             other = by_name.get(f"{stem}.{second}")
             if last == first and other is not None and _scale(converted, weight) != _scale(converted, other):
                 pairs.append((weight, other))

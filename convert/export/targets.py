@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
-from ..read.stored import Stored
+from ..read.weights import StoredWeight
 from ..verify import inverse
 from ..verify.converted import Weight
 
@@ -31,7 +31,7 @@ class Target(NamedTuple):
     kind: str
     block: int
     tensors: tuple[Written, ...]
-    as_stored: Stored | None = None
+    as_stored: StoredWeight | None = None
     why: str = ""
 
     @property
@@ -70,11 +70,11 @@ def choose(weight: Weight, family: str, formats: tuple[str, ...], dtype: str, be
     return _fp8(weight, family, stored)
 
 
-def _dense(weight: Weight, dtype: str, stored: Stored | None, why: str = "") -> Target:
+def _dense(weight: Weight, dtype: str, stored: StoredWeight | None, why: str = "") -> Target:
     return Target("dense", 1, (Written(weight.name, dtype, weight.leaves[0].source_shape),), stored, why)
 
 
-def _nvfp4(weight: Weight, family: str, stored: Stored | None) -> Target:
+def _nvfp4(weight: Weight, family: str, stored: StoredWeight | None) -> Target:
     kind = "modelopt-nvfp4" if family == "modelopt" else "packed-nvfp4"
     block = NVFP4_BLOCK if stored is None else stored.block
     if stored is not None and stored.kind == kind:
@@ -89,7 +89,7 @@ def _nvfp4(weight: Weight, family: str, stored: Stored | None) -> Target:
     return Target(kind, block, tensors)
 
 
-def _fp8(weight: Weight, family: str, stored: Stored | None) -> Target:
+def _fp8(weight: Weight, family: str, stored: StoredWeight | None) -> Target:
     kind = "deepseek-fp8" if family == "modelopt" else "fp8"
     if stored is not None and stored.kind == kind:
         return _as_stored(stored)
@@ -105,7 +105,7 @@ def _fp8(weight: Weight, family: str, stored: Stored | None) -> Target:
     return Target(kind, FP8_BLOCK, tensors)
 
 
-def _as_stored(stored: Stored) -> Target:
+def _as_stored(stored: StoredWeight) -> Target:
     tensors = tuple(Written(tensor.name, tensor.dtype, tensor.shape) for tensor in stored.tensors)
     return Target(stored.kind, stored.block, tensors, stored)
 

@@ -19,9 +19,9 @@ from dsv32_jax.layout import leaves
 from dsv32_jax.system.files import expand_path
 
 from ..names import fold_expert, split_layer
-from ..read.detect import detect
-from ..read.header import BY_NAME, Tensor
+from ..read.safetensors import NUMPY_DTYPES, Tensor
 from ..read.source import Source
+from ..read.weights import detect
 
 SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
 SCALES = tuple(f"weight{suffix}" for suffix in SCALE_SUFFIXES)
@@ -194,7 +194,7 @@ def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
             items.append(Item(layer, name, kind, f"= {entry.same_as}", shape, 0, 0))
             continue
         shape = _logical_shape(entry)
-        nbytes = sum(math.prod(array.shape) * BY_NAME[array.dtype].itemsize for array in entry.arrays.values())
+        nbytes = sum(math.prod(array.shape) * NUMPY_DTYPES[array.dtype].itemsize for array in entry.arrays.values())
         format = entry.arrays["values"].dtype if entry.format == "dense" else entry.format
         items.append(Item(layer, name, kind, format, shape, math.prod(shape), nbytes))
     return items

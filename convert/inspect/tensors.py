@@ -15,12 +15,10 @@ from dsv32_jax.quantization.quantize import E2M1, E4M3
 from dsv32_jax.system.files import expand_path
 
 from ..read import weights
-from ..read.detect import detect
-from ..read.header import Tensor
+from ..read.safetensors import Tensor
 from ..read.source import Source
-from ..read.stored import Stored
-from ..transform.amax import amax
-from ..transform.facts import scale_facts
+from ..read.weights import StoredWeight, detect
+from ..transform.array_facts import amax, count_odd_scales
 from ..verify.converted import Converted, nbytes_of, raise_damaged
 
 PIECE = 1 << 20
@@ -88,11 +86,11 @@ def _source_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
             continue
         seen.add(stored.name)
         statistics = Statistics()
-        statistics.add(weights.load(stored, source.read))
+        statistics.add(weights.read_components(stored, source.read))
         yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics.result()}
 
 
-def _find_weight(name: str, tensors: dict[str, Tensor]) -> Stored | None:
+def _find_weight(name: str, tensors: dict[str, Tensor]) -> StoredWeight | None:
     """The weight that the tensor `name` belongs to, None where there is none in a supported format."""
     base = name[: name.rfind("weight") + len("weight")] if ".weight" in name else name
     try:
@@ -133,7 +131,7 @@ class Statistics:
     def add(self, parts: Mapping[str, np.ndarray]) -> None:
         """Count the components (manifest.COMPONENTS) of one matrix or vector."""
         self._add_magnitude(dict(parts))
-        odd = scale_facts(dict(parts))
+        odd = count_odd_scales(dict(parts))
         self._nan_scales += odd.get("nan_scale_bytes", 0)
         self._zero_blocks += odd.get("zero_blocks", 0)
         if "codes" in parts:

@@ -1,60 +1,106 @@
-"""What a conversion will take, told without doing it: the dry run."""
+"""The dry run: what a conversion would read, write and take, without doing it."""
 
 import os
 import shutil
+import tempfile
+import time
+from pathlib import Path
 from typing import Any
 
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.progress import format_size
 
 from .. import report
-from . import disk, memory, output
+from ..read.source import Source
+from . import limits
 from .plan import PlannedLeaf
 from .prepare import Prepared
 
+CHUNK_BYTES = 8 << 20
+MOST_BYTES = 256 << 20
+SECONDS = 0.5
+"""Limits of each measurement of a disk."""
 
-def expected(prepared: Prepared) -> dict[str, Any]:
-    """Bytes, memory, time at the speed of the disks, and every leaf with its format, shapes and pieces of the mesh.
 
-    Measures the disks for about a second; what it writes for that has no name and is gone afterwards.
+def estimate(prepared: Prepared) -> dict[str, Any]:
+    """Return bytes, memory, disk time, and every leaf with its format, shapes and shards on the mesh.
+
+    Takes about a second to measure the disks; what it writes for that has no name and is gone afterwards.
     """
     planned, budget = prepared.plan, prepared.budget
     tensors = {tensor.name: tensor.nbytes for p in planned.leaves for s in p.sources for tensor in s.tensors}
-    folder = disk.existing(prepared.dst)
-    reading, writing = disk.read_speed(prepared.source), disk.write_speed(folder)
+    folder = _find_existing(prepared.dst)
+    read_speed, write_speed = _measure_read_speed(prepared.source), _measure_write_speed(folder)
     to_read = sum(tensors.values())
     return {
         "would_read": to_read,
         "would_write": planned.nbytes,
         "peak_memory": prepared.peak,
         "memory_limit": budget.limit,
-        "memory_free": memory.get_free_memory(),
+        "memory_free": limits.get_free_memory(),
         "largest_leaf": max(leaf.nbytes for leaf in planned.leaves),
         "workers": budget.workers,
         "disk_free": shutil.disk_usage(folder).free,
-        "read_speed": round(reading),
-        "write_speed": writing and round(writing),
-        "disk_seconds": writing and round(to_read / reading + planned.nbytes / writing, 1),
+        "read_speed": round(read_speed),
+        "write_speed": write_speed and round(write_speed),
+        "disk_seconds": write_speed and round(to_read / read_speed + planned.nbytes / write_speed, 1),
         "mesh": prepared.mesh,
         **report.summarize_model(planned.config, planned.formats, list(planned.notes), planned.ignored),
         "conversions": planned.conversions,
-        "leaves": {leaf.leaf.path: _arrays(leaf, prepared.mesh) for leaf in planned.leaves},
+        "leaves": {leaf.leaf.path: _describe_arrays(leaf, prepared.mesh) for leaf in planned.leaves},
     }
 
 
 def require_room(prepared: Prepared) -> None:
-    """Raise CapacityError when there is too little memory, or what is not yet written does not fit on the disk."""
-    memory.require_free(prepared.peak)
-    there = sum(os.path.getsize(os.path.join(root, name)) for root, _, names in os.walk(prepared.dst) for name in names)
-    output.require_space(disk.existing(prepared.dst), max(0, prepared.plan.nbytes - there))
+    """Raise CapacityError if there is too little memory, or too little disk space for what is not yet written."""
+    limits.require_free_memory(prepared.peak)
+    files = (os.path.join(root, name) for root, _, names in os.walk(prepared.dst) for name in names)
+    written = sum(map(os.path.getsize, files))
+    limits.require_disk_space(_find_existing(prepared.dst), max(0, prepared.plan.nbytes - written))
 
 
-def _arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
-    """Format, bytes, and of each array dtype, shape, and what one device of the mesh holds where that is less."""
+def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
+    """Return format, bytes, and of each array the dtype, the shape, and the shape of a device's shard if smaller."""
     if leaf.same_as is not None:
         return f"= {leaf.same_as}"
     texts = []
     for name, (dtype, shape) in leaf.arrays.items():
-        piece = partition.split(mesh, leaf.leaf, shape)
-        texts.append(f"{name} {dtype} {list(shape)}" + (f" in pieces of {list(piece)}" if piece != shape else ""))
+        shard = partition.split(mesh, leaf.leaf, shape)
+        texts.append(f"{name} {dtype} {list(shape)}" + (f" in shards of {list(shard)}" if shard != shape else ""))
     return f"{leaf.form.format}, {format_size(leaf.nbytes)}: {', '.join(texts)}"
+
+
+def _find_existing(folder: Path) -> Path:
+    """Return `folder`, or the nearest folder above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def _measure_write_speed(folder: Path) -> float | None:
+    """Return the bytes a second written and synced to the disk of `folder`; None if it cannot be written to."""
+    chunk, written = os.urandom(CHUNK_BYTES), 0
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            start = time.monotonic()
+            while written < MOST_BYTES and time.monotonic() - start < SECONDS:
+                written += file.write(chunk)
+            os.fsync(file.fileno())
+            return written / max(time.monotonic() - start, 1e-6)
+    except OSError:
+        return None
+
+
+def _measure_read_speed(source: Source) -> float:
+    """Return the bytes a second read from the largest shard, past the page cache if the kernel allows it."""
+    file = max(source.files, key=lambda file: source.files[file].size)
+    descriptor, read = os.open(file, os.O_RDONLY), 0
+    try:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(descriptor, 0, MOST_BYTES, os.POSIX_FADV_DONTNEED)
+        start = time.monotonic()
+        while read < MOST_BYTES and time.monotonic() - start < SECONDS:
+            if not (got := os.pread(descriptor, CHUNK_BYTES, read)):
+                break
+            read += len(got)
+        return max(read, 1) / max(time.monotonic() - start, 1e-6)
+    finally:
+        os.close(descriptor)

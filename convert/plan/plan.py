@@ -1,38 +1,50 @@
-"""What a conversion will do, decided and checked before any tensor data is read."""
+"""The plan of a conversion: what each leaf is made of and how it is stored, decided before any tensor data is read.
+
+Everything that is missing, unknown, mismatched or unsupported is collected and reported together.
+"""
 
 import collections
 import dataclasses
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import FORMAT_VERSION, digest
 from dsv32_jax.config import Config
+from dsv32_jax.errors import CheckpointError, UsageError, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
 
-from ..read import declared_quant
-from ..read.header import BY_NAME
+from ..names import fold_details, fold_names
+from ..read.safetensors import NUMPY_DTYPES
 from ..read.source import Source
-from ..read.stored import Stored
-from ..transform.cut import Form, arrays, choose
-from .policy import Chooser, Recipe
-from .survey import Survey
+from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
+from ..transform.cut import LeafFormat, choose_format, list_arrays
+from .policy import FormatChooser, Recipe
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""
 
+NOT_NEEDED = (
+    (r".*\.input_scale", "activation scales: activations are not quantized"),
+    (r".*\.input_global_scale", "activation scales: activations are not quantized"),
+    (r".*\.self_attn\.(k_proj\.k_scale|v_proj\.v_scale)", "scales of another implementation's key-value cache"),
+    (r".*\.rotary_emb\.inv_freq", "computed from the configuration"),
+)
+"""Tensors that a checkpoint may have and the model does not need: pattern, reason."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PlannedLeaf:
-    """One leaf: where it comes from and what is stored of it.
+    """One leaf of the model: its source weights and how it is stored.
 
-    `same_as`: the source leaves this copy out, nothing is stored. `copy_of`: the source has the copy, which is stored
-    only if it differs. `arrays`: dtype name and shape of each component.
+    `arrays`: dtype name and shape of each component. `same_as`: the source leaves this copy out, nothing is stored.
+    `copy_of`: the source has the copy, which is stored only if it differs.
     """
 
     leaf: Leaf
-    sources: tuple[Stored, ...]
-    form: Form
+    sources: tuple[StoredWeight, ...]
+    form: LeafFormat
     arrays: dict[str, tuple[str, tuple[int, ...]]]
     same_as: str | None = None
     copy_of: str | None = None
@@ -40,14 +52,14 @@ class PlannedLeaf:
     @property
     def nbytes(self) -> int:
         """Bytes of all components."""
-        return sum(math.prod(shape) * BY_NAME[name].itemsize for name, shape in self.arrays.values())
+        return sum(math.prod(shape) * NUMPY_DTYPES[name].itemsize for name, shape in self.arrays.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole conversion: `leaves` in the order in which they are saved; the manifest gets `config`.
+    """A whole conversion: `leaves` in the order in which they are saved, and the `config` of the manifest.
 
-    `digest` covers everything that decides which bytes are written, `basis` what of it a person can change.
+    `digest` covers everything that decides which bytes are written, `basis` the part of it that a user can change.
     """
 
     config: dict[str, Any]
@@ -60,93 +72,188 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that will be written, at most."""
+        """Bytes to write, at most."""
         return sum(leaf.nbytes for leaf in self.leaves)
 
     @property
     def formats(self) -> dict[str, int]:
-        """How many leaves are stored in each format."""
+        """The number of leaves in each format."""
         return dict(sorted(collections.Counter(leaf.form.format for leaf in self.leaves).items()))
 
     @property
     def conversions(self) -> dict[str, int]:
-        """How many weights change their format, by "from -> to"."""
-        changes = {(stored.name, _change(stored, leaf.form)) for leaf in self.leaves for stored in leaf.sources}
+        """The number of weights that change their format, by "from -> to"."""
+        changes = {
+            (stored.name, _describe_change(stored, leaf.form)) for leaf in self.leaves for stored in leaf.sources
+        }
         return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
 
 
 def plan(source: Source, recipe: Recipe | None = None) -> Plan:
-    """The conversion of `source`; by default formats are kept.
+    """Plan the conversion of `source`; by default weights keep their formats.
 
-    Raises ConfigError, CheckpointError that lists every missing, unknown and mismatched tensor, or UsageError that
-    lists every weight which cannot be stored as the recipe says.
+    Raises ConfigError, CheckpointError listing every missing, unknown and mismatched tensor, or UsageError listing
+    every weight that cannot be stored as the recipe says.
     """
     recipe = recipe or Recipe()
     cfg = Config.from_dict(source.config, str(source.folder / "config.json"))
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     notes = list(source.notes)
-    if cfg.num_nextn_predict_layers and not _has_layer(source, cfg.num_hidden_layers):
+    mtp_layer = cfg.num_hidden_layers
+    if cfg.num_nextn_predict_layers and not any(
+        name.startswith(f"model.layers.{mtp_layer}.") for name in source.tensors
+    ):
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
         config = {**config, "num_nextn_predict_layers": 0}
-        notes.append("config.json announces an MTP layer, but there are no tensors of it: converted without MTP")
-    chooser = Chooser(recipe.policy, cfg.num_hidden_layers)
-    survey = Survey(source.tensors, chooser)
-    planned = [_planned(leaf, survey) for leaf in leaves(cfg)]
-    ignored = survey.ignored()
+        notes.append(
+            "config.json declares an MTP layer, but the checkpoint has no tensors of it: converted without MTP"
+        )
+    chooser = FormatChooser(recipe.policy, mtp_layer)
+    survey = _Survey(source.tensors, chooser)
+    planned = [leaf for leaf in map(survey.plan_leaf, leaves(cfg)) if leaf is not None]
+    ignored = survey.ignore_not_needed()
     survey.raise_problems(str(source.folder))
-    kept = [leaf for leaf in planned if leaf is not None]
-    by_path = {leaf.leaf.path: leaf for leaf in kept}
-    kept = tuple(_share(leaf, by_path) for leaf in kept)
-    stored = {s.name: s for leaf in kept for s in leaf.sources}
-    notes += declared_quant.disagreements(source.config, source.quantization, stored.values())
-    lossy = [leaf for leaf in kept if leaf.form.dequantized]
-    notes += [f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}" for leaf in lossy]
+    by_path = {leaf.leaf.path: leaf for leaf in planned}
+    planned = tuple(
+        dataclasses.replace(leaf, form=by_path[leaf.same_as].form) if leaf.same_as else leaf for leaf in planned
+    )
+    notes += compare_declared(source.config, source.quantization, (s for leaf in planned for s in leaf.sources))
+    notes += [
+        f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}"
+        for leaf in planned
+        if leaf.form.dequantized
+    ]
     if recipe.policy.file is not None:
-        notes += [f"{recipe.policy.file}: {one}" for one in chooser.idle()]
-    rules = [list(rule) for rule in recipe.policy.rules]
+        notes += [f"{recipe.policy.file}: {text}" for text in chooser.list_ineffective()]
     basis = {
         "format_version": FORMAT_VERSION,
         "config": config,
         "files": source.identity,
-        "recipe": [rules, recipe.policy.otherwise, recipe.scales, recipe.tensor_scales],
+        "recipe": [list(map(list, recipe.policy.rules)), recipe.policy.otherwise, recipe.scales, recipe.tensor_scales],
     }
     content = {
         **basis,
-        "recipe": _effect(recipe, kept),
-        "leaves": [[p.leaf.path, p.form.format, p.arrays, p.same_as] for p in kept],
+        "recipe": _describe_effect(recipe, planned),
+        "leaves": [[leaf.leaf.path, leaf.form.format, leaf.arrays, leaf.same_as] for leaf in planned],
     }
-    return Plan(config, recipe, kept, tuple(notes), ignored, basis, digest(content))
+    return Plan(config, recipe, planned, tuple(notes), ignored, basis, digest(content))
 
 
-def _planned(leaf: Leaf, survey: Survey) -> PlannedLeaf | None:
-    """The plan of `leaf`, None where its sources have problems."""
-    if leaf.path in COPIES and not survey.has(leaf.sources[0]):
-        return PlannedLeaf(leaf, (), Form("dense", 1, ""), {}, same_as=COPIES[leaf.path])
-    sources = survey.sources(leaf)
-    if sources is None:
-        return None
-    form = choose(leaf, sources)
-    return PlannedLeaf(leaf, sources, form, arrays(leaf, form), copy_of=COPIES.get(leaf.path))
-
-
-def _change(stored: Stored, form: Form) -> str:
-    """What becomes of the format of `stored` in a leaf of `form`, empty where nothing does."""
+def _describe_change(stored: StoredWeight, form: LeafFormat) -> str:
+    """Return "from -> to" for a source weight of a leaf in the format `form`, "" if nothing changes."""
     before = stored.values.dtype.lower() if stored.format == "dense" else SHORT.get(stored.format, stored.format)
     after = SHORT.get(form.dtype, "") if form.format == "dense" else SHORT.get(form.format, form.format)
     return "" if before == after else f"{before} -> {after}"
 
 
-def _effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any]:
-    """What a recipe does to this checkpoint: other words for the same are the same conversion."""
+def _describe_effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any]:
+    """Return what a recipe does to this checkpoint: recipes of the same effect are the same conversion."""
     wanted = {stored.name: stored.wanted for leaf in planned for stored in leaf.sources if stored.wanted}
     quantizes = "nvfp4" in wanted.values()
     return [wanted, recipe.scales if quantizes else None, recipe.tensor_scales if quantizes else None]
 
 
-def _has_layer(source: Source, layer: int) -> bool:
-    return any(name.startswith(f"model.layers.{layer}.") for name in source.tensors)
+class _Survey:
+    """Looks up the sources of every leaf and collects all problems instead of stopping at the first."""
+
+    def __init__(self, tensors: Mapping[str, Any], chooser: FormatChooser):
+        self._tensors, self._chooser = tensors, chooser
+        self._claimed: set[str] = set()
+        self._missing: dict[str, None] = {}
+        self._mismatched: list[tuple[str, str]] = []
+        self._unsupported: dict[str, None] = {}
+        self._weights: dict[str, StoredWeight | None] = {}
+
+    def plan_leaf(self, leaf: Leaf) -> PlannedLeaf | None:
+        """Return the plan of `leaf`, None if its sources have problems."""
+        if leaf.path in COPIES and not {leaf.sources[0], leaf.sources[0] + "_packed"} & self._tensors.keys():
+            return PlannedLeaf(leaf, (), LeafFormat("dense", 1, ""), {}, same_as=COPIES[leaf.path])
+        for name in leaf.sources:
+            if name not in self._weights:
+                self._weights[name] = self._detect(name, leaf)
+        found = [self._weights[name] for name in leaf.sources]
+        sources = tuple(stored for stored in found if stored is not None)
+        if len(sources) < len(found):
+            return None
+        form = choose_format(leaf, sources)
+        return PlannedLeaf(leaf, sources, form, list_arrays(leaf, form), copy_of=COPIES.get(leaf.path))
+
+    def _detect(self, name: str, leaf: Leaf) -> StoredWeight | None:
+        try:
+            stored = detect(name, self._tensors)
+        except CheckpointError as error:
+            self._claimed |= {name, *(name + suffix for suffix in SCALES)}
+            self._claimed |= {name.removesuffix(".weight") + suffix for suffix in FACTORS}
+            if isinstance(error, MissingTensorsError):
+                self._missing |= dict.fromkeys(error.names)
+            else:
+                self._unsupported[str(error)] = None
+            return None
+        self._claimed |= {tensor.name for tensor in stored.tensors}
+        if stored.shape != leaf.source_shape:
+            self._mismatched.append((name, f"found {list(stored.shape)}, config.json says {list(leaf.source_shape)}"))
+            return None
+        return self._chooser.choose(stored)
+
+    def ignore_not_needed(self) -> dict[str, int]:
+        """Claim the tensors that the model does not need; return their number by reason."""
+        counts: collections.Counter[str] = collections.Counter()
+        for name in [name for name in self._tensors if name not in self._claimed]:
+            reason = next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, name)), None)
+            if reason is not None:
+                self._claimed.add(name)
+                counts[reason] += 1
+        return dict(counts)
+
+    def raise_problems(self, folder: str) -> None:
+        """Raise CheckpointError with everything that was found, or UsageError if only the policy is to blame."""
+        unknown = [name for name in self._tensors if name not in self._claimed]
+        sections = [
+            ("missing {}", "tensor", len(self._missing), "; ".join(fold_names(self._missing))),
+            ("wrong shape of {}", "tensor", len(self._mismatched), "; ".join(fold_details(self._mismatched))),
+            ("unsupported format of {}", "weight", len(self._unsupported), listing(self._unsupported)),
+            ("{}, which may change the model", "unknown tensor", len(unknown), "; ".join(fold_names(unknown))),
+        ]
+        lines = [f"{text.format(pluralize(count, noun))}: {names}" for text, noun, count, names in sections if count]
+        if lines:
+            raise CheckpointError(f"{folder} cannot be converted; nothing was written.\n  " + "\n  ".join(lines))
+        if impossible := self._chooser.impossible:
+            raise UsageError(
+                f"{pluralize(len(impossible), 'weight')} cannot be stored as the policy says; nothing was written. "
+                "Give them another format in a policy file: " + "; ".join(fold_details(impossible))
+            )
 
 
-def _share(planned: PlannedLeaf, by_path: dict[str, PlannedLeaf]) -> PlannedLeaf:
-    """A leaf that the source leaves out has its original's form."""
-    return dataclasses.replace(planned, form=by_path[planned.same_as].form) if planned.same_as else planned
+def compare_declared(config: Mapping[str, Any], beside: Any, weights: Iterable[StoredWeight]) -> Iterator[str]:
+    """Note where the declared quantization differs from the tensors, which decide: block sizes, a format not there.
+
+    `config` is config.json, `beside` the content of hf_quant_config.json or None. Both often tell less than the
+    files hold, or more.
+    """
+    declared = [found for found in (config.get("quantization_config"), beside) if isinstance(found, dict)]
+    declared = [found["quantization"] if isinstance(found.get("quantization"), dict) else found for found in declared]
+    sizes = {size for found in declared for size in _list_group_sizes(found)}
+    blocks: dict[int, dict[str, None]] = {}
+    for stored in weights:
+        if stored.tensor_scale is not None:
+            blocks.setdefault(stored.block, {})[stored.name] = None
+    for block, names in sorted(blocks.items()):
+        if sizes and block not in sizes:
+            yield (
+                f"{pluralize(len(names), 'weight')} with a scale per {block} inputs, but the declared group_size is "
+                f"{listing(sorted(sizes))}: the scales decide ({listing(names, 2)})"
+            )
+    if not blocks and any("NVFP4" in str(found.get("quant_algo")) for found in declared):
+        yield "the declared quant_algo is NVFP4, but no weight is NVFP4: the tensors decide"
+
+
+def _list_group_sizes(declared: dict[str, Any]) -> Iterator[int]:
+    """Yield the group sizes declared for all weights, for groups of them, and for single layers."""
+    groups, layers = (declared.get(key) for key in ("config_groups", "quantized_layers"))
+    groups = (
+        [part.get("weights") for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
+    )
+    for part in (declared, *groups, *(layers.values() if isinstance(layers, dict) else ())):
+        size = part.get("group_size") if isinstance(part, dict) else None
+        if type(size) is int and size > 0:
+            yield size

@@ -5,9 +5,9 @@ A policy file is JSON or TOML with one table, `formats`, from shell patterns to 
     {"formats": {"model.layers.{mtp}.*": "keep", "*.kv_b_proj.weight": "fp8", "*.mlp.experts.*": "nvfp4"}}
 
 The first pattern that matches a whole name, such as model.layers.3.mlp.experts.7.up_proj.weight, decides; {mtp} stands
-for the number of the MTP layer. What no pattern matches gets the format of `--to`, and without that keeps its own.
+for the number of the MTP layer. A weight that no pattern matches gets the format of `--to`, or else keeps its own.
 
-Quantized are only the matrices that DeepSeek itself quantizes. A pattern quantizes another one (router, head) only if
+Only the matrices that DeepSeek itself quantizes are quantized. A pattern quantizes another one (router, head) only if
 it ends with that tensor's last two words, such as "lm_head.weight"; the embedding and vectors are never quantized.
 """
 
@@ -19,22 +19,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.errors import CheckpointError, UsageError, listing
+from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.quantization.quantize import NVFP4_BLOCK
 from dsv32_jax.quantization.scale_search import SCALINGS
-from dsv32_jax.system.files import JsonLimits, expand_path, parse_json
+from dsv32_jax.system.files import expand_path, parse_json
 
-from ..read.stored import BECOMES, Stored
+from ..read.weights import TARGETS, StoredWeight
 
 KEEP = "keep"
 TO = "to"
-"""In presets: whatever `--to` says."""
+"""In presets: the format of `--to`."""
 
 LINEARS = frozenset("q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj o_proj wq_b wk gate_proj up_proj down_proj".split())
-"""What DeepSeek ships in FP8."""
+"""The linears that DeepSeek ships in FP8."""
 
-LOOKED_UP = "embed_tokens"
-"""The embedding: its rows are looked up, so it must be a plain array."""
+EMBEDDING = "embed_tokens"
+"""Its rows are looked up, so it must be a plain array."""
 
 MTP = "model.layers.{mtp}.*"
 
@@ -45,18 +45,16 @@ PRESETS: dict[str, tuple[tuple[str, str], ...]] = {
     "experts-only": ((MTP, KEEP), ("*.mlp.experts.*", TO), ("*", KEEP)),
 }
 """default: experts, shared experts, dense feed-forward and o_proj; the rest of attention, indexer and MTP keep theirs.
-nvidia: the same, the rest in bfloat16, as NVIDIA's checkpoint is. full: everything that DeepSeek quantizes."""
+nvidia: the same, the rest in bfloat16, as in NVIDIA's checkpoint. full: everything that DeepSeek quantizes."""
 
 DEFAULTS = {"nvfp4": "default", "fp8": "full", "bf16": "full"}
-"""What is meant where only the format is given."""
-
+"""The preset of each format if no policy is given."""
 
 TENSOR_SCALES = ("own", "shared")
 
 
 class Policy(NamedTuple):
-    """Patterns with their formats, in order, and the format of what none of them matches. `file`: where they are from,
-    None for a preset."""
+    """Patterns with their formats, in order; the format of weights that match none; the file they come from, if any."""
 
     rules: tuple[tuple[str, str], ...] = ()
     otherwise: str = KEEP
@@ -65,76 +63,79 @@ class Policy(NamedTuple):
 
 class Recipe(NamedTuple):
     """How weights are converted. `scales`: one of SCALINGS, how NVFP4 block scales are chosen. `tensor_scales`: "own",
-    or "shared" where gate and up (q_a and kv_a) have one, as kernels that compute both at once want it."""
+    or "shared" if gate and up (q_a and kv_a) get one, as kernels that fuse them require."""
 
     policy: Policy = Policy()
     scales: str = "rtn"
     tensor_scales: str = "own"
 
 
-def recipe(to: str | None, name: str | Path | None, scales: str, tensor_scales: str) -> Recipe:
-    """The recipe that a user asks for. Raises UsageError."""
-    for what, given, known in (("scales", scales, SCALINGS), ("tensor scales", tensor_scales, TENSOR_SCALES)):
-        if given not in known:
-            raise UsageError(f"{what} are one of {listing(known)}, not {given!r}; nothing was read")
-    return Recipe(policy(to, name), scales, tensor_scales)
+def make_recipe(to: str | None, policy: str | Path | None, scales: str, tensor_scales: str) -> Recipe:
+    """Return the recipe for the user's options. Raises UsageError."""
+    for name, value, known in (("scales", scales, SCALINGS), ("tensor_scales", tensor_scales, TENSOR_SCALES)):
+        if value not in known:
+            raise UsageError(f"invalid {argument(name, value)}: choose one of {listing(known)}. Nothing was read")
+    return Recipe(make_policy(to, policy), scales, tensor_scales)
 
 
-def policy(to: str | None = None, name: str | Path | None = None) -> Policy:
-    """The policy of `--to` and `--policy` (a preset or a file). Raises UsageError that lists everything wrong."""
-    if to is not None and to not in BECOMES:
-        raise UsageError(f"weights can be converted to {listing(BECOMES)}, not to {to!r}; nothing was read")
-    if name is None:
-        return Policy() if to is None else policy(to, DEFAULTS[to])
-    if isinstance(name, str) and name in PRESETS:
+def make_policy(to: str | None = None, policy: str | Path | None = None) -> Policy:
+    """Return the policy of a format and a preset or file. Raises UsageError listing everything wrong with a file."""
+    if to is not None and to not in TARGETS:
+        raise UsageError(f"invalid {argument('to', to)}: choose one of {listing(TARGETS)}. Nothing was read")
+    if policy is None:
+        return Policy() if to is None else make_policy(to, DEFAULTS[to])
+    if isinstance(policy, str) and policy in PRESETS:
         if to is None:
-            raise UsageError(f"the policy {name} needs a format to convert to: add --to with one of {listing(BECOMES)}")
-        rules = tuple((pattern, to if format == TO else format) for pattern, format in PRESETS[name])
+            raise UsageError(
+                f"{argument('policy', policy)} needs a format to convert to: add {argument('to')} with one of "
+                f"{listing(TARGETS)}. Nothing was read"
+            )
+        rules = tuple((pattern, to if format == TO else format) for pattern, format in PRESETS[policy])
         return Policy(rules, to)
-    file = expand_path(name)
-    return Policy(_read(file), KEEP if to is None else to, file)
+    file = expand_path(policy)
+    return Policy(_read_rules(file), KEEP if to is None else to, file)
 
 
-def _read(file: Path) -> tuple[tuple[str, str], ...]:
-    """The rules of a policy file."""
+def _read_rules(file: Path) -> tuple[tuple[str, str], ...]:
     try:
         text = file.read_bytes()
-        raw = tomllib.loads(text.decode()) if file.suffix == ".toml" else parse_json(text, JsonLimits())
+        raw = tomllib.loads(text.decode()) if file.suffix == ".toml" else parse_json(text)
     except FileNotFoundError:
-        raise UsageError(f"{file} is neither a preset ({listing(PRESETS)}) nor a file; nothing was read") from None
+        raise UsageError(f"{file} is neither a preset ({listing(PRESETS)}) nor a file. Nothing was read") from None
     except (OSError, ValueError, CheckpointError) as error:
-        raise UsageError(f"the policy {file} cannot be read: {error}; nothing was converted") from None
-    if problems := list(_problems(raw)):
-        raise UsageError(
-            f"the policy {file} has {len(problems)} problems; nothing was converted: {listing(problems, 20)}"
-        )
+        raise UsageError(f"cannot read the policy {file}: {error}. Nothing was converted") from None
+    if problems := list(_find_problems(raw)):
+        count = pluralize(len(problems), "problem")
+        raise UsageError(f"the policy {file} has {count}: {listing(problems, 20)}. Nothing was converted")
     return tuple(raw["formats"].items())
 
 
-def _problems(raw: Any) -> Iterator[str]:
-    """Everything wrong with the content of a policy file."""
+def _find_problems(raw: Any) -> Iterator[str]:
+    """Yield everything wrong with the content of a policy file."""
     if not isinstance(raw, dict) or not isinstance(raw.get("formats"), dict):
-        yield "it must hold a table `formats`"
+        yield "it has no table `formats`"
         return
     yield from (f"unknown key {key!r}" for key in raw if key != "formats")
-    formats = (*BECOMES, KEEP)
+    formats = (*TARGETS, KEEP)
     for pattern, format in raw["formats"].items():
         if format not in formats:
-            yield f"{pattern!r} is to become {format!r}, not one of {listing(formats)}"
+            yield f"invalid format {format!r} of {pattern!r}: choose one of {listing(formats)}"
 
 
-IDLE = (
-    "no weight is called {pattern}",
-    "{pattern} decides nothing: an earlier pattern matches each weight of that name",
-    "{pattern} changes nothing: quantized are only the matrices that DeepSeek quantizes, and weights whose last two "
-    "words a pattern ends with",
-)
-"""What a pattern is told to be, from the least use to more of it."""
+UNMATCHED, OVERRULED, UNQUANTIZED, EFFECTIVE = range(4)
+"""How far a pattern gets."""
+
+INEFFECTIVE = {
+    UNMATCHED: "no weight matches {pattern}",
+    OVERRULED: "{pattern} has no effect: earlier patterns match every weight that it matches",
+    UNQUANTIZED: "{pattern} has no effect: only matrices that DeepSeek quantizes are quantized, and weights whose last "
+    "two words a pattern ends with",
+}
 
 
-class Chooser:
-    """Applies a policy to the weights of one checkpoint. `impossible` is what was asked for and cannot be: (name,
-    reason)."""
+class FormatChooser:
+    """Applies a policy to the weights of one checkpoint. `impossible`: (name, reason) of weights that cannot have the
+    format the policy gives them."""
 
     def __init__(self, policy: Policy, mtp_layer: int):
         self._rules = [
@@ -142,49 +143,53 @@ class Chooser:
             for pattern, format in policy.rules
         ]
         self._otherwise = policy.otherwise
-        self._use = dict.fromkeys((pattern for pattern, _ in policy.rules), 0)
+        self._effects = {pattern: UNMATCHED for pattern, _ in policy.rules}
         self.impossible: list[tuple[str, str]] = []
 
-    def __call__(self, stored: Stored) -> Stored:
-        """`stored` with the format it shall have."""
+    def choose(self, stored: StoredWeight) -> StoredWeight:
+        """Return `stored` with the format to convert it to, if any."""
         matching = [(pattern, format) for regex, pattern, format in self._rules if regex.match(stored.name)]
         (pattern, format), *overruled = matching or [("", self._otherwise)]
-        covers = format == KEEP or _covers(pattern, format, stored)
-        self._note(pattern, len(IDLE) if covers else 2)
+        applies = format == KEEP or _applies(pattern, format, stored)
+        self._note_effect(pattern, EFFECTIVE if applies else UNQUANTIZED)
         for other, _ in overruled:
-            self._note(other, 1)
-        if format == KEEP or stored.is_in(format) or not covers:
+            self._note_effect(other, OVERRULED)
+        if format == KEEP or stored.is_in(format) or not applies:
             return stored
-        if reason := _obstacle(stored, format):
+        if reason := _find_obstacle(stored, format):
             self.impossible.append((stored.name, reason))
             return stored
         return dataclasses.replace(stored, wanted=format)
 
-    def idle(self) -> list[str]:
-        """What is to be said of each pattern that has been of no use."""
-        return [IDLE[use].format(pattern=pattern) for pattern, use in self._use.items() if use < len(IDLE)]
+    def list_ineffective(self) -> list[str]:
+        """Return a note for each pattern that had no effect."""
+        return [
+            INEFFECTIVE[effect].format(pattern=pattern)
+            for pattern, effect in self._effects.items()
+            if effect < EFFECTIVE
+        ]
 
-    def _note(self, pattern: str, use: int) -> None:
-        if pattern in self._use:
-            self._use[pattern] = max(use, self._use[pattern])
+    def _note_effect(self, pattern: str, effect: int) -> None:
+        if pattern in self._effects:
+            self._effects[pattern] = max(effect, self._effects[pattern])
 
 
-def _covers(pattern: str, format: str, stored: Stored) -> bool:
-    """Whether a rule means this weight: a linear, one that the pattern names, or a quantized one to be dequantized."""
+def _applies(pattern: str, format: str, stored: StoredWeight) -> bool:
+    """Return whether a rule covers the weight: a linear, one named in full, or a quantized one to be dequantized."""
     words = stored.name.split(".")[-2:]
     if (words[0] in LINEARS and words[1] == "weight") or pattern.split(".")[-2:] == words:
         return True
     return format == "bf16" and stored.format != "dense"
 
 
-def _obstacle(stored: Stored, format: str) -> str | None:
-    """Why the weight cannot be in `format`."""
+def _find_obstacle(stored: StoredWeight, format: str) -> str | None:
+    """Return why the weight cannot be stored in `format`, if so."""
     if format == "bf16":
         return None
     if len(stored.shape) != 2:
         return f"{list(stored.shape)} is not a matrix"
-    if LOOKED_UP in stored.name:
+    if EMBEDDING in stored.name:
         return "its rows are looked up"
     if format == "nvfp4" and stored.shape[1] % NVFP4_BLOCK:
-        return f"{stored.shape[1]} inputs are no multiple of {NVFP4_BLOCK}"
+        return f"its {stored.shape[1]} inputs are not a multiple of {NVFP4_BLOCK}"
     return None

@@ -1,87 +1,295 @@
-"""One weight of the source as the arrays of its format: [out, in'] each, scalars as [1, 1], nothing cut yet."""
+"""One weight of a source checkpoint: how it is stored, its components, and its values.
 
-from collections.abc import Callable
+The names and dtypes of the tensors beside a weight decide how it is stored, never the checkpoint's configuration:
+
+kind               tensors of the linear X                                            W =
+dense              weight BF16, F16 or F32                                            weight
+deepseek-fp8       weight F8_E4M3, weight_scale_inv [out/128, in/128]                 weight * scale_inv
+fp8                weight F8_E4M3, weight_scale: 128x128 grid, [out, 1] or one        weight * scale
+modelopt-nvfp4     weight U8, weight_scale [out, in/16], weight_scale_2               e2m1 * scale * scale_2
+packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_scale   e2m1 * scale / global_scale
+modelopt-nvfp4-awq those of modelopt-nvfp4, pre_quant_scale [in]                      e2m1 * scale * scale_2 * pre
+modelopt-nvfp4-svd and svdquant_lora_a [rank, in], svdquant_lora_b [out, rank]        (... + lora_b @ lora_a) * pre
+
+Sizes are rounded up. The block of NVFP4 is in / scale.shape[1], 16 or 32. Unsupported formats are refused by name.
+ModelOpt applies pre_quant_scale to the inputs, before both the matrix and the low-rank path beside it.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
 
 import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
+from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_dequantize, nvfp4_dequantize
 
-from .header import Tensor
-from .stored import FP8_BLOCK, Stored
+from .safetensors import Tensor
+
+FLOATS = ("BF16", "F16", "F32")
+BLOCK_SIZES = (NVFP4_BLOCK, 2 * NVFP4_BLOCK)
+
+UNSUPPORTED = (
+    (".weight_quantizer._svdquant_lora_a", "SVDQuant as ModelOpt's first exporters named it"),
+    (".input_scale_2", "Quark NVFP4"),
+    (".qweight", "AWQ or GPTQ (qweight)"),
+    (".weight.packed", "NV_FP4 with the names packed/scales/shape"),
+    (".packed", "NV_FP4 with the names packed/scales/shape"),
+    (".blocks", "MXFP4 (blocks)"),
+    (".weight_shape", "integer pack-quantized"),
+)
+"""Tensors beside a weight that mean an unsupported format."""
+
+SUPPORTED = "BF16, F16, F32, FP8 E4M3 with weight_scale_inv or weight_scale, NVFP4 of ModelOpt or compressed-tensors"
+
+SCALES = ("_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale")
+"""Suffixes of a weight's name for its other tensors."""
+
+FACTORS = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
+"""Suffixes of a linear's name for the tensors of ModelOpt's AWQ and SVDQuant."""
+
+FOLDED = {
+    "nvfp4-awq": "the scale of its inputs (pre_quant_scale, AWQ) has no place in NVFP4",
+    "nvfp4-svd": "its low-rank part (svdquant_lora, SVDQuant) has no place in NVFP4",
+}
+"""Formats that are read but cannot be stored, and why: their factors are folded into the matrix."""
+
+TARGETS = {"nvfp4": ("nvfp4", NVFP4_BLOCK), "fp8": ("fp8_block", FP8_BLOCK), "bf16": ("dense", 1)}
+"""Formats to convert to: the manifest's name, inputs per scale."""
 
 Read = Callable[[Tensor], np.ndarray]
 
 
-def load(stored: Stored, read: Read) -> dict[str, np.ndarray]:
-    """The components (manifest.COMPONENTS) of the weight. Bytes are kept; only FP8 scales are expanded to rows."""
+class MissingTensorsError(CheckpointError):
+    """Tensors, by their `names`, that must accompany others are missing."""
+
+    def __init__(self, *names: str):
+        super().__init__(f"missing: {', '.join(names)}")
+        self.names = names
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredWeight:
+    """One weight of a checkpoint. `format` is the manifest's (or one of FOLDED), `shape` the logical one, `block` the
+    inputs per scale.
+
+    `values` holds the elements (or packed codes), `scale` the block scales, `tensor_scale` the scalar of NVFP4,
+    `pre_quant_scale` and `lora` (a, b) the factors of AWQ and SVDQuant. `wanted`: the format to convert to, one of
+    TARGETS; None to keep the stored one.
+    """
+
+    kind: str
+    format: str
+    shape: tuple[int, ...]
+    block: int
+    values: Tensor
+    scale: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    pre_quant_scale: Tensor | None = None
+    lora: tuple[Tensor, ...] = ()
+    wanted: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the weight, whatever its tensors are called."""
+        return self.values.name.removesuffix("_packed")
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor the weight is made of."""
+        found = (self.values, self.scale, self.tensor_scale, self.pre_quant_scale, *self.lora)
+        return tuple(tensor for tensor in found if tensor is not None)
+
+    @property
+    def becomes(self) -> tuple[str, int]:
+        """The manifest's format of the converted weight, and its inputs per scale."""
+        return (self.format, self.block) if self.wanted is None else TARGETS[self.wanted]
+
+    def is_in(self, target: str) -> bool:
+        """Return whether the weight already is in the format `target`, one of TARGETS."""
+        return TARGETS[target][0] == self.format and (target != "bf16" or self.values.dtype == "BF16")
+
+
+def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
+    """Find out how the weight `name` ("....weight", or a bias) is stored among `tensors`.
+
+    Raises MissingTensorsError if it or a scale is absent, CheckpointError if the format is unsupported or shapes
+    disagree.
+    """
+    stem = name.removesuffix(".weight")
+    if stem == name:
+        return _detect_dense(_find(tensors, name)[0])
+    for suffix, format in UNSUPPORTED:
+        if stem + suffix in tensors:
+            raise CheckpointError(f"{stem + suffix}: {format} is not supported; supported are {SUPPORTED}")
+    if (packed := tensors.get(name + "_packed")) is not None:
+        if name in tensors:
+            raise CheckpointError(f"{stem} has both weight and weight_packed: which one counts is unknown")
+        return _detect_nvfp4("packed-nvfp4", packed, name, tensors)
+    (weight,) = _find(tensors, name)
+    if weight.dtype == "U8":
+        return _add_factors(_detect_nvfp4("modelopt-nvfp4", weight, name, tensors), stem, tensors)
+    return _detect_fp8(weight, name, tensors) if weight.dtype == "F8_E4M3" else _detect_dense(weight)
+
+
+def _find(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
+    if missing := [name for name in names if name not in tensors]:
+        raise MissingTensorsError(*missing)
+    return [tensors[name] for name in names]
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}"
+
+
+def _detect_dense(tensor: Tensor) -> StoredWeight:
+    if tensor.dtype not in FLOATS:
+        raise CheckpointError(f"{_describe(tensor)}; supported are {SUPPORTED}")
+    return StoredWeight("dense", "dense", tensor.shape, 1, tensor)
+
+
+def _require_matrix(tensor: Tensor) -> None:
+    if len(tensor.shape) != 2:
+        raise CheckpointError(f"{_describe(tensor)}: quantized weights are matrices")
+
+
+def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
+    is_deepseek = name + "_scale_inv" in tensors or name + "_scale" not in tensors
+    if is_deepseek and name + "_scale" in tensors:
+        raise CheckpointError(f"{name} has both weight_scale_inv and weight_scale: which one counts is unknown")
+    (scale,) = _find(tensors, name + ("_scale_inv" if is_deepseek else "_scale"))
+    _require_matrix(weight)
+    if scale.dtype not in FLOATS:
+        raise CheckpointError(f"{scale.name} is {scale.dtype}; FP8 scales in {', '.join(FLOATS)} are supported")
+    out, width = weight.shape
+    grid = (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK))
+    allowed = [grid] if is_deepseek else [grid, (out, 1), (1,), (1, 1), ()]
+    if scale.shape not in allowed:
+        raise CheckpointError(
+            f"{scale.name} has shape {list(scale.shape)}; for {name} {list(weight.shape)} it must be "
+            + " or ".join(str(list(shape)) for shape in allowed)
+        )
+    kind = "deepseek-fp8" if is_deepseek else "fp8"
+    return StoredWeight(kind, "fp8_block", weight.shape, FP8_BLOCK, weight, scale)
+
+
+def _detect_nvfp4(kind: str, codes: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
+    """Check that codes, block scales and tensor scale belong together."""
+    is_packed = kind == "packed-nvfp4"
+    suffix, others = ("_global_scale", "NVFP4_E5M3 and MXFP4 are") if is_packed else ("_scale_2", "MXFP4 is")
+    found = tensors.get(name + "_scale")
+    if found is not None and name + suffix not in tensors and found.dtype in ("U8", "F8_E8M0"):
+        raise CheckpointError(f"{found.name} is {found.dtype} without weight{suffix}: {others} not supported")
+    scale, scalar = _find(tensors, name + "_scale", name + suffix)
+    if codes.dtype != "U8":
+        raise CheckpointError(f"{codes.name} is {codes.dtype}: only E2M1 codes packed into U8 are supported")
+    _require_matrix(codes)
+    dtypes = ("F8_E4M3",) if is_packed else ("F8_E4M3", "U8")
+    if scale.dtype not in dtypes:
+        raise CheckpointError(f"{scale.name} is {scale.dtype}; NVFP4 block scales are {' or '.join(dtypes)}")
+    if len(scale.shape) != 2:
+        raise CheckpointError(
+            f"{scale.name} has shape {list(scale.shape)}: block scales that are swizzled for a kernel are not supported"
+        )
+    out, width = codes.shape[0], 2 * codes.shape[1]
+    blocks = scale.shape[1]
+    if scale.shape[0] != out or not blocks or width % blocks or width // blocks not in BLOCK_SIZES:
+        allowed = " or ".join(f"[{out}, {width // block}]" for block in BLOCK_SIZES if width % block == 0)
+        raise CheckpointError(
+            f"{scale.name} has shape {list(scale.shape)}; for {codes.name} {list(codes.shape)} it must be "
+            f"{allowed or 'absent'} (padded and swizzled scales are not supported)"
+        )
+    if math.prod(scalar.shape) != 1 or scalar.dtype not in FLOATS:
+        raise CheckpointError(f"{_describe(scalar)}, not one floating-point number")
+    return StoredWeight(kind, "nvfp4", (out, width), width // blocks, codes, scale, scalar)
+
+
+def _add_factors(stored: StoredWeight, stem: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
+    """Add the factors of AWQ or SVDQuant, if any; such a weight becomes bfloat16 unless the policy says otherwise."""
+    present = [stem + suffix in tensors for suffix in FACTORS]
+    if not any(present):
+        return stored
+    method, suffixes = ("nvfp4-svd", FACTORS) if any(present[1:]) else ("nvfp4-awq", FACTORS[:1])
+    pre, *lora = _find(tensors, *(stem + suffix for suffix in suffixes))
+    (out, width), rank = stored.shape, lora[0].shape[0] if lora and lora[0].shape else 0
+    for tensor, shape in zip((pre, *lora), ((width,), (rank, width), (out, rank)), strict=False):
+        if tensor.shape != shape or tensor.dtype not in FLOATS:
+            raise CheckpointError(f"{_describe(tensor)}, not floats {list(shape)}")
+    return dataclasses.replace(
+        stored, kind=f"modelopt-{method}", format=method, pre_quant_scale=pre, lora=tuple(lora), wanted="bf16"
+    )
+
+
+def read_components(stored: StoredWeight, read: Read) -> dict[str, np.ndarray]:
+    """Read the components of a weight (manifest.COMPONENTS): [out, in'] each, tensor_scale [1, 1], nothing cut yet.
+
+    Bytes stay as they are, but FP8 scales are expanded to one per row.
+    """
     values = read(stored.values)
     if stored.format == "dense":
         return {"values": values}
     assert stored.scale is not None
     scale = read(stored.scale)
     if stored.format == "fp8_block":
-        return {"values": values, "block_scale": _row_scale(scale, stored.shape)}
+        return {"values": values, "block_scale": _expand_to_rows(scale, stored.shape)}
     block_scale = scale.view(ml_dtypes.float8_e4m3fn)
-    return {"codes": values, "block_scale": block_scale, "tensor_scale": tensor_scale(stored, read).reshape(1, 1)}
+    return {"codes": values, "block_scale": block_scale, "tensor_scale": read_tensor_scale(stored, read).reshape(1, 1)}
 
 
-def values(stored: Stored, parts: dict[str, np.ndarray], read: Read) -> np.ndarray:
-    """The matrix [out, in] whose components `load` returned, with what stands beside it folded in."""
-    matrix = exact(parts)
-    if stored.lora:
-        a, b = (read(tensor).astype(np.float32) for tensor in stored.lora)
-        matrix += b @ a
-    if stored.pre_quant_scale is not None:
-        matrix *= read(stored.pre_quant_scale).astype(np.float32)
-    return matrix
+def read_tensor_scale(stored: StoredWeight, read: Read) -> np.ndarray:
+    """Return the float32 [1] that multiplies an NVFP4 matrix; compressed-tensors stores its inverse.
 
-
-def exact(parts: dict[str, np.ndarray]) -> np.ndarray:
-    """The values of components: float32 of NVFP4, bfloat16 of FP8 (which holds them by definition), dense as it is."""
-    if "codes" in parts:
-        return nvfp4_dequantize(parts["codes"], parts["block_scale"], parts["tensor_scale"])
-    if "block_scale" in parts:
-        return fp8_dequantize(parts["values"], parts["block_scale"], ml_dtypes.bfloat16)
-    return parts["values"]
-
-
-def tensor_scale(stored: Stored, read: Read) -> np.ndarray:
-    """The float32 [1] that multiplies an NVFP4 matrix (compressed-tensors stores its inverse).
-
-    Raises CheckpointError when it cannot be one. Zero is legal only where every block scale is zero or NaN: ModelOpt
+    Raises CheckpointError if it is out of range. Zero is legal only if every block scale is zero or NaN: ModelOpt
     writes that for a matrix of zeros.
     """
     assert stored.tensor_scale is not None and stored.scale is not None
     name = stored.tensor_scale.name
     value = read(stored.tensor_scale).astype(np.float32).reshape(1)
-    divisor = stored.kind == "packed-nvfp4"
-    if divisor and not (np.isfinite(value) and value >= 1):
-        raise CheckpointError(
-            f"{name} is {value[0]:g}, but as a divisor it must be finite and at least 1: "
-            "it looks like ModelOpt's weight_scale_2, which multiplies, under compressed-tensors' name"
-        )
-    if not divisor and not (np.isfinite(value) and 0 <= value <= 1):
+    if stored.kind == "packed-nvfp4":
+        if not (np.isfinite(value) and value >= 1):
+            raise CheckpointError(
+                f"{name} is {value[0]:g}, but as a divisor it must be finite and at least 1: "
+                "it looks like ModelOpt's weight_scale_2, which multiplies, under compressed-tensors' name"
+            )
+        return np.float32(1) / value
+    if not (np.isfinite(value) and 0 <= value <= 1):
         raise CheckpointError(
             f"{name} is {value[0]:g}, but as a factor it must be between 0 and 1: "
             "it looks like compressed-tensors' weight_global_scale, which divides, under ModelOpt's name"
         )
-    if not divisor and value == 0 and not _is_void(read(stored.scale)):
-        raise CheckpointError(f"{name} is 0 although {stored.scale.name} is neither zero nor NaN throughout")
-    return np.float32(1) / value if divisor else value
+    if value == 0:
+        magnitude = read(stored.scale).view(np.uint8) & 0x7F
+        if not ((magnitude == 0) | (magnitude == 0x7F)).all():
+            raise CheckpointError(f"{name} is 0, but {stored.scale.name} has scales that are neither zero nor NaN")
+    return value
 
 
-def _is_void(scale: np.ndarray) -> bool:
-    magnitude = scale.view(np.uint8) & 0x7F
-    return bool(((magnitude == 0) | (magnitude == 0x7F)).all())
-
-
-def _row_scale(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 [out, ceil(in / 128)] from a 128x128 grid, one scale a row, or one scale for all."""
+def _expand_to_rows(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Return float32 [out, ceil(in / 128)] from a 128x128 grid, one scale a row, or one scale for all."""
     out, width = shape
     rows, blocks = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
     scale = scale.astype(np.float32)
     if scale.shape == (rows, blocks):
         return np.repeat(scale, FP8_BLOCK, axis=0)[:out]
     return np.ascontiguousarray(np.broadcast_to(scale.reshape(-1, 1), (out, blocks)))
+
+
+def dequantize(components: dict[str, np.ndarray]) -> np.ndarray:
+    """Return exact values: float32 of NVFP4, bfloat16 of FP8 (which is defined by it), dense arrays as they are."""
+    if "codes" in components:
+        return nvfp4_dequantize(components["codes"], components["block_scale"], components["tensor_scale"])
+    if "block_scale" in components:
+        return fp8_dequantize(components["values"], components["block_scale"], ml_dtypes.bfloat16)
+    return components["values"]
+
+
+def dequantize_whole(stored: StoredWeight, components: dict[str, np.ndarray], read: Read) -> np.ndarray:
+    """Return the matrix [out, in] of the `components` that `read_components` returned, its factors folded in."""
+    matrix = dequantize(components)
+    if stored.lora:
+        a, b = (read(tensor).astype(np.float32) for tensor in stored.lora)
+        matrix += b @ a
+    if stored.pre_quant_scale is not None:
+        matrix *= read(stored.pre_quant_scale).astype(np.float32)
+    return matrix

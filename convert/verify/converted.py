@@ -20,7 +20,7 @@ from dsv32_jax.errors import StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.system.files import expand_path
 
-from ..read.header import BY_NAME
+from ..read.safetensors import NUMPY_DTYPES
 
 
 class Weight(NamedTuple):
@@ -201,4 +201,4 @@ def _module(name: str) -> str:
 
 def nbytes_of(entry: ArrayEntry) -> int:
     """Bytes of one array."""
-    return math.prod(entry.shape) * BY_NAME[entry.dtype].itemsize
+    return math.prod(entry.shape) * NUMPY_DTYPES[entry.dtype].itemsize

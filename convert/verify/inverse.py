@@ -13,10 +13,10 @@ import numpy as np
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.layout import Leaf
+from dsv32_jax.quantization.quantize import FP8_BLOCK
 
-from ..read.detect import detect
-from ..read.header import DTYPES, Tensor
-from ..read.stored import FP8_BLOCK, Stored
+from ..read.safetensors import DTYPES, Tensor
+from ..read.weights import StoredWeight, detect
 
 Components = Mapping[str, np.ndarray]
 
@@ -28,7 +28,7 @@ class NotInvertible(CheckpointError):
     """The components do not come from the tensors they are said to come from."""
 
 
-def described(name: str, sources: Sequence[SourceTensor]) -> Stored:
+def described(name: str, sources: Sequence[SourceTensor]) -> StoredWeight:
     """How the weight `name` was stored, from what the passport says of its tensors."""
     return detect(name, {t.name: Tensor(t.name, Path(), t.dtype, t.shape, 0, _nbytes(t)) for t in sources})
 
@@ -52,7 +52,7 @@ def join(leaves: Sequence[Leaf], parts: Sequence[Components], format: str, block
     return joined
 
 
-def restored(joined: Components, stored: Stored, sources: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
+def restored(joined: Components, stored: StoredWeight, sources: Sequence[SourceTensor]) -> dict[str, np.ndarray]:
     """The tensors of one weight, by name, each bit as it was, from what `join` returned."""
     if stored.format == "dense":
         return {stored.values.name: _cast(joined["values"], stored.values)}

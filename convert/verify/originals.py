@@ -4,7 +4,7 @@ import hashlib
 
 from dsv32_jax.checkpoint.provenance import SourceTensor
 
-from ..read.header import Tensor
+from ..read.safetensors import Tensor
 from ..read.source import Source
 
 
@@ -20,6 +20,6 @@ def difference(source: Source, noted: SourceTensor) -> str | None:
 
 def _sha256(source: Source, tensor: Tensor) -> str:
     found = hashlib.sha256()
-    for piece in source.pieces(tensor):
+    for piece in source.read_chunks(tensor):
         found.update(piece.data)
     return found.hexdigest()

@@ -19,7 +19,7 @@ from dsv32_jax.checkpoint.manifest import ArrayEntry
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.system.progress import Progress
 
-from ..read.header import BY_NAME, DTYPES
+from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
 from . import inverse
 from .converted import Converted, Group, Weight, nbytes_of
@@ -121,5 +121,5 @@ def _is_copied(group: Group, entries: list[ArrayEntry]) -> bool:
     weight = group.weights[0]
     if len(group.weights) != 1 or len(entries) != 1 or weight.change:
         return False
-    same = all(DTYPES[source.dtype] == BY_NAME[entries[0].dtype] for source in weight.sources)
+    same = all(DTYPES[source.dtype] == NUMPY_DTYPES[entries[0].dtype] for source in weight.sources)
     return same and all(leaf.cut is None and not leaf.stacked for leaf in group.leaves)

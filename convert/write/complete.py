@@ -12,8 +12,7 @@ from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from ..plan.output import copy_companions
 from ..plan.plan import Plan
 from ..plan.prepare import Prepared
-from ..transform.error_stats import odd_scales, summary
-from ..transform.requantize import partners
+from ..transform.requantize import find_partners, sum_odd_scales, summarize_errors
 from .journal import Journal
 
 
@@ -23,7 +22,7 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
     written = {path: entry for part in journal.leaves.values() for path, entry in part.items()}
     leaves = {leaf.leaf.path: written[leaf.leaf.path] for leaf in planned.leaves}
     counts: collections.Counter[str] = collections.Counter({"nan_scale_bytes": 0, "zero_blocks": 0})
-    for part in (*journal.facts.values(), odd_scales(journal.outcomes)):
+    for part in (*journal.facts.values(), sum_odd_scales(journal.outcomes)):
         counts.update(part)
     companions = copy_companions(source.folder, dst)
     report = {
@@ -31,7 +30,7 @@ def complete(prepared: Prepared, journal: Journal) -> Manifest:
         "notes": list(planned.notes),
         "ignored": planned.ignored,
         "conversions": planned.conversions,
-        "errors": summary(journal.outcomes),
+        "errors": summarize_errors(journal.outcomes),
         "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
         "pairs_of_different_tensor_scales": _apart(planned, written),
         "companions": companions,
@@ -49,7 +48,7 @@ def _apart(planned: Plan, written: Mapping[str, LeafEntry]) -> int:
     noted = {t.name: t.sha256 for leaf in written.values() if leaf.passport for t in leaf.passport.sources}
     stored = {s.name: s for leaf in planned.leaves for s in leaf.sources if s.tensor_scale is not None}
     scales = {name: noted[s.tensor_scale.name] for name, s in stored.items() if s.tensor_scale is not None}
-    pairs = {frozenset((name, s.name)) for name, others in partners(stored.values()).items() for s in others}
+    pairs = {frozenset((name, s.name)) for name, others in find_partners(stored.values()).items() for s in others}
     return sum(len({scales[name] for name in pair}) > 1 for pair in pairs)
 
 

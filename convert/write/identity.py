@@ -7,7 +7,7 @@ from typing import Any
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.errors import OutputExistsError, listing
 
-from ..read.header import Tensor
+from ..read.safetensors import Tensor
 from ..read.source import Source
 
 PROBE_BYTES = 16 << 20
@@ -70,7 +70,7 @@ def require_same_bytes(source: Source, leaves: Iterable[LeafEntry], touched: Col
 
 def _sha256(source: Source, tensor: Tensor) -> str:
     found = hashlib.sha256()
-    for piece in source.pieces(tensor):
+    for piece in source.read_chunks(tensor):
         found.update(piece.data)
     return found.hexdigest()
 

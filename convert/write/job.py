@@ -10,13 +10,13 @@ from dsv32_jax.parallel import partition
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
-from ..plan import memory
-from ..plan.output import locked, require_files, require_ours, require_space
+from ..plan.limits import raise_open_file_limit, require_disk_space, require_free_memory
+from ..plan.output import lock_folder, require_ours
 from ..plan.plan import Plan, PlannedLeaf
 from ..plan.prepare import Options, Prepared, prepare
-from ..read import hub, weights
-from ..read.source import Source
-from ..transform.requantize import Recaster, partners
+from ..read.source import Source, verify_downloads
+from ..read.weights import read_tensor_scale
+from ..transform.requantize import Requantizer, find_partners
 from .complete import complete
 from .identity import basis_of, differences, require_same_bytes
 from .journal import Journal
@@ -39,12 +39,12 @@ def convert(
     """
     prepared = prepare(src, dst, options)
     require_ours(prepared.dst)
-    with locked(prepared.dst):
+    with lock_folder(prepared.dst):
         if (finished := _finished(prepared)) is not None:
             return finished
-        memory.require_free(prepared.peak)
+        require_free_memory(prepared.peak)
         if options.get("verify_source"):
-            hub.require_intact(prepared.source.files, prepared.budget.workers, progress)
+            verify_downloads(prepared.source.files, prepared.budget.workers, progress)
         return _run(prepared, progress)
 
 
@@ -79,8 +79,8 @@ def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
     writer.keep(journal.leaves)
     entries = {path: entry for part in journal.leaves.values() for path, entry in part.items()}
     missing = [leaf for leaf in planned.leaves if leaf.leaf.path not in entries]
-    require_space(dst, sum(leaf.nbytes for leaf in missing))
-    require_files(prepared.budget.workers)
+    require_disk_space(dst, sum(leaf.nbytes for leaf in missing))
+    raise_open_file_limit(prepared.budget.workers)
     _require_scales(source, missing)
     meter = ByteMeter(progress, planned.nbytes, planned.nbytes - sum(leaf.nbytes for leaf in missing))
 
@@ -95,19 +95,19 @@ def _run(prepared: Prepared, progress: Callable[[Progress], None]) -> Manifest:
         Recorder(source.read), _recaster(planned), writer, prepared.budget, entries, meter.add_read, done
     )
     try:
-        pipeline.run(zip(journal.new_parts(), prepared.groups(missing), strict=False))
+        pipeline.run(zip(journal.new_parts(), prepared.group_leaves(missing), strict=False))
         writer.finish()
         return complete(prepared, journal)
     except OSError as error:
         raise error if hasattr(error, "exit_code") else writing_failed(dst, error) from error
 
 
-def _recaster(planned: Plan) -> Recaster:
+def _recaster(planned: Plan) -> Requantizer:
     """What quantizes and dequantizes as the plan's recipe says."""
     together = {}
     if planned.recipe.tensor_scales == "shared":
-        together = partners(s for leaf in planned.leaves for s in leaf.sources if s.wanted == "nvfp4")
-    return Recaster(SCALINGS[planned.recipe.scales], together)
+        together = find_partners(s for leaf in planned.leaves for s in leaf.sources if s.wanted == "nvfp4")
+    return Requantizer(SCALINGS[planned.recipe.scales], together)
 
 
 def _stored(leaves: dict) -> bool:
@@ -121,7 +121,7 @@ def _require_scales(source: Source, leaves: list[PlannedLeaf]) -> None:
     problems = []
     for weight in stored.values():
         try:
-            weights.tensor_scale(weight, source.read)
+            read_tensor_scale(weight, source.read)
         except CheckpointError as error:
             problems.append(str(error))
     if problems:

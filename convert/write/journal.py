@@ -11,7 +11,7 @@ from typing import Any
 from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, leaf_dict, parse_leaf, sync_folder
 from dsv32_jax.errors import OutputExistsError, listing
 
-from ..transform.requantize import Outcome
+from ..transform.requantize import ErrorStats
 from .identity import differences
 
 
@@ -30,7 +30,7 @@ class Journal:
         self.file = folder / JOURNAL
         self.leaves: dict[str, dict[str, LeafEntry]] = {}
         self.facts: dict[str, dict[str, int]] = {}
-        self.outcomes: dict[str, Outcome] = {}
+        self.outcomes: dict[str, ErrorStats] = {}
         whole, lines = self._lines()
         if not lines:
             lines = [{"plan": plan, "source": source, "basis": basis, "stamps": dict(stamps or {})}]
@@ -48,9 +48,11 @@ class Journal:
         for line in lines[1:]:
             self.leaves[line["part"]] = {path: parse_leaf(leaf) for path, leaf in line["leaves"].items()}
             self.facts[line["part"]] = line["facts"]
-            self.outcomes |= {name: Outcome(*outcome) for name, outcome in line["outcomes"].items()}
+            self.outcomes |= {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
 
-    def add(self, part: str, leaves: dict[str, LeafEntry], facts: dict[str, int], outcomes: dict[str, Outcome]) -> None:
+    def add(
+        self, part: str, leaves: dict[str, LeafEntry], facts: dict[str, int], outcomes: dict[str, ErrorStats]
+    ) -> None:
         """Note that `part` is on disk; durable when this returns."""
         entries = {path: leaf_dict(leaf) for path, leaf in leaves.items()}
         line = {"part": part, "leaves": entries, "facts": facts, "outcomes": outcomes}

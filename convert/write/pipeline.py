@@ -13,11 +13,11 @@ import numpy as np
 
 from dsv32_jax.checkpoint.manifest import LeafEntry
 
-from ..plan import memory
-from ..plan.memory import Budget, Group
+from ..plan import limits
+from ..plan.limits import Budget, Group
 from ..plan.plan import PlannedLeaf
-from ..transform import cut, facts
-from ..transform.requantize import Outcome, Recaster
+from ..transform import array_facts, cut
+from ..transform.requantize import ErrorStats, Requantizer
 from .record import Recorder, with_passport
 
 Arrays = dict[tuple[str, str], np.ndarray]
@@ -38,7 +38,7 @@ class Part(NamedTuple):
     name: str
     leaves: dict[str, LeafEntry]
     facts: dict[str, int]
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, ErrorStats]
     nbytes: int
 
 
@@ -49,7 +49,7 @@ class _Writing(NamedTuple):
     nbytes: int
     saved: Future[None]
     described: dict[str, Future[tuple[LeafEntry, dict[str, int]]]]
-    outcomes: dict[str, Outcome]
+    outcomes: dict[str, ErrorStats]
 
     def result(self) -> Part:
         """Wait until it is on disk."""
@@ -72,7 +72,7 @@ class Pipeline:
     def __init__(
         self,
         read: Recorder,
-        recaster: Recaster,
+        recaster: Requantizer,
         writer: Writer,
         budget: Budget,
         entries: dict[str, LeafEntry],
@@ -98,7 +98,7 @@ class Pipeline:
         before: _Writing | None = None
         for name, group in parts:
             copies = any(leaf.copy_of is not None for leaf in group)
-            if before is not None and (copies or not memory.fits(group, before.nbytes, self._budget.limit)):
+            if before is not None and (copies or not limits.fits_beside(group, before.nbytes, self._budget.limit)):
                 self._done(before.result())
                 before = None
             arrays = self._build(group, before.nbytes if before is not None else 0)
@@ -112,8 +112,8 @@ class Pipeline:
 
     def _build(self, group: Group, before: int) -> dict[str, Components]:
         """The arrays of each leaf of `group`."""
-        resident = memory.PROGRAM + memory.BAND_BYTES + before + memory.size(group)
-        window = self._budget.workers_for(group, resident)
+        resident = limits.FIXED + before + limits.size_of(group)
+        window = self._budget.count_workers(group, resident)
 
         def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
             return _bounded(self._workers, window, function, items)
@@ -158,7 +158,7 @@ class Pipeline:
             if original is None or described[path].result()[0].same_as is None:
                 arrays |= {(path, component): array for component, array in built[path].items()}
         saved = self._disk.submit(self._save, name, arrays)
-        return _Writing(name, memory.size(group), saved, described, self._recaster.take_outcomes())
+        return _Writing(name, limits.size_of(group), saved, described, self._recaster.take_errors())
 
     def _save(self, name: str, arrays: Arrays) -> None:
         if arrays:
@@ -172,12 +172,14 @@ class Pipeline:
         Raises CheckpointError on values that cannot be right.
         """
         self._read.require_written(planned)
-        facts.require_finite(planned.leaf.path, built)
+        array_facts.require_finite(planned.leaf.path, built)
         form = planned.form.format
-        entry = LeafEntry(form, {name: facts.entry(array) for name, array in built.items()}, planned.same_as)
+        entry = LeafEntry(
+            form, {name: array_facts.describe_array(array) for name, array in built.items()}, planned.same_as
+        )
         if entry == original:
             entry = LeafEntry(form, {}, planned.copy_of)
-        return with_passport(planned, entry, built, self._read), facts.scale_facts(built)
+        return with_passport(planned, entry, built, self._read), array_facts.count_odd_scales(built)
 
 
 def _bounded(pool: ThreadPoolExecutor, window: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

@@ -9,12 +9,10 @@ from dsv32_jax.checkpoint.provenance import Passport, SourceTensor
 from dsv32_jax.errors import CheckpointError, listing
 
 from ..plan.plan import PlannedLeaf
-from ..read.header import Tensor
-from ..read.stored import Stored
-from ..read.weights import Read
-from ..transform import facts
-from ..transform.amax import amax
-from ..transform.cut import FLOATS
+from ..read.safetensors import DTYPES, Tensor
+from ..read.weights import Read, StoredWeight
+from ..transform import array_facts
+from ..transform.array_facts import amax
 
 SCALAR_BYTES = 8
 GLANCE = 1 << 12
@@ -61,7 +59,7 @@ class Recorder:
                 "size but were not downloaded completely: download them again. What was written before is kept"
             )
 
-    def _is_meant(self, stored: Stored) -> bool:
+    def _is_meant(self, stored: StoredWeight) -> bool:
         if stored.tensor_scale is None:
             return False
         return stored.tensor_scale.name in self.zero or (stored.scale is not None and stored.scale.name in self.uniform)
@@ -69,7 +67,7 @@ class Recorder:
 
 def with_passport(planned: PlannedLeaf, entry: LeafEntry, built: dict[str, np.ndarray], read: Recorder) -> LeafEntry:
     """`entry` with the passport of the leaf: `built` are its arrays (none where the source leaves it out)."""
-    scales = facts.scale_facts(built)
+    scales = array_facts.count_odd_scales(built)
     sources = []
     for stored in planned.sources:
         for tensor in stored.tensors:
@@ -97,7 +95,7 @@ def change(planned: PlannedLeaf) -> str:
     formats = sorted({stored.format for stored in planned.sources} - {form.format})
     if formats:
         return f"{' and '.join(formats)} became {form.dtype or form.format}"
-    dtypes = {FLOATS[stored.values.dtype] for stored in planned.sources if stored.format == "dense"}
+    dtypes = {DTYPES[stored.values.dtype].name for stored in planned.sources if stored.format == "dense"}
     if form.format == "dense" and form.dtype != "float32" and dtypes - {form.dtype}:
         return f"{' and '.join(sorted(dtypes - {form.dtype}))} became {form.dtype}"
     return ""

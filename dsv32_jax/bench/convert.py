@@ -17,6 +17,7 @@ from typing import Any
 
 from ..config import Config
 from ..errors import UsageError
+from ..system.progress import parse_size
 from . import wide_source
 from .measure import Row, peak_bytes, table
 
@@ -75,7 +76,7 @@ def convert(cfg: Config, storage: str, max_memory: str, folder: str | None = Non
     The source, of the model `cfg` in `storage`, and what becomes of it lie in a folder of their own in `folder`
     (default: where temporary files are), which is removed at the end.
     """
-    limit = _converter("plan.memory").parse(max_memory)
+    limit = parse_size(max_memory)
     with tempfile.TemporaryDirectory(prefix="dsv32-bench-", dir=folder) as scratch:
         source, out = Path(scratch, "source"), Path(scratch, "converted")
         print(f"writing a checkpoint in {storage}", file=sys.stderr, flush=True)

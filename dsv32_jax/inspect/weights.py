@@ -162,7 +162,7 @@ class _Source:
         return sum(sum(tensor.nbytes for tensor in stored.tensors) for stored in self._stored(leaf))
 
     def _stored(self, leaf: Leaf) -> list[Any]:
-        return [converter("read.detect").detect(name, self._source.tensors) for name in leaf.sources]
+        return [converter("read.weights").detect(name, self._source.tensors) for name in leaf.sources]
 
     def parts(self, leaf: Leaf, expert: int | None) -> tuple[str, dict[str, np.ndarray]]:
         """The components as a conversion would store them."""
@@ -170,5 +170,5 @@ class _Source:
         if expert is not None:
             leaf = leaf._replace(sources=leaf.sources[expert : expert + 1], shape=(1, *leaf.shape[1:]))
         stored = self._stored(leaf)
-        form = cut.choose(leaf, stored)
+        form = cut.choose_format(leaf, stored)
         return form.format, cut.build(leaf, stored, form, self._source.read)

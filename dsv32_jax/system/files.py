@@ -79,6 +79,25 @@ def read_regular(file: Path, largest: int) -> bytes:
     return content
 
 
+FOREIGN_CONTENT = (
+    (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` or `hf download`"),
+    (b"<", "an HTML or XML page: the download failed; download the file again"),
+    (b"\x1f\x8b", "gzip-compressed: decompress it first"),
+    (b"\x28\xb5\x2f\xfd", "zstd-compressed: decompress it first"),
+    (b"\xfd7zXZ", "xz-compressed: decompress it first"),
+    (b"GGUF", "a GGUF file under another name: only safetensors files are supported"),
+    (b"PK\x03\x04", "a zip file (PyTorch's pickle format): pickles are never opened; get the safetensors"),
+    (b"\x80\x02", "a pickle: pickles are never opened; get the safetensors"),
+    (b"age-encryption.org", "encrypted with age: decrypt it first"),
+)
+
+
+def recognize_content(start: bytes) -> str | None:
+    """Describe well-known content that is found in place of a checkpoint's file, by its first bytes."""
+    text = start.removeprefix(b"\xef\xbb\xbf").lstrip()
+    return next((description for magic, description in FOREIGN_CONTENT if text.startswith(magic)), None)
+
+
 def hash_chunks(chunks: Iterable[Any]) -> str:
     """Return the SHA-256 of contiguous buffers one after the other, in hexadecimal."""
     digest = hashlib.sha256()
@@ -168,7 +187,8 @@ def read_json(file: Path, largest: int, limits: JsonLimits | None = None) -> Any
     try:
         return parse_json(content, limits)
     except CheckpointError as error:
-        raise CheckpointError(f"{file}: {error}") from None
+        foreign = recognize_content(content[:64])
+        raise CheckpointError(f"{file} is {foreign}" if foreign else f"{file}: {error}") from None
 
 
 def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.read.header import DTYPES, Tensor, read_header
+from convert.read.safetensors import DTYPES, Tensor, read_header
 from convert.read.source import Source
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -28,8 +28,7 @@ def file_bytes(header: object, data: bytes = b"", length: int | None = None) -> 
 
 def header_of(file: Path):
     """What the converter makes of `file`."""
-    with open(file, "rb") as stream:
-        return read_header(stream.fileno(), file, file.stat().st_size)
+    return read_header(file)
 
 
 def write_shard(file: Path, arrays: dict[str, np.ndarray]) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from convert.read import weights
-from convert.read.detect import detect
+from convert.read.weights import detect
 from convert.transform import cut
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Cut, Leaf, leaves
@@ -38,7 +38,7 @@ def nvfp4_bs32(name, w):
     return {name: codes, name + "_scale": np.ascontiguousarray(scale[:, ::2]), name + "_scale_2": scalar.reshape(())}
 
 
-def values_of(form: cut.Form, arrays: dict[str, np.ndarray]) -> np.ndarray:
+def values_of(form: cut.LeafFormat, arrays: dict[str, np.ndarray]) -> np.ndarray:
     if form.format == "nvfp4":
         return nvfp4_dequantize(**arrays)
     if form.format == "fp8_block":
@@ -65,7 +65,7 @@ class Sources:
 
     def build(self, leaf: Leaf):
         stored = self.stored(leaf)
-        form = cut.choose(leaf, stored)
+        form = cut.choose_format(leaf, stored)
         return form, cut.build(leaf, stored, form, self.read)
 
     def expected(self, leaf: Leaf) -> np.ndarray:
@@ -73,8 +73,8 @@ class Sources:
         stored = self.stored(leaf)
         matrices = []
         for one in stored:
-            parts = weights.load(one, self.read)
-            form = cut.Form(one.format, one.block, "")
+            parts = weights.read_components(one, self.read)
+            form = cut.LeafFormat(one.format, one.block, "")
             matrices.append(values_of(form, parts))
         return np.stack([by_hand(leaf, m) for m in matrices]) if leaf.stacked else by_hand(leaf, matrices[0])
 
@@ -109,7 +109,7 @@ def test_a_leaf_has_the_values_of_its_part_of_the_source(encode, width, tiny):
     for leaf in matrices(cfg):
         form, arrays = sources.build(leaf)
         shapes = {name: (array.dtype.name, array.shape) for name, array in arrays.items()}
-        assert shapes == cut.arrays(leaf, form), leaf.path
+        assert shapes == cut.list_arrays(leaf, form), leaf.path
         assert all(array.flags.c_contiguous and array.ndim == len(leaf.shape) for array in arrays.values()), leaf.path
         got, want = values_of(form, arrays), sources.expected(leaf)
         want = want.astype(ml_dtypes.bfloat16).astype(np.float32) if form.dequantized else want
@@ -124,7 +124,7 @@ def test_the_leaves_of_a_source_are_all_of_it_once(tiny):
         source = np.arange(np.prod(leaf.source_shape), dtype=np.float32).reshape(leaf.source_shape)
         tensors = fakes.tensors({leaf.sources[0]: source})
         stored = [detect(leaf.sources[0], tensors)]
-        built = cut.build(leaf, stored, cut.choose(leaf, stored), lambda tensor, source=source: source)
+        built = cut.build(leaf, stored, cut.choose_format(leaf, stored), lambda tensor, source=source: source)
         found.setdefault(leaf.sources[0], []).append(built["values"].ravel())
     for name, parts in found.items():
         together = np.sort(np.concatenate(parts))
@@ -192,7 +192,7 @@ def test_experts_that_are_stored_differently_become_bfloat16(tiny):
     assert (arrays["values"] == want).all()
     sources = Sources(lambda name, w: {name: w if ".3." in name else w.astype(ml_dtypes.bfloat16)})
     form, arrays = sources.build(leaf)
-    assert form == cut.Form("dense", 1, "float32") and (arrays["values"] == sources.expected(leaf)).all()
+    assert form == cut.LeafFormat("dense", 1, "float32") and (arrays["values"] == sources.expected(leaf)).all()
 
 
 def test_every_expert_keeps_its_tensor_scale(tiny):
@@ -211,7 +211,7 @@ def test_experts_are_stacked_one_by_one(tiny):
     sources = Sources(dense)
     stored = sources.stored(leaf)
     tracemalloc.start()
-    arrays = cut.build(leaf, stored, cut.choose(leaf, stored), lambda tensor: sources.arrays[tensor.name].copy())
+    arrays = cut.build(leaf, stored, cut.choose_format(leaf, stored), lambda tensor: sources.arrays[tensor.name].copy())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak <= arrays["values"].nbytes * (1 + 3 / 24)
@@ -225,7 +225,7 @@ def test_row_cuts_interleave_heads(heads, first, second, width):
         shape = (heads, stop - start, width)
         leaf = Leaf("x_HNQ", "HNQ", shape, ("x.weight",), source.shape, Cut(0, first + second, start, stop), False, 2)
         stored = [detect("x.weight", fakes.tensors({"x.weight": source}))]
-        values = cut.build(leaf, stored, cut.choose(leaf, stored), lambda tensor: source)["values"]
+        values = cut.build(leaf, stored, cut.choose_format(leaf, stored), lambda tensor: source)["values"]
         for head in range(heads):
             begin = head * (first + second)
             assert (values[head] == source[begin + start : begin + stop]).all()

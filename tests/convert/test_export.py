@@ -23,9 +23,9 @@ from convert.export.quantization import named, regexes
 from convert.export.shards import ShardsWriter
 from convert.plan.output import LOCK
 from convert.read import weights
-from convert.read.detect import detect
-from convert.read.header import DTYPES
+from convert.read.safetensors import DTYPES
 from convert.read.source import Source
+from convert.read.weights import detect
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
@@ -53,7 +53,7 @@ def values(folder: Path) -> dict[str, np.ndarray]:
     for name in source.tensors:
         if name.endswith((".weight", ".weight_packed", ".bias", "_bias")):
             stored = detect(name.removesuffix("_packed"), source.tensors)
-            found[stored.name] = weights.exact(weights.load(stored, source.read)).astype(np.float32)
+            found[stored.name] = weights.dequantize(weights.read_components(stored, source.read)).astype(np.float32)
     return found
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 import convert
-from convert.read.detect import MissingTensors, detect
-from convert.transform.error_stats import relative_rms
-from convert.transform.requantize import Recaster
+from convert.read.weights import MissingTensorsError, detect
+from convert.transform.requantize import Requantizer, relative_rms
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
 
@@ -47,13 +46,13 @@ def test_what_stands_beside_a_matrix_is_folded_into_it(rank, wanted):
     assert one.kind == f"modelopt-nvfp4-{'awq' if rank is None else 'svd'}"
     assert {tensor.name for tensor in one.tensors} == set(arrays)
     one = one if wanted is None else dataclasses.replace(one, wanted=wanted)
-    recaster = Recaster()
+    recaster = Requantizer()
     parts = recaster.load(one, lambda tensor: arrays[tensor.name])
     kind = one.becomes[0]
     assert kind == {"fp8": "fp8_block", "nvfp4": "nvfp4"}.get(str(wanted), "dense")
     error = np.linalg.norm(values(kind, parts) - exact) / np.linalg.norm(exact)
     assert error < {"nvfp4": 0.11, "fp8": 0.03}.get(str(wanted), 0.003)
-    assert relative_rms(list(recaster.outcomes.values())) == pytest.approx(error, rel=1e-3)
+    assert relative_rms(list(recaster.errors.values())) == pytest.approx(error, rel=1e-3)
 
 
 def test_a_checkpoint_with_awq_is_converted_and_reported(checkpoints, tmp_path):
@@ -93,6 +92,6 @@ def test_what_does_not_fit_the_matrix_is_refused(name, array, message):
 def test_what_is_missing_beside_a_matrix_is_named(absent):
     arrays, _ = beside(8)
     del arrays["m." + absent]
-    with pytest.raises(MissingTensors) as caught:
+    with pytest.raises(MissingTensorsError) as caught:
         detect("m.weight", fakes.tensors(arrays))
     assert caught.value.names == ("m." + absent,)

@@ -16,7 +16,7 @@ import pytest
 import dsv32_jax as ds
 from convert.inspect.folder_tree import inspect, inspect_source, source_items
 from convert.inspect.tensors import compute_statistics, list_tensors
-from convert.read.header import Tensor
+from convert.read.safetensors import Tensor
 from convert.read.source import Source
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.manifest import Manifest
@@ -116,7 +116,7 @@ def test_notes_tell_what_is_odd(tmp_path, originals, small, capsys):
     (folder / "consolidated.safetensors").touch()
     code, out, _ = run(capsys, folder)
     assert code == 0
-    assert "note: 1 files are no shards and were ignored: consolidated.safetensors" in out
+    assert "note: ignored 1 non-shard file: consolidated.safetensors" in out
     assert "model_type is 'deepseek_v3'" in out
 
 

@@ -77,7 +77,7 @@ def test_every_tensor_comes_back(encode, width, tiny):
     sources, back = Sources(encode), 0
     for group in groups(cfg):
         stored = sources.stored(group[0]) if len(group[0].source_shape) == 2 else _vector(sources, group[0])
-        forms = [cut.choose(leaf, stored) for leaf in group]
+        forms = [cut.choose_format(leaf, stored) for leaf in group]
         if any(form.dequantized for form in forms):
             continue
         built = [cut.build(leaf, stored, form, sources.read) for leaf, form in zip(group, forms, strict=True)]
@@ -100,7 +100,7 @@ def test_every_tensor_comes_back(encode, width, tiny):
 
 
 def _vector(sources: Sources, leaf: Leaf):
-    from convert.read.detect import detect
+    from convert.read.weights import detect
 
     name = leaf.sources[0]
     sources.arrays[name] = sources.rng.standard_normal(leaf.source_shape, np.float32)

@@ -11,10 +11,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from convert.plan import memory
+from convert.plan import limits
 from convert.plan.plan import PlannedLeaf
 from convert.plan.prepare import prepare
-from convert.read.detect import detect
+from convert.read.weights import detect
 from convert.transform import cut
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import CapacityError
@@ -50,11 +50,13 @@ def wide(tmp_path_factory, tiny):
 
 
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
-    with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*--max-memory \d+MiB") as caught:
+    with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*max_memory=\"\d+MiB\"") as caught:
         prepare(wide, tmp_path / "out", {"max_memory": "500MB"})
-    smallest = str(caught.value).split()[-1]
+    smallest = str(caught.value).split('"')[-2]
     prepared = prepare(wide, tmp_path / "out", {"max_memory": smallest})
-    assert memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget) <= parse_size(smallest)
+    assert limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget) <= parse_size(
+        smallest
+    )
     with pytest.raises(CapacityError):
         prepare(wide, tmp_path / "out", {"max_memory": parse_size(smallest) - (1 << 20)})
 
@@ -62,7 +64,7 @@ def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
 def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):
     def peak(**options):
         prepared = prepare(wide, tmp_path / "out", options)
-        return memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget)
+        return limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget)
 
     roomy, tight = peak(max_memory="8GiB", workers=64), peak(max_memory="700MiB", workers=64)
     assert tight <= 700 << 20 < roomy < 8 << 30
@@ -72,7 +74,7 @@ def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):
 @pytest.mark.parametrize("options", [{"max_memory": "700MiB"}, {"max_memory": "8GiB", "to": "nvfp4"}])
 def test_what_is_taken_is_what_was_predicted(options, wide, tmp_path):
     prepared = prepare(wide, tmp_path / "out", {**options, "workers": 2})
-    predicted = memory.peak(prepared.groups(list(prepared.plan.leaves)), prepared.budget)
+    predicted = limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget)
     command = [sys.executable, "-c", MEASURED, str(wide), str(tmp_path / "out"), json.dumps({**options, "workers": 2})]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     taken = int(done.stdout)
@@ -96,9 +98,9 @@ def test_experts_of_mixed_formats_take_what_dequantizing_takes(most, one, tiny):
     experts = {name: kinds[one if expert == 3 else most] for expert, name in enumerate(leaf.sources)}
     arrays = {name + suffix: array for name, parts in experts.items() for suffix, array in parts.items()}
     found = tuple(detect(name, fakes.tensors(arrays)) for name in experts)
-    form = cut.choose(leaf, found)
-    planned = PlannedLeaf(leaf, found, form, cut.arrays(leaf, form))
-    predicted = memory.peak([(planned,)], memory.Budget(8 << 30, 1)) - memory.PROGRAM - memory.BAND_BYTES
+    form = cut.choose_format(leaf, found)
+    planned = PlannedLeaf(leaf, found, form, cut.list_arrays(leaf, form))
+    predicted = limits.peak_memory([(planned,)], limits.Budget(8 << 30, 1)) - limits.FIXED
     tracemalloc.start()
     cut.build(leaf, found, form, lambda tensor: arrays[tensor.name].copy())
     _, taken = tracemalloc.get_traced_memory()

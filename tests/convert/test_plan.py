@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from convert.names import fold_names
-from convert.plan import memory
+from convert.plan import limits
 from convert.plan.plan import plan
 from convert.read.source import Source
 from dsv32_jax.config import Config
@@ -53,7 +53,7 @@ def test_every_leaf_is_planned_in_its_own_format(storage, format, checkpoints, t
 def test_missing_tensors_are_all_listed_and_folded(original, tmp_path):
     config, arrays = original
     text = refused(tmp_path / "a", config, without(arrays, ".up_proj.weight_scale_2", "layers.1.input_layernorm"))
-    assert "41 tensors are missing" in text
+    assert "missing 41 tensors" in text
     assert "36 x mlp.experts.*.up_proj.weight_scale_2 (layers 1-3)" in text
     assert "3 x mlp.shared_experts.up_proj.weight_scale_2 (layers 1-3)" in text
     assert "model.layers.1.input_layernorm.weight" in text and "unknown" not in text
@@ -64,7 +64,7 @@ def test_unknown_tensors_are_an_error(original, tmp_path):
     extra = {f"model.layers.{i}.self_attn.magic.weight": np.zeros(3, np.float32) for i in (0, 2)}
     extra["model.embed_tokens.weight_scale"] = np.zeros(3, np.float32)
     text = refused(tmp_path / "a", config, arrays | extra)
-    assert "3 tensors are unknown" in text
+    assert "3 unknown tensors" in text
     assert "2 x self_attn.magic.weight (layers 0, 2)" in text and "model.embed_tokens.weight_scale" in text
 
 
@@ -89,9 +89,9 @@ def test_all_kinds_of_problems_come_together(original, tmp_path):
         "model.norm.weight": np.zeros(1, np.float32),
     }
     text = refused(tmp_path / "a", config, broken)
-    assert "1 tensors are missing: lm_head.weight" in text
+    assert "missing 1 tensor: lm_head.weight" in text
     assert "model.norm.weight: found [1], config.json says [96]" in text
-    assert "1 tensors are unknown, and may change the model: what" in text
+    assert "1 unknown tensor, which may change the model: what" in text
 
 
 def test_tensors_the_model_does_not_need_are_counted(original, tmp_path):
@@ -126,7 +126,7 @@ def test_a_wrong_config_is_told_before_the_tensors(original, tmp_path):
 
 def test_groups_are_runs_of_leaves_of_limited_size(checkpoints):
     whole = plan(Source(checkpoints["bf16"])).leaves
-    cut = list(memory.groups(whole, 1 << 40, 50_000))
+    cut = list(limits.group_leaves(whole, 1 << 40, 50_000))
     assert tuple(leaf for group in cut for leaf in group) == whole
     assert len(cut) > 5
     assert all(len(group) == 1 or sum(leaf.nbytes for leaf in group) <= 50_000 for group in cut)

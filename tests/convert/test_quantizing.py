@@ -12,11 +12,10 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert.plan.policy import LINEARS
-from convert.read.detect import detect
 from convert.read.source import Source
-from convert.read.stored import Stored
+from convert.read.weights import StoredWeight, detect
 from convert.transform import cut
-from convert.transform.requantize import Recaster, partners
+from convert.transform.requantize import Requantizer, find_partners
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
@@ -39,7 +38,7 @@ def fp8_golden(request) -> Path:
     return (request.config.getoption("--shared") or DATA) / "golden_nvfp4" / "v5_fp8_source"
 
 
-def check_bytes(recaster: Recaster, folder: Path, expected: dict[str, np.ndarray]) -> None:
+def check_bytes(recaster: Requantizer, folder: Path, expected: dict[str, np.ndarray]) -> None:
     source = Source(folder)
     for name in (name for name in expected if name.endswith(".weight")):
         one = dataclasses.replace(detect(name, source.tensors), wanted="nvfp4")
@@ -52,7 +51,7 @@ def check_bytes(recaster: Recaster, folder: Path, expected: dict[str, np.ndarray
 def test_an_fp8_checkpoint_gets_the_bytes_of_modelopt(request):
     folder = fp8_golden(request)
     expected = golden.read(folder / "expected_nvfp4.safetensors")
-    check_bytes(Recaster(), folder, expected)
+    check_bytes(Requantizer(), folder, expected)
     assert sum(name.endswith(".weight") for name in expected) == 44
 
 
@@ -63,9 +62,9 @@ def test_shared_tensor_scales_give_the_bytes_of_modelopt(request):
     expected = golden.read(folder / "expected_nvfp4.safetensors")
     tensors = Source(folder).tensors
     linears = [detect(name, tensors) for name in expected if name.endswith(".weight")]
-    together = partners(dataclasses.replace(one, wanted="nvfp4") for one in linears)
+    together = find_partners(dataclasses.replace(one, wanted="nvfp4") for one in linears)
     changed = golden.read(folder / "expected_nvfp4_shared.safetensors")
-    check_bytes(Recaster(partners=together), folder, expected | changed)
+    check_bytes(Requantizer(partners=together), folder, expected | changed)
     assert len(changed) == 33
 
 
@@ -76,7 +75,7 @@ def test_fp8_goes_to_nvfp4_by_way_of_bfloat16():
     grid *= rng.uniform(0.5, 1, grid.shape).astype(np.float32)
     arrays = {"a.weight": quantized, "a.weight_scale_inv": grid}
     one = dataclasses.replace(detect("a.weight", fakes.tensors(arrays)), wanted="nvfp4")
-    parts = Recaster().load(one, lambda tensor: arrays[tensor.name])
+    parts = Requantizer().load(one, lambda tensor: arrays[tensor.name])
     product = quantized.astype(np.float32) * np.repeat(np.repeat(grid, 128, 0), 128, 1)
     for part, want, unrounded in zip(
         parts.values(), nvfp4_quantize(product.astype(BF16)), nvfp4_quantize(product), strict=True
@@ -124,8 +123,10 @@ def check_leaves(folder: Path, source: dict[str, np.ndarray], format_of, scales:
         if entry.same_as is not None:
             continue
         whole = {name: quantized_whole(source, name, format_of(name), scales) for name in leaf.sources}
-        dense = [Stored("dense", "dense", w.shape, 1, fakes.tensors({name: w})[name]) for name, w in whole.items()]
-        form = cut.Form("dense", 1, "float32")
+        dense = [
+            StoredWeight("dense", "dense", w.shape, 1, fakes.tensors({name: w})[name]) for name, w in whole.items()
+        ]
+        form = cut.LeafFormat("dense", 1, "float32")
         want = cut.build(leaf, dense, form, lambda tensor, whole=whole: whole[tensor.name])["values"]
         np.testing.assert_array_equal(values(entry.format, arrays[leaf.path]), want, err_msg=leaf.path)
 
@@ -222,14 +223,14 @@ def test_experts_that_are_stored_differently_become_one_format(tiny):
         else:
             arrays[name] = w
     found = [detect(name, fakes.tensors(arrays)) for name in leaf.sources]
-    kept = Recaster()
-    cut.build(leaf, found, cut.choose(leaf, found), lambda tensor: arrays[tensor.name], kept)
-    assert kept.outcomes.keys() == {one.name for one in found if one.format != "dense"}
+    kept = Requantizer()
+    cut.build(leaf, found, cut.choose_format(leaf, found), lambda tensor: arrays[tensor.name], kept)
+    assert kept.errors.keys() == {one.name for one in found if one.format != "dense"}
     wanted = [one if one.is_in("nvfp4") else dataclasses.replace(one, wanted="nvfp4") for one in found]
-    form = cut.choose(leaf, wanted)
-    recaster = Recaster()
+    form = cut.choose_format(leaf, wanted)
+    recaster = Requantizer()
     built = cut.build(leaf, wanted, form, lambda tensor: arrays[tensor.name], recaster)
-    assert form.format == "nvfp4" and len(recaster.outcomes) == 11
+    assert form.format == "nvfp4" and len(recaster.errors) == 11
     assert built["codes"][5].tobytes() == arrays[leaf.sources[5]].tobytes()
 
 
@@ -240,6 +241,6 @@ def test_a_leaf_that_no_cut_can_hold_is_not_quantized_first(tiny):
     w = np.random.default_rng(0).standard_normal(leaf.source_shape, np.float32).astype(BF16)
     arrays = {leaf.sources[0]: w}
     wanted = [dataclasses.replace(detect(leaf.sources[0], fakes.tensors(arrays)), wanted="nvfp4")]
-    form = cut.choose(leaf, wanted)
+    form = cut.choose_format(leaf, wanted)
     assert form.format == "dense" and "straddle" in str(form.dequantized)
     assert cut.build(leaf, wanted, form, lambda tensor: w)["values"].tobytes() == w.tobytes()

@@ -11,11 +11,10 @@ import pytest
 
 import convert
 from convert.export.sharing_scales import rescaled
-from convert.read.detect import detect
 from convert.read.source import Source
-from convert.transform import cut, facts
-from convert.transform.error_stats import relative_rms, summary
-from convert.transform.requantize import Outcome
+from convert.read.weights import detect
+from convert.transform import array_facts, cut
+from convert.transform.requantize import ErrorStats, relative_rms, summarize_errors
 from convert.verify.verify import verify
 from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
@@ -48,9 +47,9 @@ def test_the_report_has_the_errors_of_what_is_stored(checkpoints, tmp_path):
 
 
 def test_a_matrix_of_zeros_has_no_error():
-    zero, one = Outcome(0.0, 0.0), Outcome(1.0, 4.0, 2, 3)
+    zero, one = ErrorStats(0.0, 0.0), ErrorStats(1.0, 4.0, 2, 3)
     assert relative_rms([zero]) == 0 and relative_rms([zero, one]) == 0.5
-    assert summary({"a.weight": zero, "model.layers.3.b.weight": one}) == {
+    assert summarize_errors({"a.weight": zero, "model.layers.3.b.weight": one}) == {
         "kinds": {"a": {"weights": 1, "relative_rms": 0.0}, "b": {"weights": 1, "relative_rms": 0.5}},
         "worst": {"model.layers.3.b.weight": 0.5, "a.weight": 0.0},
     }
@@ -111,7 +110,7 @@ def unfinished(checkpoints, tmp_path_factory) -> Path:
 
 def test_scales_without_nvfp4_are_refused(checkpoints, tmp_path):
     for options in ({"scales": "mse"}, {"tensor_scales": "shared"}, {"scales": "mse", "to": "bf16"}):
-        with pytest.raises(UsageError, match="add --to nvfp4"):
+        with pytest.raises(UsageError, match='add to=nvfp4'):
             convert.convert(checkpoints["fp8"], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
@@ -129,7 +128,10 @@ def test_zero_blocks_of_any_width():
         codes[0, : block // 2] = 0x80
         scale = np.full((2, 128 // block), 0x38, np.uint8)
         scale[1, 1] = 0x80
-        assert facts.scale_facts({"codes": codes, "block_scale": scale}) == {"nan_scale_bytes": 0, "zero_blocks": 2}
+        assert array_facts.count_odd_scales({"codes": codes, "block_scale": scale}) == {
+            "nan_scale_bytes": 0,
+            "zero_blocks": 2,
+        }
 
 
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.6, 0.9])
@@ -200,7 +202,7 @@ def test_experts_are_quantized_one_by_one(tiny):
     tensors = fakes.tensors(arrays)
     wanted = [dataclasses.replace(detect(name, tensors), wanted="nvfp4") for name in leaf.sources]
     tracemalloc.start()
-    built = cut.build(leaf, wanted, cut.choose(leaf, wanted), lambda tensor: arrays[tensor.name].copy())
+    built = cut.build(leaf, wanted, cut.choose_format(leaf, wanted), lambda tensor: arrays[tensor.name].copy())
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     whole = sum(array.nbytes for array in built.values())

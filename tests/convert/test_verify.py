@@ -15,7 +15,7 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert.names import fold_lines
-from convert.transform.amax import amax
+from convert.transform.array_facts import amax
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import checksums
@@ -93,7 +93,7 @@ def test_what_was_dequantized_and_ignored_is_listed(originals, small, tmp_path):
     convert.convert(source, tmp_path / "out")
     report = verify(tmp_path / "out", against=source)
     ((why, names),) = report.changed.items()
-    assert why == "dequantized to bfloat16: pieces of 24 inputs straddle scale blocks of 16"
+    assert why == "dequantized to bfloat16: runs of 24 inputs straddle scale blocks of 16"
     assert names == ["3 x self_attn.o_proj.weight (layers 0-2)"]
     assert report.ignored == ["model.layers.0.self_attn.o_proj.input_scale"]
     assert report.lossless is False and report.proven == len(arrays) - 3 * 3 - 1

@@ -1,0 +1,173 @@
+"""Memory, disk and open files of a conversion: what the user allows, what the plan needs, what the machine has.
+
+In memory are, beside the program: the group of leaves being built, the weights that workers have in hand, the previous
+group, which is still being written, and the chunk of it on its way to the disk.
+"""
+
+import dataclasses
+import functools
+import math
+import resource
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dsv32_jax.checkpoint.chunks import LARGEST as CHUNK_BYTES
+from dsv32_jax.errors import CapacityError, argument, require_integer
+from dsv32_jax.system.host import count_cores, get_free_memory
+from dsv32_jax.system.progress import format_size, parse_size
+
+from ..read.weights import StoredWeight
+from .plan import PlannedLeaf
+
+PROGRAM = 448 << 20
+"""Bytes of Python, NumPy, JAX, Orbax, and what malloc keeps (measured: 0.35 to 0.42 GB)."""
+
+FIXED = PROGRAM + CHUNK_BYTES
+"""Bytes that every conversion needs."""
+
+GROUP_BYTES = 256 << 20
+"""Small leaves are saved together: a save costs 0.1 s whatever its size."""
+
+SHARE = 0.8
+"""The share of free memory that a conversion takes by default."""
+
+DISK_RESERVE = 64 << 20
+"""Bytes of disk that a conversion leaves free, beside 2 % of what it writes."""
+
+OPEN_FILES = 192
+"""Files that Python, the journal and TensorStore's threads have open at most, beside one per worker."""
+
+Group = tuple[PlannedLeaf, ...]
+"""Leaves that are saved together."""
+
+
+class Budget(NamedTuple):
+    """At most `limit` bytes of memory, and as many workers as fit into it, up to `workers`."""
+
+    limit: int
+    workers: int
+
+    def count_workers(self, leaves: Iterable[PlannedLeaf], resident: int) -> int:
+        """Return how many workers can work on `leaves` while `resident` bytes are taken, at least 1."""
+        working = max((working_bytes(leaf) for leaf in leaves), default=0)
+        return max(1, min(self.workers, (self.limit - resident) // max(1, working)))
+
+
+def make_budget(max_memory: str | int | None, workers: int | None) -> Budget:
+    """Return what the user allows; by default 80 % of free memory and a worker per core. Raises UsageError."""
+    limit = int(get_free_memory() * SHARE) if max_memory is None else parse_size(max_memory)
+    return Budget(limit, count_cores() if workers is None else require_integer("workers", workers, 1))
+
+
+@functools.lru_cache(maxsize=4096)
+def working_bytes(leaf: PlannedLeaf) -> int:
+    """Return what one worker needs beside the leaf itself: one weight as read, in between, and as stored."""
+    sources = leaf.sources
+    if leaf.form.dequantized is not None:
+        sources = [dataclasses.replace(stored, wanted="bf16") for stored in sources]
+    most = max((_loading_bytes(stored) for stored in sources), default=0)
+    is_whole = not leaf.leaf.stacked and leaf.leaf.cut is None
+    return max(0, most - leaf.nbytes) if is_whole else most
+
+
+def _loading_bytes(stored: StoredWeight) -> int:
+    """Return the bytes of one weight as read, plus the values in between and the result if it is converted."""
+    elements = math.prod(stored.shape)
+    read = sum(tensor.nbytes for tensor in stored.tensors)
+    row_scales = elements // 32 if "fp8_block" in (stored.format, stored.becomes[0]) else 0
+    if stored.wanted is None and stored.format == stored.becomes[0]:
+        return read + row_scales
+    exact = 4 if stored.format.startswith("nvfp4") or stored.values.dtype == "F32" else 2
+    folded = 2 if stored.pre_quant_scale is not None else 1
+    return read + elements * (exact * folded + 2) + row_scales
+
+
+def smallest_limit(leaf: PlannedLeaf) -> int:
+    """Return the least memory in which `leaf` can be converted: by one worker, with nothing else in memory."""
+    return FIXED + leaf.nbytes + working_bytes(leaf)
+
+
+def require_limit(leaves: Iterable[PlannedLeaf], limit: int) -> None:
+    """Raise CapacityError if a leaf cannot be converted within `limit` bytes."""
+    largest = max(leaves, key=smallest_limit)
+    if (needed := smallest_limit(largest)) > limit:
+        raise CapacityError(
+            f"a memory limit of {format_size(limit)} is too small: {format_size(needed)} needed "
+            f"({format_size(FIXED)} fixed) for {largest.leaf.path} ({format_size(largest.nbytes)}, "
+            f"{largest.form.format}). Nothing was written; "
+            f"the smallest limit that works is {argument('max_memory', f'{-(-needed >> 20)}MiB')}"
+        )
+
+
+def require_free_memory(peak: int) -> None:
+    """Raise CapacityError if `peak` bytes are more than this process can still take: it would be killed on the way."""
+    free = get_free_memory()
+    if peak > free:
+        limit = argument("max_memory", f"{int(free * SHARE) >> 20}MiB")
+        raise CapacityError(
+            f"not enough memory: need up to {format_size(peak)}, {format_size(free)} free. "
+            f"Nothing new was written; free some, or set a limit: {limit}"
+        )
+
+
+def group_leaves(leaves: Sequence[PlannedLeaf], limit: int, most: int = GROUP_BYTES) -> Iterator[Group]:
+    """Yield runs of consecutive leaves of at most `most` bytes (fewer if `limit` requires it), or one larger leaf."""
+    spare = limit - max((smallest_limit(leaf) - leaf.nbytes for leaf in leaves), default=0)
+    most = min(most, max(spare, 0))
+    group: list[PlannedLeaf] = []
+    size = 0
+    for leaf in leaves:
+        if group and size + leaf.nbytes > most:
+            yield tuple(group)
+            group, size = [], 0
+        group.append(leaf)
+        size += leaf.nbytes
+    if group:
+        yield tuple(group)
+
+
+def size_of(group: Iterable[PlannedLeaf]) -> int:
+    """Return the bytes of the arrays of `group`."""
+    return sum(leaf.nbytes for leaf in group)
+
+
+def fits_beside(group: Group, writing: int, limit: int) -> bool:
+    """Return whether `group` can be built while `writing` bytes are still being written."""
+    return FIXED + writing + size_of(group) + max(map(working_bytes, group), default=0) <= limit
+
+
+def peak_memory(groups: Iterable[Group], budget: Budget) -> int:
+    """Return the most memory that a conversion of `groups` takes."""
+    most = writing = 0
+    for group in groups:
+        resident = FIXED + size_of(group) + (writing if fits_beside(group, writing, budget.limit) else 0)
+        working = max(map(working_bytes, group), default=0)
+        most = max(most, resident + budget.count_workers(group, resident) * working)
+        writing = size_of(group)
+    return most
+
+
+def require_disk_space(folder: Path, needed: int) -> None:
+    """Raise CapacityError if `needed` bytes do not fit on the disk of `folder`."""
+    free, reserve = shutil.disk_usage(folder).free, needed // 50 + DISK_RESERVE
+    if free < needed + reserve:
+        raise CapacityError(
+            f"not enough disk space in {folder}: need {format_size(needed + reserve)} "
+            f"({format_size(reserve)} reserve), {format_size(free)} free. "
+            "Nothing new was written; free some space or use another disk"
+        )
+
+
+def raise_open_file_limit(workers: int) -> None:
+    """Allow this process the files that are open at the same time. Raises CapacityError if it may not have so many."""
+    needed = OPEN_FILES + workers
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise CapacityError(
+            f"up to {needed} files are open at the same time, but this process may open only {hard} (ulimit -Hn). "
+            "Nothing new was written; raise the limit"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

@@ -1,0 +1,305 @@
+"""Safetensors files: a header that lists the tensors, then their bytes.
+
+A file is the header's length in 8 bytes, a JSON header, and the tensors without gaps. The header is checked more
+strictly than by the safetensors library (which allows duplicate keys), so a file accepted here is accepted there too.
+Bytes are read with pread, never mapped: a mapped file that shrinks kills the process.
+"""
+
+import contextlib
+import errno
+import functools
+import hashlib
+import math
+import operator
+import os
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from dsv32_jax.errors import CheckpointError, StorageError, listing, pluralize
+from dsv32_jax.system.files import JsonLimits, open_regular, parse_json, recognize_content
+
+MAX_HEADER_BYTES = 100_000_000
+MAX_TENSORS = 200_000
+MAX_NAME_BYTES = 512
+MAX_RANK = 8
+MAX_BYTES = 2**62
+
+DTYPES: dict[str, np.dtype] = {
+    "BOOL": np.dtype(np.bool_),
+    "U8": np.dtype(np.uint8),
+    "I8": np.dtype(np.int8),
+    "U16": np.dtype(np.uint16),
+    "I16": np.dtype(np.int16),
+    "U32": np.dtype(np.uint32),
+    "I32": np.dtype(np.int32),
+    "U64": np.dtype(np.uint64),
+    "I64": np.dtype(np.int64),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+}
+
+NUMPY_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
+"""The same dtypes under their NumPy names, which the manifest uses."""
+
+JSON = "JSON, not weights: probably an error message of the server; download the file again"
+
+CHUNK_BYTES = 64 << 20
+"""Bytes per read call."""
+
+TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+RETRY_SECONDS = (0.5, 3.0)
+"""Errors of network disks that often pass, and the pauses before a read is tried again."""
+
+STALL_SECONDS = 60.0
+"""A read that takes longer than this is reported."""
+
+_reads: dict[int, tuple[Path, float]] = {}
+"""The file each thread is reading, and since when."""
+
+
+class FileId(NamedTuple):
+    """Identity of a file: it changes when the file is replaced or written to."""
+
+    device: int
+    inode: int
+    size: int
+    mtime_ns: int
+
+
+class Tensor(NamedTuple):
+    """Location of a tensor: `nbytes` bytes at `offset` of `file`; `dtype` is the safetensors name."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Header(NamedTuple):
+    """The tensors of one file, the file's identity, and the SHA-256 of the JSON text."""
+
+    tensors: tuple[Tensor, ...]
+    file_id: FileId
+    sha256: str
+
+
+def read_header(file: Path) -> Header:
+    """Read and check the header of `file`. Raises CheckpointError listing everything wrong with it, or OSError."""
+    with _open(file) as descriptor:
+        file_id = _file_id(descriptor)
+        start = os.pread(descriptor, 64, 0)
+        try:
+            text = _read_header_text(descriptor, start, file_id.size)
+            limits = JsonLimits(MAX_TENSORS + 2, 2 * MAX_TENSORS, 6 * MAX_TENSORS)
+            tensors, problems = _parse_header(parse_json(text, limits), file, 8 + len(text), file_id.size)
+        except CheckpointError as malformed:
+            foreign = None if start[8:9] == b"{" else JSON if start.lstrip()[:1] == b"{" else recognize_content(start)
+            raise CheckpointError(f"{file} is {foreign}" if foreign else f"{file}: {malformed}") from None
+    if problems:
+        count = pluralize(len(problems), "problem")
+        raise CheckpointError(f"{file} has a malformed header ({count}): {listing(problems, 20)}")
+    return Header(tensors, file_id, hashlib.sha256(text).hexdigest())
+
+
+def _read_header_text(descriptor: int, start: bytes, size: int) -> bytes:
+    if size < 10:
+        raise CheckpointError(f"{size} bytes long, too short for a safetensors file" if size else "empty (0 bytes)")
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > size - 8:
+        raise CheckpointError(f"its header claims {length} bytes, but the file has {size}")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(f"its header has {length} bytes, above the limit of {MAX_HEADER_BYTES}")
+    text = os.pread(descriptor, length, 8)
+    if len(text) != length:
+        raise CheckpointError(f"only {len(text)} of the header's {length} bytes could be read")
+    if not text.startswith(b"{"):
+        raise CheckpointError("its header does not start with {")
+    return text
+
+
+def _parse_header(header: Any, file: Path, begin: int, size: int) -> tuple[tuple[Tensor, ...], list[str]]:
+    """Return the tensors of `header` and a list of problems. `begin` is where the tensors' bytes start."""
+    metadata = header.pop("__metadata__", {})
+    problems = []
+    texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
+    if not all(isinstance(text, str) and _is_utf8(text) for text in texts):
+        problems.append("__metadata__ is not an object of strings")
+    if len(header) > MAX_TENSORS:
+        return (), [f"{len(header)} tensors, above the limit of {MAX_TENSORS} for one file"]
+    found = []
+    for name, entry in header.items():
+        if not _is_plain(name, entry) and (problem := _find_problem(name, entry)):
+            problems.append(f"tensor {ascii(name[:80])}: {problem}")
+            continue
+        first, last = entry["data_offsets"]
+        found.append(Tensor(name, file, entry["dtype"], tuple(entry["shape"]), begin + first, last - first))
+    if not problems:
+        problems = _check_layout(sorted(found, key=operator.attrgetter("offset", "nbytes")), begin, size)
+    return tuple(found), problems
+
+
+def _is_utf8(text: str) -> bool:
+    return not any("\ud800" <= char <= "\udfff" for char in text)
+
+
+def _is_plain(name: str, entry: Any) -> bool:
+    """Return whether an entry is certainly valid, as almost all of 180,000 are: much faster than the full check."""
+    try:
+        (first, last), shape = entry["data_offsets"], entry["shape"]
+        fits = last - first == _nbytes(entry["dtype"], *shape) and type(first) is type(last) is int and first >= 0
+        return fits and len(entry) == 3 and type(shape) is list and 0 < len(name) < 128 and name.isprintable()
+    except (KeyError, TypeError, ValueError):
+        return False
+
+
+def _find_problem(name: str, entry: Any) -> str | None:
+    """Return the first problem of one tensor's entry."""
+    if not name.isprintable() or not name:
+        return "the name has characters that cannot be printed"
+    if len(name) > MAX_NAME_BYTES // 4 and len(name.encode()) > MAX_NAME_BYTES:
+        return f"the name has {len(name.encode())} bytes, above the limit of {MAX_NAME_BYTES}"
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        return "the entry does not have exactly dtype, shape and data_offsets"
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        return f"dtype {ascii(dtype)[:40]} is not supported (supported: {', '.join(DTYPES)})"
+    try:
+        expected = _nbytes(dtype, *shape) if isinstance(shape, list) else _bad_shape(shape)
+    except TypeError:
+        expected = _bad_shape(shape)
+    if isinstance(expected, str):
+        return expected
+    not_a_range = f"data_offsets {str(offsets)[:80]} are not two ascending positions"
+    if not isinstance(offsets, list) or len(offsets) != 2:
+        return not_a_range
+    first, last = offsets
+    if type(first) is not int or type(last) is not int or not 0 <= first <= last <= MAX_BYTES:
+        return not_a_range
+    if last - first != expected:
+        return f"data_offsets {offsets} span {last - first} bytes, {dtype} {shape} needs {expected}"
+    return None
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _nbytes(dtype: str, *shape: Any) -> int | str:
+    """Return the size of a tensor in bytes, or the problem of its shape. A checkpoint has few distinct shapes."""
+    if len(shape) > MAX_RANK or not all(type(size) is int and 0 <= size <= MAX_BYTES for size in shape):
+        return _bad_shape(list(shape))
+    if math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize > MAX_BYTES:
+        return f"shape {list(shape)} is too large"
+    return math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def _bad_shape(shape: Any) -> str:
+    return f"shape {str(shape)[:80]} is not a list of at most {MAX_RANK} sizes"
+
+
+def _check_layout(tensors: list[Tensor], begin: int, size: int) -> list[str]:
+    """List overlaps, holes, and missing or surplus bytes of `tensors`, which are in the order of their offsets."""
+    problems, end = [], begin
+    for tensor in tensors:
+        if tensor.offset < end:
+            problems.append(f"tensor {tensor.name} overlaps the one before it by {end - tensor.offset} bytes")
+        elif tensor.offset > end:
+            problems.append(f"there is a hole of {tensor.offset - end} bytes before tensor {tensor.name}")
+        end = max(end, tensor.offset + tensor.nbytes)
+    if size < end:
+        problems.append(f"the file is truncated: {end - size} of {end} bytes are missing; download it again")
+    elif size > end:
+        problems.append(f"{size - end} bytes follow the last tensor")
+    return problems
+
+
+def read_bytes(file: Path, file_id: FileId, offset: int, count: int, tensor: str) -> np.ndarray:
+    """Read `count` bytes at `offset`, retrying errors that often pass.
+
+    Raises StorageError, naming `tensor`, if the file is no longer `file_id` or cannot be read.
+    """
+    for pause in (*RETRY_SECONDS, None):
+        try:
+            return _try_read(file, file_id, offset, count, tensor)
+        except StorageError:
+            raise
+        except OSError as error:
+            if pause is None or error.errno not in TRANSIENT_ERRORS:
+                raise StorageError(
+                    f"cannot read {file} at byte {offset}, tensor {tensor}: {error}. "
+                    "What was written so far is kept; run the same command again to continue"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _try_read(file: Path, file_id: FileId, offset: int, count: int, tensor: str) -> np.ndarray:
+    raw, done = np.empty(count, np.uint8), 0
+    with _open(file) as descriptor:
+        _require_unchanged(descriptor, file, file_id)
+        while done < count:
+            _reads[threading.get_ident()] = file, time.monotonic()
+            if not (got := os.preadv(descriptor, [raw.data[done : done + CHUNK_BYTES]], offset + done)):
+                raise StorageError(f"{file} ends at byte {offset + done}, within tensor {tensor}")
+            done += got
+        _require_unchanged(descriptor, file, file_id)
+    return raw
+
+
+def _require_unchanged(descriptor: int, file: Path, file_id: FileId) -> None:
+    if _file_id(descriptor) != file_id:
+        raise StorageError(
+            f"{file} changed while it was being read (is it still downloading?). "
+            "What was written so far is kept; convert again when the file is complete"
+        )
+
+
+def _file_id(descriptor: int) -> FileId:
+    status = os.fstat(descriptor)
+    return FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[int]:
+    """Open a regular file for reading, watched by `warn_on_stalled_reads`."""
+    thread, descriptor = threading.get_ident(), -1
+    _reads[thread] = file, time.monotonic()
+    try:
+        yield (descriptor := open_regular(file))
+    finally:
+        del _reads[thread]
+        if descriptor >= 0:
+            os.close(descriptor)
+
+
+@contextlib.contextmanager
+def warn_on_stalled_reads(warn: Callable[[str], None]) -> Iterator[None]:
+    """Inside the `with`, call `warn` for each read that takes longer than STALL_SECONDS: network disks can hang."""
+    done = threading.Event()
+
+    def watch() -> None:
+        reported: set[tuple[Path, float]] = set()
+        while not done.wait(STALL_SECONDS / 20):
+            for file, since in set(_reads.copy().values()) - reported:
+                if (waited := time.monotonic() - since) >= STALL_SECONDS:
+                    reported.add((file, since))
+                    warn(f"no data from {file} for {waited:.0f} s: the disk does not respond. Still waiting")
+
+    thread = threading.Thread(target=watch, name="stalled reads", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
