@@ -99,7 +99,7 @@ def test_rows_choose_their_own_experts(asked):
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(bench.memory, "available", lambda devices: 10_000)
+    monkeypatch.setattr(bench.memory, "get_free_memory", lambda devices: 10_000)
     with pytest.raises(CapacityError, match=r"2 layers take .* nothing was made"):
         bench.plan(TINY, 2, None, (1,), (24,), "fp8", 1)
     with pytest.raises(CapacityError, match="expert=8"):

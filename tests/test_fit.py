@@ -5,6 +5,7 @@ import functools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +19,14 @@ from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.generation import activations, inventory, memory
 from dsv32_jax.generation import fit as fitting
-from dsv32_jax.generation.activations import Shapes
+from dsv32_jax.generation import memory
 from dsv32_jax.generation.batch import WHOLE
-from dsv32_jax.generation.fit import Fit, fit
-from dsv32_jax.generation.prefill_decode import blank
+from dsv32_jax.generation.fit import Fit, build_shallow, count_temporary, fit, measure_prefill
+from dsv32_jax.generation.prefill_decode import Task, blank
 from dsv32_jax.generation.request import CHUNK
+from dsv32_jax.generation.sampling_params import Sampling, knobs
+from dsv32_jax.generation.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
 from dsv32_jax.parallel import sharding
 from dsv32_jax.system import host
 
@@ -42,13 +44,13 @@ def small(tiny):
 
 @pytest.fixture(scope="module")
 def converted(small, tmp_path_factory) -> dict[str, Path]:
-    """`small` as the formats of `inventory` mean it."""
+    """`small` in each format that `fit` knows."""
     root = tmp_path_factory.mktemp("fit")
     for storage in ("fp8", "bf16"):
         random_checkpoint.write(root / "originals" / storage, small, storage)
         convert.convert(root / "originals" / storage, root / storage)
     convert.convert(root / "originals" / "fp8", root / "nvfp4", to="nvfp4", policy="nvidia")
-    return {format: root / format for format in inventory.FORMATS}
+    return {format: root / format for format in FORMATS}
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,7 @@ def single(small, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_programs(monkeypatch):
     """Programs that take 1 kB a row and a byte a slot beside a megabyte."""
-    monkeypatch.setattr(activations, "reading", lambda _, dtype, s: 10**6 + 1000 * s.batch + s.capacity)
-    monkeypatch.setattr(activations, "decoding", lambda *_: 0)
+    monkeypatch.setattr(fitting, "measure_prefill", lambda _, dtype, rows, slots, *more: 10**6 + 1000 * rows + slots)
 
 
 def made_mesh(sizes):
@@ -84,21 +85,15 @@ def on_each_device(tree) -> set[int]:
 # ------------------------------------------------------------------------------------------- predictions are the truth
 
 
-@pytest.mark.parametrize("format", inventory.FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_config_has_the_leaves_that_a_conversion_makes(converted, small, tmp_path, format):
     """Every component's dtype and shape, for what NVIDIA, DeepSeek and bfloat16 checkpoints hold."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps(small.to_dict()))
-    predicted, real = inventory.read(file, format), inventory.read(converted[format])
+    predicted, real = read_weight_shapes(file, format), read_weight_shapes(converted[format])
     assert predicted.cfg == real.cfg and predicted.parameters == real.parameters
 
-    def shapes(found):
-        return {
-            path: (entry.format, entry.same_as, {name: (a.dtype, a.shape) for name, a in entry.arrays.items()})
-            for path, entry in found.entries.items()
-        }
-
-    assert shapes(predicted) == shapes(real)
+    assert predicted.weights == real.weights and predicted.homes == real.homes
 
 
 @pytest.mark.parametrize("format", ["nvfp4", "fp8"])
@@ -106,12 +101,12 @@ def test_a_config_has_the_leaves_that_a_conversion_makes(converted, small, tmp_p
 def test_weights_are_the_bytes_of_a_loaded_model(converted, format, sizes):
     """On one device, and on each of eight."""
     model = ds.load(converted[format], mesh=made_mesh(sizes))
-    assert on_each_device(model) == {sum(inventory.read(converted[format]).device_bytes(sizes or {}, BF16))}
+    assert on_each_device(model) == {sum(read_weight_shapes(converted[format]).device_bytes(sizes or {}, BF16))}
 
 
 def test_w_uk_and_w_uv_are_of_the_compute_dtype(converted):
     """Twice the bytes in float32, and nothing else changes."""
-    found = inventory.read(converted["fp8"])
+    found = read_weight_shapes(converted["fp8"])
     (stored, half), (again, whole) = found.device_bytes({}, BF16), found.device_bytes({}, np.dtype(np.float32))
     assert stored == again and whole == 2 * half > 0
     assert on_each_device(ds.load(converted["fp8"], dtype=jnp.float32)) == {stored + whole}
@@ -119,12 +114,12 @@ def test_w_uk_and_w_uv_are_of_the_compute_dtype(converted):
 
 def test_a_mesh_that_does_not_divide_is_refused(converted):
     with pytest.raises(CapacityError, match="E 8 over expert=3"):
-        inventory.read(converted["nvfp4"]).device_bytes({"expert": 3}, BF16)
+        read_weight_shapes(converted["nvfp4"]).device_bytes({"expert": 3}, BF16)
 
 
 def cache_bytes(predicted: Fit, rows: int, vocabulary: int) -> int:
     """Of what `fit` calls the cache, the slots."""
-    slots = predicted.cache - rows * vocabulary * memory.ROW_OF_VOCABULARY
+    slots = predicted.cache - rows * vocabulary * memory.VOCABULARY_BYTES
     assert slots == rows * predicted.capacity * predicted.token_bytes
     return slots
 
@@ -141,18 +136,20 @@ def read(folder: Path, sizes, predicted: Fit, tokens: int):
 
 def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypatch):
     """Three rows of 12 tokens are four of 16. Nothing but shapes was compiled for the prediction."""
-    monkeypatch.setattr(activations, "decoding", lambda *_: 0)
-    monkeypatch.setattr(fitting, "_measured", functools.partial(measured_once, fitting._Demand))
+    measured = []
+
+    def measure(found, compute, rows, slots, *more):
+        """The programs of larger shapes are not compiled here."""
+        measured.append((rows, slots))
+        return measure_prefill(found, compute, rows, slots, *more) if len(measured) == 1 else 10**6
+
+    monkeypatch.setattr(fitting, "measure_prefill", measure)
     predicted = fit(single, context=12, batch=3, cache_dtype="fp8")
     context, account = read(single, None, predicted, predicted.capacity)
     assert on_each_device(context.cache.layers) == {cache_bytes(predicted, 4, 96)}
     more = account.output_size_in_bytes - account.alias_size_in_bytes
     assert predicted.activations == account.temp_size_in_bytes + more > 0
-
-
-def measured_once(demand, found, compute, weights, split, shapes):
-    """`fit._measured` without the programs of larger shapes."""
-    return demand(found.cfg, weights, split, shapes, activations.reading(found, compute, shapes), 0, 0)
+    assert measured == [(4, 16), (8, 16), (4, 32)]
 
 
 def test_rows_are_split_over_data(single, no_programs):
@@ -171,27 +168,38 @@ def test_the_drafting_layer_has_a_cache(converted, small, no_programs, cache_dty
     assert on_each_device((context.cache.layers, context.drafting)) == {cache_bytes(predicted, 2, small.vocab_size)}
 
 
-def test_what_decodes_is_the_program_of_generate(monkeypatch, converted):
-    """With and without drafts: logits of every row, tokens and drafts among what it takes."""
-    taken = []
-    monkeypatch.setattr(activations, "_taken", lambda lowered: taken.append(lowered) or 0)
-    for draft in (0, 2):
-        activations.decoding(inventory.read(converted["nvfp4"]), BF16, Shapes(3, 32, BF16, draft))
-    plain, drafting = ({aval.shape for aval in jax.tree.leaves(lowered.in_avals)} for lowered in taken)
-    assert {(3, 96), (3, 32, 48)} <= plain and (3, 3) in drafting - plain
+def measure_decode(model, rows: int, slots: int, draft: int) -> int:
+    """Bytes that decoding takes beside weights and caches, by the account of the program that `generate` runs."""
+    size, counts = model.cfg.vocab_size, jnp.zeros(1, jnp.int32)
+    row = Task(knobs([Sampling()], size, size), jnp.zeros((1, size), bool), counts, counts)
+    task = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
+    context = jax.eval_shape(functools.partial(blank, model.cfg, BF16, rows, slots, BF16, draft))
+    begin = functools.partial(WHOLE.begin, slots=CHUNK, width=0, drafts=draft)
+    state = jax.eval_shape(begin, model, task, context, jax.ShapeDtypeStruct((rows, size), bool))
+    program = WHOLE.decode_drafting if draft else WHOLE.decode
+    return count_temporary(program.lower(model, task, state, jax.ShapeDtypeStruct((), jnp.int32)))
+
+
+@pytest.mark.parametrize("draft", [0, 3])
+def test_decoding_takes_less_than_what_is_counted(single, converted, draft):
+    """Prefill takes more on its way, but for the logits of drafts, which are counted beside it."""
+    folder = converted["nvfp4"] if draft else single
+    predicted = fit(folder, context=16, batch=4, draft=draft)
+    model = build_shallow(read_weight_shapes(folder), BF16, 0)
+    assert 0 < measure_decode(model, 4, 16, draft) <= predicted.activations + 4 * 96 * memory.VOCABULARY_BYTES
 
 
 def test_a_deep_model_is_continued_from_four_layers(monkeypatch):
     """A dense layer, two of experts, and one more; the drafting layer takes part; every leaf is a shape."""
     seen = []
 
-    def program(model, shapes):
+    def lower(model, *_):
         seen.append(model)
         return 1000 + 7 * len(model.layers)
 
-    monkeypatch.setattr(activations, "_reading", program)
-    found = inventory.read(REAL)
-    assert activations.reading(found, BF16, Shapes(1, 4096, BF16, 1)) == 1000 + 7 * 61
+    monkeypatch.setattr(fitting, "WHOLE", WHOLE._replace(read=SimpleNamespace(lower=lower)))
+    monkeypatch.setattr(fitting, "count_temporary", int)
+    assert measure_prefill(read_weight_shapes(REAL), BF16, 1, 4096, BF16, 1) == 1000 + 7 * 61
     assert sorted([type(layer.ffn).__name__ for layer in model.layers] for model in seen) == [
         ["MLP", "MoE", "MoE"],
         ["MLP", "MoE", "MoE", "MoE"],
@@ -254,24 +262,24 @@ def test_where_nothing_fits(verdict):
 
 def test_it_says_what_generate_says(verdict, converted, monkeypatch):
     """The cache that just fits is accepted with the weights loaded, and one row more is refused."""
-    monkeypatch.setattr(activations, "reading", lambda *_: 1000)
+    monkeypatch.setattr(fitting, "measure_prefill", lambda *_: 1000)
     found = verdict(batch=64, device_memory="1GB")
     weights = found.stored + found.dequantized
     one, left = found.cache // 64, found.total - weights
     assert found.cache + found.activations < left
-    cfg = inventory.read(converted["nvfp4"]).cfg
-    monkeypatch.setattr(memory, "available", lambda _: left)
-    assert memory.rows_at_once(cfg, 80, 1, 100, BF16, 0) == 64
-    assert one == memory.row_bytes(cfg, 100, BF16, 0)
+    cfg = read_weight_shapes(converted["nvfp4"]).cfg
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: left)
+    assert memory.plan_batch(cfg, 80, 1, 100, BF16, 0) == 64
+    assert one == memory.compute_row_bytes(cfg, 100, BF16, 0)
 
 
 def test_rows_at_once_are_those_that_are_computed(small, monkeypatch):
     """Three rows are computed as four; a mesh splits them over "data" where that divides them."""
-    one = memory.row_bytes(small, 100, BF16, 0)
-    monkeypatch.setattr(memory, "available", lambda devices: 4 * one // devices)
+    one = memory.compute_row_bytes(small, 100, BF16, 0)
+    monkeypatch.setattr(memory, "get_free_memory", lambda devices: 4 * one // devices)
 
     def at_once(rows, sizes=None, each=1):
-        return memory.rows_at_once(small, rows, each, 100, BF16, 0, sizes and ds.mesh(sizes))
+        return memory.plan_batch(small, rows, each, 100, BF16, 0, sizes and ds.mesh(sizes))
 
     assert at_once(3) == 2
     assert at_once(5, "expert=2") == 1 and at_once(5, "data=2") == 2 and at_once(2, "data=2") == 2
@@ -281,19 +289,22 @@ def test_rows_at_once_are_those_that_are_computed(small, monkeypatch):
         at_once(9, "model=8")
 
 
-@pytest.mark.parametrize(("program", "draft"), [("_reading", 0), ("_decoding", 0), ("_decoding", 1)])
+@pytest.mark.parametrize(("program", "draft"), [("prefill", 0), ("decode", 0), ("decode", 1)])
 def test_layers_are_dequantized_one_after_the_other(tmp_path, program, draft):
     """A further layer takes less on the way than its matrices in bfloat16: they are not all there at once."""
     facts = json.loads(REAL.with_name("tiny.json").read_text()) | {"hidden_size": 512, "q_lora_rank": 256}
 
-    def found(layers: int) -> inventory.Inventory:
+    def found(layers: int) -> WeightShapes:
         (tmp_path / "config.json").write_text(json.dumps(facts | {"num_hidden_layers": layers}))
-        return inventory.read(tmp_path / "config.json", "nvfp4")
+        return read_weight_shapes(tmp_path / "config.json", "nvfp4")
 
     attention = [leaf for leaf in found(3).table.values() if leaf.path.startswith(("layers.2.mla", "layers.2.indexer"))]
     plain = sum(2 * math.prod(leaf.shape) for leaf in attention)
-    shallow, deep = (activations._shallow(found(layers), BF16, 1) for layers in (2, 4))
-    taken = [getattr(activations, program)(model, Shapes(1, 16, BF16, draft)) for model in (shallow, deep)]
+    if program == "prefill":
+        taken = [measure_prefill(found(layers), BF16, 1, 16, BF16, draft) for layers in (3, 4)]
+    else:
+        shallow, deep = (build_shallow(found(layers), BF16, 1) for layers in (2, 4))
+        taken = [measure_decode(model, 1, 16, draft) for model in (shallow, deep)]
     assert taken[1] - taken[0] < plain
 
 
@@ -363,7 +374,7 @@ def test_paths_that_are_no_model(converted, small, no_programs, capsys, tmp_path
     assert run(capsys, tmp_path / "config.json")[0] == 3
     (tmp_path / "plain.json").write_text(json.dumps(dataclasses.replace(small, num_nextn_predict_layers=0).to_dict()))
     code, _, err = run(capsys, tmp_path / "plain.json", "--draft", 1)
-    assert code == 2 and "draft=1 needs the drafting layer" in err
+    assert code == 2 and "needs the MTP layer" in err
 
 
 def test_a_manifest_with_other_leaves_is_refused(converted, tmp_path, capsys):
@@ -372,7 +383,7 @@ def test_a_manifest_with_other_leaves_is_refused(converted, tmp_path, capsys):
         manifest, leaves={path: leaf for path, leaf in manifest.leaves.items() if path != "norm_D"}
     ).write(tmp_path)
     code, _, err = run(capsys, tmp_path)
-    assert code == 3 and "does not hold the leaves its config describes: norm_D" in err
+    assert code == 3 and "does not hold the parameters its config describes: norm_D" in err
 
 
 def test_unknown_names_are_refused(converted):
@@ -380,15 +391,15 @@ def test_unknown_names_are_refused(converted):
         with pytest.raises(UsageError, match="dtype is one of"):
             fit(converted["nvfp4"], **options)
     with pytest.raises(UsageError, match="the format is one of nvfp4, fp8, bf16"):
-        inventory.read(REAL, "int4")
+        read_weight_shapes(REAL, "int4")
 
 
 def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     """Prompts of a short context are read at once."""
     seen = []
-    monkeypatch.setattr(activations, "_taken", lambda lowered: seen.append(lowered.in_avals) or 0)
+    monkeypatch.setattr(fitting, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
     for capacity in (32, 4 * CHUNK):
-        activations.reading(inventory.read(single), BF16, Shapes(1, capacity, BF16, 0))
+        measure_prefill(read_weight_shapes(single), BF16, 1, capacity, BF16, 0)
     chunks = {
         aval.shape for avals in seen for aval in jax.tree.leaves(avals) if aval.dtype == np.int32 and aval.ndim == 2
     }

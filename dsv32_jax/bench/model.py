@@ -100,7 +100,7 @@ def plan(
     if where is not None:
         sharding.check(where, [(leaf, leaf.shape) for leaf in leaves(cfg)])
     weights = sum(weight_bytes(cfg, where).values())
-    free = memory.available(1 if where is None else where.size)
+    free = memory.get_free_memory(1 if where is None else where.size)
     if weights > free:
         raise CapacityError(
             f"{cfg.num_hidden_layers} layers take {weights / 1e9:.1f} GB of weights on each device, but "

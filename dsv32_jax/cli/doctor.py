@@ -156,15 +156,16 @@ def checkpoint(findings: Findings, folder: Path) -> Facts:
     from ..chat import Tokenizer
     from ..checkpoint import checksums
     from ..checkpoint.manifest import Manifest
-    from ..generation import inventory, memory
+    from ..generation import memory
+    from ..generation.weight_shapes import read_weight_shapes
     from ..model.cache import dtype_of
 
-    found = inventory.read(folder)
+    found = read_weight_shapes(folder)
     findings.problems += [f"{folder}: {one}" for one in checksums.damaged_files(folder, Manifest.read(folder))]
     cfg, context = found.cfg, min(CONTEXT, found.cfg.max_position_embeddings)
     weights = sum(found.device_bytes({}, "bfloat16"))
-    cache = memory.row_bytes(cfg, context, dtype_of("bfloat16", None), 0)
-    free = memory.available()
+    cache = memory.compute_row_bytes(cfg, context, dtype_of("bfloat16", None), 0)
+    free = memory.get_free_memory()
     facts: Facts = {
         "folder": str(folder),
         "layers": f"{cfg.num_hidden_layers} + {cfg.num_nextn_predict_layers} MTP",

@@ -14,7 +14,7 @@ from ..model.model import Model
 from ..parallel.multihost import any_of, fetch
 from . import memory, prefill_decode, speculative
 from .diagnosis import not_finite
-from .memory import rows_bucket
+from .memory import round_up_rows
 from .prefill_decode import Context, State
 from .request import Request, bucket, chunks, occurring, task
 from .transcript import Token, Transcript
@@ -103,7 +103,7 @@ class Batch:
         known: int = 0,
     ) -> None:
         """Read the prompts and choose the first tokens. `context` has read the first `known` tokens of them already."""
-        batch = rows_bucket(len(self._prompts))
+        batch = round_up_rows(len(self._prompts))
         context = prefill_decode.placed(self._model, self._blank(batch) if context is None else context)
         for tokens_BT, next_BT, count_B in chunks([prompt[known:] for prompt in self._prompts], batch):
             if asked_to_stop():
@@ -121,7 +121,7 @@ class Batch:
         """Choose the first tokens, of every continuation of each prompt."""
         request, prompts = self._request, self._prompts
         if request.n > 1:
-            batch = rows_bucket(len(self.rows))
+            batch = round_up_rows(len(self.rows))
             row_B = np.zeros(batch, np.int32)
             row_B[: len(self.rows)] = np.repeat(np.arange(len(prompts)), request.n)
             context = self._programs.spread(context, row_B)
@@ -133,7 +133,7 @@ class Batch:
             context,
             occurring(prompts, batch, self._model.cfg.vocab_size),
             slots=bucket(request.limit),
-            width=request.top_logprobs and min(rows_bucket(request.top_logprobs), self._model.cfg.vocab_size),
+            width=request.top_logprobs and min(round_up_rows(request.top_logprobs), self._model.cfg.vocab_size),
             drafts=request.draft,
         )
 
@@ -157,8 +157,8 @@ class Batch:
     def bytes(self) -> int:
         """Bytes of the caches of all rows, filled up to a power of two."""
         request = self._request
-        each = memory.row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
-        return each * rows_bucket(len(self.rows))
+        each = memory.compute_row_bytes(self._model.cfg, request.capacity, request.cache_dtype, request.draft)
+        return each * round_up_rows(len(self.rows))
 
     @property
     def done(self) -> bool:

@@ -1,46 +1,54 @@
-"""`dsv32 fit`: whether a model, its cache and what programs need on their way fit in the memory of each device."""
+"""`dsv32 fit`: whether weights, caches and the temporaries of programs fit in the memory of each device.
+
+Temporaries are XLA's own account of the prefill program, compiled for shapes alone. A deep model is not compiled whole:
+the account of a dense layer with two MoE layers, and of one layer more, is extrapolated to all layers.
+"""
 
 import dataclasses
 import json
 import math
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from ..config import Config
-from ..errors import CapacityError, UsageError, listing, require_integer
+from ..errors import CapacityError, UsageError, argument, listing, pluralize, require_integer
 from ..model import cache
+from ..model.model import Model, build
 from ..parallel import partition
 from ..system.compilation import initialize
 from ..system.progress import parse_size
-from . import activations, inventory, memory
-from .activations import Shapes
-from .request import MOST_DRAFTS, bucket
+from . import memory
+from .batch import WHOLE
+from .prefill_decode import blank
+from .request import CHUNK, MOST_DRAFTS, bucket
+from .weight_shapes import WeightShapes, read_weight_shapes
 
-COMPUTE = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
-DTYPES = {**COMPUTE, "fp8": "fp8"}
-"""What the dtypes of computing and of caches are called."""
+COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
+CACHE_DTYPES = {**COMPUTE_DTYPES, "fp8": "fp8"}
 
-LARGEST_BATCH = 1 << 20
-CONTEXT = 4096
+MAX_BATCH = 1 << 20
+DEFAULT_CONTEXT = 4096
 
 NOT_COUNTED = """\
-not counted: programs and their constants, what loading holds besides (one leaf, or 64 MiB of small ones), buffers of
-communication between devices, gaps between allocations, and what else runs here. Activations are those of this
-backend's compiler ({backend}), on a mesh those of a device that computes all of its rows alone: an upper bound. The
-largest batch and context take activations to grow evenly; a batch is rounded up to a power of two, and so is a context
-unless `capacity` is given."""
+not counted: programs and their constants, temporaries of loading (one parameter, or 64 MiB of small ones),
+communication buffers, fragmentation, other processes. Activations are those of this backend's compiler
+({backend}); on a mesh, those of a device that computes its rows alone, an upper bound. Largest batch and
+longest context assume that activations grow linearly; a batch is rounded up to a power of two, and so is a
+context unless `capacity` is given."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """Bytes on each device. `stored`: weights in their formats; `dequantized`: those that `load` dequantizes.
 
-    `total` is what must be free: `cache` may take memory.SHARE of what the weights leave, and steps the rest.
-    largest_batch, longest_context: the most that fit with everything else as it is, 0 where nothing does.
+    `total` is what must be free: `cache` may take memory.CACHE_SHARE of what the weights leave, and steps the rest.
+    largest_batch, longest_context: the most that fit with everything else unchanged, 0 if nothing does.
     """
 
     parameters: int
@@ -78,131 +86,174 @@ def fit(
     format: str | None = None,
     device_memory: str | None = None,
 ) -> Fit:
-    """What a converted checkpoint, or a config.json with its matrices in `format`, takes on each device of `mesh`.
+    """Return what a converted checkpoint, or a config.json with its matrices in `format`, needs on each device.
 
-    Rows hold `context` tokens, prompts included; by default CONTEXT, or as many as the model's longest context. Nothing
-    is loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError where the mesh does not divide the
-    model.
+    Rows hold `context` tokens, prompts included; by default DEFAULT_CONTEXT or the model's longest context. Nothing is
+    loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError if the mesh does not divide the model.
     """
     initialize()
     sizes = partition.optional(mesh)
-    compute = _dtype("dtype", dtype, tuple(COMPUTE))
-    stored = compute if cache_dtype is None else _dtype("cache dtype", cache_dtype, tuple(DTYPES))
-    found = inventory.read(path, format)
-    cfg = found.cfg
-    longest = cfg.max_position_embeddings
-    context = min(CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
-    require_integer("batch", batch, 1, LARGEST_BATCH)
+    compute = _parse_dtype("dtype", dtype, COMPUTE_DTYPES)
+    stored = compute if cache_dtype is None else _parse_dtype("cache dtype", cache_dtype, CACHE_DTYPES)
+    shapes = read_weight_shapes(path, format)
+    cfg, longest = shapes.cfg, shapes.cfg.max_position_embeddings
+    context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
+    require_integer("batch", batch, 1, MAX_BATCH)
     require_integer("draft", draft, 0, MOST_DRAFTS)
     if draft and not cfg.num_nextn_predict_layers:
-        raise UsageError(f"draft={draft} needs the drafting layer (MTP), which this model does not have; use draft=0")
-    weights = found.device_bytes(sizes, compute)
-    devices = math.prod(sizes.values())
-    free = memory.available(devices) if device_memory is None else parse_size(device_memory)
+        raise UsageError(
+            f"{argument('draft', draft)} needs the MTP layer, which this model does not have; "
+            f"use {argument('draft', 0)}"
+        )
+    weights = shapes.device_bytes(sizes, compute)
+    devices, data = math.prod(sizes.values()), sizes.get("data", 1)
+    free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
 
-    rows, split = memory.rows_bucket(batch), sizes.get("data", 1)
-    here = Shapes(memory.rows_of_a_device(rows, split), bucket(context), stored, draft)
-    demand = _measured(found, compute, sum(weights), split, here)
+    batch_rows, capacity = memory.round_up_rows(batch), bucket(context)
+    rows = memory.count_local_rows(batch_rows, data)
+    row_bytes = partial(memory.compute_row_bytes, cfg, dtype=stored, drafts=draft)
+    prefill, wider, longer = (
+        measure_prefill(shapes, compute, *sizes, stored, draft)
+        for sizes in ((rows, capacity), (2 * rows, capacity), (rows, 2 * capacity))
+    )
+    # Decoding takes less than prefill, but for the logits of drafted tokens.
+    peak = prefill + rows * draft * cfg.vocab_size * memory.VOCABULARY_BYTES
+    demand = _Demand(row_bytes, sum(weights), data, rows, capacity, peak, wider - prefill, longer - prefill)
     return Fit(
-        found.parameters,
+        shapes.parameters,
         devices,
         context,
-        here.capacity,
+        capacity,
         batch,
         stored.name,
         draft,
         *weights,
-        demand.row(2) - demand.row(1),
-        here.batch * demand.row(here.capacity),
-        demand.peak,
-        demand(rows, here.capacity),
+        row_bytes(2) - row_bytes(1),
+        rows * row_bytes(capacity),
+        peak,
+        demand(batch_rows, capacity),
         free,
-        (1 << _largest(lambda power: demand(1 << (power - 1), here.capacity) <= free, 20)) >> 1,
-        _largest(lambda slots: demand(rows, slots) <= free, longest),
+        (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) <= free, 20)) >> 1,
+        _find_largest(lambda slots: demand(batch_rows, slots) <= free, longest),
     )
 
 
 class _Demand(NamedTuple):
-    """Bytes that must be free on a device for a batch and a capacity: `peak` is what programs take on their way at
-    `shapes`, `wider` and `longer` are how much more with twice the rows and twice the slots."""
+    """The memory a device needs, as a function of batch and capacity.
 
-    cfg: Config
+    `peak` is what programs take for `rows` and `capacity`; `wider` and `longer` are how much more with twice of them.
+    """
+
+    row_bytes: Callable[[int], int]
     weights: int
-    split: int
-    shapes: Shapes
+    data: int
+    rows: int
+    capacity: int
     peak: int
     wider: int
     longer: int
 
     def __call__(self, batch: int, capacity: int) -> int:
-        """What `generate` needs: it lets caches take memory.SHARE of what is free."""
-        rows = memory.rows_of_a_device(batch, self.split)
-        held = rows * self.row(capacity)
-        more_rows = self.wider * (rows / self.shapes.batch - 1)
-        more_slots = self.longer * (capacity / self.shapes.capacity - 1)
-        on_its_way = max(0, math.ceil(self.peak + more_rows + more_slots))
-        return self.weights + max(held + on_its_way, math.ceil(held / memory.SHARE))
-
-    def row(self, capacity: int) -> int:
-        """Bytes of one row."""
-        return memory.row_bytes(self.cfg, capacity, self.shapes.dtype, self.shapes.draft)
+        """Return the bytes that must be free, of which caches may take memory.CACHE_SHARE after the weights."""
+        rows = memory.count_local_rows(batch, self.data)
+        caches = rows * self.row_bytes(capacity)
+        more_rows = self.wider * (rows / self.rows - 1)
+        more_slots = self.longer * (capacity / self.capacity - 1)
+        temporary = max(0, math.ceil(self.peak + more_rows + more_slots))
+        return self.weights + max(caches + temporary, math.ceil(caches / memory.CACHE_SHARE))
 
 
-def _measured(found: inventory.Inventory, compute: np.dtype, weights: int, split: int, shapes: Shapes) -> _Demand:
-    wider, longer = shapes._replace(batch=2 * shapes.batch), shapes._replace(capacity=2 * shapes.capacity)
-    reading = activations.reading(found, compute, shapes)
-    more = [activations.reading(found, compute, other) - reading for other in (wider, longer)]
-    peak = max(reading, activations.decoding(found, compute, shapes))
-    return _Demand(found.cfg, weights, split, shapes, peak, *more)
+def measure_prefill(
+    found: WeightShapes, compute: np.dtype, rows: int, capacity: int, dtype: np.dtype, draft: int
+) -> int:
+    """Return the bytes that prefilling a chunk of every row takes beside weights and caches."""
+
+    def measure(model: Model) -> int:
+        context = jax.eval_shape(partial(blank, model.cfg, compute, rows, capacity, dtype, draft))
+        tokens = jax.ShapeDtypeStruct((rows, min(CHUNK, capacity)), jnp.int32)
+        count = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        return count_temporary(WHOLE.read.lower(model, context, tokens, tokens, count))
+
+    shallow, deeper = (build_shallow(found, compute, more) for more in (0, 1))
+    missing = found.cfg.num_hidden_layers - len(shallow.layers)
+    if not missing:
+        return measure(shallow)
+    with ThreadPoolExecutor() as pool:
+        one, two = pool.map(measure, (shallow, deeper))
+    return one + max(0, two - one) * missing
 
 
-def _largest(fits: Callable[[int], bool], most: int) -> int:
-    """The largest number from 1 to `most` that fits, 0 where none does; what is smaller than one that fits, fits."""
-    least = 0
-    while least < most:
-        middle = (least + most + 1) // 2
-        least, most = (middle, most) if fits(middle) else (least, middle - 1)
-    return least
+def build_shallow(found: WeightShapes, compute: np.dtype, more: int) -> Model:
+    """Return a model of shapes: a dense layer, two MoE layers and `more` others, and MTP."""
+    cfg, dense = found.cfg, found.cfg.first_k_dense_replace
+    mlps, moes = range(dense), range(dense, cfg.num_hidden_layers)
+    layers = sorted([*mlps[:1], *moes[:2], *[*moes[2:], *mlps[1:]][:more]])
+    count = sum(i < dense for i in layers)
+
+    def get_weight(path: str) -> Any:
+        part, _, rest = path.partition(".")
+        i, _, name = rest.partition(".")
+        return found.get_loaded(f"layers.{layers[int(i)]}.{name}" if part == "layers" else path, compute)
+
+    return build(
+        dataclasses.replace(cfg, num_hidden_layers=len(layers), first_k_dense_replace=count), compute, get_weight
+    )
 
 
-def _dtype(what: str, name: str, known: tuple[str, ...]) -> np.dtype:
+def count_temporary(lowered: Any) -> int:
+    """Return the bytes of a program's temporaries, and of results that do not reuse the memory of an argument."""
+    account = lowered.compile().memory_analysis()
+    return account.temp_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
+
+
+def _find_largest(fits: Callable[[int], bool], most: int) -> int:
+    """Return the largest number from 1 to `most` that fits, 0 if none does, by bisection."""
+    low, high = 0, most
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _parse_dtype(label: str, name: str, known: dict[str, str]) -> np.dtype:
     if name not in known:
-        raise UsageError(f"the {what} is one of {listing(known)}, not {name!r}; nothing was read")
-    return cache.dtype_of(DTYPES[name], None)
-
-
-def _amount(count: int) -> str:
-    return f"{count / 1e9:.1f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+        raise UsageError(f"the {label} is one of {listing(known)}, not {name!r}; nothing was read")
+    return cache.dtype_of(known[name], None)
 
 
 def print_fit(found: Fit, as_json: bool) -> int:
-    """The table or one JSON object on stdout. Returns the exit code: CapacityError's where it does not fit."""
+    """Print a table or a JSON object on stdout. Return the exit code: CapacityError's if the model does not fit."""
     facts = {**dataclasses.asdict(found), "fits": found.fits}
-    print(json.dumps(facts) if as_json else text(found))
+    print(json.dumps(facts) if as_json else format_fit(found))
     return 0 if found.fits else CapacityError.exit_code
 
 
-def text(found: Fit) -> str:
-    """The table, the verdict and what is not counted."""
-    spare = found.total - found.stored - found.dequantized - found.cache - found.activations
-    kept_free = [("kept free", spare, f"caches take at most {memory.SHARE:.0%} of what weights leave")] if spare else []
-    plural, drafting = "s" if found.batch > 1 else "", f", drafting {found.draft}" if found.draft else ""
+def format_fit(found: Fit) -> str:
+    """Return the table, the verdict and what is not counted."""
+    reserve = found.total - found.stored - found.dequantized - found.cache - found.activations
+    parameters = found.parameters
+    count = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     rows = [
-        ("weights", found.stored, f"{_amount(found.parameters)} parameters, as stored"),
+        ("weights", found.stored, f"{count} parameters, as stored"),
         ("W^UK, W^UV", found.dequantized, "dequantized by load"),
         ("cache", found.cache, f"rows of {found.capacity} tokens, {found.token_bytes} bytes each"),
-        ("activations", found.activations, "the most that a program takes on its way"),
-        *kept_free,
+        ("activations", found.activations, "peak temporary memory"),
+        ("reserve", reserve, f"caches take at most {memory.CACHE_SHARE:.0%} of what weights leave"),
         ("total", found.total, ""),
         ("free", found.free, ""),
     ]
-    verdict = "fits" if found.fits else "does not fit"
     where = f"on each of {found.devices} devices" if found.devices > 1 else "on one device"
+    drafting = f", drafting {found.draft}" if found.draft else ""
+    verdict = "fits" if found.fits else "does not fit"
     return "\n".join(
         [
             f"{'':14}{'GB':>10}   {where}, cache in {found.cache_dtype}{drafting}",
-            *(f"{name:14}{size / 1e9:10.2f}   {why}".rstrip() for name, size, why in rows),
-            f"{verdict}: {found.batch} row{plural} of {found.context} tokens",
+            *(
+                f"{name:14}{size / 1e9:10.2f}   {note}".rstrip()
+                for name, size, note in rows
+                if size or name != "reserve"
+            ),
+            f"{verdict}: {pluralize(found.batch, 'row')} of {pluralize(found.context, 'token')}",
             f"largest batch at this context: {found.largest_batch or 'none'}",
             f"longest context at this batch: {found.longest_context or 'none'}",
             NOT_COUNTED.format(backend=jax.default_backend()),

@@ -1,4 +1,4 @@
-"""Bytes of a cache, and how many rows of one the free memory holds: known before anything is allocated."""
+"""Memory of rows: the bytes of one, the bytes that are free, the rows that fit. Nothing is allocated here."""
 
 from typing import Any
 
@@ -7,28 +7,28 @@ import numpy as np
 from jax.sharding import Mesh
 
 from ..config import Config
-from ..errors import CapacityError
+from ..errors import CapacityError, argument, pluralize
 from ..model import cache
 from ..parallel import multihost
 from ..system import host
 from ..system.compilation import require_device
 
-SHARE = 0.8
-"""Of the free memory, the share that caches may take: steps need room for what they make on their way."""
+CACHE_SHARE = 0.8
+"""The share of free memory that caches may take; temporaries of prefill and decode steps need the rest."""
 
-ROW_OF_VOCABULARY = 4 * 6
-"""Bytes that a row keeps for each token of the vocabulary: bias, counts, ends, logits."""
+VOCABULARY_BYTES = 4 * 6
+"""Bytes of a row for each token of the vocabulary: bias, counts, end tokens, logits."""
 
 
-def row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) -> int:
-    """Bytes of one row: its cache, and its place in what penalties, bias and log-probabilities need."""
+def compute_row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) -> int:
+    """Return the bytes of one row: its caches, and its arrays over the vocabulary."""
     layer = jax.eval_shape(lambda: cache.empty_layer(cfg, 1, capacity, dtype))
-    each = sum(part.size * part.dtype.itemsize for part in jax.tree.leaves(layer))
-    return each * (cfg.num_hidden_layers + (drafts > 0)) + cfg.vocab_size * ROW_OF_VOCABULARY
+    layer_bytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(layer))
+    return layer_bytes * (cfg.num_hidden_layers + (drafts > 0)) + cfg.vocab_size * VOCABULARY_BYTES
 
 
-def available(devices: int = 1) -> int:
-    """Bytes that each of `devices` can still allocate; the devices of a CPU share the machine's memory."""
+def get_free_memory(devices: int = 1) -> int:
+    """Return the bytes each of `devices` can still allocate. CPU devices share the memory of the host."""
     require_device()
     stats = jax.local_devices()[0].memory_stats()
     if stats and "bytes_limit" in stats:
@@ -36,50 +36,54 @@ def available(devices: int = 1) -> int:
     return host.get_free_memory() // devices
 
 
-def rows_bucket(rows: int) -> int:
-    """How many rows are computed for `rows`: the next power of two."""
+def round_up_rows(rows: int) -> int:
+    """Return the batch size that `rows` are computed in: the next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
-def rows_of_a_device(batch: int, split: int) -> int:
-    """A batch is split over the mesh axis "data" where that divides it."""
-    return batch if batch % split else batch // split
+def count_local_rows(batch: int, data: int) -> int:
+    """Return the rows on one device. The mesh axis "data" splits a batch if its size divides it."""
+    return batch if batch % data else batch // data
 
 
-def rows_at_once(
+def plan_batch(
     cfg: Config,
     rows: int,
-    each: int,
+    smallest: int,
     capacity: int,
     dtype: np.dtype,
     drafts: int,
     mesh: Mesh | None = None,
     extra: int = 0,
 ) -> int:
-    """How many of `rows` fit in memory together, each with `extra` bytes beside its cache; CapacityError where not
-    even `each` of them do."""
-    split, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
-    one = row_bytes(cfg, capacity, dtype, drafts) + extra
-    free = multihost.least(mesh, available(devices))
-    batches = [1 << power for power in range((each - 1).bit_length(), (rows - 1).bit_length() + 1)]
-    fitting = [batch for batch in batches if rows_of_a_device(batch, split) * one <= free * SHARE]
+    """Return how many of `rows` fit in memory at once, if each takes `extra` bytes beside its caches.
+
+    Raises CapacityError if not even `smallest` rows do.
+    """
+    data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
+    row_bytes = compute_row_bytes(cfg, capacity, dtype, drafts) + extra
+    free = multihost.least(mesh, get_free_memory(devices))
+    batches = [1 << power for power in range((smallest - 1).bit_length(), (rows - 1).bit_length() + 1)]
+    fitting = [batch for batch in batches if count_local_rows(batch, data) * row_bytes <= free * CACHE_SHARE]
     if not fitting:
-        smaller = "" if dtype.itemsize == 1 else ', or cache_dtype="fp8"'
+        smaller = "" if dtype.itemsize == 1 else f", or {argument('cache_dtype', 'fp8')}"
         where = "" if devices == 1 else f" on each of {devices} devices"
         raise CapacityError(
-            f"the cache of {each} rows of {capacity} tokens takes {each * one / 1e9:.2f} GB, but {free / 1e9:.2f} GB "
-            f"are free{where}; nothing was run. Use a smaller capacity or fewer new tokens{smaller}"
+            f"the cache of {pluralize(smallest, 'row')} of {pluralize(capacity, 'token')} needs "
+            f"{smallest * row_bytes / 1e9:.2f} GB, but {free / 1e9:.2f} GB are free{where}; nothing was run. "
+            f"Use a smaller {argument('capacity')} or fewer new tokens{smaller}"
         )
     return min(rows, max(fitting))
 
 
-def exhausted(model: Any, cache_bytes: int, error: Exception) -> Exception:
-    """What to raise for `error`: a CapacityError where the device has run out of memory, else the error itself."""
+def explain_exhaustion(model: Any, cache_bytes: int, error: Exception) -> Exception:
+    """Return a CapacityError in place of `error` if the device ran out of memory, else `error` itself."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
-    weights = sum(part.nbytes for part in jax.tree.leaves(model))
+    weights = sum(array.nbytes for array in jax.tree.leaves(model))
     return CapacityError(
-        f"the device has no memory left: the weights take {weights / 1e9:.2f} GB, the caches of this batch "
-        f"{cache_bytes / 1e9:.2f} GB, the rest is what a step makes on its way. The model stays usable. Use a smaller "
-        f'batch_size, a smaller capacity, or cache_dtype="fp8" ({str(error).splitlines()[0][:200]})'
+        f"the device is out of memory: weights take {weights / 1e9:.2f} GB, the caches of this batch "
+        f"{cache_bytes / 1e9:.2f} GB, temporaries of a step the rest. The model stays usable. Use a smaller "
+        f"{argument('batch_size')}, a smaller {argument('capacity')}, or {argument('cache_dtype', 'fp8')} "
+        f"({str(error).splitlines()[0][:200]})"
     )

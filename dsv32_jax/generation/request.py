@@ -94,7 +94,7 @@ def plan(
         n,
         top_logprobs,
         draft,
-        batch_size or memory.rows_at_once(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
+        batch_size or memory.plan_batch(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
     )
 
 

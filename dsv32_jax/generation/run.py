@@ -123,7 +123,7 @@ class Run:
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:
-                raise memory.exhausted(self._model, batch.bytes, error) from error
+                raise memory.explain_exhaustion(self._model, batch.bytes, error) from error
         self._compiles += compiled.count
         self._seconds["compile"] += compiled.seconds
         self._seconds[part] += max(0.0, time.perf_counter() - start - compiled.seconds)

@@ -85,13 +85,13 @@ def prefill_chunks(
         batch_size = require_integer("batch_size", batch_size, 1, 1 << 20)
     stored = cache.dtype_of(cache_dtype, model.dtype)
     capacity = bucket(validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
-    each = batch_size or memory.rows_at_once(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
+    each = batch_size or memory.plan_batch(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
     order = list(range(len(rows)))
     if each < len(rows):
         order.sort(key=lambda i: len(rows[i]))
     for first in range(0, len(order), each):
         group, start = order[first : first + each], 0
-        batch = memory.rows_bucket(len(group))
+        batch = memory.round_up_rows(len(group))
         context = placed(model, blank(cfg, model.dtype, batch, capacity, stored, 0))
         for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
             context, values = step(model, context, tokens_BT, next_BT, count_B)

@@ -165,7 +165,7 @@ def session(
     stored = caches.dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
         capacity = require_integer("capacity", capacity, 1, longest)
-        memory.rows_at_once(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
+        memory.plan_batch(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
     return Session(model, capacity, stored, draft)
 
 

@@ -86,7 +86,7 @@ def nbytes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> int:
 def require_room(cfg: Config, rows: int, tokens: int, kinds: Collection[str]) -> None:
     """Raise CapacityError if a trace does not fit in the host's memory."""
     needed, free = nbytes(cfg, kinds, rows, tokens), host.get_free_memory()
-    if needed > free * memory.SHARE:
+    if needed > free * memory.CACHE_SHARE:
         each = ", ".join(f"{kind} {nbytes(cfg, (kind,), 1, tokens) / tokens / 1e3:.1f} kB" for kind in kinds)
         raise CapacityError(
             f"a trace of {rows} rows of up to {tokens} tokens takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "

@@ -10,7 +10,7 @@ import jax
 
 from ..checkpoint.manifest import ArrayEntry, LeafEntry
 from ..errors import UsageError, printable
-from ..generation import inventory
+from ..generation.weight_shapes import FORMATS, read_weight_shapes
 from ..model.model import Model
 from ..quantization.formats import NVFP4, Fp8Block
 from ..system.files import expand_path
@@ -64,9 +64,11 @@ def tree(what: str | Path | Model, format: str | None = None) -> Tree:
     if not isinstance(what, str | Path):
         raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
     if expand_path(what).is_file():
-        found = inventory.read(what, format)
-        items = folder_tree.manifest_items(found.cfg, found.entries)
-        return Tree(folder_tree.summarize(what, format or inventory.FORMATS[0], found.cfg.to_dict(), items, []))
+        found = read_weight_shapes(what, format)
+        entries = {path: _entry(weight) for path, weight in found.weights.items()}
+        entries |= {path: LeafEntry("dense", {}, home) for path, home in found.homes.items()}
+        items = folder_tree.manifest_items(found.cfg, entries)
+        return Tree(folder_tree.summarize(what, format or FORMATS[0], found.cfg.to_dict(), items, []))
     return Tree(folder_tree.inspect(what))
 
 
@@ -78,13 +80,18 @@ def _entries(model: Model) -> Mapping[str, LeafEntry]:
     for keys, weight in named:
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         home = first.setdefault(id(weight), path)
-        parts = {"values": weight}
-        if isinstance(weight, NVFP4 | Fp8Block):
-            parts = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
-        format = {NVFP4: "nvfp4", Fp8Block: "fp8_block"}.get(type(weight), "dense")
-        arrays = {name: ArrayEntry(part.dtype.name, part.shape, "") for name, part in parts.items()}
-        found[path] = LeafEntry(format, arrays) if home == path else LeafEntry(format, {}, home)
+        entry = _entry(weight)
+        found[path] = entry if home == path else LeafEntry(entry.format, {}, home)
     return found
+
+
+def _entry(weight: Any) -> LeafEntry:
+    """Return the manifest's entry of a weight, whose arrays may be shapes."""
+    arrays = {"values": weight}
+    if isinstance(weight, NVFP4 | Fp8Block):
+        arrays = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    format = {NVFP4: "nvfp4", Fp8Block: "fp8_block"}.get(type(weight), "dense")
+    return LeafEntry(format, {name: ArrayEntry(a.dtype.name, a.shape, "") for name, a in arrays.items()})
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:

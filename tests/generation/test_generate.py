@@ -215,10 +215,10 @@ def test_more_prompts_than_fit_at_once(model, greedy, drawn):
 
 def test_a_cache_that_does_not_fit(model, monkeypatch):
     """Known before anything is allocated; where only some rows fit, they go one group after the other."""
-    one = memory.row_bytes(model.cfg, 32, np.dtype(np.float32), 0)
-    monkeypatch.setattr(memory, "available", lambda _: int(one * 2.6))
+    one = memory.compute_row_bytes(model.cfg, 32, np.dtype(np.float32), 0)
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: int(one * 2.6))
     assert plan(model, PROMPTS, max_new_tokens=NEW).groups == [[1, 0], [2]]
-    monkeypatch.setattr(memory, "available", lambda _: one)
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: one)
     refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=NEW), CapacityError, "1 rows of 32", "free", "fp8")
     refused(lambda: ds.session(model, capacity=4096), CapacityError, "4096")
 
@@ -366,7 +366,9 @@ def test_the_fp8_cache_is_close(model, greedy):
     for tops, tokens in zip(got.top_logprobs, greedy.tokens, strict=True):
         assert tokens[0] in [token for token, _ in tops[0]]
     real = Config.from_json(configs.path("deepseek_v32"))
-    tokens = memory.row_bytes(real, 1024, np.dtype(jnp.float8_e4m3fn), 0) - real.vocab_size * memory.ROW_OF_VOCABULARY
+    tokens = (
+        memory.compute_row_bytes(real, 1024, np.dtype(jnp.float8_e4m3fn), 0) - real.vocab_size * memory.VOCABULARY_BYTES
+    )
     assert tokens == 1024 * 61 * 788
 
 

@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from dsv32_jax.cli import doctor
-from dsv32_jax.generation import inventory
+from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.kernels import dispatch
 
 
@@ -30,7 +30,7 @@ def test_for_programs(dsv32, checkpoint):
     found = json.loads(out)
     assert code == 0 and found["problems"] == [] and found["devices"]["platform"] == "cpu"
     assert found["versions"]["jax"] == jax.__version__ and found["machine"]["free memory"] > 0
-    stored = inventory.read(checkpoint).device_bytes({}, "bfloat16")
+    stored = read_weight_shapes(checkpoint).device_bytes({}, "bfloat16")
     assert found["checkpoint"]["weights in memory"] == sum(stored)
     assert found["runs"]["compiled programs"].startswith("not kept")
 

@@ -1,0 +1,118 @@
+"""The weights of a model as shapes: as a converted checkpoint stores them, or as one with this config.json would."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from ..checkpoint.arrays import dtype_of
+from ..checkpoint.load import ABSORBED
+from ..checkpoint.load import FORMATS as STORED
+from ..checkpoint.manifest import LeafEntry, Manifest
+from ..checkpoint.random_weights import UNQUANTIZED
+from ..config import Config
+from ..errors import CheckpointError, UsageError, listing
+from ..layout import COPIES, Leaf, leaves
+from ..parallel import partition
+from ..quantization.formats import NVFP4, Fp8Block
+from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
+from ..system.files import expand_path
+
+FORMATS = ("nvfp4", "fp8", "bf16")
+"""nvfp4: as published by NVIDIA, with experts, dense feed-forward and W^O in NVFP4, the rest of attention, the indexer
+and the MTP layer in bfloat16. fp8: the linears that DeepSeek publishes in FP8. bf16: every matrix in bfloat16."""
+
+
+class WeightShapes(NamedTuple):
+    """A config, its parameters by path, and the stored weight of each, whose arrays are ShapeDtypeStructs.
+
+    A copy of another parameter (the embedding and head of MTP) has no weight but is in `homes`, under that one's path.
+    """
+
+    cfg: Config
+    table: Mapping[str, Leaf]
+    weights: Mapping[str, Any]
+    homes: Mapping[str, str]
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters, each counted once."""
+        return sum(math.prod(self.table[path].shape) for path in self.weights)
+
+    def get_loaded(self, path: str, dtype: np.dtype) -> Any:
+        """Return the weight of `path` as `load` holds it: W^UK and W^UV are dequantized to the compute dtype."""
+        if path.endswith(ABSORBED):
+            return jax.ShapeDtypeStruct(self.table[path].shape, dtype)
+        return self.weights[self.homes.get(path, path)]
+
+    def device_bytes(self, mesh: partition.Mesh, dtype) -> tuple[int, int]:
+        """Return the bytes that one device of `mesh` holds of weights as stored, and of those that `load` dequantizes.
+
+        Raises CapacityError if the mesh does not divide them.
+        """
+        stored = [(self.table[path], array.shape) for path, w in self.weights.items() for array in jax.tree.leaves(w)]
+        partition.check(mesh, stored)
+        nbytes = {False: 0, True: 0}
+        for path in self.weights:
+            for array in jax.tree.leaves(self.get_loaded(path, dtype_of(dtype))):
+                local = partition.split(mesh, self.table[path], array.shape)
+                nbytes[path.endswith(ABSORBED)] += math.prod(local) * array.dtype.itemsize
+        return nbytes[False], nbytes[True]
+
+
+def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightShapes:
+    """Read a converted checkpoint's manifest, or the config.json `path` of a model in `format` (default "nvfp4").
+
+    Raises UsageError, ConfigError, CheckpointError.
+    """
+    path = expand_path(path)
+    if path.is_file():
+        if format not in (None, *FORMATS):
+            raise UsageError(f"the format is one of {listing(FORMATS)}, not {format!r}; nothing was read")
+        cfg = Config.from_json(path)
+        table = {leaf.path: leaf for leaf in leaves(cfg)}
+        weights = {path: _publish(leaf, format or FORMATS[0]) for path, leaf in table.items() if path not in COPIES}
+        return WeightShapes(cfg, table, weights, {path: home for path, home in COPIES.items() if path in table})
+    if format is not None:
+        raise UsageError(f"a format is for a config.json; what {path} holds is in the formats of its manifest")
+    manifest = Manifest.read(path)
+    cfg = Config.from_dict(manifest.config, f"the config in {path.name}'s manifest")
+    table = {leaf.path: leaf for leaf in leaves(cfg)}
+    if differing := sorted(set(table) ^ set(manifest.leaves)):
+        raise CheckpointError(f"{path} does not hold the parameters its config describes: {listing(differing)}")
+    homes = {path: entry.same_as for path, entry in manifest.leaves.items() if entry.same_as is not None}
+    weights = {path: _describe(entry) for path, entry in manifest.leaves.items() if path not in homes}
+    return WeightShapes(cfg, table, weights, homes)
+
+
+def _describe(entry: LeafEntry) -> Any:
+    arrays = {name: jax.ShapeDtypeStruct(a.shape, dtype_of(a.dtype)) for name, a in entry.arrays.items()}
+    return STORED[entry.format](**arrays) if entry.format in STORED else arrays["values"]
+
+
+def _publish(leaf: Leaf, format: str) -> Any:
+    """Return the weight of a parameter in a checkpoint that is published in `format`."""
+    name = leaf.path.rpartition(".")[2].rpartition("_")[0]
+    attention = ".mla." in leaf.path or ".indexer." in leaf.path
+    unquantized = format == "bf16" or name in UNQUANTIZED
+    unquantized |= format == "nvfp4" and (leaf.path.startswith("mtp.") or (attention and name != "w_o"))
+    if len(leaf.source_shape) == 1:
+        return shape_weight(leaf, "float32")
+    return shape_weight(leaf, "bfloat16" if unquantized else format)
+
+
+def shape_weight(leaf: Leaf, storage: str) -> Any:
+    """Return the weight of a parameter that is stored as "nvfp4", as "fp8", or in the plain dtype of that name."""
+    *out, size = leaf.shape
+    array: Any = jax.ShapeDtypeStruct
+    if storage == "nvfp4":
+        scalars = (leaf.shape[0] if leaf.stacked else 1, *[1] * len(out))
+        scale = array((*out, size // NVFP4_BLOCK), dtype_of("float8_e4m3fn"))
+        return NVFP4(array((*out, size // 2), np.uint8), scale, array(scalars, np.float32))
+    if storage == "fp8":
+        scale = array((*out, -(-size // FP8_BLOCK)), np.float32)
+        return Fp8Block(array(leaf.shape, dtype_of("float8_e4m3fn")), scale)
+    return array(leaf.shape, dtype_of(storage))
