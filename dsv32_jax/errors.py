@@ -21,7 +21,7 @@ class UsageError(DsvError, ValueError):
 
 
 class ConfigError(DsvError, ValueError):
-    """config.json does not describe a DeepSeek-V3.2 that this code computes."""
+    """config.json does not describe a supported model."""
 
     exit_code = 3
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import path
-from dsv32_jax.config import IGNORED, REQUIRED, Config
+from dsv32_jax.config import IGNORED, REQUIRED, Config, find_assumptions
 from dsv32_jax.errors import ConfigError
 
 
@@ -81,8 +81,8 @@ def test_round_trip(name):
     ("wrong", "said"),
     [
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
-        ({"n_routed_experts": 1_000_000}, ["61000000 experts in all layers are too many"]),
-        ({1: 2, "zz": 3}, ["1 keys that are no strings"]),
+        ({"n_routed_experts": 1_000_000}, ["61000000 experts in all layers exceed the limit"]),
+        ({1: 2, "zz": 3}, ["1 key that must be strings"]),
         ({"rope_scaling": {"type": "yarn", "factor": "x"}}, ["missing keys in rope_scaling (5)", "factor must be"]),
     ],
 )
@@ -222,6 +222,34 @@ def test_required_values(raw, key):
 def test_required_values_are_not_confused_with_numbers(raw, key, value):
     """1 is not true."""
     assert key in refusal(raw | {key: value})
+
+
+@pytest.mark.parametrize("key", sorted(REQUIRED))
+def test_a_fixed_value_that_is_not_stated(raw, real, key):
+    """It is assumed with a note where the reference implementation assumes it too, and an error where it does not."""
+    absent = _without(raw, key)
+    if key in ("model_type", "scoring_func"):
+        assert f"missing keys (1): {key}" in refusal(absent)
+        return
+    assert Config.from_dict(absent) == real
+    note = f"config.json does not state {key}; assumed to be {json.dumps(REQUIRED[key])}"
+    assert find_assumptions(absent) == ([note] if key in raw else [])
+    assert find_assumptions(raw) == []
+
+
+@pytest.mark.parametrize(("key", "value"), [("num_nextn_predict_layers", "0"), ("rope_scaling", "null")])
+def test_a_field_that_is_not_stated(raw, key, value):
+    """The same for fields that have a default."""
+    assert find_assumptions(_without(raw, key)) == [f"config.json does not state {key}; assumed to be {value}"]
+    assert find_assumptions(_without(raw, "rope_scaling") | {"rope_parameters": {}}) == []
+
+
+def test_repr_is_a_summary(real, tiny):
+    """A few lines with the sizes that tell models apart."""
+    for config in (real, tiny):
+        assert repr(config) == str(config) and len(repr(config).splitlines()) < 8
+    for word in ("61 layers (3 dense, 58 MoE)", "7168", "129280", "163840", "256", "YaRN"):
+        assert word in repr(real)
 
 
 @pytest.mark.parametrize("key", sorted(IGNORED))

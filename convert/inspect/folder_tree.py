@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
-from dsv32_jax.config import Config
+from dsv32_jax.config import Config, find_assumptions
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
 from dsv32_jax.system.files import expand_path
@@ -113,7 +113,7 @@ def inspect(folder: str | Path) -> Inspection:
 
 def inspect_source(source: Source) -> Inspection:
     """Inspect a folder in Hugging Face layout."""
-    notes = list(source.notes)
+    notes = [*source.notes, *find_assumptions(source.config)]
     try:
         Config.from_dict(source.config, "config.json")
     except ConfigError as error:

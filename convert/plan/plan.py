@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import FORMAT_VERSION, digest
-from dsv32_jax.config import Config
+from dsv32_jax.config import Config, find_assumptions
 from dsv32_jax.errors import CheckpointError, UsageError, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
 
@@ -98,7 +98,7 @@ def plan(source: Source, recipe: Recipe | None = None) -> Plan:
     recipe = recipe or Recipe()
     cfg = Config.from_dict(source.config, str(source.folder / "config.json"))
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    notes = list(source.notes)
+    notes = [*source.notes, *find_assumptions(source.config)]
     mtp_layer = cfg.num_hidden_layers
     if cfg.num_nextn_predict_layers and not any(
         name.startswith(f"model.layers.{mtp_layer}.") for name in source.tensors

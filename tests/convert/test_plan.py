@@ -50,6 +50,12 @@ def test_every_leaf_is_planned_in_its_own_format(storage, format, checkpoints, t
     assert not whole.ignored
 
 
+def test_a_value_that_config_json_does_not_state_is_noted(original, tmp_path):
+    config, arrays = original
+    (note,) = planned(tmp_path / "a", without(config, "norm_topk_prob"), arrays).notes
+    assert note == "config.json does not state norm_topk_prob; assumed to be true"
+
+
 def test_missing_tensors_are_all_listed_and_folded(original, tmp_path):
     config, arrays = original
     text = refused(tmp_path / "a", config, without(arrays, ".up_proj.weight_scale_2", "layers.1.input_layernorm"))

@@ -177,7 +177,7 @@ def test_files_that_are_no_sessions(model, tmp_path, fault):
     else:
         name = min(arrays)
         save_file({**arrays, name: arrays[name][:-1].copy()}, file, about)
-    with pytest.raises((CheckpointError, UsageError), match="session|token ids"):
+    with pytest.raises((CheckpointError, UsageError), match="session|token id"):
         ds.load_session(model, file)
 
 

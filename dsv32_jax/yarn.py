@@ -1,0 +1,92 @@
+"""YaRN parameters (arXiv 2309.00071), and the ways in which a config.json spells rotary embeddings."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from .errors import listing
+
+INT_MAX = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN as DeepSeek applies it: at every length, also of short prompts."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+def normalize_rope(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a config.json's object with `rope_theta` and `rope_scaling`, which is None without scaling.
+
+    transformers 5 writes both as `rope_parameters`. If the object has both spellings and they disagree, that is added
+    to `problems`.
+    """
+    parameters = raw.pop("rope_parameters", None)
+    if isinstance(parameters, Mapping):
+        scaling = dict(parameters)
+        theta = scaling.pop("rope_theta", raw.get("rope_theta"))
+        if theta is not None and raw.setdefault("rope_theta", theta) != theta:
+            problems.append(f"rope_theta is {raw['rope_theta']!r}, but {theta!r} in rope_parameters")
+        if _normalize_scaling(raw.setdefault("rope_scaling", scaling)) != _normalize_scaling(scaling):
+            problems.append(f"rope_scaling ({raw['rope_scaling']!r}) and rope_parameters ({scaling!r}) disagree")
+    elif parameters is not None:
+        problems.append(f"rope_parameters must be an object, not {parameters!r}")
+    return {**raw, "rope_scaling": _normalize_scaling(raw.get("rope_scaling"))}
+
+
+def _normalize_scaling(scaling: Any) -> Any:
+    """Name the type `type`, drop nulls, and return None if nothing but the type "default" is left."""
+    if not isinstance(scaling, Mapping):
+        return scaling
+    values = {key: value for key, value in scaling.items() if value is not None}
+    types = [values.pop(key) for key in ("type", "rope_type") if key in values]
+    kind = types[0] if types and types == types[:1] * len(types) else types or "default"
+    return None if kind == "default" and not values else {"type": kind, **values}
+
+
+def parse_yarn(raw: Any, problems: list[str]) -> Yarn | None:
+    """Return the Yarn of a normalized `rope_scaling` object, or None after adding to `problems`."""
+    if not isinstance(raw, Mapping):
+        problems.append(f"rope_scaling must be an object or null, not {raw!r}")
+        return None
+    raw = dict(raw)
+    if (kind := raw.pop("type", "default")) != "yarn":
+        keys = listing(map(str, raw)) or "no other keys"
+        problems.append(f"rope_scaling has the type {kind!r} (with {keys}); only yarn is supported")
+        return None
+    found: list[str] = []
+    if raw.pop("truncate", True) is not True:
+        found.append("rope_scaling.truncate must be true")
+    fields = {field.name: field for field in dataclasses.fields(Yarn)}
+    if unknown := sorted(set(raw) - set(fields)):
+        found.append(f"unknown keys in rope_scaling ({len(unknown)}): {listing(unknown)}")
+    if missing := sorted(set(fields) - set(raw)):
+        found.append(f"missing keys in rope_scaling ({len(missing)}): {listing(missing)}")
+    values = {key: parse_number(key, field.type, raw[key], 1, found) for key, field in fields.items() if key in raw}
+    if not found and values["mscale"] != values["mscale_all_dim"]:
+        found.append(
+            f"rope_scaling.mscale ({values['mscale']}) and mscale_all_dim ({values['mscale_all_dim']}) differ; "
+            "reference implementations disagree on what that means"
+        )
+    problems += found
+    return None if found else Yarn(**values)
+
+
+def parse_number(name: str, kind: Any, value: Any, smallest: int, problems: list[str]) -> Any:
+    """Return `value` as an int of at least `smallest` if `kind` is int, else as a positive float; or None after adding
+    to `problems`."""
+    if kind in (int, "int"):
+        if type(value) is int and smallest <= value <= INT_MAX:
+            return value
+        problems.append(f"{name} must be an integer from {smallest} to {INT_MAX}, not {value!r}")
+    elif type(value) in (int, float) and 0 < value <= INT_MAX:
+        return float(value)
+    else:
+        problems.append(f"{name} must be a positive number, not {value!r}")
+    return None
