@@ -18,7 +18,7 @@ from .plan import dry_run
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .plan.prepare import Options, prepare
 from .read.weights import TARGETS
-from .subcommands import watch
+from .subcommands import report_to
 from .write.job import convert
 
 NAME = "python -m convert" if __package__ == "convert" else "dsv32 convert"
@@ -44,11 +44,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     options = _parser().parse_args(argv)
-    watcher = make_reporter(options.log_format == "json")
+    reporter = make_reporter(options.log_format == "json")
     command = f"{NAME} {shlex.join(argv)}"
-    with watch(watcher, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
+    with report_to(reporter, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
         try:
-            _run(options, watcher)
+            _run(options, reporter)
             return 0
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -59,11 +59,11 @@ def main(argv: list[str] | None = None) -> int:
             message, code = f"{error}; {CONTINUE} to continue", StorageError.exit_code
         except MemoryError:
             message, code = f"out of memory; {CONTINUE} with a smaller --max-memory", CapacityError.exit_code
-        watcher.error(message, code)
+        reporter.error(message, code)
         return code
 
 
-def _run(options: argparse.Namespace, watcher: Reporter) -> None:
+def _run(options: argparse.Namespace, reporter: Reporter) -> None:
     """Convert, or predict for a dry run, and print the result."""
     show = json.dumps if options.log_format == "json" else report.format_facts
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
@@ -72,11 +72,11 @@ def _run(options: argparse.Namespace, watcher: Reporter) -> None:
         print(show(dry_run.estimate(prepared)), flush=True)
         dry_run.require_room(prepared)
         return
-    watcher.event("start", source=options.src, output=options.dst)
+    reporter.event("start", source=options.src, output=options.dst)
     complete = is_complete(options.dst)
-    manifest = convert(options.src, options.dst, progress=watcher, **how)
-    watcher.close()
-    watcher.event("done", output=options.dst, digest=manifest.digest)
+    manifest = convert(options.src, options.dst, progress=reporter, **how)
+    reporter.close()
+    reporter.event("done", output=options.dst, digest=manifest.digest)
     print(show({"complete_already" if complete else "written": options.dst, **_facts(manifest)}), flush=True)
 
 

@@ -19,32 +19,19 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def watch(watcher: "Reporter", state: str) -> "Iterator[Reporter]":
-    """Report progress and stalled reads to `watcher`, and spell arguments as options in messages.
-
-    A signal ends the process with a last message: `state`.
-    """
-    from dsv32_jax.errors import COMMAND_LINE
-
+def report_to(reporter: "Reporter", state: str) -> "Iterator[Reporter]":
+    """Report stalled reads to `reporter`. A signal ends the process with a last message that tells the `state`."""
     from . import signals
     from .read.safetensors import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
-        return watcher.final_message(f"{signal_name}: stopped. {state}", code)
+        return reporter.final_message(f"{signal_name}: stopped. {state}", code)
 
-    token = COMMAND_LINE.set(True)
     try:
-        with signals.exit_on_signal(final_message), warn_on_stalled_reads(watcher.warning):
-            yield watcher
+        with signals.exit_on_signal(final_message), warn_on_stalled_reads(reporter.warning):
+            yield reporter
     finally:
-        COMMAND_LINE.reset(token)
-        watcher.close()
-
-
-def _terminal_watcher() -> "Reporter":
-    from dsv32_jax.system.progress import make_reporter
-
-    return make_reporter()
+        reporter.close()
 
 
 def _add_inspect(commands: Any) -> None:
@@ -103,11 +90,13 @@ def _add_verify(commands: Any) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     import dataclasses
 
+    from dsv32_jax.system.progress import make_reporter
+
     from . import report
     from .verify.verify import verify
 
-    with watch(_terminal_watcher(), "Nothing was changed.") as watcher:
-        found = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=watcher)
+    with report_to(make_reporter(), "Nothing was changed.") as reporter:
+        found = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=reporter)
     print(json.dumps(dataclasses.asdict(found)) if arguments.json else report.format_verification(found), flush=True)
     return 0
 
@@ -131,15 +120,16 @@ def _add_export(commands: Any) -> None:
 
 def _export(arguments: argparse.Namespace) -> int:
     from dsv32_jax.system.files import expand_path
+    from dsv32_jax.system.progress import make_reporter
 
     from . import report
     from .export.export import export, unfinished
 
     out = expand_path(arguments.out)
     state = f"{out} was not created; run the same command again to start over and replace {unfinished(out)}."
-    with watch(_terminal_watcher(), state) as watcher:
+    with report_to(make_reporter(), state) as reporter:
         exported = export(
-            arguments.folder, out, arguments.format, share_scales=arguments.share_scales, progress=watcher
+            arguments.folder, out, arguments.format, share_scales=arguments.share_scales, progress=reporter
         )
     print(report.format_export(exported), flush=True)
     return 0
@@ -161,13 +151,14 @@ def _add_reshard(commands: Any) -> None:
 def _reshard(arguments: argparse.Namespace) -> int:
     from dsv32_jax.checkpoint.manifest import is_complete
     from dsv32_jax.errors import printable
+    from dsv32_jax.system.progress import make_reporter
 
     from .export.reshard import reshard
 
     complete = is_complete(arguments.out)
     state = "Completed parts are kept; run the same command again to continue."
-    with watch(_terminal_watcher(), state) as watcher:
-        manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=watcher)
+    with report_to(make_reporter(), state) as reporter:
+        manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=reporter)
     state = "already complete; nothing to do" if complete else "written"
     print(printable(f"{state}: {arguments.out}\ndigest: {manifest.digest}"), flush=True)
     return 0

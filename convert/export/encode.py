@@ -7,8 +7,8 @@ import numpy as np
 from dsv32_jax.errors import CheckpointError, listing
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
-from ..read import weights
 from ..read.safetensors import DTYPES
+from ..read.weights import dequantize
 from ..verify import inverse
 from ..verify.converted import Converted, Weight
 from . import sharing_scales
@@ -38,10 +38,10 @@ class Encoder:
         target = self._targets[weight.name]
         if target.kind == "dense" and target.as_stored is None:
             return self._dense(weight, parts, target)
-        format = self._converted.formats(weight)[0]
-        joined = inverse.join(weight.leaves, parts, format, _block(weight, format))
+        format = weight.formats[0]
+        joined = inverse.join_leaves(weight.leaves, parts, format, _block(weight, format))
         if target.as_stored is not None:
-            return inverse.restored(joined, target.as_stored, weight.sources)
+            return inverse.restore_tensors(joined, target.as_stored, weight.sources)
         return self._nvfp4(weight, joined, target) if format == "nvfp4" else self._fp8(joined, target)
 
     def notes(self) -> Iterator[str]:
@@ -56,12 +56,12 @@ class Encoder:
 
     def _dense(self, weight: Weight, parts: Sequence[dict[str, np.ndarray]], target: Target) -> dict[str, np.ndarray]:
         dtype = DTYPES[target.tensors[0].dtype]
-        plain = [{"values": weights.dequantize(part).astype(dtype, copy=False)} for part in parts]
-        return {weight.name: inverse.join(weight.leaves, plain, "dense", 1)["values"]}
+        plain = [{"values": dequantize(part).astype(dtype, copy=False)} for part in parts]
+        return {weight.name: inverse.join_leaves(weight.leaves, plain, "dense", 1)["values"]}
 
     def _fp8(self, joined: dict[str, np.ndarray], target: Target) -> dict[str, np.ndarray]:
         values, scale = target.tensors
-        grid = inverse.collapse(joined["block_scale"], scale.shape, scale.name)
+        grid = inverse.collapse_scales(joined["block_scale"], scale.shape, scale.name)
         return {values.name: joined["values"], scale.name: grid}
 
     def _nvfp4(self, weight: Weight, joined: dict[str, np.ndarray], target: Target) -> dict[str, np.ndarray]:
@@ -98,5 +98,5 @@ class Encoder:
 def _block(weight: Weight, format: str) -> int:
     """The inputs per scale of a whole row of `weight`."""
     if weight.sources and not weight.change:
-        return inverse.described(weight.name, weight.sources).block
+        return inverse.describe_storage(weight.name, weight.sources).block
     return {"nvfp4": NVFP4_BLOCK, "fp8_block": FP8_BLOCK}.get(format, 1)

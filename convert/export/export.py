@@ -131,7 +131,7 @@ class _Export:
         self.weights = {
             weight.name: weight for group in converted.groups for weight in group.weights if not _left_out(weight)
         }
-        self.nvfp4 = [w for w in self.weights.values() if family != "bf16" and set(converted.formats(w)) == {"nvfp4"}]
+        self.nvfp4 = [w for w in self.weights.values() if family != "bf16" and set(w.formats) == {"nvfp4"}]
         self.pairs = sharing_scales.differing(converted, self.nvfp4)
         self.sharing = sharing_scales.share(converted, self.pairs) if share_scales else Sharing({}, [])
         self.targets = {name: self._target(weight) for name, weight in self.weights.items()}
@@ -176,7 +176,7 @@ class _Export:
         return sum(nbytes_of(self.converted.expected[key]) for key in self.converted.keys(group))
 
     def _target(self, weight: Weight) -> Target:
-        formats = self.converted.formats(weight)
+        formats = weight.formats
         dtype = self.converted.dtype(weight) if set(formats) == {"dense"} else ""
         target = choose(weight, self.family, formats, dtype, bool(self.nvfp4))
         return target.renewed(target.block) if weight.name in self.sharing.shared else target

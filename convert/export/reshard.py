@@ -1,6 +1,6 @@
-"""A converted checkpoint once more, its chunks laid for another mesh. Killed anywhere, a rerun continues.
+"""Write a converted checkpoint again, laid out for another mesh. Killed at any point, the same command continues.
 
-The content is the same, and so is the manifest's digest. Memory: about twice the largest leaf.
+The content stays the same, and so does the manifest's digest. Memory: about twice the largest parameter.
 """
 
 import dataclasses
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv32_jax.checkpoint.arrays import Key
+from dsv32_jax.checkpoint.arrays import FOLDER, Key
 from dsv32_jax.checkpoint.checksums import files
 from dsv32_jax.checkpoint.manifest import JOURNAL, Manifest, digest, is_complete
 from dsv32_jax.errors import OutputExistsError, VerificationError
@@ -21,9 +21,8 @@ from dsv32_jax.system.progress import Progress, ignore_progress
 from ..plan.limits import require_disk_space
 from ..plan.output import copy_companions, lock_folder, require_apart, require_ours
 from ..transform import array_facts
-from ..verify.converted import Converted, nbytes_of
-from ..write.identity import basis_of
-from ..write.journal import Journal
+from ..verify.converted import Converted, find_damage, nbytes_of
+from ..write.journal import Journal, Part, manifest_basis
 
 
 def reshard(
@@ -33,34 +32,37 @@ def reshard(
     *,
     progress: Callable[[Progress], None] = ignore_progress,
 ) -> Manifest:
-    """Write the converted checkpoint `folder` to `out`, with chunks that lie within the pieces of `mesh`'s devices.
+    """Write the converted checkpoint `folder` to `out`, so that each device of `mesh` reads its own bytes.
 
-    `mesh`: "expert=8,model=2" or the same as a dict; none lays chunks for one device. An `out` that holds a part of the
-    same work is continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is
-    read; VerificationError when an array has changed; OutputExistsError, UsageError, StorageError.
+    `mesh` is "expert=8,model=2", the same as a dict, or None for one device. An unfinished `out` of the same job is
+    continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is read;
+    VerificationError where an array has changed; OutputExistsError, UsageError, StorageError.
     """
     sizes = partition.optional(mesh)
     converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
-    _require_whole(converted)
+    if damaged := find_damage(converted.arrays, converted.expected):
+        text = "\n  ".join(damaged)
+        raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
     require_apart(converted.folder, out)
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])
     with lock_folder(out):
-        return _finished(out, plan) or _run(converted, out, sizes, plan, progress)
+        if is_complete(out):
+            return _read_finished(out, plan)
+        journal = Journal(out, plan, converted.folder.name, {**manifest_basis(converted.manifest), "mesh": sizes})
+        journal.reconcile(out / FOLDER)
+        _write_parts(converted, out, sizes, journal, progress)
+        storage = {"files": files(out, copy_companions(converted.folder, out)), "mesh": sizes}
+        source = {**converted.manifest.source, "plan": plan}
+        manifest = dataclasses.replace(converted.manifest, source=source, storage=storage)
+        journal.complete(manifest)
+        return manifest
 
 
-def _require_whole(converted: Converted) -> None:
-    if damaged := converted.damaged_arrays():
-        text = "\n  ".join(damaged)
-        raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
-
-
-def _finished(out: Path, plan: str) -> Manifest | None:
-    """The manifest of `out` when the same work is complete there."""
-    if not is_complete(out):
-        return None
+def _read_finished(out: Path, plan: str) -> Manifest:
+    """The manifest of a finished output. Raises OutputExistsError where it is another job's."""
     manifest = Manifest.read(out)
     if manifest.source.get("plan") != plan:
         raise OutputExistsError(f"{out} holds another converted checkpoint; nothing was touched. Write to a new folder")
@@ -68,42 +70,35 @@ def _finished(out: Path, plan: str) -> Manifest | None:
     return manifest
 
 
-def _run(
-    converted: Converted, out: Path, mesh: dict[str, int], plan: str, progress: Callable[[Progress], None]
-) -> Manifest:
+def _write_parts(
+    converted: Converted, out: Path, mesh: dict[str, int], journal: Journal, progress: Callable[[Progress], None]
+) -> None:
+    """Copy every part that is not on disk yet, under the same name."""
     from dsv32_jax.checkpoint.store import Writer
 
-    manifest = converted.manifest
-    journal = Journal(out, plan, converted.folder.name, {**basis_of(manifest), "mesh": mesh})
-    writer = Writer(out, partition.by_mesh(mesh, leaves(converted.config)))
-    journal.forget([part for part in journal.leaves if not writer.has(part)])
-    writer.keep(journal.leaves)
     parts: dict[str, list[Key]] = {}
     for key in converted.expected:
         parts.setdefault(converted.arrays.stored[key].part, []).append(key)
     sizes = {part: sum(nbytes_of(converted.expected[key]) for key in keys) for part, keys in parts.items()}
-    done = sum(size for part, size in sizes.items() if part in journal.leaves)
+    done = sum(size for part, size in sizes.items() if part in journal.parts)
     require_disk_space(out, converted.nbytes - done)
     progress(Progress(done, converted.nbytes, ""))
-    for part in sorted(set(parts) - set(journal.leaves)):
+    journal.start()
+    writer = Writer(out, partition.by_mesh(mesh, leaves(converted.config)))
+    for part in sorted(parts.keys() - journal.parts.keys()):
+        journal.begin(part)
         writer.save(part, {key: _read(converted, key) for key in parts[part]})
-        paths = {path for path, _ in parts[part]}
-        journal.add(part, {path: dataclasses.replace(manifest.leaves[path], passport=None) for path in paths}, {}, {})
+        entries = {path: converted.manifest.leaves[path] for path, _ in parts[part]}
+        journal.add(Part(part, {path: dataclasses.replace(e, passport=None) for path, e in entries.items()}, {}, {}))
         done += sizes[part]
-        progress(Progress(done, converted.nbytes, min(paths)))
+        progress(Progress(done, converted.nbytes, min(entries)))
     writer.finish()
-    storage = {"files": files(out, copy_companions(converted.folder, out)), "mesh": mesh}
-    result = dataclasses.replace(manifest, source={**manifest.source, "plan": plan}, storage=storage)
-    result.write(out)
-    journal.file.unlink()
-    return result
 
 
 def _read(converted: Converted, key: Key) -> np.ndarray:
-    """One array. Raises VerificationError when it is not what was written."""
     array = converted.arrays.read(key)
     if array_facts.describe_array(array) != converted.expected[key]:
         raise VerificationError(
-            f"{converted.where(key)} has changed. What was written before is kept; `dsv32 verify` lists all damage"
+            f"{converted.arrays.where(key)} has changed. Completed parts are kept; `dsv32 verify` lists all damage"
         )
     return array

@@ -56,7 +56,7 @@ def choose(weight: Weight, family: str, formats: tuple[str, ...], dtype: str, be
     """
     stored = None
     if weight.sources and not weight.change:
-        stored = inverse.described(weight.name, weight.sources)
+        stored = inverse.describe_storage(weight.name, weight.sources)
     if set(formats) == {"dense"}:
         return _dense(weight, DTYPE_NAMES[dtype] if stored is None else stored.values.dtype, stored)
     if family == "bf16":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dsv32_jax.checkpoint.manifest import FILE, JOURNAL
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError, listing, pluralize
+from dsv32_jax.system.files import is_abandoned, replace_file
 
 LOCK = ".lock"
 
@@ -31,7 +32,7 @@ def require_ours(dst: Path) -> None:
         return
     except NotADirectoryError:
         raise OutputExistsError(f"{dst} is a file; nothing was touched. Write to another folder") from None
-    if names and not names & {FILE, JOURNAL, Path(JOURNAL).with_suffix(".tmp").name}:
+    if not names & {FILE, JOURNAL} and not all(is_abandoned(name, JOURNAL) for name in names):
         entries = pluralize(len(names), "entry", "entries")
         raise OutputExistsError(
             f"{dst} holds something else ({entries}: {listing(sorted(names))}); nothing was touched. "
@@ -81,8 +82,6 @@ def copy_companions(src: Path, dst: Path) -> list[str]:
     """Copy COMPANIONS, which the tokenizer and the chat need; return the names of those that exist."""
     found = [name for name in COMPANIONS if (src / name).is_file()]
     for name in found:
-        with open(src / name, "rb") as source, open(dst / name, "wb") as target:
+        with replace_file(dst / name) as new, open(src / name, "rb") as source, open(new, "wb") as target:
             shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
     return found

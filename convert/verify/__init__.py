@@ -1,1 +1,1 @@
-"""Reading a converted checkpoint back and comparing it with its source."""
+"""Reading a converted checkpoint back, and comparing it with its source."""

@@ -1,33 +1,42 @@
-"""Whether a converted checkpoint is what was written, and whether it still holds every bit of its source.
+"""Verification: every array matches its SHA-256, and the source's tensors can be reconstructed bit for bit.
 
-`proof` reads the arrays; here is what it finds, as a report or as an error that lists all damage.
+Tensors are computed back from the stored arrays (`inverse`) and compared with the SHA-256 that the conversion recorded
+while it read them. With the source at hand its tensors are hashed again, so that no record has to be trusted.
 """
 
+import collections
 import dataclasses
+import os
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from dsv32_jax.checkpoint.arrays import raw
 from dsv32_jax.checkpoint.checksums import damaged_files, require_manifest
-from dsv32_jax.checkpoint.manifest import is_complete
+from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
+from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
-from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_lines, fold_names
+from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
-from .converted import Converted
-from .proof import Proof
+from . import inverse
+from .converted import Components, Converted, Group, Weight, find_damage, nbytes_of
 
 LEVELS = ("quick", "full")
+MOST_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What was checked. Of a quick check `lossless` is None: nothing was read that could prove it.
+    """The outcome of a verification that found nothing wrong. A quick one proves nothing: its `lossless` is None.
 
-    `proven`: tensors of the source computed back; `changed`: the others, folded, by what was done to them; `ignored`:
-    what the model does not need of the source. `against`: the source that was compared, or None.
+    `proven`: tensors of the source that were reconstructed; `changed`: the other weights, folded, by what was done to
+    them; `ignored`: tensors that the model does not need; `against`: the source that was compared, or None.
     """
 
     folder: str
@@ -50,30 +59,26 @@ def verify(
     level: str = "full",
     progress: Callable[[Progress], None] = ignore_progress,
 ) -> Report:
-    """Check the converted checkpoint `folder`, and with `against` compare it with the Hugging Face folder it came from.
+    """Check the converted checkpoint `folder`, and compare it with `against`, the Hugging Face folder it came from.
 
-    `level` "quick" compares files, dtypes and shapes, "full" reads every array. Raises VerificationError that lists
-    everything that is damaged or differs, CheckpointError where `folder` is no converted checkpoint.
+    Level "quick" compares files, dtypes and shapes; "full" reads every array. Raises VerificationError that lists
+    everything damaged or different, CheckpointError where `folder` is no converted checkpoint.
     """
     if level not in LEVELS:
         raise UsageError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if against is not None and level == "quick":
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
-    converted = _opened(expand_path(folder).absolute())
-    damaged = damaged_files(converted.folder, converted.manifest) + converted.damaged_arrays()
+    converted = _open(expand_path(folder).absolute())
+    damaged = damaged_files(converted.folder, converted.manifest)
+    damaged += find_damage(converted.arrays, converted.expected)
     source = None if against is None else Source(expand_path(against).absolute())
-    proof = Proof(converted, source, progress)
+    proof = _Proof(converted, source, progress)
     if level == "full":
         proof.run()
-        damaged += proof.damaged
+        damaged += sorted(proof.damaged)
     if damaged or proof.differing:
-        raise VerificationError(_message(converted.folder, damaged, proof.differing, source))
-    return _report(converted, source, proof, level, time.perf_counter() - start)
-
-
-def _report(converted: Converted, source: Source | None, proof: Proof, level: str, seconds: float) -> Report:
-    """What was found, nothing being wrong."""
+        raise VerificationError(_describe_damage(converted.folder, damaged, sorted(proof.differing), source))
     ignored = [f"{count} {reason}" for reason, count in converted.manifest.report.get("ignored", {}).items()]
     if source is not None:
         ignored = fold_names(name for name in source.tensors if name not in proof.recorded)
@@ -83,17 +88,17 @@ def _report(converted: Converted, source: Source | None, proof: Proof, level: st
         files=len(converted.manifest.storage.get("files", {})),
         arrays=len(converted.expected),
         nbytes=converted.nbytes,
-        seconds=seconds,
+        seconds=time.perf_counter() - start,
         lossless=None if level == "quick" else not proof.changed and proof.proven == len(proof.recorded),
         proven=proof.proven,
-        changed={what: fold_names(names) for what, names in sorted(proof.changed.items())},
+        changed={change: fold_names(names) for change, names in sorted(proof.changed.items())},
         ignored=ignored,
         against=None if source is None else str(source.folder),
     )
 
 
-def _opened(folder: Path) -> Converted:
-    """The checkpoint; a manifest that is there and not as it was written is damage, and nothing can be told by it."""
+def _open(folder: Path) -> Converted:
+    """The checkpoint in `folder`. A manifest that was modified is damage, and nothing can be checked against it."""
     try:
         converted = Converted(folder)
     except CheckpointError as error:
@@ -104,8 +109,8 @@ def _opened(folder: Path) -> Converted:
     return converted
 
 
-def _message(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
-    lines = [f"{folder} is not what was converted"]
+def _describe_damage(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
+    lines = [f"{folder} does not match what was converted"]
     if damaged:
         lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_lines(damaged))]
     if differing:
@@ -114,3 +119,99 @@ def _message(folder: Path, damaged: list[str], differing: list[str], source: Sou
     if source is not None and not damaged:
         advice = f"{folder} is as it was written: {source.folder} is another checkpoint, or has changed since"
     return "\n".join([*lines, f"Nothing was changed. {advice}"])
+
+
+class _Proof:
+    """One full check, with a thread per core.
+
+    `damaged` lists arrays that do not match their SHA-256, `differing` tensors that cannot be reconstructed or differ
+    in the source, `changed` weights by what was done to them; `recorded` are the source's tensors, by name.
+    """
+
+    def __init__(self, converted: Converted, source: Source | None, progress: Callable[[Progress], None]):
+        self._converted, self._source = converted, source
+        self.damaged: list[str] = []
+        self.differing: list[str] = []
+        self.changed: dict[str, list[str]] = collections.defaultdict(list)
+        self.proven = 0
+        self._progress, self._lock, self._done = progress, threading.Lock(), 0
+        self.recorded = {
+            tensor.name: tensor
+            for entry in converted.manifest.leaves.values()
+            if entry.passport is not None
+            for tensor in entry.passport.sources
+        }
+
+    def run(self) -> None:
+        """Read everything."""
+        self._progress(Progress(0, self._converted.nbytes, ""))
+        with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+            tasks = [pool.submit(self._check_group, group) for group in self._converted.groups]
+            if self._source is not None:
+                tasks += [pool.submit(self._check_source, self._source, tensor) for tensor in self.recorded.values()]
+            try:
+                for task in tasks:
+                    task.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _check_group(self, group: Group) -> None:
+        """Check the arrays of one group and the tensors that follow from them."""
+        keys = self._converted.keys(group)
+        entries = [self._converted.expected[key] for key in keys]
+        if not self._converted.is_readable(group):
+            return
+        if _is_copy(group, entries):
+            if group.leaves[0].path == keys[0][0]:
+                self._converted.check(keys[0], self.damaged.append)
+            for source in group.weights[0].sources:
+                self._compare(source.name, entries[0].sha256)
+        else:
+            for weight, parts in self._converted.read(group, self.damaged.append):
+                self._check_weight(weight, parts)
+        with self._lock:
+            self._done += sum(map(nbytes_of, entries))
+            self._progress(Progress(self._done, self._converted.nbytes, group.leaves[0].path))
+
+    def _check_weight(self, weight: Weight, parts: list[Components]) -> None:
+        """Reconstruct the tensors of one weight and compare their digests with the recorded ones."""
+        if weight.change:
+            with self._lock:
+                self.changed[weight.change].append(weight.name)
+            return
+        if not weight.sources:
+            return
+        try:
+            stored = inverse.describe_storage(weight.name, weight.sources)
+            joined = inverse.join_leaves(weight.leaves, parts, stored.format, stored.block)
+            for name, array in inverse.restore_tensors(joined, stored, weight.sources).items():
+                self._compare(name, hash_chunks([raw(array)]))
+        except CheckpointError as error:
+            self.differing.append(str(error))
+
+    def _compare(self, name: str, sha256: str) -> None:
+        if sha256 != self.recorded[name].sha256:
+            self.differing.append(f"{name} cannot be reconstructed")
+            return
+        with self._lock:
+            self.proven += 1
+
+    def _check_source(self, source: Source, recorded: SourceTensor) -> None:
+        """Compare one tensor of the source, as it is now, with what was recorded when it was converted."""
+        tensor = source.tensors.get(recorded.name)
+        if tensor is None:
+            self.differing.append(f"{recorded.name} is not in {source.folder}")
+        elif (tensor.dtype, tensor.shape) != (recorded.dtype, recorded.shape):
+            self.differing.append(f"{recorded.name} is {tensor.dtype} {list(tensor.shape)} in {tensor.file}")
+        elif hash_chunks(source.read_chunks(tensor)) != recorded.sha256:
+            self.differing.append(f"{recorded.name} has other bytes in {tensor.file}")
+
+
+def _is_copy(group: Group, entries: list[ArrayEntry]) -> bool:
+    """Whether the one array of `group` has the bytes of the one tensor it was made of."""
+    weight = group.weights[0]
+    if len(group.weights) != 1 or len(entries) != 1 or weight.change:
+        return False
+    same = all(DTYPES[source.dtype] == NUMPY_DTYPES[entries[0].dtype] for source in weight.sources)
+    return same and all(leaf.cut is None and not leaf.stacked for leaf in group.leaves)

@@ -1,1 +1,1 @@
-"""The conversion itself: read, cut, hash, write, note."""
+"""Writing a converted checkpoint, part by part, so that a killed job continues."""

@@ -1,111 +1,245 @@
-"""What a conversion in progress has done: DST/journal.jsonl, a line for each part that is safely on disk."""
+"""The journal of an unfinished output, DST/journal.jsonl, and whether an output belongs to the job at hand.
+
+A part is named in the journal before its folder is made, and again, with its parameters, once it is on disk. Anything
+else in the output was not written by this job and is never deleted.
+"""
 
 import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+import shutil
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, leaf_dict, parse_leaf, sync_folder
+from dsv32_jax.checkpoint.arrays import UNFINISHED
+from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest, leaf_dict, parse_leaf
 from dsv32_jax.errors import OutputExistsError, listing
+from dsv32_jax.system.files import hash_chunks, remove_abandoned, write_file
 
+from ..read.safetensors import Tensor
+from ..read.source import Source
 from ..transform.requantize import ErrorStats
-from .identity import differences
+from ..verify.converted import require_readable
+
+PROBE_BYTES = 16 << 20
+"""Largest tensor that is read again in each file before a conversion continues."""
+
+RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
+"""Names of the parts of a plan's recipe, for messages."""
+
+
+class Part(NamedTuple):
+    """A part that is on disk: its parameters' manifest entries, counts of odd scales, outcomes of quantized weights."""
+
+    name: str
+    entries: dict[str, LeafEntry]
+    counts: dict[str, int]
+    outcomes: dict[str, ErrorStats]
 
 
 class Journal:
-    """The journal of the folder `folder`, begun or taken up again. `leaves` and `facts` are what is done, by part,
-    `outcomes` what was converted, by weight.
+    """The journal in `folder`; `start` creates one where there is none. `parts` are those on disk, by name.
 
-    `plan`, the folder's name `source`, what decides about the result, `basis`, and what told the source's files apart
-    when it began, `stamps`, stand in its first line.
-    Raises OutputExistsError when the folder holds the beginning of another conversion.
+    The first line holds the digest of the `plan`, the source's name, everything a user can change (`basis`), and the
+    inodes and times of the source's files (`stamps`). Raises OutputExistsError where the journal is damaged or of
+    another plan.
     """
 
     def __init__(
         self, folder: Path, plan: str, source: str, basis: dict[str, Any], stamps: Mapping[str, list[int]] | None = None
     ):
         self.file = folder / JOURNAL
-        self.leaves: dict[str, dict[str, LeafEntry]] = {}
-        self.facts: dict[str, dict[str, int]] = {}
-        self.outcomes: dict[str, ErrorStats] = {}
-        whole, lines = self._lines()
-        if not lines:
-            lines = [{"plan": plan, "source": source, "basis": basis, "stamps": dict(stamps or {})}]
-            self._rewrite(lines)
-        elif not whole:
-            self._rewrite(lines)
-        if lines[0].get("plan") != plan:
-            changed = differences(lines[0].get("basis", {}), basis) or ["the weights that the options name"]
+        header, *lines = _read_lines(self.file) or [
+            {"plan": plan, "source": source, "basis": basis, "stamps": dict(stamps or {})}
+        ]
+        if header.get("plan") != plan:
+            changed = describe_differences(header.get("basis", {}), basis)
             raise OutputExistsError(
-                f"{folder} holds an unfinished conversion (of {lines[0].get('source')!r}) with another plan: "
-                f"{listing(changed)}. Nothing was touched; convert to another folder, run the command as it was to "
+                f"{folder} holds an unfinished conversion (of {header.get('source')!r}) with another plan: "
+                f"{listing(changed)}. Nothing was touched; use another folder, run the original command to "
                 "continue, or delete this folder yourself"
             )
-        self.stamps = lines[0].get("stamps", {})
-        for line in lines[1:]:
-            self.leaves[line["part"]] = {path: parse_leaf(leaf) for path, leaf in line["leaves"].items()}
-            self.facts[line["part"]] = line["facts"]
-            self.outcomes |= {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
+        self._header = header
+        self.stamps: dict[str, list[int]] = header.get("stamps", {})
+        self.parts: dict[str, Part] = {}
+        self._begun = {line["begin"] for line in lines if "begin" in line}
+        for line in lines:
+            if "begin" not in line:
+                entries = {path: parse_leaf(leaf) for path, leaf in line["leaves"].items()}
+                outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
+                self.parts[line["part"]] = Part(line["part"], entries, line["facts"], outcomes)
 
-    def add(
-        self, part: str, leaves: dict[str, LeafEntry], facts: dict[str, int], outcomes: dict[str, ErrorStats]
-    ) -> None:
-        """Note that `part` is on disk; durable when this returns."""
-        entries = {path: leaf_dict(leaf) for path, leaf in leaves.items()}
-        line = {"part": part, "leaves": entries, "facts": facts, "outcomes": outcomes}
-        with open(self.file, "a", encoding="utf-8") as out:
-            out.write(_sealed(line))
-            out.flush()
-            os.fsync(out.fileno())
-        self.leaves[part], self.facts[part] = leaves, facts
-        self.outcomes |= outcomes
+    @property
+    def entries(self) -> dict[str, LeafEntry]:
+        """The manifest entries of all parameters that are on disk, by path."""
+        return {path: entry for part in self.parts.values() for path, entry in part.entries.items()}
 
-    def forget(self, parts: Iterable[str]) -> None:
-        """Count `parts` as not done; the file still names them, and other parts will come to hold their leaves."""
-        for part in list(parts):
-            del self.leaves[part], self.facts[part]
+    def reconcile(self, weights: Path) -> None:
+        """Forget parts whose folder in `weights` is gone, and remove what killed runs left of unfinished ones.
 
-    def new_parts(self) -> Iterator[str]:
-        """Names for parts that are not in the journal, in order."""
-        after = 1 + max(map(int, self.leaves), default=-1)
-        return (f"{number:05d}" for number in itertools.count(after))
-
-    def _lines(self) -> tuple[bool, list[dict[str, Any]]]:
-        """The lines of the journal, and whether the last was written whole (a killed process may tear it)."""
+        Raises OutputExistsError where anything else lies in `weights`.
+        """
         try:
-            *lines, rest = self.file.read_text(encoding="utf-8", errors="replace").split("\n")
+            found = {} if weights.is_symlink() else {entry.name: entry for entry in os.scandir(weights)}
         except FileNotFoundError:
-            return True, []
-        try:
-            return not rest, list(map(_opened, lines))
-        except (ValueError, LookupError, TypeError) as error:
+            found = {}
+        ours = {name for name, entry in found.items() if self._is_ours(entry)}
+        if weights.is_symlink() or ours != found.keys():
+            foreign = listing(sorted(found.keys() - ours)) or "it is a link"
             raise OutputExistsError(
-                f"{self.file} is damaged ({error}), so what the folder holds is unknown. Nothing was touched; "
-                "convert to another folder, or delete this one yourself"
-            ) from None
+                f"{weights} holds something that this job did not write ({foreign}); nothing was touched. "
+                "Move it away, or use another folder"
+            )
+        remove_abandoned(self.file.parent)
+        for name in ours - self.parts.keys():
+            shutil.rmtree(found[name].path)
+        stored = [name for name, part in self.parts.items() if any(entry.arrays for entry in part.entries.values())]
+        for name in set(stored) - ours:
+            del self.parts[name]
 
-    def _rewrite(self, lines: list[dict[str, Any]]) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.writelines(map(_sealed, lines))
+    def _is_ours(self, entry: os.DirEntry) -> bool:
+        """Whether `entry` is the folder of a part of this job, finished or not."""
+        part = entry.name.partition(UNFINISHED)[0]
+        return entry.is_dir(follow_symlinks=False) and (part in self._begun or part in self.parts)
+
+    def start(self) -> None:
+        """Create the journal where there is none; everything else in the folder is made after it."""
+        if not self.file.exists():
+            write_file(self.file, _seal(self._header).encode())
+
+    def begin(self, part: str) -> None:
+        """Record that the folder of `part` is about to be made."""
+        if part not in self._begun:
+            self._append({"begin": part})
+            self._begun.add(part)
+
+    def begin_new(self) -> Iterator[str]:
+        """Begin parts under numbers that are not on disk yet, in order."""
+        for number in itertools.count(1 + max(map(int, self.parts), default=-1)):
+            self.begin(f"{number:05d}")
+            yield f"{number:05d}"
+
+    def add(self, part: Part) -> None:
+        """Record that `part` is on disk; durable when this returns."""
+        leaves = {path: leaf_dict(entry) for path, entry in part.entries.items()}
+        self._append({"part": part.name, "leaves": leaves, "facts": part.counts, "outcomes": part.outcomes})
+        self.parts[part.name] = part
+
+    def complete(self, manifest: Manifest) -> None:
+        """Make the folder a converted checkpoint, once it was read back: write its manifest, remove the journal."""
+        require_readable(self.file.parent, manifest.leaves)
+        manifest.write(self.file.parent)
+        self.file.unlink()
+
+    def _append(self, line: dict[str, Any]) -> None:
+        descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
+        with open(descriptor, "w", encoding="utf-8") as out:
+            out.write(_seal(line))
             out.flush()
             os.fsync(out.fileno())
-        os.replace(temporary, self.file)
-        sync_folder(self.file.parent)
 
 
-def _sealed(line: dict[str, Any]) -> str:
+def _read_lines(file: Path) -> list[dict[str, Any]] | None:
+    """The lines of a journal, None where there is none. A last line that a killed process tore is cut off."""
+    try:
+        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "r+b") as stream:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ValueError("it is not a regular file")
+            content = stream.read()
+            *texts, torn = content.split(b"\n")
+            lines = [_unseal(text.decode()) for text in texts]
+            if not lines:
+                raise ValueError("it has no first line")
+            if torn:
+                stream.truncate(len(content) - len(torn))
+                os.fsync(descriptor)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise OutputExistsError(
+            f"{file} is damaged ({error}), so what the folder holds is unknown. Nothing was touched; "
+            "use another folder, or delete this one yourself"
+        ) from None
+    return lines
+
+
+def _seal(line: dict[str, Any]) -> str:
     """A line with the SHA-256 of its text."""
     text = json.dumps(line)
     return json.dumps({"line": line, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
 
 
-def _opened(text: str) -> dict[str, Any]:
-    """The line that `_sealed` was given. Raises ValueError, LookupError or TypeError where it is another."""
+def _unseal(text: str) -> dict[str, Any]:
+    """The line that `_seal` was given. Raises ValueError, LookupError or TypeError where the text is another."""
     sealed = json.loads(text)
-    if _sealed(sealed["line"]) != text + "\n":
-        raise ValueError("a line is not what was written")
+    if _seal(sealed["line"]) != text + "\n":
+        raise ValueError("a line has changed")
     return sealed["line"]
+
+
+def manifest_basis(manifest: Manifest) -> dict[str, Any]:
+    """The basis of a finished conversion."""
+    return {
+        "format_version": manifest.format_version,
+        "config": manifest.config,
+        "files": manifest.source.get("files", {}),
+        "recipe": manifest.source.get("recipe", []),
+        "mesh": manifest.storage.get("mesh", {}),
+    }
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two bases differ, in the user's words; never empty."""
+    found = []
+    if before.get("format_version") != now["format_version"]:
+        found.append(f"the checkpoint format was {before.get('format_version')}, now {now['format_version']}")
+    found += _describe_changes("config.json: {} was {}, now {}", before.get("config", {}), now["config"])
+    found += _describe_changes("file {} was {}, now {}", _describe_files(before), _describe_files(now))
+    recipes: list[dict[str, Any]] = [
+        dict(zip(RECIPE, basis.get("recipe", []), strict=False)) for basis in (before, now)
+    ]
+    found += _describe_changes("{}: was {}, now {}", *recipes)
+    found += _describe_changes("--mesh: {} was {}, now {}", before.get("mesh", {}), now["mesh"])
+    return found or ["the weights that the options select"]
+
+
+def _describe_changes(text: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+    return [text.format(key, before.get(key, "absent"), now.get(key, "absent")) for key in keys]
+
+
+def _describe_recipe(basis: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(RECIPE, basis.get("recipe", []), strict=False))
+
+
+def _describe_files(basis: Mapping[str, Any]) -> dict[str, str]:
+    files = basis.get("files", {})
+    return {name: f"{file['size']} bytes (header {file['header_sha256'][:8]})" for name, file in files.items()}
+
+
+def require_same_bytes(source: Source, entries: Iterable[LeafEntry], touched: Collection[str] = ()) -> None:
+    """Raise OutputExistsError where tensors that were converted before have other bytes now.
+
+    Headers do not show that another training of the same model took the checkpoint's place, or that a damaged file was
+    downloaded again. So one converted tensor of each file is read again, and all of those files that were `touched`.
+    """
+    digests = {t.name: t.sha256 for entry in entries if entry.passport for t in entry.passport.sources}
+    probes: dict[str, Tensor] = {}
+    converted = [source.tensors[name] for name in digests if name in source.tensors]
+    for tensor in converted:
+        best = probes.get(tensor.file.name)
+        if tensor.nbytes <= PROBE_BYTES and (best is None or tensor.nbytes > best.nbytes):
+            probes[tensor.file.name] = tensor
+    again = [probes[name] for name in sorted(probes) if name not in touched]
+    again += [tensor for tensor in converted if tensor.file.name in touched]
+    changed = [f"{t.name} in {t.file.name}" for t in again if hash_chunks(source.read_chunks(t)) != digests[t.name]]
+    if changed:
+        raise OutputExistsError(
+            f"the source has changed since this conversion began: {len(changed)} of {len(again)} tensors that were "
+            f"read again have other bytes ({listing(changed)}). Nothing was touched; "
+            "convert to another folder, or delete this one yourself"
+        )

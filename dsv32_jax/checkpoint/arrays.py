@@ -61,9 +61,12 @@ class Arrays:
         try:
             return self.open(key)[start : info.shape[0] if stop is None else stop].read().result()
         except (OSError, ValueError) as error:
-            where = f"{'.'.join(key)} ({FOLDER}/{info.part})"
             code, *_, why = _first_line(error).split(": ")
-            raise StorageError(f"{where} cannot be read: {code}, {why}") from error
+            raise StorageError(f"{self.where(key)} cannot be read: {code}, {why}") from error
+
+    def where(self, key: Key) -> str:
+        """Return an array's name and folder, for messages."""
+        return f"{'.'.join(key)} ({FOLDER}/{self.stored[key].part})"
 
     def open(self, key: Key) -> Any:
         """The TensorStore of one array."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..errors import CheckpointError, listing
-from ..system.files import expand_path
+from ..system.files import expand_path, write_file
 from . import provenance
 from .manifest_text import COMPONENTS as COMPONENTS
 from .manifest_text import FORMAT_VERSION as FORMAT_VERSION
@@ -107,13 +107,7 @@ class Manifest:
         raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         raw["leaves"] = {path: leaf_dict(leaf) for path, leaf in self.leaves.items()}
         raw["digest"] = self.digest
-        temporary = folder / (FILE + ".tmp")
-        with open(temporary, "w", encoding="utf-8") as out:
-            out.write(sealed(raw))
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(temporary, folder / FILE)
-        sync_folder(folder)
+        write_file(folder / FILE, sealed(raw).encode())
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,7 +9,7 @@ first, 1.7 s for the fiftieth, 17 s to finalize; as parts: 80 ms each).
 
 import os
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,6 @@ class Writer:
     def has(self, part: str) -> bool:
         """Whether `part` is stored, whole."""
         return (self.folder / part).is_dir()
-
-    def keep(self, wanted: Collection[str]) -> None:
-        """Remove every part but those `wanted`: parts that were stored and then not noted by their writer."""
-        for entry in os.scandir(self.folder):
-            if entry.name not in wanted and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
 
     def save(self, part: str, group: Mapping[Key, np.ndarray]) -> None:
         """Store `group` as `part`; when this returns, it is on disk. A part of that name is replaced.

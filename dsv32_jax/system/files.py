@@ -137,6 +137,19 @@ def write_file(file: Path, content: bytes) -> None:
         new.write_bytes(content)
 
 
+def is_abandoned(name: str, file: str = "") -> bool:
+    """Return whether `name` is that of a new file which a killed `replace_file` left, of `file` if one is given."""
+    match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)
+    return match is not None and match[1] == (file or match[1])
+
+
+def remove_abandoned(folder: Path) -> None:
+    """Remove the new files that killed `replace_file`s left in `folder`, which nobody else is writing."""
+    for entry in os.scandir(folder):
+        if is_abandoned(entry.name) and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

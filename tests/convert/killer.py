@@ -61,7 +61,7 @@ class Killer:
 
 def kind(event: str, path: str, dst: str) -> str:
     """A step without what differs between steps of one kind: numbers, random names, process ids."""
-    relative = re.sub(r"[0-9a-f]{16,}", "*", os.path.relpath(path, dst))
+    relative = re.sub(r"[0-9a-f]{16,}|[0-9a-f]{8}(?=\.tmp)", "*", os.path.relpath(path, dst))
     return f"{event} {re.sub(r'[0-9]+', '#', relative)}"
 
 

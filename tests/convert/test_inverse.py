@@ -87,9 +87,9 @@ def test_every_tensor_comes_back(encode, width, tiny):
                 for leaf, arrays in zip(group, built, strict=True)
             ]
             tensors = noted(one, sources.arrays)
-            again = inverse.described(one.name, tensors)
+            again = inverse.describe_storage(one.name, tensors)
             assert (again.kind, again.format, again.shape, again.block) == (one.kind, one.format, one.shape, one.block)
-            found = inverse.restored(inverse.join(group, parts, one.format, one.block), again, tensors)
+            found = inverse.restore_tensors(inverse.join_leaves(group, parts, one.format, one.block), again, tensors)
             assert found.keys() == {tensor.name for tensor in one.tensors}
             for name, array in found.items():
                 want = sources.arrays[name]
@@ -122,7 +122,7 @@ def test_interleaved_rows_are_put_back(heads, first, second, width):
         Leaf("x_HNQ", "HNQ", (heads, b - a, width), ("x.weight",), source.shape, Cut(0, first + second, a, b), False, 2)
         for a, b in cuts
     ]
-    joined = inverse.join(group, [{"values": runs[:, a:b]} for a, b in cuts], "dense", 1)
+    joined = inverse.join_leaves(group, [{"values": runs[:, a:b]} for a, b in cuts], "dense", 1)
     assert (joined["values"] == source).all()
 
 
@@ -137,12 +137,12 @@ def test_columns_and_their_scales_are_put_together(rows, pieces, width):
     own = scales.reshape(rows, pieces, width // 16) if width >= 16 else np.repeat(scales, 16 // width, 1)[..., None]
     leaf = Leaf("x_DHP", "DHP", (rows, pieces, width), ("x.weight",), (rows, total), None, False, 1)
     parts = {"codes": codes, "block_scale": own, "tensor_scale": np.ones((1, 1, 1), np.float32)}
-    joined = inverse.join([leaf], [parts], "nvfp4", 16)
+    joined = inverse.join_leaves([leaf], [parts], "nvfp4", 16)
     assert (joined["codes"] == codes.reshape(rows, -1)).all() and (joined["block_scale"] == scales).all()
     if width < 16:
         own[-1, -1, -1] ^= 1
         with pytest.raises(inverse.NotInvertible, match="shared an element differ"):
-            inverse.join([leaf], [parts], "nvfp4", 16)
+            inverse.join_leaves([leaf], [parts], "nvfp4", 16)
 
 
 def halves(values: list[float]) -> tuple[list[Leaf], list[dict[str, np.ndarray]]]:
@@ -156,37 +156,37 @@ def halves(values: list[float]) -> tuple[list[Leaf], list[dict[str, np.ndarray]]
 
 
 def test_leaves_that_contradict_each_other_are_an_error():
-    assert inverse.join(*halves([0.5, 0.5]), "fp8_block", 128)["block_scale"].tolist() == [[0.5]] * 4
+    assert inverse.join_leaves(*halves([0.5, 0.5]), "fp8_block", 128)["block_scale"].tolist() == [[0.5]] * 4
     with pytest.raises(inverse.NotInvertible, match=r"w_h_AD.block_scale contradicts another leaf of eh_proj.weight"):
-        inverse.join(*halves([0.5, 0.25]), "fp8_block", 128)
+        inverse.join_leaves(*halves([0.5, 0.25]), "fp8_block", 128)
     leaf = Leaf("x_HNQ", "HNQ", (1, 2, 16), ("x.weight",), (4, 16), Cut(0, 4, 0, 2), False, 2)
     other = leaf._replace(path="y_HRQ", cut=Cut(0, 4, 2, 4))
     part = {"codes": np.zeros((1, 2, 8), np.uint8), "block_scale": np.zeros((1, 2, 1), np.uint8)}
     parts = [part | {"tensor_scale": np.full((1, 1, 1), value, np.float32)} for value in (1, 2)]
     with pytest.raises(inverse.NotInvertible, match="tensor scales of its leaves differ"):
-        inverse.join([leaf, other], parts, "nvfp4", 16)
+        inverse.join_leaves([leaf, other], parts, "nvfp4", 16)
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (192, 1), (1,), ()])
 def test_scales_that_were_one_and_differ_now_are_an_error(shape):
     scale = np.random.default_rng(0).random(shape or (1,), np.float32).reshape(shape)
     rows = np.repeat(scale, 128, 0)[:192] if shape == (2, 3) else np.broadcast_to(scale.reshape(-1, 1), (192, 3))
-    assert inverse.collapse(rows, shape, "s").tobytes() == scale.tobytes()
+    assert inverse.collapse_scales(rows, shape, "s").tobytes() == scale.tobytes()
     for at in ((127, 0), (191, 2)):
         wrong = rows.copy()
         wrong[at] = np.nextafter(wrong[at], np.float32(9))
         with pytest.raises(inverse.NotInvertible, match="s: rows that shared a scale have different ones now"):
-            inverse.collapse(wrong, shape, "s")
+            inverse.collapse_scales(wrong, shape, "s")
 
 
 def test_values_that_do_not_fit_the_source_any_more_are_an_error():
-    stored = inverse.described("x.weight", [SourceTensor("x.weight", "BF16", (2,), "")])
-    with pytest.raises(inverse.NotInvertible, match="x.weight: float32 values are no bfloat16 any more"):
-        inverse.restored({"values": np.float32([1, 1 / 3])}, stored, [])
+    stored = inverse.describe_storage("x.weight", [SourceTensor("x.weight", "BF16", (2,), "")])
+    with pytest.raises(inverse.NotInvertible, match="x.weight: the float32 values are not exact in bfloat16"):
+        inverse.restore_tensors({"values": np.float32([1, 1 / 3])}, stored, [])
     shapes = {"_packed": ("U8", (1, 8)), "_scale": ("F8_E4M3", (1, 1)), "_global_scale": ("F32", (1,))}
     tensors = [SourceTensor("x.weight" + suffix, *what, "", "0000803f") for suffix, what in shapes.items()]
     joined = {"codes": np.zeros((1, 8), np.uint8), "block_scale": np.zeros((1, 1), ml_dtypes.float8_e4m3fn)}
-    stored = inverse.described("x.weight", tensors)
-    assert inverse.restored(joined | {"tensor_scale": np.float32([1])}, stored, tensors)
+    stored = inverse.describe_storage("x.weight", tensors)
+    assert inverse.restore_tensors(joined | {"tensor_scale": np.float32([1])}, stored, tensors)
     with pytest.raises(inverse.NotInvertible, match="weight_global_scale: the stored tensor scale is not its inverse"):
-        inverse.restored(joined | {"tensor_scale": np.float32([0.5])}, stored, tensors)
+        inverse.restore_tensors(joined | {"tensor_scale": np.float32([0.5])}, stored, tensors)

@@ -45,15 +45,15 @@ def test_steps_of_every_kind_are_seen(undisturbed):
     _, _, steps = undisturbed
     for step in (
         "os.mkdir weights",
-        "open journal.tmp",
-        "os.fsync journal.tmp",
-        "os.rename journal.tmp",
+        "open .journal.jsonl.*.tmp",
+        "os.fsync .journal.jsonl.*.tmp",
+        "os.rename .journal.jsonl.*.tmp",
         "os.rename weights/#.orbax-checkpoint-tmp",
         "os.fsync weights/#/state/manifest.ocdbt",
         "open journal.jsonl",
         "os.fsync journal.jsonl",
-        "os.fsync manifest.json.tmp",
-        "os.rename manifest.json.tmp",
+        "os.fsync .manifest.json.*.tmp",
+        "os.rename .manifest.json.*.tmp",
         "os.remove journal.jsonl",
     ):
         assert step in steps
@@ -61,17 +61,22 @@ def test_steps_of_every_kind_are_seen(undisturbed):
 
 
 def test_everything_is_flushed_before_the_manifest(undisturbed):
-    """Every part before the journal names it, the names of the parts before the manifest, the manifest's name last."""
+    """A part is named in the journal before it is made and once it is flushed, the manifest's name comes last."""
     _, _, steps = undisturbed
-    noted = [number for number, step in enumerate(steps) if step == "open journal.jsonl"]
+    written = [number for number, step in enumerate(steps) if step == "os.rename weights/#.orbax-checkpoint-tmp"]
+    noted = [number for number, step in enumerate(steps) if step == "os.fsync journal.jsonl"]
     flushed = [number for number, step in enumerate(steps) if step == "os.fsync weights"]
-    assert all(any(before < number for before in flushed) for number in noted)
-    end = steps.index("open manifest.json.tmp")
+    assert len(noted) == 2 * len(written) > 2
+    assert noted[0] < steps.index("os.mkdir weights/#.orbax-checkpoint-tmp")
+    for part, rename in enumerate(written):
+        assert sum(line < rename for line in noted) > part
+        assert any(rename < flush < line for flush in flushed for line in noted)
+    end = steps.index("open .manifest.json.*.tmp")
     assert noted[-1] < flushed[-1] < end
-    assert steps[end:] == [
-        "open manifest.json.tmp",
-        "os.fsync manifest.json.tmp",
-        "os.rename manifest.json.tmp",
+    assert list(dict.fromkeys(steps[end:])) == [
+        "open .manifest.json.*.tmp",
+        "os.fsync .manifest.json.*.tmp",
+        "os.rename .manifest.json.*.tmp",
         "os.fsync .",
         "os.remove journal.jsonl",
     ]

@@ -258,7 +258,7 @@ def test_a_wrong_inverse_is_recognized(copy):
     leaves = manifest.leaves | {path: dataclasses.replace(entry, passport=passport)}
     dataclasses.replace(manifest, leaves=leaves).write(copy)
     assert Manifest.read(copy).digest == manifest.digest
-    with pytest.raises(VerificationError, match=r"experts.1.up_proj.weight_scale cannot be computed back"):
+    with pytest.raises(VerificationError, match=r"experts.1.up_proj.weight_scale cannot be reconstructed"):
         verify(copy)
 
 

@@ -1,0 +1,148 @@
+"""An output folder in which others left files and links: nothing is written through a link, only own parts deleted."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+import convert
+from convert.write.job import Manifest
+from dsv32_jax.errors import OutputExistsError
+
+from . import fakes
+
+OPTIONS = {"group_bytes": 60_000}
+
+
+class Stop(Exception):
+    pass
+
+
+def unfinished(source: Path, out: Path, parts: int = 2) -> Path:
+    """A conversion that was stopped after some parts."""
+    from dsv32_jax.checkpoint.store import Writer
+
+    save, saved = Writer.save, []
+
+    def stop(self, part, group):
+        if len(saved) == parts:
+            raise Stop
+        saved.append(part)
+        save(self, part, group)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Writer, "save", stop)
+        with pytest.raises(Stop):
+            convert.convert(source, out, **OPTIONS)
+    return out
+
+
+@pytest.fixture
+def source(originals, tmp_path) -> Path:
+    """A checkpoint with a tokenizer, which may be damaged."""
+    folder = shutil.copytree(originals["bf16"], tmp_path / "hf")
+    fakes.companions(folder)
+    return folder
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_files_of_the_source_are_not_written_through_links(link, source, tmp_path):
+    """A companion that is a link to the source's file is replaced by a copy."""
+    before = contents(source)
+    out = unfinished(source, tmp_path / "out")
+    link(source / "tokenizer.json", out / "tokenizer.json")
+    convert.convert(source, out, **OPTIONS)
+    assert contents(source) == before
+    assert not (out / "tokenizer.json").is_symlink() and not os.path.samefile(
+        out / "tokenizer.json", source / "tokenizer.json"
+    )
+    assert (out / "tokenizer.json").read_bytes() == before[source / "tokenizer.json"]
+
+
+@pytest.mark.parametrize("name", ["manifest.json.tmp", "journal.tmp", ".manifest.json.0123abcd.tmp"])
+def test_planted_links_are_not_followed(name, source, tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    out = unfinished(source, tmp_path / "out")
+    (out / name).symlink_to(tmp_path / "thesis.tex")
+    convert.convert(source, out, **OPTIONS)
+    assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+def test_a_journal_that_is_a_link_is_refused(source, tmp_path):
+    """Lines would be added to the file it leads to."""
+    out = unfinished(source, tmp_path / "out")
+    (out / "journal.jsonl").rename(tmp_path / "precious")
+    (out / "journal.jsonl").symlink_to(tmp_path / "precious")
+    before = (tmp_path / "precious").read_bytes()
+    with pytest.raises(OutputExistsError, match="journal.jsonl is damaged .*Nothing was touched"):
+        convert.convert(source, out, **OPTIONS)
+    assert (tmp_path / "precious").read_bytes() == before
+
+
+@pytest.mark.parametrize("journal", ["journal.jsonl", "journal.tmp", ".journal.jsonl.0123abcd.tmp"])
+@pytest.mark.parametrize("linked", [False, True])
+def test_folders_of_others_are_never_deleted(journal, linked, source, tmp_path):
+    """A file called like the journal makes nobody the owner of what lies in weights/."""
+    (others := tmp_path / "others").mkdir()
+    out = tmp_path / "out"
+    out.mkdir()
+    if linked:
+        (out / "weights").symlink_to(others)
+    else:
+        others = out / "weights"
+        others.mkdir()
+    (others / "00007").mkdir()
+    (others / "00007" / "thesis.tex").write_text("precious")
+    (out / journal).touch()
+    with pytest.raises(OutputExistsError, match="[Nn]othing was touched"):
+        convert.convert(source, out, **OPTIONS)
+    assert (others / "00007" / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", ["00007", "backup", "00001.tar", "00001.backup"])
+def test_what_the_journal_does_not_name_is_reported(name, source, tmp_path):
+    """In an output that is the job's own, too."""
+    out = unfinished(source, tmp_path / "out")
+    (out / "weights" / name).mkdir()
+    (out / "weights" / name / "thesis.tex").write_text("precious")
+    if name == "00001.tar":
+        shutil.rmtree(out / "weights" / name)
+        (out / "weights" / name).write_text("precious")
+    with pytest.raises(OutputExistsError, match=rf"did not write \({name}\); nothing was touched"):
+        convert.convert(source, out, **OPTIONS)
+    shutil.move(out / "weights" / name, tmp_path / "moved")
+    assert convert.convert(source, out, **OPTIONS) == Manifest.read(out)
+
+
+def test_a_link_in_place_of_the_weights_is_refused(source, tmp_path):
+    out = unfinished(source, tmp_path / "out")
+    (out / "weights").rename(tmp_path / "elsewhere")
+    (out / "weights").symlink_to(tmp_path / "elsewhere")
+    before = contents(tmp_path / "elsewhere")
+    with pytest.raises(OutputExistsError, match="it is a link"):
+        convert.convert(source, out, **OPTIONS)
+    assert contents(tmp_path / "elsewhere") == before
+
+
+def test_what_a_killed_run_left_is_removed(source, tmp_path):
+    """A part that was begun and not finished, under its name or a temporary one, and files that were not renamed."""
+    out = unfinished(source, tmp_path / "out", parts=1)
+    lines = [json.loads(line)["line"] for line in (out / "journal.jsonl").read_text().splitlines()]
+    begun = {line["begin"] for line in lines if "begin" in line}
+    assert begun >= {"00000", "00001"} and [line["part"] for line in lines if "part" in line] == ["00000"]
+    for name in ("00001", "00001.orbax-checkpoint-tmp"):
+        (out / "weights" / name).mkdir(exist_ok=True)
+        (out / "weights" / name / "half").touch()
+    (out / ".tokenizer.json.0123abcd.tmp").touch()
+    manifest = convert.convert(source, out, **OPTIONS)
+    assert manifest == Manifest.read(out)
+    assert {file.name for file in out.iterdir()} == {
+        ".lock", "manifest.json", "weights", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    }  # fmt: skip
+    assert not list(out.rglob("half"))
