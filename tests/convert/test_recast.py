@@ -110,7 +110,7 @@ def unfinished(checkpoints, tmp_path_factory) -> Path:
 
 def test_scales_without_nvfp4_are_refused(checkpoints, tmp_path):
     for options in ({"scales": "mse"}, {"tensor_scales": "shared"}, {"scales": "mse", "to": "bf16"}):
-        with pytest.raises(UsageError, match="add to=nvfp4"):
+        with pytest.raises(UsageError, match='add to="nvfp4"'):
             convert.convert(checkpoints["fp8"], tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()
 
