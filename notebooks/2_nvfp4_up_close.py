@@ -71,7 +71,9 @@ inspect.plots.codes(found)
 
 # %%
 print(f"{found.blocks} blocks: {found.zero_blocks} of zeros, {found.saturated_blocks} at 448")
-print(f"{inspect.clipped(weight, original)} of {original.values().size} elements are larger than their block can hold")
+print(
+    f"{inspect.count_clipped(weight, original)} of {original.values().size} elements are larger than their block can hold"
+)
 inspect.plots.scales(found)
 
 # %% [markdown]
@@ -124,7 +126,8 @@ inspect.plots.bars(errors, "||error|| / ||weight|| (%)", digits=2)
 
 # %%
 first = source.config.first_k_dense_replace
-inspect.plots.atlas(inspect.atlas(quantized["mse"], source), range(first, source.config.num_hidden_layers))
+errors = inspect.expert_errors(quantized["mse"], source)
+inspect.plots.expert_errors(errors, range(first, source.config.num_hidden_layers))
 
 # %% [markdown]
 # And by kind of weight, in one layer. What the default policy keeps (the rest of attention, the indexer, the router)

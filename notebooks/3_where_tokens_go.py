@@ -54,10 +54,10 @@ trace
 # against the load, takes part in the choice to keep it there. Bright squares are experts that get more than that.
 
 # %%
-inspect.plots.load(trace)
+inspect.plots.expert_load(trace)
 
 # %%
-counts = inspect.plots.expert_counts(trace)
+counts = inspect.plots.count_experts(trace)
 share = counts / counts.sum(axis=1, keepdims=True)
 even = np.exp(-(share * np.log(share)).sum(axis=1))
 for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
@@ -120,7 +120,7 @@ for row, tokens in enumerate(trace["tokens"]):
 {name: int(chosen.sum()) for name, chosen in members.items()}
 
 # %%
-inspect.plots.kinds(trace, cfg.num_hidden_layers - 1, members)
+inspect.plots.experts_by_kind(trace, cfg.num_hidden_layers - 1, members)
 
 # %% [markdown]
 # How far each kind's use of the experts is from that of all tokens, layer by layer: half the sum of the differences, so
@@ -129,6 +129,6 @@ inspect.plots.kinds(trace, cfg.num_hidden_layers - 1, members)
 
 # %%
 total = share[:, None]
-kinds = np.stack([inspect.plots.expert_counts(trace, chosen) for chosen in members.values()], axis=1)
+kinds = np.stack([inspect.plots.count_experts(trace, chosen) for chosen in members.values()], axis=1)
 distance = np.abs(kinds / kinds.sum(axis=-1, keepdims=True) - total).sum(axis=-1) / 2
 inspect.plots.heat(distance.T, "layer", "kind of token", "distance from all tokens", list(members), names)

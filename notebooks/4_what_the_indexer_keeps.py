@@ -70,14 +70,14 @@ for position in np.argsort(-count, kind="stable")[:6]:
 
 # %%
 mass = inspect.kept_mass(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)])
-inspect.plots.kept(mass, first=2 * topk)
+inspect.plots.kept_mass(mass, first=2 * topk)
 
 # %% [markdown]
 # By layer and position, in the first text: 100 % as long as everything is selected, then less as the text grows. Dark
 # columns are tokens whose attention reaches for more than 128 positions.
 
 # %%
-inspect.plots.kept_by_position(mass)
+inspect.plots.kept_mass_by_position(mass)
 
 # %% [markdown]
 # The trace's own measure needs no dense attention: the spread (entropy) of the weights among what was selected. Its

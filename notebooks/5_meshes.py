@@ -89,7 +89,7 @@ inspect.plots.bars({str(device): size / 1e6 for device, size in nbytes.items()},
 # %%
 real = ds.Config.from_json(configs.path("deepseek_v32"))
 meshes = ("expert=8", "expert=4,model=2", "expert=16", "expert=8,model=2", "expert=32")
-held = {mesh: {what: n / 1e9 for what, n in inspect.held(real, mesh).items()} for mesh in meshes}
+held = {mesh: {what: n / 1e9 for what, n in inspect.parameters_per_device(real, mesh).items()} for mesh in meshes}
 names = {mesh: mesh.replace(",", "\n") for mesh in meshes}
 inspect.plots.stacks({names[mesh]: parts for mesh, parts in held.items()}, "parameters a device (billions)")
 

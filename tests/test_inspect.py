@@ -18,7 +18,7 @@ import dsv32_jax as ds
 from dsv32_jax import inspect
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CapacityError, CheckpointError, UsageError, VerificationError
+from dsv32_jax.errors import CapacityError, CheckpointError, UsageError, VerificationError, pluralize
 from dsv32_jax.inspect.traces import Trace
 from dsv32_jax.inspect.weights import StoredWeight
 from dsv32_jax.layout import COPIES, leaves
@@ -74,7 +74,7 @@ def test_one_expert_is_its_part_of_the_bank(folders, name):
 
 def test_one_expert_is_read_alone(folders, monkeypatch):
     """Not a byte of the other experts of a converted bank."""
-    arrays, asked = folders["nvfp4"]._read._arrays, []
+    arrays, asked = folders["nvfp4"]._reader._arrays, []
     count = len(folders["nvfp4"].weight(BANK).parts)
     read = arrays.read
     monkeypatch.setattr(arrays, "read", lambda key, *rows: asked.append(rows) or read(key, *rows))
@@ -90,10 +90,10 @@ def test_a_layer(folders, small):
 
 
 def test_errors_are_those_of_the_quantizer(folders, small):
-    """About a tenth for NVFP4, nothing for what was kept; the atlas has an entry for each expert."""
-    atlas = inspect.atlas(folders["nvfp4"], folders["hf"])
-    assert atlas.shape == (1, small.n_routed_experts) and (0.05 < atlas).all() and (atlas < 0.15).all()
-    assert not inspect.atlas(folders["same"], folders["hf"], [1]).any()
+    """About a tenth for NVFP4, nothing for what was kept; there is one for each expert."""
+    errors = inspect.expert_errors(folders["nvfp4"], folders["hf"])
+    assert errors.shape == (1, small.n_routed_experts) and (0.05 < errors).all() and (errors < 0.15).all()
+    assert not inspect.expert_errors(folders["same"], folders["hf"], [1]).any()
     a, b = (folders[name].weight(BANK, 2) for name in ("hf", "nvfp4"))
     error = np.linalg.norm(b.values() - a.values()) / np.linalg.norm(a.values())
     assert a.error(b) == pytest.approx(error, rel=1e-5) and a.error(a) == 0
@@ -117,8 +117,8 @@ def test_counts():
     assert found.codes[7] == 16 and found.codes[15] == 1 and found.codes[1] == 1 and found.codes.sum() == 64
     assert found.scales.sum() == 4 and found.scales[np.float32(448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)] == 1
     dense = StoredWeight("w", "dense", "MD", w.shape, {"values": w})
-    assert inspect.clipped(stored(w), dense) == 0
-    assert inspect.clipped(stored(w), dataclasses.replace(dense, parts={"values": 1.2 * w})) >= 16
+    assert inspect.count_clipped(stored(w), dense) == 0
+    assert inspect.count_clipped(stored(w), dataclasses.replace(dense, parts={"values": 1.2 * w})) >= 16
     with pytest.raises(UsageError, match="w is dense; only NVFP4"):
         inspect.statistics(dense)
 
@@ -131,18 +131,18 @@ def test_misuse(folders, tmp_path, monkeypatch):
         (lambda: folder.weight("norm_D", 1), "has no experts"),
         (lambda: folder.weight(BANK, 99), "from 0 to 11, not 99"),
         (lambda: folder.weight(BANK, True), "not True"),
-        (lambda: folder.weight(None), "its path, text, not None"),
-        (lambda: inspect.statistics("weight"), "what Folder.weight gives, not 'weight'"),
-        (lambda: inspect.clipped(folder.weight(BANK), folder.weight(BANK, 0)), r"is \[.*is \["),
-        (lambda: inspect.atlas("a", folder), "two inspect.Folder, not 'a'"),
-        (lambda: inspect.atlas(folder, folder, 1), "a list of layers, not 1"),
-        (lambda: inspect.held(folder, "expert=2"), "model.cfg"),
-        (lambda: inspect.held(folder.config, 4), "a mesh is written as"),
+        (lambda: folder.weight(None), "its path, a string, not None"),
+        (lambda: inspect.statistics("weight"), "as Folder.weight returns it, not 'weight'"),
+        (lambda: inspect.count_clipped(folder.weight(BANK), folder.weight(BANK, 0)), r"is \[.*is \["),
+        (lambda: inspect.expert_errors("a", folder), "two inspect.Folder, not 'a'"),
+        (lambda: inspect.expert_errors(folder, folder, 1), "a list of layers, not 1"),
+        (lambda: inspect.parameters_per_device(folder, "expert=2"), "model.cfg"),
+        (lambda: inspect.parameters_per_device(folder.config, 4), "a mesh is written as"),
         (lambda: inspect.placement(None, BANK, "expert=2"), "model.cfg"),
-        (lambda: folder.layer(7), "no layer 7: the model has 2"),
-        (lambda: folder.weight("norm_D").error(folder.weight(BANK, 0)), "nothing compared"),
-        (lambda: inspect.atlas(folder, folder, [0]), "no routed experts; 1 to 1 do"),
-        (lambda: inspect.tree(folder.config), "a folder, a config.json or a Model, not of a Config"),
+        (lambda: folder.layer(7), "no layer 7; layers are 0 to 1"),
+        (lambda: folder.weight("norm_D").error(folder.weight(BANK, 0)), "shapes must be equal"),
+        (lambda: inspect.expert_errors(folder, folder, [0]), "no routed experts in layers 0; 1 to 1 have"),
+        (lambda: inspect.tree(folder.config), "a folder, a config.json or a Model, not Config"),
         (lambda: inspect.placement(folder.config, "nothing", "expert=2"), "no weight 'nothing'"),
         (lambda: inspect.placement(folder.config, BANK, "rows=2"), "not understood"),
     ):
@@ -153,11 +153,11 @@ def test_misuse(folders, tmp_path, monkeypatch):
         inspect.placement(folder.config, BANK, "expert=5")
     with pytest.raises(CheckpointError):
         inspect.Folder(tmp_path)
-    arrays = folder._read._arrays
+    arrays = folder._reader._arrays
     read = arrays.read
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "read", lambda *key: read(*key).copy() * 0)
-        with pytest.raises(VerificationError, match="norm_D.values has changed"):
+        with pytest.raises(VerificationError, match="norm_D.values is damaged"):
             folder.weight("norm_D")
     monkeypatch.setattr(host, "get_free_memory", lambda: 1000)
     with pytest.raises(CapacityError, match="nothing was read"):
@@ -183,19 +183,19 @@ def test_trees_agree(folders):
 
 @pytest.mark.parametrize("path", [BANK, "layers.0.mla.w_o_DHP", "norm_D", "layers.0.ffn.w_gate_FD"])
 def test_placement_is_that_of_jax(small, path):
-    """Device by device, whatever the rank; and a device holds what the pieces add up to."""
+    """Device by device, whatever the rank; and a device holds what the shards add up to."""
     cfg = dataclasses.replace(small, num_attention_heads=6)
     placed = inspect.placement(cfg, path, "expert=4,model=2")
     (leaf,) = (leaf for leaf in leaves(cfg) if leaf.path == path)
     mesh = ds.mesh("expert=4,model=2")
     indices = sharding.of_leaf(mesh, leaf, leaf.shape).devices_indices_map(leaf.shape)
-    for device, part in zip(mesh.devices.flat, placed.parts, strict=True):
+    for device, part in zip(mesh.devices.flat, placed.shards, strict=True):
         assert part == tuple(s.indices(n)[:2] for s, n in zip(indices[device], leaf.shape, strict=True))
-    assert placed.copies * len(set(placed.parts)) == 8
-    assert f"{len(set(placed.parts))} pieces" in repr(placed) and len(repr(placed).splitlines()) == 9
-    whole, held = inspect.held(cfg, "data=1"), inspect.held(cfg, "expert=4,model=2")
+    assert placed.copies * len(set(placed.shards)) == 8
+    assert f"{pluralize(len(set(placed.shards)), 'shard')}, " in repr(placed) and len(repr(placed).splitlines()) == 9
+    whole, shard = inspect.parameters_per_device(cfg, "data=1"), inspect.parameters_per_device(cfg, "expert=4,model=2")
     assert sum(whole.values()) == sum(int(np.prod(leaf.shape)) for leaf in leaves(cfg) if leaf.path not in COPIES)
-    assert held["experts"] * 8 == whole["experts"] and held["indexer"] == whole["indexer"]
+    assert shard["experts"] * 8 == whole["experts"] and shard["indexer"] == whole["indexer"]
 
 
 def test_kept_mass(small):
@@ -242,7 +242,7 @@ def test_figures(small):
     from dsv32_jax.inspect import plots
 
     made, cfg = made_up_trace(small), small
-    assert plots.expert_counts(made).sum() == 2 * (30 + 15)
+    assert plots.count_experts(made).sum() == 2 * (30 + 15)
     found = inspect.statistics(stored(np.random.default_rng(0).standard_normal((32, 64), np.float32)))
     shares = np.random.default_rng(0).random((2, 1, 40))
     first = np.zeros((2, 30), bool)
@@ -251,11 +251,11 @@ def test_figures(small):
         plots.codes(found),
         plots.scales(found),
         plots.bars({"RTN": 9.5, "MSE": 8.1}, "error (%)"),
-        plots.atlas(np.full((1, 12), 0.09), [1]),
-        plots.load(made),
-        plots.kinds(made, 1, {"first": first, "others": ~first}),
-        plots.kept(inspect.Mass(shares, shares, shares), 10),
-        plots.kept_by_position(inspect.Mass(shares, shares, shares)),
+        plots.expert_errors(np.full((1, 12), 0.09), [1]),
+        plots.expert_load(made),
+        plots.experts_by_kind(made, 1, {"first": first, "others": ~first}),
+        plots.kept_mass(inspect.Mass(shares, shares, shares), 10),
+        plots.kept_mass_by_position(inspect.Mass(shares, shares, shares)),
         plots.selection(made, 1),
         plots.needle(np.array([[1, 30, 200], [5, 9, 3]]), 20, ["a", "\n", "$"]),
         plots.sharding(inspect.placement(cfg, BANK, "expert=4,model=2")),

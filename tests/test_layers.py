@@ -36,7 +36,7 @@ WITHOUT_JAX = (
     "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
     "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
-    "inspect inspect.weights inspect.blocks inspect.shard_placement bench.measure bench.quantize chat.encoding "
+    "inspect inspect.weights inspect.placements bench.measure bench.quantize chat.encoding "
     "chat.parsing chat.tokenizer chat.conversation cli.subcommands cli.screen cli.keyboard cli.answer_parts "
     "cli.wrapping"
 ).split()
@@ -51,7 +51,7 @@ CONVERT_MUST_NOT_IMPORT = {
 }
 
 ENTRANCES = {
-    *("cli.app", "cli.demo", "inspect.converter"),
+    *("cli.app", "cli.demo", "inspect.weights"),
     *("bench.layer", "bench.load", "bench.model", "bench.kernels", "bench.convert", "bench.context"),
 }
 """Where the library calls `convert` and reads `configs`."""

@@ -1,158 +1,219 @@
-"""Figures of what the other files of this room find. Each function returns the figure; needs the extra [notebook].
+"""Figures of traces, weights and placements, for notebooks (extra [notebook]); `figure.savefig(file)` saves one.
 
-Colours are Okabe and Ito's, and cividis where a number becomes a colour: both are told apart by colour-blind readers.
+Colours are those of Okabe and Ito; colour maps are cividis and, around an equal share, coolwarm: colour-blind readers
+can tell them apart.
 """
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from ..errors import UsageError
 from ..quantization.quantize import E2M1, E4M3
-from .blocks import Statistics
-from .picture import Picture, figure
-from .shard_placement import Placement
+from .placements import Placement
 from .traces import Mass, Trace
+from .weights import Statistics
+
+
+class _Missing:
+    def __init__(self, *_, **__):
+        raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks")
+
+
+try:
+    from matplotlib.figure import Figure
+except ImportError:
+    Figure = _Missing  # pyright: ignore[reportAssignmentType, reportConstantRedefinition]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
-GREY = "#999999"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, GREY)
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
 MARKERS = "os^Dvph*"
-MAP = "cividis"
+DPI = 110
 
 
-def codes(found: Statistics) -> Picture:
-    """How often each of the 16 values of E2M1 occurs."""
-    made, axes = figure()
-    order = np.argsort(E2M1, kind="stable")
-    share = 100 * found.codes / found.codes.sum()
-    values = [f"{value:g}" for value in E2M1]
-    values[8] = "-0"
+class Picture(Figure):  # pyright: ignore[reportGeneralTypeIssues]
+    """A figure that a notebook shows whatever the backend of matplotlib."""
+
+    def _repr_png_(self) -> bytes:
+        file = io.BytesIO()
+        self.savefig(file, format="png")
+        return file.getvalue()
+
+
+def _figure(width: float = 7, height: float = 3) -> tuple[Picture, Any]:
+    picture = Picture(figsize=(width, height), dpi=DPI, layout="constrained")
+    axes = picture.subplots()
+    axes.spines[["top", "right"]].set_visible(False)
+    return picture, axes
+
+
+def codes(statistics: Statistics) -> Picture:
+    """Plot how often each of the 16 values of E2M1 occurs."""
+    picture, axes = _figure()
+    order = [*range(15, 7, -1), *range(8)]
+    share = 100 * statistics.codes / statistics.codes.sum()
     axes.bar(range(16), share[order], color=[SKY if code == 8 else BLUE for code in order])
-    axes.set_xticks(range(16), [values[code] for code in order])
+    axes.set_xticks(range(16), ["-0" if code == 8 else f"{E2M1[code]:g}" for code in order])
     axes.set(xlabel="element (E2M1, before its scales)", ylabel="share of elements (%)")
-    return made
+    return picture
 
 
-def scales(found: Statistics) -> Picture:
-    """The block scales by magnitude; where they are 448 the block is saturated."""
-    made, axes = figure()
-    counts = found.scales[:127] + found.scales[128:255]
+def scales(statistics: Statistics) -> Picture:
+    """Plot block scales by magnitude; a block with the scale 448 is saturated."""
+    picture, axes = _figure()
+    counts = statistics.scales[:127] + statistics.scales[128:255]
     used = np.flatnonzero(counts)
-    axes.vlines(np.maximum(E4M3[used], 2.0**-10), 0, 100 * counts[used] / found.blocks, color=BLUE, linewidth=2)
+    axes.vlines(np.maximum(E4M3[used], 2.0**-10), 0, 100 * counts[used] / statistics.blocks, color=BLUE, linewidth=3)
     axes.axvline(448, color=RED, linestyle="--", linewidth=1)
     axes.set_xscale("log", base=2)
-    axes.annotate(
-        "448", (448, 1), xycoords=("data", "axes fraction"), xytext=(4, -10), textcoords="offset points", color=RED
-    )
+    where = {"xycoords": ("data", "axes fraction"), "xytext": (4, -10), "textcoords": "offset points"}
+    axes.annotate("448", (448, 1), color=RED, **where)
     axes.set(xlabel="block scale (E4M3)", ylabel="share of blocks (%)", ylim=(0, None))
-    return made
+    return picture
 
 
 def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str = "") -> Picture:
-    """A bar for each name, with its number."""
-    made, axes = figure()
+    """Plot a labelled bar for each name."""
+    picture, axes = _figure()
     drawn = axes.bar(range(len(values)), list(values.values()), color=BLUE, width=0.6)
     axes.bar_label(drawn, fmt=f"%.{digits}f", padding=2)
     axes.set_xticks(range(len(values)), list(values))
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(y=0.15)
-    return made
+    return picture
+
+
+def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
+    """Plot a column of named parts for each name."""
+    picture, axes = _figure(7, 3.4)
+    bottom = np.zeros(len(values))
+    for i, part in enumerate(dict.fromkeys(part for column in values.values() for part in column)):
+        heights = np.array([column.get(part, 0.0) for column in values.values()])
+        axes.bar(range(len(values)), heights, bottom=bottom, width=0.6, color=COLOURS[i % len(COLOURS)], label=part)
+        bottom += heights
+    axes.set_xticks(range(len(values)), list(values))
+    axes.set(ylabel=ylabel)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
+    return picture
+
+
+def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, x: Sequence[float] = ()) -> Picture:
+    """Plot a line for each name over `x` (default: the index)."""
+    picture, axes = _figure(7, 3)
+    for i, (name, heights) in enumerate(values.items()):
+        at = x if len(x) else range(len(heights))
+        axes.plot(at, heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(frameon=False)
+    return picture
 
 
 def heat(
-    values: np.ndarray, xlabel: str, ylabel: str, label: str, rows: Sequence[Any] = (), columns: Sequence[Any] = ()
+    values: np.ndarray,
+    xlabel: str,
+    ylabel: str,
+    label: str,
+    rows: Sequence[Any] = (),
+    columns: Sequence[Any] = (),
+    centre: float | None = None,
 ) -> Picture:
-    """A matrix as colours; `rows` and `columns` are their names, by default their numbers."""
-    made, axes = figure(7, 1.7 + 0.25 * min(len(values), 10))
-    image = axes.imshow(values, cmap=MAP, aspect="auto", interpolation="nearest")
+    """Plot a matrix as colours, with names of rows and columns (default: their numbers). Colours diverge from `centre`
+    if it is given."""
+    picture, axes = _figure(7, 1.7 + 0.25 * min(len(values), 10))
+    limits: dict[str, float] = {}
+    if centre is not None:
+        reach = float(np.nanmax(np.abs(values - centre)))
+        limits = {"vmin": centre - reach, "vmax": centre + reach}
+    colours = "cividis" if centre is None else "coolwarm"
+    image = axes.imshow(values, cmap=colours, aspect="auto", interpolation="nearest", **limits)
     for names, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if len(names):
             axis.set_ticks(range(len(names)), list(map(str, names)))
         else:
             axis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    made.colorbar(image, ax=axes, label=label)
-    return made
+    picture.colorbar(image, ax=axes, label=label)
+    return picture
 
 
-def atlas(errors: np.ndarray, layers: Sequence[int]) -> Picture:
-    """The error of every expert [layers, experts], shares of one."""
+def expert_errors(errors: np.ndarray, layers: Sequence[int]) -> Picture:
+    """Plot the relative error of every expert [layers, experts]."""
     return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
 
 
-def load(trace: Trace) -> Picture:
-    """How many of the recorded tokens each expert of each layer gets, against an equal share."""
-    counts = expert_counts(trace)
+def count_experts(trace: Trace, mask: np.ndarray | None = None) -> np.ndarray:
+    """Count how often each expert is used [MoE layers, experts], by all tokens or those of `mask` [rows, tokens]."""
+    expert = trace["expert"]
+    mask = np.ones(expert.shape[1:3], bool) if mask is None else mask
+    used = [layer[mask] for layer in expert]
+    return np.stack([np.bincount(one[one >= 0], minlength=trace.config.n_routed_experts) for one in used])
+
+
+def expert_load(trace: Trace) -> Picture:
+    """Plot the tokens of each expert of each layer, relative to an equal share."""
+    counts = count_experts(trace)
     share = counts / counts.sum(axis=1, keepdims=True) * counts.shape[1]
     first = trace.config.first_k_dense_replace
-    return heat(share, "expert", "layer", "load (1 = equal share)", rows=range(first, first + len(share)))
+    rows = range(first, first + len(share))
+    return heat(share, "expert", "layer", "load (1 = equal share)", rows=rows, centre=1)
 
 
-def expert_counts(trace: Trace, chosen: np.ndarray | None = None) -> np.ndarray:
-    """How often each expert is used [moe layers, experts], by all recorded tokens, or those where `chosen`
-    [rows, tokens] is true."""
-    expert = trace["expert"]
-    chosen = np.ones(expert.shape[1:3], bool) if chosen is None else chosen
-    picked = [layer[chosen] for layer in expert]
-    return np.stack([np.bincount(one[one >= 0], minlength=trace.config.n_routed_experts) for one in picked])
-
-
-def kinds(trace: Trace, layer: int, members: Mapping[str, np.ndarray]) -> Picture:
-    """Which experts of a layer the tokens of each kind use: their share of the kind's choices, times the number of
-    experts. `members` [rows, tokens] says by kind which tokens belong to it."""
+def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -> Picture:
+    """Plot which experts of a layer each kind of token uses, relative to an equal share. `kinds` has a mask
+    [rows, tokens] for each kind. White lines separate groups of experts."""
     index = layer - trace.config.first_k_dense_replace
-    counts = np.stack([expert_counts(trace, chosen)[index] for chosen in members.values()])
+    counts = np.stack([count_experts(trace, mask)[index] for mask in kinds.values()])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
-    groups = f"expert of layer {layer}"
-    made = heat(share, groups, "kind of token", "use (1 = equal share)", rows=list(members))
+    labels = f"expert of layer {layer}", "kind of token", "use (1 = equal share)"
+    picture = heat(share, *labels, rows=list(kinds), centre=1)
     size = trace.config.n_routed_experts // trace.config.n_group
     for border in range(size, trace.config.n_routed_experts, size):
-        made.axes[0].axvline(border - 0.5, color="white", linewidth=2)
-    return made
+        picture.axes[0].axvline(border - 0.5, color="white", linewidth=2)
+    return picture
 
 
-def kept(mass: Mass, first: int) -> Picture:
-    """The mass that the selected positions keep in each layer, mean over positions from `first` on, beside the best
-    choice of as many and the last as many."""
-    made, axes = figure()
-    names = {"selected by the indexer": mass.kept, "the best choice": mass.best, "the last positions": mass.recent}
+def kept_mass(mass: Mass, first: int) -> Picture:
+    """Plot the attention mass kept in each layer, mean over positions from `first` on, beside the best choice of as
+    many positions and the most recent ones."""
+    picture, axes = _figure()
+    names = {"selected by the indexer": mass.kept, "best choice": mass.best, "most recent": mass.recent}
     for i, (name, share) in enumerate(names.items()):
         mean = 100 * np.nanmean(share[:, :, first:], axis=(1, 2))
         axes.bar(np.arange(len(mean)) + 0.27 * (i - 1), mean, width=0.25, color=COLOURS[i], label=name)
     axes.set_xticks(range(len(mass.kept)))
     axes.set(xlabel="layer", ylabel="attention mass (%)", ylim=(0, 100))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3, frameon=False)
-    return made
+    return picture
 
 
-def kept_by_position(mass: Mass, row: int = 0) -> Picture:
-    """The mass that the selected positions keep, by layer and position."""
+def kept_mass_by_position(mass: Mass, row: int = 0) -> Picture:
+    """Plot the attention mass that the selected positions keep, by layer and position."""
     return heat(100 * mass.kept[:, row], "position", "layer", "attention mass kept (%)")
 
 
 def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture:
-    """Which positions each token from `start` on selects, coloured by how high they score among those it sees."""
+    """Plot the positions that each token from `start` on selects, coloured by the rank of their index score."""
     length = int(trace["length"][row])
     selected, score = (trace[name][layer, row, start:length] for name in ("selected", "index_score"))
-    picture = np.full((length - start, length), np.nan)
+    ranks = np.full((length - start, length), np.nan)
     for i, (positions, scores) in enumerate(zip(selected, score, strict=True)):
         real = positions >= 0
         rank = np.argsort(np.argsort(scores[real]))
-        picture[i, positions[real]] = (rank + 1) / max(real.sum(), 1)
-    made, axes = figure(7, 4)
-    image = axes.imshow(
-        picture, cmap=MAP, aspect="auto", interpolation="nearest", extent=(0, length, length, start), origin="upper"
-    )
-    axes.set(xlabel="position that is attended to", ylabel="token that attends", title=f"layer {layer}")
-    made.colorbar(image, ax=axes, label="rank of its index score (1 = highest)")
-    return made
+        ranks[i, positions[real]] = (rank + 1) / max(real.sum(), 1)
+    picture, axes = _figure(7, 4)
+    extent = (0, length, length, start)
+    image = axes.imshow(ranks, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent, origin="upper")
+    axes.set(xlabel="position attended to", ylabel="token that attends", title=f"layer {layer}")
+    picture.colorbar(image, ax=axes, label="rank of its index score (1 = highest)")
+    return picture
 
 
 def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
-    """The rank of a marked position among the index scores of the given tokens [layers, tokens]; up to `limit` it is
-    selected."""
-    made, axes = figure(7, 3.2)
+    """Plot the rank of one position among the index scores of the given tokens [layers, tokens]; ranks up to `limit`
+    are selected."""
+    picture, axes = _figure(7, 3.2)
     for layer, rank in enumerate(ranks):
         style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
         axes.plot(rank, **style, markersize=5, linewidth=1, label=f"layer {layer}")
@@ -165,73 +226,36 @@ def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     axes.set_xticks(range(len(tokens)), names, rotation=30, ha="right")
     axes.set(xlabel="token", ylabel="rank of the needle (1 = first)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
-    return made
+    return picture
 
 
-def sharding(placed: Placement) -> Picture:
-    """A weight of any rank as the rectangle of its (at most two) split axes, each piece with its devices; a vector as a
-    row or a column."""
-    if len(placed.shape) == 1:
-        parts = tuple(((0, 1), *part) for part in placed.parts)
-        letters, shape, split = "1" + placed.letters, (1, *placed.shape), (None, *placed.split)
-        placed = placed._replace(letters=letters, shape=shape, split=split, parts=parts)
-    split = [axis for axis, name in enumerate(placed.split) if name is not None]
-    down = split[0] if split else 0
-    across = split[1] if len(split) > 1 else next(axis for axis in range(len(placed.shape)) if axis != down)
-    made, axes = figure(7, 3.4)
+def sharding(placement: Placement) -> Picture:
+    """Plot the shards of a weight and their devices, as rectangles of its (at most two) split axes."""
+    letters, shape, split, shards = placement.letters, placement.shape, placement.split, placement.shards
+    if len(shape) == 1:
+        letters, shape, split = "1" + letters, (1, *shape), (None, *split)
+        shards = [((0, 1), *shard) for shard in shards]
+    axes_split = [axis for axis, name in enumerate(split) if name is not None]
+    down = axes_split[0] if axes_split else 0
+    across = axes_split[1] if len(axes_split) > 1 else next(axis for axis in range(len(shape)) if axis != down)
+    picture, axes = _figure(7, 3.4)
     where: dict[tuple, list[int]] = {}
-    for device, part in enumerate(placed.parts):
-        where.setdefault((part[down], part[across]), []).append(device)
+    for device, shard in enumerate(shards):
+        where.setdefault((shard[down], shard[across]), []).append(device)
     for i, (((top, bottom), (left, right)), devices) in enumerate(where.items()):
-        colour = COLOURS[i % len(COLOURS)]
-        size = (right - left, bottom - top)
-        axes.add_patch(_rectangle((left, top), *size, facecolor=colour, alpha=0.35, edgecolor="black"))
-        middle = (left + size[0] / 2, top + size[1] / 2)
-        axes.annotate(_devices(devices), middle, ha="center", va="center", fontsize=9)
-    axes.set(xlim=(0, placed.shape[across]), ylim=(placed.shape[down], 0))
-    axes.yaxis.get_major_locator().set_params(integer=True)
-    names = [f"{placed.letters[axis]} ({placed.split[axis] or 'whole'})" for axis in (across, down)]
-    rest = [f"{placed.letters[i]} {n}" for i, n in enumerate(placed.shape) if i not in (across, down)]
+        corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+        axes.fill(*zip(*corners, strict=True), facecolor=COLOURS[i % len(COLOURS)], alpha=0.35, edgecolor="black")
+        names = ", ".join(map(str, devices[:4])) + (" ..." if len(devices) > 4 else "")
+        text = f"device{'s' if len(devices) > 1 else ''} {names}"
+        axes.annotate(text, ((left + right) / 2, (top + bottom) / 2), ha="center", va="center", fontsize=9)
+    axes.set_xticks(sorted({edge for _, columns in where for edge in columns}))
+    axes.set_yticks(sorted({edge for rows, _ in where for edge in rows}))
+    rest = [f"{letters[i]} {n}" for i, n in enumerate(shape) if i not in (across, down)]
     axes.set(
-        xlabel=names[0],
-        ylabel=names[1],
-        title=f"{placed.path}{', each with all of ' + ', '.join(rest) if rest else ''}",
+        xlim=(0, shape[across]),
+        ylim=(shape[down], 0),
+        xlabel=f"{letters[across]} ({split[across] or 'whole'})",
+        ylabel=f"{letters[down]} ({split[down] or 'whole'})",
+        title=placement.path + (f", each with all of {', '.join(rest)}" if rest else ""),
     )
-    return made
-
-
-def _rectangle(*arguments: Any, **options: Any) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle(*arguments, **options)
-
-
-def _devices(devices: Sequence[int]) -> str:
-    """Up to four of them by number."""
-    shown = ", ".join(map(str, devices[:4]))
-    return f"device{'s' if len(devices) > 1 else ''} {shown}{' ...' if len(devices) > 4 else ''}"
-
-
-def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
-    """A column for each name, made of named parts."""
-    made, axes = figure(7, 3.4)
-    bottom = np.zeros(len(values))
-    for i, part in enumerate(dict.fromkeys(part for column in values.values() for part in column)):
-        heights = np.array([column.get(part, 0.0) for column in values.values()])
-        axes.bar(range(len(values)), heights, bottom=bottom, width=0.6, color=COLOURS[i % len(COLOURS)], label=part)
-        bottom += heights
-    axes.set_xticks(range(len(values)), list(values))
-    axes.set(ylabel=ylabel)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
-    return made
-
-
-def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, x: Sequence[float] = ()) -> Picture:
-    """A line for each name, over `x`, by default their numbers."""
-    made, axes = figure(7, 3)
-    for i, (name, heights) in enumerate(values.items()):
-        at = x if len(x) else range(len(heights))
-        axes.plot(at, heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(frameon=False)
-    return made
+    return picture

@@ -1,8 +1,7 @@
-"""A trace: what the layers of a model computed for rows of tokens, as arrays and as one file."""
+"""Traces: the values that the layers of a model compute for rows of tokens, as arrays and as one file."""
 
 import dataclasses
 import json
-import os
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ..config import Config
-from ..errors import CheckpointError, UsageError, listing, writing_failed
+from ..errors import CheckpointError, UsageError, listing, pluralize, writing_failed
+from ..system.files import expand_file_path, replace_file
 
 FORMAT = "dsv32_jax trace 1"
 
@@ -56,7 +56,7 @@ PADDING = {**dict.fromkeys(IDS, -1), "index_score": -np.inf}
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trace(Mapping[str, np.ndarray]):
-    """What every layer computed for the tokens of each row, made by `inspect.trace`; `trace[name]` is an array:
+    """The values that every layer computes for the tokens of each row; `inspect.trace` makes one. `trace[name]` is:
 
     tokens         [rows, tokens]                  token ids
     length         [rows]                          the number of tokens in each row
@@ -115,13 +115,12 @@ class Trace(Mapping[str, np.ndarray]):
 
     def save(self, file: str | Path) -> None:
         """Write the trace to one safetensors file, atomically. Raises CapacityError, StorageError."""
-        file = Path(file)
-        unfinished = file.with_name(file.name + ".unfinished")
+        file = expand_file_path(file)
         about = {"kind": FORMAT, "kinds": json.dumps(self.kinds), "about": json.dumps(dict(self.about))}
         arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
         try:
-            save_file(arrays, unfinished, about)
-            os.replace(unfinished, file)
+            with replace_file(file) as new:
+                save_file(arrays, new, about)
         except (OSError, SafetensorError) as error:
             raise writing_failed(file, error) from error
 
@@ -129,19 +128,16 @@ class Trace(Mapping[str, np.ndarray]):
     def load(cls, file: str | Path) -> Self:
         """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError."""
         try:
-            with safe_open(file, "numpy") as opened:
+            with safe_open(expand_file_path(file), "numpy") as opened:
                 about = opened.metadata() or {}
-                if about.get("kind") != FORMAT:
-                    raise CheckpointError(f"{file} is not a trace of this version ({FORMAT}): {about.get('kind')!r}")
                 kinds, facts = json.loads(about["kinds"]), json.loads(about["about"])
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}
         except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             raise CheckpointError(f"{file} is not a trace: {error}") from error
+        if about.get("kind") != FORMAT:
+            raise CheckpointError(f"{file} is not a trace of this version ({FORMAT}): {about.get('kind')!r}")
         if problems := _find_problems(kinds, facts, arrays):
-            plural = "" if len(problems) == 1 else "s"
-            raise CheckpointError(f"{file} is damaged ({len(problems)} problem{plural}): {listing(problems)}")
+            raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
         return cls(tuple(kinds), arrays, facts)
 
 

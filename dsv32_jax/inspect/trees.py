@@ -1,4 +1,4 @@
-"""Trees of parameters: equal layers and experts folded, with sizes, for a terminal and for a notebook."""
+"""Trees of parameters, equal layers and experts folded, with sizes, for a terminal and for a notebook."""
 
 import dataclasses
 import html
@@ -15,14 +15,14 @@ from ..model.model import Model
 from ..quantization.formats import NVFP4, Fp8Block
 from ..system.files import expand_path
 from ..system.progress import format_count, format_size
-from .converter import converter
+from .weights import converter
 
 STYLE = "text-align:left;padding:0 1em 0 0;font-family:monospace;white-space:nowrap"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Tree:
-    """A tree that shows itself; `found` is the converter's Inspection: branches, sums by kind and format, notes."""
+    """A tree that prints itself. `found` is the converter's Inspection: branches, sums by kind and format, notes."""
 
     found: Any
 
@@ -30,39 +30,31 @@ class Tree:
         return converter("report").format_inspection(self.found)
 
     def _repr_html_(self) -> str:
-        """A fold-out section for each run of equal layers, and a table of sums."""
-        ranges = converter("names").format_ranges
-        parts = [f"<p>{_text(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
+        """Return a section for each run of equal layers, and a table of sums."""
+        parts = [f"<p>{_escape(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
-            title = "outside of layers" if branch.layers is None else f"layers {ranges(branch.layers)}"
-            nbytes = sum(row.nbytes for row in branch.rows)
-            parameters = sum(row.parameters for row in branch.rows)
+            layers = None if branch.layers is None else converter("names").format_ranges(branch.layers)
+            title = "outside of layers" if layers is None else f"layers {layers}"
+            total = _sizes(sum(row.parameters for row in branch.rows), sum(row.nbytes for row in branch.rows))
+            summary = _escape(f"{title}: {total[0]} parameters, {total[1]}")
             rows = [
-                (
-                    row.name,
-                    f"{row.count} x {list(row.shape)}",
-                    row.format,
-                    format_count(row.parameters),
-                    format_size(row.nbytes),
-                )
+                (row.name, f"{row.count} x {list(row.shape)}", row.format, *_sizes(row.parameters, row.nbytes))
                 for row in branch.rows
             ]
-            summary = _text(f"{title}: {format_count(parameters)} parameters, {format_size(nbytes)}")
             parts.append(f"<details><summary>{summary}</summary>{_table(rows)}</details>")
-        sums = [(*size[:2], format_count(size[2]), format_size(size[3])) for size in self.found.sizes]
-        total = ("total", "", format_count(self.found.parameters), format_size(self.found.nbytes))
-        return "".join([*parts, _table([*sums, total])])
+        sums = [(kind, format, *_sizes(*sizes)) for kind, format, *sizes in self.found.sizes]
+        return "".join([*parts, _table([*sums, ("total", "", *_sizes(self.found.parameters, self.found.nbytes))])])
 
 
 def tree(what: str | Path | Model, format: str | None = None) -> Tree:
-    """The tree of a folder in either layout, of a config.json with its matrices in `format` (as `dsv32 fit`), or of a
-    loaded model. Headers are read, no weights. Raises UsageError, ConfigError, CheckpointError."""
+    """Return the tree of a folder in either layout, of a config.json with its matrices in `format` (as `dsv32 fit`), or
+    of a loaded model. Headers are read, no weights. Raises UsageError, ConfigError, CheckpointError."""
     folder_tree = converter("inspect.folder_tree")
     if isinstance(what, Model):
         items = folder_tree.manifest_items(what.cfg, _entries(what))
         return Tree(folder_tree.summarize("a model", "loaded", what.cfg.to_dict(), items, []))
     if not isinstance(what, str | Path):
-        raise UsageError(f"a tree is that of a folder, a config.json or a Model, not of a {type(what).__name__}")
+        raise UsageError(f"tree takes a folder, a config.json or a Model, not {type(what).__name__}")
     if expand_path(what).is_file():
         found = read_weight_shapes(what, format)
         entries = {path: _entry(weight) for path, weight in found.weights.items()}
@@ -73,16 +65,20 @@ def tree(what: str | Path | Model, format: str | None = None) -> Tree:
 
 
 def _entries(model: Model) -> Mapping[str, LeafEntry]:
-    """The leaves of a model as a manifest would list them; one that is another's array shares it."""
+    """Return the manifest entries of a model's parameters; an array that occurs twice is a shared copy."""
     named, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, NVFP4 | Fp8Block))
-    found: dict[str, LeafEntry] = {}
+    entries: dict[str, LeafEntry] = {}
     first: dict[int, str] = {}
     for keys, weight in named:
         path = jax.tree_util.keystr(keys, simple=True, separator=".")
         home = first.setdefault(id(weight), path)
         entry = _entry(weight)
-        found[path] = entry if home == path else LeafEntry(entry.format, {}, home)
-    return found
+        entries[path] = entry if home == path else LeafEntry(entry.format, {}, home)
+    return entries
+
+
+def _sizes(parameters: int, nbytes: int) -> tuple[str, str]:
+    return format_count(parameters), format_size(nbytes)
 
 
 def _entry(weight: Any) -> LeafEntry:
@@ -95,9 +91,9 @@ def _entry(weight: Any) -> LeafEntry:
 
 
 def _table(rows: list[tuple[str, ...]]) -> str:
-    cells = ("".join(f'<td style="{STYLE}">{_text(cell)}</td>' for cell in row) for row in rows)
+    cells = ("".join(f'<td style="{STYLE}">{_escape(cell)}</td>' for cell in row) for row in rows)
     return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
 
 
-def _text(text: str) -> str:
+def _escape(text: str) -> str:
     return html.escape(printable(text))
