@@ -11,9 +11,9 @@
 # %% [markdown]
 # # Quickstart: convert, load, generate, stream
 #
-# Everything here runs on a CPU in a minute, on the small model that is shipped: 13 million parameters of the real
-# architecture, trained for nine minutes on Python's standard library. Set `SOURCE` to a DeepSeek-V3.2 folder in Hugging
-# Face layout to use other weights.
+# Everything here runs on a CPU in a minute, with the small bundled model: 13 million parameters in the real
+# architecture, trained for nine minutes on Python's standard library. To use other weights, set `SOURCE` to a
+# DeepSeek-V3.2 folder in Hugging Face layout.
 
 # %%
 import tempfile
@@ -32,8 +32,8 @@ sorted(file.name for file in Path(SOURCE).iterdir())
 # %% [markdown]
 # ## Convert
 #
-# The converter plans from the names in the shards' headers before it reads a weight, keeps every code and scale byte,
-# and writes a manifest with a digest of each array. The same is `dsv32 convert SRC DST` on the command line.
+# The converter plans from the headers of the shards before it reads any weight, copies every code and scale byte for
+# byte, and writes a manifest with a SHA-256 of each array. On the command line: `dsv32 convert SRC DST`.
 
 # %%
 manifest = convert.convert(SOURCE, scratch / "converted")
@@ -42,7 +42,7 @@ manifest.report["formats"], manifest.digest[:16]
 # %% [markdown]
 # ## Load
 #
-# The model is a plain pytree: a leaf's path says what it is, its last letters say its axes.
+# The model is a plain pytree. The path of a parameter says what it is, the letters at its end name its axes.
 
 # %%
 model = ds.load(scratch / "converted")
@@ -52,8 +52,8 @@ type(w_o).__name__, w_o.shape, w_o.values.dtype, model.dtype
 # %% [markdown]
 # ## Generate
 #
-# Prompts are lists of token ids of any lengths; the tokenizer makes them of text. The first call compiles; the second,
-# of the same shape, does not.
+# Prompts are lists of token ids of any length; the tokenizer makes them from text. The first call compiles; the second,
+# with the same shapes, does not.
 
 # %%
 tokenizer = ds.chat.Tokenizer.load(scratch / "converted", model.cfg)
@@ -74,8 +74,8 @@ again.stats.compiles, gen.finish_reason
 # %% [markdown]
 # ## Chat, and stream
 #
-# Messages become a prompt in DeepSeek-V3.2's own format. Text comes as soon as it is known: whole characters, and
-# nothing that a stop string could still take back.
+# Messages are encoded in DeepSeek-V3.2's own format. Text is streamed as soon as it is final: whole characters only,
+# and nothing that may still turn out to be part of a stop string.
 
 # %%
 prompt = ds.chat.prepare([{"role": "user", "content": "Hello"}], tokenizer)
@@ -86,18 +86,21 @@ for event in ds.stream(model, prompt.ids, max_new_tokens=40, tokenizer=tokenizer
 # %% [markdown]
 # ## Draft
 #
-# The drafting layer (MTP) proposes tokens, the model checks them in one step. The tokens are the same, the steps fewer.
+# The MTP layer drafts tokens, and the model verifies them in one step: the same tokens in fewer steps.
 
 # %%
 plain = ds.generate(model, prompts, max_new_tokens=32)
 drafted = ds.generate(model, prompts, max_new_tokens=32, draft=2)
-print(f"{plain.stats.steps} steps, with drafts {drafted.stats.steps}; {drafted.stats.acceptance:.0%} of drafts kept")
+print(
+    f"{plain.stats.steps} steps, with drafts {drafted.stats.steps}; {drafted.stats.acceptance:.0%} of drafts accepted"
+)
 drafted.tokens == plain.tokens
 
 # %% [markdown]
 # ## Look inside
 #
-# `forward` also returns what each layer saw: the experts of each token, the positions the indexer selected.
+# On request, `forward` also returns what the layers computed: the experts of each token, the positions that the indexer
+# selected. Notebooks 3 and 4 trace whole conversations.
 
 # %%
 out = ds.forward(model, [prompts[0]], capacity=64, seen=True)
@@ -106,7 +109,7 @@ print("experts of each token in layer 2:", out.seen[2].routing.expert_BTX[0].tol
 print("positions that the last token attends to in layer 2:", out.seen[2].selected_BTk[0, -1].tolist())
 
 # %% [markdown]
-# In float32 a token at a time gives what the whole prompt at once gives.
+# In float32, a prompt read token by token gives the logits of the whole prompt read at once.
 
 # %%
 exact = ds.load(scratch / "converted", dtype=jnp.float32)

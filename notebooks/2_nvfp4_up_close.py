@@ -11,9 +11,9 @@
 # %% [markdown]
 # # NVFP4 up close
 #
-# A weight from its bits to its values, why it takes two levels of scales, and where four bits hurt. Runs on the small
-# model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout to look at other weights (and
-# `LAYER`, `EXPERT` to choose one). Only the weights that are looked at are read.
+# A weight from its bits to its values, why NVFP4 needs two levels of scales, and where four bits hurt. Uses the small
+# bundled model; to look at other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout, and `LAYER`
+# and `EXPERT`. Only the weights shown here are read.
 
 # %%
 import tempfile
@@ -40,9 +40,9 @@ weight, original
 # %% [markdown]
 # ## From bits to values
 #
-# Sixteen neighbours of a row are one block. Each is a 4-bit code, one of 16 numbers (E2M1: a sign, two bits of
-# exponent, one of mantissa). The block has one 8-bit scale (E4M3), the matrix one float32 scale; the value is the
-# product of the three. The last column is what the source holds: the codes lie at most half a step away from it.
+# Sixteen neighbours in a row form a block. Each element is a 4-bit code for one of 16 numbers (E2M1: a sign, two bits
+# of exponent, one of mantissa). The block has one 8-bit scale (E4M3) and the matrix one float32 scale; a value is the
+# product of the three. The last column shows the source: codes are at most half a step away from it.
 
 # %%
 codes, scale = weight.parts["codes"][0, :8], weight.parts["block_scale"][0, 0]
@@ -57,35 +57,34 @@ for i, (value, before) in enumerate(zip(weight.values()[0, :16], original.values
 # %% [markdown]
 # ## Codes and scales
 #
-# How often each of the 16 numbers occurs in this matrix. It is no bell: 2 and 3 stand for wide intervals, 1.5 for a
-# narrow one, and 6 and -6 are frequent because rounding to nearest brings the largest element of every block there.
-# Minus zero (light) has a code of its own, which is spent on nothing: a sixteenth of what four bits can say.
+# How often each of the 16 numbers occurs in this matrix. It is not a bell curve: 2 and 3 cover wide intervals, 1.5 a
+# narrow one, and 6 and -6 are frequent because the scale maps the largest element of every block to one of them. Minus
+# zero (light) has a code of its own that adds nothing: one sixteenth of all codes.
 
 # %%
 found = inspect.statistics(weight)
 inspect.plots.codes(found)
 
 # %% [markdown]
-# The block scales: one block reaches 448, the largest E4M3 number, because the tensor scale is chosen so; the others
-# follow the size of their own largest element. E4M3 has three bits of mantissa: 8 steps between powers of two.
+# The block scales. One block reaches 448, the largest E4M3 number, because the tensor scale is chosen that way; the
+# others follow their own largest element. E4M3 has three bits of mantissa: 8 steps between powers of two.
 
 # %%
 print(f"{found.blocks} blocks: {found.zero_blocks} of zeros, {found.saturated_blocks} at 448")
-print(
-    f"{inspect.count_clipped(weight, original)} of {original.values().size} elements are larger than their block can hold"
-)
+clipped = inspect.count_clipped(weight, original)
+print(f"{clipped} of {original.values().size} elements exceed the largest value of their block")
 inspect.plots.scales(found)
 
 # %% [markdown]
-# Elements are larger than their block can hold where the block's scale was rounded down: E4M3 is within 6 % of the
-# ideal scale, no more.
+# An element exceeds the largest value of its block if the block's scale was rounded down: E4M3 is within 6 % of the
+# ideal scale.
 #
 # ## Why two scales
 #
-# E4M3 reaches from 2^-9 to 448, with fewer and fewer steps below 2^-6. The float32 scale of the matrix brings every
-# matrix to the same place in that range, whatever its size. Here this expert's weights are made smaller step by step:
-# with the tensor scale (solid) the error stays where it is, with block scales alone (dashed) it leaps as soon as blocks
-# need scales that E4M3 does not have.
+# E4M3 reaches from 2^-9 to 448, with fewer and fewer steps below 2^-6. The float32 scale of a matrix moves it to the
+# same place in that range, whatever its size. Here the weights of this expert are divided by growing powers of two:
+# with the tensor scale (solid) the error is constant; with block scales alone (dashed) it jumps as soon as blocks need
+# scales that E4M3 does not have.
 
 # %%
 w = original.values()
@@ -100,29 +99,28 @@ smaller = [w * np.float32(2.0**-k) for k in range(9)]
 inspect.plots.lines(
     {
         "two scales": [error(w) for w in smaller],
-        "block scales alone": [error(w, amax=np.float32(6 * 448)) for w in smaller],
+        "block scales only": [error(w, amax=np.float32(6 * 448)) for w in smaller],
     },
-    "weights divided by 2^x",
+    "k (weights divided by $2^k$)",
     "||error|| / ||weight|| (%)",
 )
 
 # %% [markdown]
 # ## Three ways to choose a block's scale
 #
-# To nearest (RTN) the largest element becomes 6. Four-over-six may bring it to 4 instead, where the steps below are
-# finer for the others; MSE searches. Beside this expert stands a matrix of Gaussian noise, where the three reach 9.5,
-# 8.7 and 8.1 %: trained weights that went through FP8 are no easier.
+# Rounding to nearest (RTN) maps the largest element to 6. Four-over-six may map it to 4 instead, which makes the steps
+# finer for the other elements; MSE searches. For Gaussian noise the three reach 9.5, 8.7 and 8.1 %; trained weights
+# that went through FP8 are no easier.
 
 # %%
 errors = {scales: 100 * original.error(folder.weight(path, EXPERT)) for scales, folder in quantized.items()}
 inspect.plots.bars(errors, "||error|| / ||weight|| (%)", digits=2)
 
 # %% [markdown]
-# ## The error atlas
+# ## Errors of all experts
 #
-# The error of every routed expert in every layer. See how even it is: with a scale for each 16 weights, no expert is
-# singled out, and the scale bar spans fractions of a percent. In a checkpoint where one square is bright, look at that
-# expert.
+# The error of every routed expert in every layer. The colour bar spans a tenth of a percentage point: with a scale for
+# every 16 weights no expert stands out. In a checkpoint with a bright square, look at that expert.
 
 # %%
 first = source.config.first_k_dense_replace
@@ -130,8 +128,8 @@ errors = inspect.expert_errors(quantized["mse"], source)
 inspect.plots.expert_errors(errors, range(first, source.config.num_hidden_layers))
 
 # %% [markdown]
-# And by kind of weight, in one layer. What the default policy keeps (the rest of attention, the indexer, the router)
-# has no error at all.
+# And by kind of weight, in one layer. Weights that the default policy does not quantize (the rest of attention, the
+# indexer, the router) have no error at all.
 
 # %%
 layers = [folder.layer(LAYER) for folder in (source, quantized["mse"])]

@@ -11,10 +11,9 @@
 # %% [markdown]
 # # Where tokens go
 #
-# Which experts the router sends tokens to: how even the load is, what the groups do, and which experts specialize in
-# which kinds of token. Runs on the small model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face
-# layout to use other weights. The run is traced once; everything after that reads the trace's file and needs no
-# model.
+# The experts that the router sends tokens to: how even the load is, what groups do, and which experts specialize in
+# which kinds of token. Uses the small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in
+# Hugging Face layout. The conversations are traced once; everything after that needs only the trace's file, no model.
 
 # %%
 import keyword
@@ -41,7 +40,7 @@ conversations = [prompt + answer for prompt, answer in zip(rows, answers, strict
 inspect.trace(model, conversations, {"routing"}).save(scratch / "run.safetensors")
 
 # %% [markdown]
-# On another machine, without the model:
+# The trace can be read on another machine, without the model:
 
 # %%
 trace = inspect.Trace.load(scratch / "run.safetensors")
@@ -50,8 +49,8 @@ trace
 # %% [markdown]
 # ## Load
 #
-# How many of the tokens each expert of each layer gets. 1 is an equal share; the router's bias, which training moves
-# against the load, takes part in the choice to keep it there. Bright squares are experts that get more than that.
+# The tokens that each expert of each layer gets, relative to an equal share. Training adjusts a bias of the router
+# against the load, to keep it near 1. Red squares are experts that get more, blue ones get less.
 
 # %%
 inspect.plots.expert_load(trace)
@@ -63,16 +62,16 @@ even = np.exp(-(share * np.log(share)).sum(axis=1))
 for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
     name = trace.config.first_k_dense_replace + i
     print(
-        f"layer {name}: as if {layer:.1f} of {counts.shape[1]} experts were in even use; the busiest gets {busiest:.0%}"
+        f"layer {name}: as if {layer:.1f} of {counts.shape[1]} experts were used evenly; the busiest gets {busiest:.0%}"
     )
 
 # %% [markdown]
 # ## Groups
 #
-# Experts lie in groups, and a token may use experts of the best few groups only (in the real model 4 of 8, so that its
-# experts lie on few machines). How many groups the tokens do use, and how the gates, which sum to the routed scaling
-# factor, are spread over a token's experts from the first to the last: see how the first has more than 40 % of the
-# say, the last a tenth.
+# Experts form groups, and a token may use only experts of its best groups (in the real model 4 of 8, so that its
+# experts are on few machines). Below: how many groups tokens use, and the gates of a token's experts from the largest
+# to the smallest, as shares of their sum, the routed scaling factor. The first choice has more than 40 %, the last
+# about a tenth.
 
 # %%
 cfg = trace.config
@@ -85,7 +84,8 @@ for i, layer in enumerate(groups):
     print(f"layer {cfg.first_k_dense_replace + i}: of {cfg.n_group} groups of {size} experts, {use}")
 shares = np.sort(gate, axis=-1)[..., ::-1].mean(axis=1) / cfg.routed_scaling_factor
 names = [f"layer {cfg.first_k_dense_replace + i}" for i in range(len(shares))]
-places = {f"expert {k + 1}": shares[:, k] for k in range(cfg.num_experts_per_tok)}
+choices = ("first choice", "second choice", "third choice", *(f"choice {k}" for k in range(4, 99)))
+places = {choices[k]: shares[:, k] for k in range(cfg.num_experts_per_tok)}
 inspect.plots.stacks(
     {name: {place: values[i] for place, values in places.items()} for i, name in enumerate(names)},
     "share of a token's gates",
@@ -94,10 +94,10 @@ inspect.plots.stacks(
 # %% [markdown]
 # ## Specialization
 #
-# Tokens by kind, from their text alone. The share of each kind's choices that an expert gets, times the number of
-# experts: 1 is what it would get if kinds did not matter. White lines part the groups. Look for rows that differ: an
-# expert that is bright in one row and dark in the others has specialized. In the small model indentation and keywords,
-# which begin a line, share the first group; names and words have another favourite.
+# Tokens by kind, judged by their text alone. The share of each kind's choices that an expert gets, times the number of
+# experts: 1 means that the kind does not matter. White lines separate groups. An expert that is red in one row and blue
+# in the others has specialized. In the small model indentation and keywords, which begin a line, share the first group;
+# names and words prefer another expert.
 
 
 # %%
@@ -117,18 +117,19 @@ for row, tokens in enumerate(trace["tokens"]):
     for i, token in enumerate(tokens[: trace["length"][row]]):
         if (name := kind(tokenizer.decode([token]))) in members:
             members[name][row, i] = True
-{name: int(chosen.sum()) for name, chosen in members.items()}
+{name: int(mask.sum()) for name, mask in members.items()}
 
 # %%
 inspect.plots.experts_by_kind(trace, cfg.num_hidden_layers - 1, members)
 
 # %% [markdown]
-# How far each kind's use of the experts is from that of all tokens, layer by layer: half the sum of the differences, so
-# that 0 is the same use and 1 no expert in common. See how keywords stand out in layer 2 and indentation in the layers
-# after it; names and words are nearly everywhere closest to the average.
+# The distance of each kind's use of experts from that of all tokens, layer by layer: half the sum of absolute
+# differences, so 0 is the same use and 1 means no expert in common. Keywords stand out in layer 2, indentation in the
+# layers after it; names and words are closest to the average in nearly every layer.
 
 # %%
 total = share[:, None]
-kinds = np.stack([inspect.plots.count_experts(trace, chosen) for chosen in members.values()], axis=1)
+kinds = np.stack([inspect.plots.count_experts(trace, mask) for mask in members.values()], axis=1)
 distance = np.abs(kinds / kinds.sum(axis=-1, keepdims=True) - total).sum(axis=-1) / 2
-inspect.plots.heat(distance.T, "layer", "kind of token", "distance from all tokens", list(members), names)
+numbers = [name.removeprefix("layer ") for name in names]
+inspect.plots.heat(distance.T, "layer", "kind of token", "distance from all tokens", list(members), numbers)

@@ -10,10 +10,10 @@
 # %% [markdown]
 # # What the indexer keeps
 #
-# Sparse attention sees only the tokens that the lightning indexer scores highest. Which are these, how much of what
-# dense attention would look at do they hold, and does a detail that matters survive? Runs on the small model that is
-# shipped, which selects 128 positions, the real one 2048; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout
-# to use other weights.
+# Sparse attention sees only the positions that the lightning indexer scores highest. Which ones are these, how much of
+# dense attention's weight do they keep, and does one important detail survive? Uses the small bundled model, which
+# selects 128 positions (the real one 2048); to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging
+# Face layout.
 
 # %%
 import tempfile
@@ -40,17 +40,17 @@ trace = inspect.trace(model, [prompt + answer], {"indexer", "attention"})
 trace
 
 # %% [markdown]
-# ## What is selected
+# ## Selected positions
 #
-# Each line is a token, each column a position before it; bright positions score highest, white ones are not attended
-# to. Up to 128 tokens everything is selected (the full triangle). After that, see the bright diagonal (recent tokens)
-# and the vertical lines: positions that many later tokens come back to.
+# Each row is a token, each column a position before it. Bright positions score highest, white ones are not selected. Up
+# to 128 tokens everything is selected (the full triangle). After that there is a bright diagonal (recent tokens) and
+# vertical lines: positions that many later tokens come back to.
 
 # %%
 inspect.plots.selection(trace, LAYER)
 
 # %% [markdown]
-# The positions that the last hundred tokens select most often, apart from the last 64, and their surroundings:
+# The positions that the last hundred tokens select most often, other than the 64 most recent, with their context:
 
 # %%
 length = int(trace["length"][0])
@@ -63,10 +63,10 @@ for position in np.argsort(-count, kind="stable")[:6]:
 # %% [markdown]
 # ## Attention mass kept
 #
-# A generation never computes what dense attention would have looked at. `inspect.kept_mass` does, beside a forward over
-# given tokens: the share of dense attention's weight that lies on the selected positions (mean over heads), next to the
-# best choice of as many positions, and to simply the last ones. See how the indexer comes within a few percent of the
-# best choice in every layer, and that the last positions alone would lose most in layers 0, 1 and 4.
+# Generation never computes the weights of dense attention. `inspect.kept_mass` does, beside a replay of the given
+# tokens: the share of dense attention's weight on the selected positions (mean over heads), beside the best choice of
+# as many positions and the most recent ones. The indexer comes within a few percent of the best choice in every layer;
+# the most recent positions alone would lose most in layers 0, 1 and 4.
 
 # %%
 mass = inspect.kept_mass(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)])
@@ -74,28 +74,28 @@ inspect.plots.kept_mass(mass, first=2 * topk)
 
 # %% [markdown]
 # By layer and position, in the first text: 100 % as long as everything is selected, then less as the text grows. Dark
-# columns are tokens whose attention reaches for more than 128 positions.
+# columns are tokens whose attention spreads over more than 128 positions.
 
 # %%
 inspect.plots.kept_mass_by_position(mass)
 
 # %% [markdown]
-# The trace's own measure needs no dense attention: the spread (entropy) of the weights among what was selected. Its
-# exponential is the number of positions that a head effectively looks at (here the mean of 16 tokens). See how layers 2
-# to 4 look at ten to twenty: they lose little. Layer 0 looks at nearly all that it is given, and would look at more.
+# The trace has a measure that needs no dense attention: the spread (entropy) of the weights on selected positions. Its
+# exponential is the effective number of positions a head attends to (here averaged over 16 tokens). Layers 2 to 4
+# attend to ten or twenty and lose little; layer 0 attends to nearly all it is given, and would use more.
 
 # %%
 effective = np.exp(trace["spread"][:, 0])
 smooth = {f"layer {i}": np.convolve(row[:length], np.ones(16) / 16, "valid") for i, row in enumerate(effective)}
-inspect.plots.lines(smooth, "position", "positions in effective use")
+inspect.plots.lines(smooth, "position", "effective number of positions")
 
 # %% [markdown]
 # ## A needle
 #
-# One line that matters is put at the start, then come lines of unrelated code, then the beginning of the same line.
-# Where does the position that holds the answer rank among the index scores of the last tokens? Above the dashed line
-# attention sees it. The tokens on the axis are those of the question; after the last one the answer is due. In the
-# small model most layers have lost the needle by then; see how the last layer reaches for it in the last moment.
+# One important line is at the start, then unrelated code follows, then the beginning of the same line. How does the
+# position that holds the answer rank among the index scores of the last tokens? Above the dashed line attention sees
+# it. The axis shows the tokens of the question; the answer comes after the last one. In the small model layer 0 selects
+# it early on, most layers have lost it by the end, and the last layer finds it just in time.
 
 # %%
 needle = "MAGIC_TIMEOUT = 4711\n\n"

@@ -10,10 +10,10 @@
 # %% [markdown]
 # # Meshes
 #
-# What lies where when a model is spread over devices. Eight virtual devices of the CPU stand for eight accelerators:
-# the program and the placement are the same. Runs on the small model that is shipped; set `SOURCE` to a DeepSeek-V3.2
-# folder in Hugging Face layout to use other weights. The rules: a letter of a weight's name is a mesh axis; E is
-# "expert", H, F, M and V are "model", rows of a batch are "data".
+# How a model is sharded over devices. Eight virtual CPU devices stand for eight accelerators; program and placement are
+# the same. Uses the small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face
+# layout. The rule: each letter of a weight's name is an axis; E is split over the mesh axis "expert", H, F, M and V
+# over "model", rows of a batch over "data".
 
 # %%
 import os
@@ -26,9 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import configs
 import dsv32_jax as ds
-from dsv32_jax import convert, inspect
+from dsv32_jax import configs, convert, inspect
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
 MESH = "expert=4,model=2"
@@ -41,21 +40,20 @@ model.mesh
 # %% [markdown]
 # ## One weight
 #
-# The experts of a layer are one array [E, M, D]. Each device holds some experts, and of each of these some rows:
+# The experts of a layer are one array [E, M, D]. Each device holds some of the experts, and some rows of each:
 
 # %%
 placed = inspect.placement(model.cfg, "layers.3.ffn.w_gate_EMD", MESH)
 placed
 
 # %% [markdown]
-# The same as a picture: the two axes that are split, every piece with the device that holds it. Colours only part the
-# pieces.
+# As a picture: the two split axes, and every shard with the devices that hold it. Colours only tell shards apart.
 
 # %%
 inspect.plots.sharding(placed)
 
 # %% [markdown]
-# What JAX says of the array that was loaded: the codes of NVFP4 are two to a byte, so their last axis is half as long.
+# The loaded array as JAX sees it. Two NVFP4 codes share a byte, so the last axis is half as long.
 
 # %%
 bank = model.layers[3].ffn.w_gate_EMD
@@ -63,8 +61,8 @@ for shard in bank.codes.addressable_shards:
     print(shard.device, shard.data.shape, shard.index)
 
 # %% [markdown]
-# Attention's heads are split by "model" alone: every piece is on four devices, one for each part of the experts. The
-# indexer is whole on every device, because all of them must select the same tokens.
+# Attention heads are split over "model" only, so four devices hold each shard. The indexer is replicated, because all
+# devices must select the same tokens.
 
 # %%
 inspect.plots.sharding(inspect.placement(model.cfg, "layers.3.mla.w_uq_HNQ", MESH))
@@ -72,36 +70,38 @@ inspect.plots.sharding(inspect.placement(model.cfg, "layers.3.mla.w_uq_HNQ", MES
 # %% [markdown]
 # ## Memory of each device
 #
-# Bytes of weights that lie on each of the eight devices: they are equal.
+# Bytes of weights on each of the eight devices, split (sharded over some axis) and replicated:
 
 # %%
-nbytes = {device.id: 0 for device in jax.devices()}
-for leaf in jax.tree.leaves(model):
-    for shard in leaf.addressable_shards:
-        nbytes[shard.device.id] += shard.data.nbytes
-inspect.plots.bars({str(device): size / 1e6 for device, size in nbytes.items()}, "weights (MB)", xlabel="device")
+megabytes = {f"device {device.id}": {"replicated": 0.0, "split": 0.0} for device in jax.devices()}
+for weight in jax.tree.leaves(model):
+    for shard in weight.addressable_shards:
+        kind = "replicated" if shard.data.shape == weight.shape else "split"
+        megabytes[f"device {shard.device.id}"][kind] += shard.data.nbytes / 1e6
+inspect.plots.stacks(megabytes, "weights (MB)")
 
 # %% [markdown]
-# And for the real model, by what the parameters are for, in billions a device: nothing but the configuration is needed.
-# See how experts are nearly everything: to split them is what helps, until attention, which only "model" splits, begins
-# to show. `dsv32 fit` counts bytes, caches and what a step needs.
+# And the parameters per device of the real model, in billions, by kind; this needs nothing but the configuration.
+# Experts are nearly everything, so splitting them helps most, until attention, which only "model" splits, begins to
+# show. `dsv32 fit` counts bytes, caches and the temporary memory of a step.
 
 # %%
 real = ds.Config.from_json(configs.path("deepseek_v32"))
 meshes = ("expert=8", "expert=4,model=2", "expert=16", "expert=8,model=2", "expert=32")
-held = {mesh: {what: n / 1e9 for what, n in inspect.parameters_per_device(real, mesh).items()} for mesh in meshes}
+counts = {mesh: {kind: n / 1e9 for kind, n in inspect.parameters_per_device(real, mesh).items()} for mesh in meshes}
 names = {mesh: mesh.replace(",", "\n") for mesh in meshes}
-inspect.plots.stacks({names[mesh]: parts for mesh, parts in held.items()}, "parameters a device (billions)")
+inspect.plots.stacks({names[mesh]: parts for mesh, parts in counts.items()}, "parameters per device (billions)")
 
 # %% [markdown]
 # ## The same tokens
 #
-# A model on a mesh makes the tokens that it makes alone (in float32, where sums in another order differ by 1e-6).
+# A sharded model generates the tokens of a single device (in float32, where a different order of sums changes results
+# by 1e-6).
 
 # %%
 prompts = [[0, 300, 301, 302], [0, 400, 401]]
-made = [
+generated = [
     ds.generate(ds.load(target, mesh=mesh, dtype=jnp.float32), prompts, max_new_tokens=8).tokens
     for mesh in (None, ds.mesh(MESH))
 ]
-np.array_equal(made[0], made[1])
+np.array_equal(*generated)

@@ -10,10 +10,10 @@
 # %% [markdown]
 # # Speculation
 #
-# The drafting layer (MTP) proposes the next tokens, the model checks them all in one step, and what comes out is token
-# for token what it would have made alone. How many drafts are kept, and where in a text are they right? Runs on the
-# small model that is shipped; set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout, MTP layer included, to use
-# other weights.
+# The MTP layer drafts the next tokens, the model verifies all of them in one step, and the result is token for token
+# what the model would have generated alone. How many drafts are accepted, and where in a text are they right? Uses the
+# small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout that includes
+# the MTP layer.
 
 # %%
 import keyword
@@ -40,11 +40,11 @@ ids = tokenizer.encode((DEMO / "heldout.txt").read_text(encoding="utf-8"))
 prompts = [ids[start : start + 48] for start in range(1000, 9000, 1000)]
 
 # %% [markdown]
-# ## How many are kept
+# ## Acceptance
 #
-# With more drafts a step makes more tokens, and a smaller share of the drafts is kept: a later draft counts only if all
-# before it were right, and the layer was trained to look one token ahead. The tokens are the same every time; in
-# bfloat16, which rounds more, a step of several tokens may settle a tie of two tokens in another way.
+# With more drafts a step generates more tokens, but a smaller share of the drafts is accepted: a draft counts only if
+# all drafts before it were right, and the layer was trained to look one token ahead. The tokens are the same every time
+# in float32; bfloat16 rounds more, so a step of several tokens may break a tie between two tokens differently.
 
 # %%
 runs = {0: ds.generate(model, prompts, max_new_tokens=NEW)}
@@ -57,20 +57,20 @@ runs[3] = ds.generate(model, prompts, max_new_tokens=NEW, draft=3)
 for draft, run in runs.items():
     stats = run.stats
     per_step = (stats.new_tokens - stats.rows) / stats.steps
-    kept = f"{stats.acceptance:4.0%} of drafts kept" if draft else ""
-    print(f"{draft} drafts: {stats.steps:4} steps, {per_step:.2f} tokens a step  {kept}")
+    accepted = f"{stats.acceptance:4.0%} of drafts accepted" if draft else ""
+    print(f"draft={draft}: {stats.steps:4} steps, {per_step:.2f} tokens per step  {accepted}")
 assert all(run.tokens == runs[0].tokens for run in runs.values())
 inspect.plots.bars(
-    {f"{draft} drafts": (run.stats.new_tokens - run.stats.rows) / run.stats.steps for draft, run in runs.items()},
-    "new tokens a step",
+    {f"draft={draft}": (run.stats.new_tokens - run.stats.rows) / run.stats.steps for draft, run in runs.items()},
+    "new tokens per step",
     digits=2,
 )
 
 # %% [markdown]
 # ## Along a text
 #
-# Slot i of the drafting layer knows the model's hidden vector of token i and the token i + 1, and drafts token i + 2.
-# Over a text that the model has made, a draft is right where it equals the token that came.
+# Slot i of the MTP layer combines the model's hidden state of token i with token i + 1 and drafts token i + 2. In a
+# text that the model has generated, a draft is right if it equals the actual token.
 
 
 # %%
@@ -82,16 +82,16 @@ def drafts(model, hidden, following):
     return model.mtp.logits(h).argmax(axis=-1)
 
 
-whole = [n for n, made in enumerate(runs[0].tokens) if len(made) == NEW]
+whole = [n for n, tokens in enumerate(runs[0].tokens) if len(tokens) == NEW]
 texts = np.array([prompts[n] + runs[0].tokens[n] for n in whole])
 out = ds.forward(model, texts[:, :-2])
 right = np.asarray(drafts(model, out.hidden, jnp.asarray(texts[:, 1:-1]))) == texts[:, 2:]
 right = right[:, len(prompts[0]) - 2 :]
-f"{right.mean():.0%} of single drafts are right in {right.size} places of {len(texts)} texts"
+f"{right.mean():.0%} of single drafts are right ({right.size} places in {len(texts)} texts)"
 
 # %% [markdown]
-# A text with every token whose draft was right in [brackets]: see how the drafts miss the beginnings of words that are
-# new, and get whole lines right where the model repeats itself.
+# A text with correctly drafted tokens in [brackets]. Drafts miss the beginnings of new words, and get whole lines right
+# where the model repeats itself.
 
 # %%
 print("".join(f"[{part}]" if good else part for part, good in zip(
@@ -99,8 +99,8 @@ print("".join(f"[{part}]" if good else part for part, good in zip(
 )))  # fmt: skip
 
 # %% [markdown]
-# The share of right drafts in a window of 16 tokens, text by text: it comes in stretches, and rises to 100 % where a
-# text begins to repeat itself, which greedy texts of a small model do.
+# The share of right drafts in a window of 16 tokens, for the first three texts. It comes in stretches, and rises to 100
+# % where a text begins to repeat itself, as greedy texts of a small model do.
 
 # %%
 window = np.ones(16) / 16
@@ -111,7 +111,7 @@ inspect.plots.lines(shares, "new token", "drafts right (%)")
 # %% [markdown]
 # ## By kind of token
 #
-# Which tokens are easy to draft, by their text alone: indentation, and least of all names and words.
+# Which tokens are easy to draft? Indentation is; names and words are the hardest.
 
 
 # %%
@@ -125,4 +125,6 @@ def kind(text: str) -> str:
 
 
 kinds = np.array([[kind(tokenizer.decode([token])) for token in row[len(prompts[0]) :]] for row in texts])
-inspect.plots.bars({name: 100 * right[kinds == name].mean() for name in np.unique(kinds)}, "drafts right (%)", digits=0)
+shares = {f"{name}\n({(kinds == name).sum()} tokens)": 100 * right[kinds == name].mean() for name in np.unique(kinds)}
+shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
+inspect.plots.bars(shares, "drafts right (%)", digits=0)
