@@ -300,6 +300,6 @@ def test_memory(tiny, model, monkeypatch):
     assert size(64, "logits") == 64 * (8 * traces.TOP + 4)
     assert size(64, "attention", "indexer") == 2 * 64 * (12 * cfg.index_topk + 4)
     asked = []
-    monkeypatch.setattr(replay.memory, "rows_at_once", lambda *given: asked.append(given[-1]) or 1)
+    monkeypatch.setattr(replay.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
     ds.inspect.trace(model, PROMPTS[:1], {"routing"})
     assert asked == [replay.nbytes(model.cfg, ("routing",), 1, 16)]
