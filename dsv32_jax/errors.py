@@ -4,6 +4,7 @@ import difflib
 import errno
 import numbers
 import os
+import unicodedata
 from collections.abc import Collection, Iterable
 from contextvars import ContextVar
 
@@ -145,6 +146,14 @@ def _similar(name: str, known: Collection[str]) -> str:
     return f" (do you mean {found[0]}?)" if found else ""
 
 
+ORDINARY = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
+"""Characters that Python does not call printable, but that ordinary text holds."""
+
+
 def printable(text: str) -> str:
-    """`text` with every character that could steer a terminal written as its escape; line breaks stay."""
-    return "".join(char if char.isprintable() or char == "\n" else ascii(char)[1:-1] for char in text)
+    """Return `text` with every character that could steer a terminal escaped. Line breaks, tabs, joiners and the
+    spaces of all scripts stay."""
+    return "".join(
+        char if char.isprintable() or char in ORDINARY or unicodedata.category(char) == "Zs" else ascii(char)[1:-1]
+        for char in text
+    )

@@ -37,8 +37,7 @@ WITHOUT_JAX = (
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
     "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.placements bench.measure bench.quantize chat.encoding "
-    "chat.parsing chat.tokenizer chat.conversation cli.subcommands cli.screen cli.keyboard cli.answer_parts "
-    "cli.wrapping"
+    "chat.parsing chat.tokenizer chat.conversation cli.parsers cli.screen cli.keyboard"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 

@@ -3,91 +3,94 @@
 import argparse
 
 from ..chat import Conversation
-from ..errors import DsvError, UsageError, refusal
+from ..errors import CheckpointError, DsvError, UsageError, refusal
 from ..generation.batch import WHOLE
 from ..generation.options import Sampling
 from ..generation.run import Run
 from ..generation.session import session
+from ..system.files import parse_json
 from ..system.interrupts import EXIT_CODE
-from . import conversation_file
-from .arguments import CACHE, SAMPLING, TURN, given
-from .chat_session import Talk
-from .commands import TABLE, Commands, Leave
+from .chat_session import ChatSession
+from .conversation_file import load_conversation
 from .keyboard import Keyboard
-from .open_checkpoint import Opened
+from .open_checkpoint import OpenedCheckpoint
+from .parsers import CACHE, CHAT_DEFAULTS, LENGTH, collect_options, collect_sampling
+from .prompt_input import read_text
 from .screen import Screen, one_line
-
-CAPACITY = 16384
-"""Tokens of a conversation, unless it is said otherwise: a cache of one size, so that nothing is compiled again."""
+from .slash_commands import COMMANDS, Quit, SlashCommands
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; the exit code. Everything is checked before weights are read."""
+    """Run the command and return the exit code. Everything is checked before weights are read."""
     screen = Screen(quiet=arguments.quiet)
-    opened = Opened.of(arguments.checkpoint)
+    opened = OpenedCheckpoint.of(arguments.checkpoint)
     assert opened.tokenizer is not None
     if arguments.load is not None and (arguments.system or arguments.tools or arguments.think):
-        raise UsageError(
-            "--load brings system text, tools and thinking with it: leave out --system, --tools and --think"
-        )
+        raise UsageError("--load restores system text, tools and thinking: omit --system, --tools and --think")
     thinking = arguments.think not in (None, "off")
-    conversation = Conversation(system=arguments.system, tools=_tools(arguments), thinking=thinking)
-    sampling, turn = Sampling(**given(arguments, SAMPLING)), given(arguments, TURN)
-    cache = {"capacity": min(CAPACITY, opened.cfg.max_position_embeddings), **given(arguments, CACHE)}
-    _check(opened, arguments.dtype, sampling, turn, cache)
+    conversation = Conversation(system=arguments.system, tools=_load_tools(arguments), thinking=thinking)
+    sampling = Sampling(**collect_sampling(arguments))
+    options = collect_options(arguments, LENGTH)
+    capacity = min(CHAT_DEFAULTS["capacity"], opened.cfg.max_position_embeddings)
+    cache = {"capacity": capacity, **collect_options(arguments, CACHE)}
+    _check(opened, arguments.dtype, sampling, options, cache)
     if arguments.load is not None:
-        conversation_file.conversation_in(arguments.load)
-    with screen.listening():
+        load_conversation(arguments.load)
+    with screen.show_log():
         model = opened.load(arguments, screen)
-        talk = Talk(
+        chat = ChatSession(
             screen,
             opened.tokenizer,
             session(model, **cache),
             conversation,
             sampling,
-            turn,
-            hides=arguments.think == "hide",
+            {"max_new_tokens": CHAT_DEFAULTS["max_new_tokens"], **options},
+            hide_reasoning=arguments.think == "hide",
         )
-        return _talk(Keyboard(screen), talk, arguments)
+        return _talk(Keyboard(screen), chat, arguments)
 
 
-def _tools(arguments: argparse.Namespace) -> tuple:
+def _load_tools(arguments: argparse.Namespace) -> tuple:
     if arguments.tools is None:
         return ()
-    tools = conversation_file.read_json(arguments.tools)
+    try:
+        tools = parse_json(read_text(arguments.tools).encode())
+    except CheckpointError as error:
+        raise CheckpointError(f"{arguments.tools}: {error}") from None
     if not isinstance(tools, list):
         raise UsageError(f'{arguments.tools} must hold a list of tools, [{{"type": "function", "function": ...}}]')
     return tuple(tools)
 
 
-def _check(opened: Opened, dtype: str, sampling: Sampling, turn: dict, cache: dict) -> None:
-    """Raise UsageError where no turn could ever be taken."""
+def _check(opened: OpenedCheckpoint, dtype: str, sampling: Sampling, options: dict, cache: dict) -> None:
+    """Raise UsageError where no turn could ever be answered."""
     outline = opened.outline(dtype)
-    if turn.get("max_new_tokens") == 0:
-        raise UsageError("--max-new-tokens 0 leaves no answer; a chat needs 1 or more")
+    if options.get("max_new_tokens") == 0:
+        raise UsageError("--max-new-tokens 0 leaves no room for an answer; use 1 or more")
     session(outline, **cache)
-    how = {"tokenizer": opened.tokenizer, "max_new_tokens": 1, **turn, **cache}
+    limit = min(CHAT_DEFAULTS["max_new_tokens"], cache["capacity"] - 1)
+    how = {"tokenizer": opened.tokenizer, "max_new_tokens": limit, **options, **cache}
     Run(WHOLE, outline, [[opened.cfg.bos_token_id]], sampling, **how)
 
 
-def _talk(keyboard: Keyboard, talk: Talk, arguments: argparse.Namespace) -> int:
-    commands, screen = Commands(talk), talk.screen
+def _talk(keyboard: Keyboard, chat: ChatSession, arguments: argparse.Namespace) -> int:
+    commands, screen = SlashCommands(chat), chat.screen
     if arguments.load is not None:
         commands.load(str(arguments.load))
-    if talk.conversation.tools:
-        functions = [tool["function"] for tool in talk.conversation.tools]
+    if chat.conversation.tools:
+        functions = [tool["function"] for tool in chat.conversation.tools]
         names = [function.get("name") if isinstance(function, dict) else function for function in functions]
         screen.note("tools: " + ", ".join(one_line(str(name), 60) for name in names))
-    with keyboard.hushed():
-        talk.get_ready()
+    with keyboard.echo_off():
+        chat.warm_up()
     if keyboard.interactive:
         screen.note("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    with keyboard.remembering([*TABLE, "/file"], keep=not arguments.no_history):
+    with keyboard.use_history([*COMMANDS, "/file"], keep=not arguments.no_history):
         while True:
             try:
-                if not _turn(keyboard, talk, commands) and not keyboard.interactive:
+                if not _take_turn(keyboard, chat, commands) and not keyboard.interactive:
                     return EXIT_CODE
-            except (EOFError, Leave):
+            except (EOFError, Quit):
                 return 0
             except KeyboardInterrupt:
                 if not keyboard.interactive:
@@ -98,13 +101,14 @@ def _talk(keyboard: Keyboard, talk: Talk, arguments: argparse.Namespace) -> int:
             except (DsvError, OSError, FloatingPointError) as error:
                 if not keyboard.interactive:
                     raise
-                screen.strong(f"error: {refusal(error) if isinstance(error, OSError) else error}")
+                text = refusal(error) if isinstance(error, OSError) else error
+                screen.note(f"error: {text}", important=True)
 
 
-def _turn(keyboard: Keyboard, talk: Talk, commands: Commands) -> bool:
-    """Read a turn or a command and do it; False where Ctrl-C stopped the answer."""
-    text = keyboard.read(talk.prompt)
+def _take_turn(keyboard: Keyboard, chat: ChatSession, commands: SlashCommands) -> bool:
+    """Read a turn or a command and carry it out. Returns False where Ctrl-C stopped the answer."""
+    text = keyboard.read_turn(chat.prompt)
     if not text.strip():
         return True
-    with keyboard.hushed():
-        return commands.do(text) if text.startswith("/") else talk.say(text)
+    with keyboard.echo_off():
+        return commands.run(text) if text.startswith("/") else chat.send(text)

@@ -1,4 +1,4 @@
-"""A conversation on the screen: what is said goes to the model, what it answers is shown while it comes."""
+"""A conversation with a model: each turn is sent, and its answer shown while it streams."""
 
 import contextlib
 import dataclasses
@@ -16,14 +16,11 @@ from ..generation.run import Stream
 from ..generation.session import Session
 from ..system.compilation import count_compilations, is_cache_enabled
 from ..system.interrupts import defer_interrupt
+from .answer_view import AnswerView
 from .screen import Screen, one_line
-from .stream_view import Answer
-
-MOST_NEW = 4096
-"""Tokens of an answer, unless it is said otherwise."""
 
 
-class Talk:
+class ChatSession:
     """The state of a chat. A turn that fails leaves the conversation as it was."""
 
     def __init__(
@@ -35,125 +32,122 @@ class Talk:
         sampling: Sampling,
         options: Mapping[str, Any],
         *,
-        hides: bool,
+        hide_reasoning: bool,
     ):
         self.screen, self.session, self.conversation = screen, session, conversation
-        self.sampling, self.hides = sampling, hides
+        self.sampling, self.hide_reasoning = sampling, hide_reasoning
         self._tokenizer, self._options = tokenizer, dict(options)
-        self._limit = self._options.pop("max_new_tokens", MOST_NEW)
+        self._limit = self._options.pop("max_new_tokens", None)
         self._results: list[str] = []
 
     @property
     def prompt(self) -> str:
-        """What asks for the next turn."""
-        waiting = self.conversation.pending[len(self._results) :]
-        return f"result of {one_line(waiting[0], 40)}> " if waiting else "> "
+        """The prompt for the user's next line."""
+        pending = self.conversation.pending[len(self._results) :]
+        return f"result of {one_line(pending[0], 40)}> " if pending else "> "
 
     @property
     def capacity(self) -> int:
         """Tokens that the whole conversation may have."""
         return self.session.capacity or self.session.model.cfg.max_position_embeddings
 
-    def change(self, **how: Any) -> None:
-        """Go on with the conversation changed in this."""
-        self.conversation, self._results = dataclasses.replace(self.conversation, **how), []
+    def update(self, **changes: Any) -> None:
+        """Replace fields of the conversation."""
+        self.conversation, self._results = dataclasses.replace(self.conversation, **changes), []
 
-    def get_ready(self) -> None:
-        """Read what comes before the first turn, and compile what the first answer needs; a loaded session is ready."""
+    def warm_up(self) -> None:
+        """Read the system text and tools, and compile what the first answer needs; a loaded session is warm already."""
         if self.session.tokens:
             return
         ids = prepare([self.conversation.all_messages()[0]], self._tokenizer).ids
         if (room := self.capacity - len(ids)) < 2:
-            raise UsageError(f"the system text and tools have {len(ids)} tokens, the context holds {self.capacity}")
-        cached = ": compiled programs are cached for next time" if is_cache_enabled() else ""
-        self.screen.status("getting ready" + cached)
+            raise UsageError(f"the system text and tools have {len(ids)} tokens; the context holds {self.capacity}")
+        self.screen.status("compiling" + ("; compiled programs are cached for next time" if is_cache_enabled() else ""))
         limit = min(self._limit or room, room)
         with contextlib.closing(self._stream(ids, max_new_tokens=limit, min_new_tokens=min(2, limit))) as tokens:
             for _ in itertools.islice(tokens, 2):
                 pass
 
     def show_calls(self) -> None:
-        """Show the calls that were made last, where they wait for results."""
+        """Show the tool calls of the last message."""
         for message in self.conversation.messages[-1:]:
             for call in message.get("tool_calls") or ():
-                self.screen.strong(f"calls {call_text(call['function'])}")
+                self.screen.note(f"calls {format_call(call['function'])}", important=True)
 
-    def say(self, text: str) -> bool:
-        """Take a user's turn, or the next result that the model waits for, and answer where it is the model's turn.
+    def send(self, text: str) -> bool:
+        """Add a user's turn or the next pending tool result, and answer where it is then the model's turn.
 
         Returns False where Ctrl-C stopped the answer.
         """
-        waiting = self.conversation.pending
-        if not waiting:
-            return self._answered(self.conversation.user(text))
+        pending = self.conversation.pending
+        if not pending:
+            return self._answer(self.conversation.user(text))
         self._results.append(text)
-        if len(self._results) < len(waiting):
+        if len(self._results) < len(pending):
             return True
         results, self._results = self._results, []
-        return self._answered(self.conversation.results(results))
+        return self._answer(self.conversation.results(results))
 
-    def _answered(self, conversation: Conversation) -> bool:
+    def _answer(self, conversation: Conversation) -> bool:
         ids = conversation.prompt(self._tokenizer).ids
-        answer = self._answer(ids, conversation.thinking)
-        if not answer.tokens:
+        view = self._stream_answer(ids, conversation.thinking)
+        if not view.tokens:
             self.screen.note("stopped before the first token; your turn was taken back")
             return False
-        ended = answer.last_token in self.session.model.cfg.eos_token_id
-        self.conversation, warnings = conversation.complete(answer.text + template.EOS if ended else answer.text)
-        self._tell(answer, warnings, len(ids) + answer.tokens)
-        return answer.finish_reason != "interrupted"
+        ended = view.last_token in self.session.model.cfg.eos_token_id
+        self.conversation, warnings = conversation.complete(view.text + template.EOS if ended else view.text)
+        self._show_notes(view, warnings, len(ids) + view.tokens)
+        return view.finish_reason != "interrupted"
 
-    def _answer(self, ids: Sequence[int], thinking: bool) -> Answer:
-        """What the model makes of the prompt `ids`, shown while it comes.
+    def _stream_answer(self, ids: Sequence[int], thinking: bool) -> AnswerView:
+        """Generate after the prompt `ids`, and show it.
 
-        Ctrl-C stops it after the token, or the part of the prompt, that is being worked on; a second one at once, and
-        then the session has to read everything again.
+        Ctrl-C stops after the current token or chunk of the prompt; a second one stops at once, and then the session
+        has to read everything again.
         """
         room = self.capacity - len(ids)
         if room < 1:
             raise UsageError(
-                f"the conversation has {len(ids)} tokens, but the context holds {self.capacity}: /undo or /reset, "
-                "or /save it and start again with --load and a larger --capacity. Your turn was not taken"
+                f"the conversation has {len(ids)} tokens, but the context holds {self.capacity}: /undo or /reset, or "
+                "/save it and start again with --load and a larger --capacity. Your turn was not taken"
             )
         limit = min(self._limit or room, room)
-        with defer_interrupt() as asked_to_stop, count_compilations() as meter:
-            answer = Answer(self.screen, meter, thinking=thinking, hides=self.hides)
+        with defer_interrupt() as is_interrupted, count_compilations() as compiled:
+            view = AnswerView(self.screen, compiled, thinking=thinking, hide_reasoning=self.hide_reasoning)
 
-            def reading(read: int, _: int) -> None:
-                answer.reading(read)
-                if asked_to_stop():
+            def show_prefill(read: int, _: int) -> None:
+                view.show_prefill(read)
+                if is_interrupted():
                     raise KeyboardInterrupt
 
-            tokens = self._stream(ids, **{**self._options, "max_new_tokens": limit, "progress": reading})
+            tokens = self._stream(ids, **{**self._options, "max_new_tokens": limit, "progress": show_prefill})
             with contextlib.suppress(KeyboardInterrupt), contextlib.closing(tokens):
                 for token in tokens:
-                    answer.add(token)
-                    if asked_to_stop():
+                    view.add(token)
+                    if is_interrupted():
                         break
-            answer.end()
-        return answer
+            view.end()
+        return view
 
     def _stream(self, ids: Sequence[int], **options: Any) -> Stream:
-        """What comes after `ids`, token by token; closed, it leaves the session with what was read and made."""
         return self.session.stream(ids, sampling=self.sampling, tokenizer=self._tokenizer, **options)
 
-    def _tell(self, answer: Answer, warnings: Sequence[str], used: int) -> None:
-        """The calls of an answer, and what else there is to know about it."""
+    def _show_notes(self, view: AnswerView, warnings: Sequence[str], used: int) -> None:
         self.show_calls()
         notes = [text for text in warnings if text != UNENDED]
-        if answer.finish_reason == "interrupted":
-            notes.append("stopped; what was said so far is kept, /undo takes it back")
+        if view.finish_reason == "interrupted":
+            notes.append("stopped; the answer so far stays in the conversation, /undo takes it back")
         elif used >= self.capacity:
             notes.append(f"the context of {self.capacity} tokens is full: /undo, /reset or /save")
-        elif answer.finish_reason == "length":
-            notes.append(f"cut after {answer.tokens} tokens by --max-new-tokens")
+        elif view.finish_reason == "length":
+            notes.append(f"cut after {view.tokens} tokens by --max-new-tokens")
         for note in notes:
             self.screen.note(f"({one_line(note)})")
-        self.screen.note(f"[{answer.facts(used, self.capacity)}]")
+        self.screen.note(f"[{view.describe(used, self.capacity)}]")
 
 
-def call_text(function: Mapping[str, Any]) -> str:
-    """A call as Python writes calls, on one line."""
+def format_call(function: Mapping[str, Any]) -> str:
+    """Return a tool call as Python writes calls, on one line."""
     arguments = json.loads(function["arguments"])
     values = (f"{one_line(name, 60)}={one_line(to_json(value), 400)}" for name, value in arguments.items())
     return f"{one_line(function['name'], 60)}({', '.join(values)})"

@@ -1,12 +1,16 @@
-"""`dsv32 demo`: the whole way from a Hugging Face folder to text, with the small trained model that is shipped."""
+"""`dsv32 demo`: from a Hugging Face folder to text, with the small trained model that is shipped."""
 
+import argparse
+import contextlib
 import math
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import UsageError
 from ..kernels import variable
+from ..system.progress import format_size
 
 CHECKPOINT = Path(__file__).parents[1] / "demo_checkpoint"
 
@@ -17,20 +21,20 @@ PASSAGE = ("class BaseProcess(object):", "    def terminate(")
 """The held-out paragraph: from the first mark to the second."""
 
 
-def run(new_tokens: int) -> None:
-    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print what happened and how long."""
+def run(arguments: argparse.Namespace) -> int:
+    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print each step and its time."""
     from .. import convert
 
     variable.asked()
-    if new_tokens < 1:
-        raise UsageError(f"the demo generates 1 token or more, not {new_tokens}; nothing was run")
+    if arguments.new_tokens < 1:
+        raise UsageError(f"--new-tokens must be 1 or more, not {arguments.new_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
         target = Path(scratch, "converted")
-        with _timed("converted a Hugging Face checkpoint") as done:
+        with _report_step("converted a Hugging Face checkpoint") as report:
             manifest = convert.convert(CHECKPOINT, target)
             size = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
-            done(f"{size / 1e6:.1f} MB of FP8 and BF16, {len(manifest.leaves)} leaves, every byte kept")
-        with _timed("imported JAX and loaded the model") as done:
+            report(f"{format_size(size)} of FP8 and BF16, {len(manifest.leaves)} parameters, lossless")
+        with _report_step("imported JAX and loaded the model") as report:
             from .. import chat
             from ..checkpoint.load import load
             from ..generation.generate import generate
@@ -40,43 +44,31 @@ def run(new_tokens: int) -> None:
 
             model = load(target)
             tokenizer = chat.Tokenizer.load(target, model.cfg)
-            done(f"{model.cfg.num_hidden_layers} layers + MTP, computing in {model.dtype}")
-        with _timed("generated text") as done:
-            ids = chat.prepare(PROMPT, tokenizer).ids
-            sampling = Sampling(temperature=0.7, top_p=0.95, seed=5)
-            made = generate(
+            report(f"{model.cfg.num_hidden_layers} layers + MTP, computing in {model.dtype}")
+        with _report_step("generated text") as report:
+            gen = generate(
                 model,
-                [ids],
-                max_new_tokens=new_tokens,
-                sampling=sampling,
+                [chat.prepare(PROMPT, tokenizer).ids],
+                max_new_tokens=arguments.new_tokens,
+                sampling=Sampling(temperature=0.7, top_p=0.95, seed=5),
                 tokenizer=tokenizer,
                 stop=["\ndef", "\nclass", "\n```"],
             )
-            stats = made.stats
-            programs = f"{stats.compiles} programs{', cached for the next run' if is_cache_enabled() else ''}"
-            done(f"{stats.compile_seconds:.1f} s of it compiling {programs}")
-        print(PROMPT + (made.text or [""])[0])
-        with _timed("read a paragraph that it was not trained on") as done:
+            cached = ", cached for the next run" if is_cache_enabled() else ""
+            report(f"{gen.stats.compile_seconds:.1f} s of it compiling {gen.stats.compiles} programs{cached}")
+        print(PROMPT + (gen.text or [""])[0])
+        with _report_step("read a held-out paragraph") as report:
             text = (CHECKPOINT / "heldout.txt").read_text(encoding="utf-8")
             ids = chat.prepare(text[text.index(PASSAGE[0]) : text.index(PASSAGE[1])], tokenizer).ids
             (logprobs,) = score(model, [ids]).logprobs
             perplexity = math.exp(-sum(logprobs) / len(logprobs))
-            done(f"perplexity {perplexity:.1f} over {len(logprobs)} tokens of a vocabulary of {model.cfg.vocab_size}")
-    print(
-        "13 million parameters, trained for nine minutes: the text is often wrong; the path is that of the real model."
-    )
+            report(f"perplexity {perplexity:.1f} over {len(logprobs)} tokens, vocabulary {model.cfg.vocab_size}")
+    print("13 million parameters, trained for nine minutes: the text is often wrong, the path is the real model's.")
+    return 0
 
 
-class _timed:
-    """Prints one line for what ran inside the `with`: its seconds, what it was, and what `done` was told."""
-
-    def __init__(self, what: str):
-        self.what, self.note = what, ""
-
-    def __enter__(self):
-        self.start = time.perf_counter()
-        return lambda note: setattr(self, "note", note)
-
-    def __exit__(self, kind, *_):
-        if kind is None:
-            print(f"{time.perf_counter() - self.start:6.1f} s  {self.what}: {self.note}", flush=True)
+@contextlib.contextmanager
+def _report_step(name: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that prints the seconds since the start, the step and a result."""
+    start = time.perf_counter()
+    yield lambda result: print(f"{time.perf_counter() - start:6.1f} s  {name}: {result}", flush=True)

@@ -1,4 +1,4 @@
-"""A converted checkpoint: first its config and tokenizer, so that a request is checked before weights are read."""
+"""A converted checkpoint: first its config and tokenizer, to check a request before the weights are read."""
 
 import argparse
 import dataclasses
@@ -17,21 +17,22 @@ from ..errors import CheckpointError, UsageError
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
 from ..system.files import expand_path
+from ..system.progress import format_size
 from .screen import Screen
 
 
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """What is known of a checkpoint without its weights. `tokenizer` is None where only token ids are used."""
+class OpenedCheckpoint:
+    """A checkpoint without its weights. `tokenizer` is None where only token ids are used."""
 
     folder: Path
     cfg: Config
     tokenizer: Tokenizer | None
 
     @classmethod
-    def of(cls, folder: str | Path, *, ids: bool = False) -> "Opened":
-        """The checkpoint in `folder`. Raises CheckpointError where it is none; where its tokenizer cannot be used and
-        not `ids`, CheckpointError or UsageError."""
+    def of(cls, folder: str | Path, *, ids: bool = False) -> "OpenedCheckpoint":
+        """Open the checkpoint in `folder`. Raises CheckpointError where it is none, and CheckpointError or UsageError
+        where its tokenizer cannot be used, unless `ids`."""
         folder = expand_path(folder)
         cfg = Config.from_dict(Manifest.read(folder).config, f"the config in {folder.name}'s manifest")
         if ids:
@@ -42,20 +43,20 @@ class Opened:
             raise type(error)(f"{error} (dsv32 generate --ids)") from error
 
     def outline(self, dtype: str) -> Model:
-        """The model without weights: enough to check a request with."""
+        """Return the model without weights: enough to check a request against."""
         origin = Origin(tokens=vocabulary.check(self.folder, self.cfg))
         return build(self.cfg, jnp.dtype(dtype), lambda path: None, origin)
 
     def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:
-        """The model, as the arguments want it."""
+        """Load the model with the `--dtype`, `--mesh` and `--verify` of `arguments`."""
         mesh = None if arguments.mesh is None else sharding.mesh(arguments.mesh)
         screen.status(f"loading {self.folder}")
         start = time.perf_counter()
         model = load(self.folder, mesh=mesh, dtype=jnp.dtype(arguments.dtype), verify=arguments.verify)
         jax.block_until_ready(model)
-        size = sum(part.nbytes for part in jax.tree.leaves(model))
+        size = sum(array.nbytes for array in jax.tree.leaves(model))
         screen.note(
-            f"loaded {self.folder}: {size / 1e9:.2f} GB in {time.perf_counter() - start:.1f} s, computing in "
+            f"loaded {self.folder}: {format_size(size)} in {time.perf_counter() - start:.1f} s, computing in "
             f"{arguments.dtype} on {1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
         )
         return model

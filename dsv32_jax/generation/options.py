@@ -220,14 +220,17 @@ def _is_bias(value: Any) -> bool:
     return number is not None and abs(number) <= MAX_BIAS
 
 
-def explain(field: dataclasses.Field, none: str = "None") -> str:
-    """Return the help of an option with its default. `none`: how None is written where the reader is."""
+def explain(field: dataclasses.Field, none: str = "None", default: Any = None) -> str:
+    """Return the help of an option with its `default`, by default its own.
+
+    `none` is the word for None where the reader is, "" where there is none.
+    """
     spec: Spec = field.metadata["spec"]
-    if field.default is None:
+    default = field.default if default is None else default
+    if default is None:
         return f"{spec.help} (default: {spec.unset})"
-    unset = f"; {none}: {spec.unset}" if spec.unset else ""
-    plain = isinstance(field.default, int | float)
-    return spec.help + unset + (f" (default: {field.default:g})" if plain else "")
+    unset = f"; {none}: {spec.unset}" if spec.unset and none else ""
+    return spec.help + unset + (f" (default: {default:g})" if isinstance(default, int | float) else "")
 
 
 def describe(declaration: type, without: Collection[str] = ()) -> str:

@@ -32,7 +32,7 @@ def test_for_programs(dsv32, checkpoint):
     assert found["versions"]["jax"] == jax.__version__ and found["machine"]["free memory"] > 0
     stored = read_weight_shapes(checkpoint).device_bytes({}, "bfloat16")
     assert found["checkpoint"]["weights in memory"] == sum(stored)
-    assert found["runs"]["compiled programs"].startswith("not kept")
+    assert found["runs"]["compiled programs"].startswith("not cached")
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_a_checkpoint_that_is_not_well(dsv32, checkpoint, tmp_path, damage):
 
 def test_gpus_without_a_plugin(dsv32, monkeypatch):
     """Who is on the GPUs is told, and that JAX does not see them."""
-    monkeypatch.setattr(doctor, "_gpu_processes", lambda: ["4711, 60000 MiB, python"])
+    monkeypatch.setattr(doctor, "_list_gpu_processes", lambda: ["4711, 60000 MiB, python"])
     code, out, _ = dsv32("doctor")
     assert code == 0 and "4711, 60000 MiB, python" in out and "JAX computes on the CPU" in out
 

@@ -1,8 +1,10 @@
-"""What reaches a terminal: no commands of its own, whole words, and answers in their parts."""
+"""What reaches a terminal: nothing that steers it, whole words, and answers in their parts."""
 
 import io
 import json
+import re
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -10,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dsv32_jax.chat import template
-from dsv32_jax.cli.answer_parts import Parts
-from dsv32_jax.cli.screen import Screen, json_line, one_line, shown
-from dsv32_jax.cli.wrapping import Wrapping, columns_of
+from dsv32_jax.cli.answer_view import AnswerSplitter
+from dsv32_jax.cli.screen import Screen, json_line, one_line
+from dsv32_jax.errors import printable
 
 HOSTILE = "\x1b]0;owned\x07\x9b31m\r\x08\x7f\u202e\u2066\x00"
 """Sets the title, colours, goes back, turns the direction of writing."""
@@ -33,11 +35,11 @@ class Terminal(io.StringIO):
 def terminal(monkeypatch):
     """Makes a Screen whose stdout and stderr are one terminal, and the stream that says what was written."""
 
-    def opened() -> tuple[Screen, Terminal]:
+    def opened(**environment: str) -> tuple[Screen, Terminal]:
         stream = Terminal()
         with monkeypatch.context() as patch:
-            patch.setenv("TERM", "xterm")
-            patch.delenv("NO_COLOR", raising=False)
+            for name, value in {"TERM": "xterm", "NO_COLOR": "", **environment}.items():
+                patch.setenv(name, value)
             patch.setattr(sys, "stdout", stream)
             patch.setattr(sys, "stderr", stream)
             return Screen(), stream
@@ -48,37 +50,55 @@ def terminal(monkeypatch):
 @given(texts)
 def test_no_character_steers(text):
     """Controls and formats are escaped; what is escaped is safe to escape again; JSON says the same."""
-    safe = shown(text)
+    safe = printable(text)
     assert not {char for char in safe if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")} - set(
         "\n\t\u200c\u200d"
     )
-    assert shown(safe) == safe and "\n" not in one_line(text)
+    assert printable(safe) == safe and "\n" not in one_line(text)
     assert json.loads(json_line([text])) == [text] and json_line([text]).isprintable()
 
 
 def test_text_of_all_scripts_stays():
     for text in ("你好，　世界", "می\u200cخواهم", "👨\u200d👩", "naïve\u00a0x", "a\tb\nc"):
-        assert shown(text) == text
+        assert printable(text) == text
+
+
+STYLES = re.compile(r"\x1b\[\??[0-9;]*[mhlAK]|\r")
+"""The codes of rich: styles, the cursor hidden and shown, and the status erased."""
 
 
 def test_the_terminal_is_not_steered(terminal):
-    """Neither by results nor by notes, errors and the status."""
+    """Neither by results nor by notes, errors, tables and the status."""
     screen, stream = terminal()
-    for write in (screen.result, screen.note, screen.strong, screen.status, screen.alongside):
+    notes = (screen.note, lambda text: screen.note(text, important=True), lambda text: screen.table([(text, text)]))
+    for write in (screen.result, *notes, screen.aside):
         write(HOSTILE)
-    written = stream.getvalue()
-    for own in ("\x1b[2m", "\x1b[22m", "\x1b[1m", "\r\x1b[K"):
-        written = written.replace(own, "")
-    assert written.count("\\x1b]0;owned\\x07") == 5 and shown(written) == written
+    screen.result("\n")
+    screen.status(HOSTILE)
+    wait_for(stream, "owned\\x07")
+    screen.status("")
+    written = STYLES.sub("", stream.getvalue())
+    assert written.count("\\x1b]0;owned\\x07") >= 7 and printable(written) == written
+
+
+def wait_for(stream: Terminal, text: str) -> None:
+    """Until `text` is there: a thread writes it."""
+    end = time.monotonic() + 10
+    while text not in stream.getvalue():
+        assert time.monotonic() < end, stream.getvalue()
+        time.sleep(0.02)
 
 
 def test_the_status_goes_away(terminal):
     """Before anything else is written, and notes do not stand in the middle of a result's line."""
     screen, stream = terminal()
     screen.status("busy")
+    wait_for(stream, "busy")
     screen.result("half")
+    before, _, rest = stream.getvalue().partition("half")
+    assert before.endswith("\x1b[?25h\r\x1b[1A\x1b[2K") and rest == ""
     screen.note("aside")
-    assert stream.getvalue() == "\r\x1b[K\x1b[2mbusy\x1b[22m\r\x1b[Khalf\n\x1b[2maside\n\x1b[22m"
+    assert stream.getvalue().endswith("half\n\x1b[2maside\x1b[0m\n")
 
 
 def test_no_status_in_the_middle_of_a_line(terminal):
@@ -87,54 +107,43 @@ def test_no_status_in_the_middle_of_a_line(terminal):
     screen.result("half")
     screen.status("busy")
     screen.result(" and half\n")
+    assert stream.getvalue() == "half and half\n"
     screen.status("busy")
-    assert stream.getvalue() == "half and half\n\r\x1b[K\x1b[2mbusy\x1b[22m"
+    wait_for(stream, "busy")
+    screen.status("")
 
 
-def test_notes_are_broken_between_words(terminal, monkeypatch):
-    """On a terminal; its status is one line."""
-    screen, stream = terminal()
-    monkeypatch.setenv("COLUMNS", "10")
+def test_notes_are_broken_between_words(terminal):
+    """On a terminal."""
+    screen, stream = terminal(COLUMNS="10")
     screen.note("one two three")
-    screen.strong("four five seven fits")
-    assert stream.getvalue() == "\x1b[2mone two \nthree\n\x1b[22m\x1b[1mfour five \nseven \nfits\x1b[22m\n"
-    assert screen.width == 9, "a word of the whole width would have its space on the next line"
+    screen.note("four five seven fits", important=True)
+    lines = STYLES.sub("", stream.getvalue()).splitlines()
+    assert [line.rstrip() for line in lines] == ["one two", "three", "four five", "seven fits"]
+    assert "\x1b[2mone two" in stream.getvalue() and "\x1b[1mfour five" in stream.getvalue()
+
+
+def test_no_styles_where_they_are_not_wanted(terminal):
+    """NO_COLOR turns them off."""
+    screen, stream = terminal(NO_COLOR="1")
+    screen.note("aside")
+    screen.aside("reasoning")
+    assert stream.getvalue() == "aside\nreasoning"
 
 
 def test_plain_where_it_is_no_terminal(capsys, monkeypatch):
-    """A pipe gets results as they are, and no status; NO_COLOR no styles; a narrow encoding escapes."""
+    """A pipe gets results verbatim, and no status; a narrow encoding escapes; notes are not broken."""
     screen = Screen(quiet=True)
     screen.status("busy")
     screen.note("aside")
     screen.result("a\x1b[0m\ub4e4\n")
     assert capsys.readouterr() == ("a\x1b[0m\ub4e4\n", "")
+    Screen().note("word " * 40)
+    assert capsys.readouterr() == ("", "word " * 40 + "\n")
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     Screen().result("\ub4e4\n")
     assert raw.getvalue() == b"\\ub4e4\n"
-
-
-@given(st.text(st.sampled_from("ab 你\n`")), st.integers(1, 12), st.data())
-def test_wrapping(text, width, data):
-    """In any pieces the same; only line breaks are added; no line is too wide but for a word alone, or in a fence."""
-    whole = Wrapping(width)
-    wrapped = whole.add(text) + whole.end()
-    pieces, wrapping, rest = "", Wrapping(width), text
-    while rest:
-        size = data.draw(st.integers(1, 4))
-        pieces += wrapping.add(rest[:size])
-        rest = rest[size:]
-    assert pieces + wrapping.end() == wrapped
-    kept = iter(wrapped)
-    assert all(char in kept for char in text) and wrapped.replace("\n", "") == text.replace("\n", "")
-    for line in wrapped.split("\n") if "`" not in text else ():
-        assert sum(map(columns_of, line.rstrip(" "))) <= width or " " not in line.strip(" ")
-
-
-def test_code_is_not_wrapped():
-    code = "```python\nf(aaaa, bbbb, cccc)\n```\n"
-    wrapping = Wrapping(8)
-    assert wrapping.add(code + "one two three") + wrapping.end() == code + "one two \nthree"
 
 
 CALLS = "\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke"
@@ -145,20 +154,20 @@ CALLS = "\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke"
     [
         (False, "plain", [("answer", "plain")]),
         (False, "a <b </think> c", [("answer", "a <b </think> c")]),
-        (True, "why</think>so", [("thinking", "why"), ("answer", "so")]),
+        (True, "why</think>so", [("reasoning", "why"), ("answer", "so")]),
         (True, "</think>so", [("answer", "so")]),
-        (True, "a </thin", [("thinking", "a </thin")]),
+        (True, "a </thin", [("reasoning", "a </thin")]),
         (False, "look" + CALLS, [("answer", "look")]),
         (False, CALLS, []),
-        (True, "x" + CALLS + "</think>y" + CALLS, [("thinking", "x" + CALLS), ("answer", "y")]),
+        (True, "x" + CALLS + "</think>y" + CALLS, [("reasoning", "x" + CALLS), ("answer", "y")]),
         (False, "a\n\nb<", [("answer", "a\n\nb<")]),
     ],
 )
 @given(cut=st.integers(1, 50))
 def test_parts(thinking, text, parts, cut):
-    """However the text is cut; what looks like a call in thinking is thinking."""
+    """However the text is cut; what looks like a call in reasoning is reasoning."""
     found: dict[str, str] = {}
-    answer = Parts(thinking=thinking)
+    answer = AnswerSplitter(thinking=thinking)
     for start in range(0, len(text), cut):
         for part, piece in answer.add(text[start : start + cut]):
             found[part] = found.get(part, "") + piece

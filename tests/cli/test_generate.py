@@ -12,9 +12,9 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import chat
 from dsv32_jax.chat import template
-from dsv32_jax.cli import arguments, open_checkpoint
+from dsv32_jax.cli import app, open_checkpoint
 from dsv32_jax.generation.options import Options
-from tests.terminal.conftest import byte_tokenizer
+from tests.cli.conftest import byte_tokenizer
 
 FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
 """Options that most tests share, and with them programs."""
@@ -39,9 +39,9 @@ def wanted(model, tokenizer, ids, **options):
 
 def test_every_option_of_the_library_is_there():
     """Each field of Sampling, and of Options all that a command line can say."""
-    assert set(arguments.SAMPLING) == {field.name for field in dataclasses.fields(ds.Sampling)}
-    tables = {**arguments.TURN, **arguments.BATCH, **arguments.CACHE}
-    assert set(tables) == set(Options.__annotations__) - {"tokenizer", "progress"}
+    declared = {field.name for kind in (ds.Sampling, Options) for field in dataclasses.fields(kind)}
+    given = vars(app.parser().parse_args(["generate", "folder"]))
+    assert declared - set(given) == {"tokenizer", "progress"}
 
 
 def test_g02_text_is_continued_and_chat_is_asked_for(dsv32, checkpoint, model, tokenizer):
@@ -49,7 +49,7 @@ def test_g02_text_is_continued_and_chat_is_asked_for(dsv32, checkpoint, model, t
     ids = [0, *tokenizer.encode("def f(x):")]
     code, out, err = dsv32("generate", checkpoint, "def f(x):", *FEW)
     assert (code, out) == (0, wanted(model, tokenizer, ids).text[0] + "\n")
-    assert "prompt: raw text, 10 tokens (--chat sends it as a message)" in err and "made 6" in err
+    assert "prompt: raw text, 10 tokens (--chat sends it as a message)" in err and "generated 6 tokens" in err
     ids = chat.prepare([{"role": "user", "content": "Hi"}], tokenizer).ids
     code, out, err = dsv32("generate", checkpoint, "--chat", *FEW, "Hi", "--quiet")
     assert (code, out, err) == (0, wanted(model, tokenizer, ids).text[0] + "\n", "")
@@ -128,13 +128,13 @@ BAD_LINES = {
     "[1]": "not an object",
     '{"prompt": "a", "ids": [1]}': "one of prompt, messages, ids, not prompt and ids",
     "{}": "not none",
-    '{"prompt": 3}': "prompt must be a text",
-    '{"prompt": "a", "thinking": true}': "thinking belong to messages",
+    '{"prompt": 3}': "prompt must be a non-empty string",
+    '{"prompt": "a", "thinking": true}': "thinking can only be given with messages",
     '{"prompt": "a", "max_new_tokens": 3}': "unknown: 'max_new_tokens'",
     '{"prompt": "a", "temperature": -1}': "temperature must be a number from 0",
     '{"prompt": "a", "temperature": NaN}': "NaN is not a JSON number",
-    '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' for a token id",
-    '{"prompt": "a", "logit_bias": {"01": 1}}': "'01' for a token id",
+    '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' is not a token id",
+    '{"prompt": "a", "logit_bias": {"01": 1}}': "'01' is not a token id",
     '{"prompt": "a", "prompt": "b"}': "duplicate keys: 'prompt'",
     '{"ids": "0,1"}': "must be a list of token ids",
     '{"messages": "hi"}': "must be a list of messages",
@@ -151,32 +151,37 @@ def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
     file = tmp_path / "requests.jsonl"
     file.write_text("\n".join(['{"prompt": "good"}', *BAD_LINES]), encoding="utf-8")
     code, out, err = dsv32("generate", checkpoint, "--file", file)
-    assert (code, out) == (2, "") and f"{len(BAD_LINES)} lines" in err and "loaded" not in err and "\x1b" not in err
+    assert (
+        (code, out) == (2, "")
+        and f"{len(BAD_LINES)} invalid requests in" in err
+        and "loaded" not in err
+        and "\x1b" not in err
+    )
     for number, why in enumerate(BAD_LINES.values(), 2):
         assert f"line {number}: " in err and why in err, why
 
 
 MISUSE = {
-    "no prompt at all": ((), 2, "nothing came in on stdin"),
-    "two prompts": (("a", "--file", "b"), 2, "both a PROMPT and a --file"),
+    "no prompt at all": ((), 2, "stdin is empty"),
+    "two prompts": (("a", "--file", "b"), 2, "PROMPT and --file exclude each other"),
     "a file that is not there": (("--file", "nowhere.txt"), 74, "nowhere.txt"),
-    "thinking without messages": (("a", "--thinking"), 2, "--thinking is for messages"),
-    "text options with ids": (("0", "--ids", "--chat"), 2, "--ids takes and gives token ids"),
+    "thinking without messages": (("a", "--thinking"), 2, "--thinking applies to messages"),
+    "text options with ids": (("0", "--ids", "--chat"), 2, "--ids takes and prints token ids"),
     "ids that are words": (("a b", "--ids"), 2, "not a list of token ids"),
     "g10 ids outside the vocabulary": (("0,9999", "--ids"), 2, "outside the vocabulary of 0..319"),
-    "g25 stop ids outside the vocabulary": (("a", "--stop-token-ids", "999"), 2, "stop_token_ids"),
-    "g25 bias outside the vocabulary": (("a", "--logit-bias", "320=1"), 2, "logit_bias"),
+    "g25 stop ids outside the vocabulary": (("a", "--stop-token-ids", "999"), 2, "--stop-token-ids"),
+    "g25 bias outside the vocabulary": (("a", "--logit-bias", "320=1"), 2, "--logit-bias"),
     "a bias that is none": (("a", "--logit-bias", "3"), 2, "not ID=VALUE"),
     "a bias given twice": (("a", "--logit-bias", "3=1", "--logit-bias", "3=2"), 2, "names a token twice"),
     "g35 an empty stop string": (("a", "--stop", ""), 2, "at least one character"),
     "stop strings among ids": (("0", "--ids", "--stop", "x"), 2, "give the tokenizer too"),
-    "g07 temperature": (("a", "--temperature", "nan"), 2, "temperature must be a number from 0 to 5"),
+    "g07 temperature": (("a", "--temperature", "nan"), 2, "--temperature must be a number from 0 to 5"),
     "no number": (("a", "--top-k", "many"), 2, "invalid int value"),
-    "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use capacity=52"),
+    "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
     "g14 negative": (("a", "--max-new-tokens", "-3"), 2, "0 or more"),
     "drafts without the layer": (("a", "--draft", "1"), 2, "does not have"),
     "g29 too many likeliest": (("a", "--top-logprobs", "21"), 2, "from 0 to 20"),
-    "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "cache_dtype must be"),
+    "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "--cache-dtype must be"),
     "an unknown mesh": (("a", "--mesh", "rows=2"), 2, "is not understood"),
     "g20 more devices than there are": (("a", "--mesh", "expert=64"), 5, "needs 64 devices"),
     "an unknown option": (("a", "--nonsense"), 2, "unrecognized arguments"),
@@ -225,7 +230,7 @@ def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
         dsv32("generate", checkpoint, "ab", *FEW, "--n", "2", "--json", *flags)
         for flags in ((), ("--temperature", "1"))
     ]
-    assert ["all alike" in err for _, _, err in made] == [True, False]
+    assert ["identical texts" in err for _, _, err in made] == [True, False]
     code, _, err = dsv32("demo", "--new-tokens", "-5")
     assert code == 2 and "not -5; nothing was run" in err
 
@@ -297,7 +302,7 @@ def test_a_reader_that_goes_away(checkpoint):
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("command, code, said", [("inspect", 0, "total"), ("generate", 2, "nothing came in on stdin")])
+@pytest.mark.parametrize("command, code, said", [("inspect", 0, "total"), ("generate", 2, "stdin is empty")])
 def test_without_stdin(command, code, said, checkpoint):
     """Where stdin is closed, a command that needs none works, and one that does says that nothing came in."""
     line = ["sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "dsv32_jax", command, str(checkpoint)]

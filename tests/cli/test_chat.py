@@ -17,11 +17,11 @@ import pytest
 
 from dsv32_jax.chat import Conversation, Tokenizer, template
 from dsv32_jax.cli import app, conversation_file
-from dsv32_jax.cli.chat_session import Talk, call_text
-from dsv32_jax.cli.commands import FIELDS, TABLE, Commands, Leave
+from dsv32_jax.cli.chat_session import ChatSession, format_call
 from dsv32_jax.cli.keyboard import Keyboard
-from dsv32_jax.cli.open_checkpoint import Opened
+from dsv32_jax.cli.open_checkpoint import OpenedCheckpoint
 from dsv32_jax.cli.screen import Screen
+from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.session import session
@@ -74,13 +74,15 @@ class Script:
 
 @pytest.fixture
 def talk(checkpoint, tiny):
-    """Makes a Talk whose answers are written down."""
+    """Makes a ChatSession whose answers are written down."""
     tokenizer = Tokenizer.load(checkpoint, tiny)
 
     def opened(*answers, capacity=2000, hides=False, options=(), **conversation):
         said = [answer if answer.endswith("^C") else answer + template.EOS for answer in answers]
         script = Script(tokenizer, tiny, said, capacity)
-        return Talk(Screen(), tokenizer, script, Conversation(**conversation), Sampling(), dict(options), hides=hides)
+        return ChatSession(
+            Screen(), tokenizer, script, Conversation(**conversation), Sampling(), dict(options), hide_reasoning=hides
+        )
 
     return opened
 
@@ -88,62 +90,64 @@ def talk(checkpoint, tiny):
 def test_turns(talk, capsys):
     """Each answer is shown and remembered, and the next prompt holds it."""
     chat = talk("Hello.", "Bye.", system="Be brief.")
-    assert chat.say("Hi") and chat.say("And now?")
+    assert chat.send("Hi") and chat.send("And now?")
     assert chat.session.prompts[1] == chat.conversation.reset().user("Hi").text() + (
         f"Hello.{template.EOS}{template.USER}And now?{template.ASSISTANT}{template.THINK_END}"
     )
     out, err = capsys.readouterr()
-    assert out == "Hello.\nBye.\n" and re.search(r"\[5 tokens, [\d.]+/s, first in [\d.]+ s, read \d+", err)
+    assert out == "Hello.\nBye.\n" and re.search(
+        r"\[5 tokens at [\d.]+ tokens/s, first token after [\d.]+ s, \d+ prompt tokens read", err
+    )
 
 
 def test_calls_are_shown_and_results_asked_for(talk, capsys):
     """One result each, in order; nothing in a name or a value steers the terminal."""
     chat = talk("Look." + CALL, "It is 3.", tools=[TOOL])
-    chat.say("1+2?")
+    chat.send("1+2?")
     out, err = capsys.readouterr()
     assert out == "Look.\n" and "calls add(a=1)\n" in err and 'calls mul\\x1b[2J(b="two\\nlines")' in err
     assert chat.prompt == "result of add> "
-    assert chat.say("3") and chat.prompt == "result of mul\\x1b[2J> " and len(chat.session.prompts) == 1
-    assert chat.say("4") and chat.prompt == "> " and capsys.readouterr().out == "It is 3.\n"
+    assert chat.send("3") and chat.prompt == "result of mul\\x1b[2J> " and len(chat.session.prompts) == 1
+    assert chat.send("4") and chat.prompt == "> " and capsys.readouterr().out == "It is 3.\n"
     assert "<result>3</result>\n<result>4</result>" in chat.session.prompts[1]
 
 
 def test_a_call_as_text():
     function = {"name": "f", "arguments": json.dumps({"a": [1, None], "b\n": "\u202e"})}
-    assert call_text(function) == 'f(a=[1, null], b\\n="\\u202e")'
+    assert format_call(function) == 'f(a=[1, null], b\\n="\\u202e")'
 
 
 def test_thinking(talk, capsys):
     """Shown before the answer, or hidden and shown when asked; it goes to stderr, the answer to stdout."""
     chat = talk("because</think>Yes.", "hidden</think>No.", "never closed^C", thinking=True)
-    chat.say("Is it?")
+    chat.send("Is it?")
     out, err = capsys.readouterr()
     assert out == "Yes.\n" and err.startswith("because\n\n")
-    chat.hides = True
-    chat.say("Really?")
+    chat.hide_reasoning = True
+    chat.send("Really?")
     out, err = capsys.readouterr()
     assert out == "No.\n" and "hidden" not in err and "(thought for" in err
-    commands = Commands(chat)
-    commands.do("/think show")
+    commands = SlashCommands(chat)
+    commands.run("/think show")
     assert capsys.readouterr().err == "hidden\n"
-    commands.do("/think off")
+    commands.run("/think off")
     assert not chat.conversation.thinking and capsys.readouterr().err == "answers at once\n"
     for word, hides in (("hide", True), ("on", False)):
-        commands.do(f"/think {word}")
-        assert chat.conversation.thinking and chat.hides is hides
+        commands.run(f"/think {word}")
+        assert chat.conversation.thinking and chat.hide_reasoning is hides
     with pytest.raises(UsageError, match="on, off, hide or show"):
-        commands.do("/think maybe")
+        commands.run("/think maybe")
 
 
 def test_ctrl_c_stops_the_answer(talk, capsys):
     """What was said so far stays in the conversation, and can be taken back."""
     chat = talk("One two three^C", "Again.")
-    assert chat.say("Count.") is False
+    assert chat.send("Count.") is False
     assert chat.conversation.messages[-1]["content"] == "On"
-    assert "stopped; what was said so far is kept" in capsys.readouterr().err
-    Commands(chat).do("/undo")
-    assert chat.conversation.messages == () and "taken back: Count." in capsys.readouterr().err
-    assert chat.say("Count.") is True
+    assert "stopped; the answer so far stays" in capsys.readouterr().err
+    SlashCommands(chat).run("/undo")
+    assert chat.conversation.messages == () and "removed: Count." in capsys.readouterr().err
+    assert chat.send("Count.") is True
 
 
 def test_ctrl_c_while_the_prompt_is_read(talk, capsys, monkeypatch):
@@ -156,70 +160,70 @@ def test_ctrl_c_while_the_prompt_is_read(talk, capsys, monkeypatch):
         return stream(ids, **options)
 
     monkeypatch.setattr(chat.session, "stream", interrupted)
-    assert chat.say("Hi") is False
+    assert chat.send("Hi") is False
     assert chat.conversation.messages == () and "your turn was taken back" in capsys.readouterr().err
 
 
 def test_the_context_has_an_end(talk, capsys):
     """An answer ends where it is full, and says so; a turn that does not fit is not taken."""
     chat = talk("a" * 100, capacity=40, options={"max_new_tokens": 1000})
-    chat.say("Hi")
+    chat.send("Hi")
     assert "the context of 40 tokens is full" in capsys.readouterr().err
     before = chat.conversation
     with pytest.raises(UsageError, match="44 tokens, but the context holds 40.*not taken"):
-        chat.say("")
+        chat.send("")
     assert chat.conversation is before
     short = talk("a" * 100, options={"max_new_tokens": 3})
-    short.say("Hi")
+    short.send("Hi")
     assert "cut after 3 tokens by --max-new-tokens" in capsys.readouterr().err
 
 
 def test_what_is_forgiven_is_told(talk, capsys):
     chat = talk("Look.\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke name=")
-    chat.say("Hi")
+    chat.send("Hi")
     assert "(the tool calls are not closed)" in capsys.readouterr().err and not chat.conversation.pending
 
 
 def test_commands(talk, capsys, tmp_path):
     """What each of them changes."""
     chat = talk("Hello.", "Read.")
-    commands = Commands(chat)
-    chat.say("Hi")
-    commands.do("/system Be kind.")
+    commands = SlashCommands(chat)
+    chat.send("Hi")
+    commands.run("/system Be kind.")
     assert chat.conversation.system == "Be kind." and len(chat.conversation.messages) == 2
-    commands.do("/system")
+    commands.run("/system")
     assert "system text: Be kind." in capsys.readouterr().err
-    commands.do("/system -")
+    commands.run("/system -")
     assert chat.conversation.system is None
-    commands.do("/reset")
+    commands.run("/reset")
     assert chat.conversation == Conversation()
-    commands.do("/set temperature 0.5")
-    commands.do("/set")
+    commands.run("/set temperature 0.5")
+    commands.run("/set")
     assert chat.sampling == Sampling(temperature=0.5) and '{"temperature": 0.5}' in capsys.readouterr().err
-    commands.do('/set logit_bias {"42": -1.5}')
+    commands.run('/set logit_bias {"42": -1.5}')
     assert chat.sampling == Sampling(temperature=0.5, logit_bias={42: -1.5})
     (tmp_path / "long.txt").write_text("from a file\n", encoding="utf-8")
-    assert commands.do(f"/file {tmp_path / 'long.txt'}") is True
+    assert commands.run(f"/file {tmp_path / 'long.txt'}") is True
     assert chat.session.options[-1]["sampling"].temperature == 0.5
     assert chat.conversation.messages[0]["content"] == "from a file\n"
-    with pytest.raises(Leave):
-        commands.do("/quit")
+    with pytest.raises(Quit):
+        commands.run("/quit")
 
 
 @pytest.mark.parametrize(
     "line, error, why",
     [
-        ("/nonsense\x1b", UsageError, r"there is no /nonsense\\x1b"),
-        ("/undo", UsageError, "nothing to take back"),
-        ("/undo now", UsageError, "stands alone; it was not done, because 'now'"),
-        ("/set warmth 3", UsageError, "no 'warmth' to set"),
+        ("/nonsense\x1b", UsageError, r"unknown command /nonsense\\x1b"),
+        ("/undo", UsageError, "nothing to undo"),
+        ("/undo now", UsageError, "takes no arguments, but 'now' follows; nothing was done"),
+        ("/set warmth 3", UsageError, "unknown option 'warmth'"),
         ("/set top_k many", UsageError, "needs a number or a list"),
         ("/set top_p 7", UsageError, "top_p must be"),
         ("/set top_k " + "[" * 5000, UsageError, "needs a number or a list"),
         ('/set logit_bias {"9999999": 1}', UsageError, "outside the vocabulary"),
         ("/set allowed_ids [1, true]", UsageError, "outside the vocabulary"),
         ("/save ~nobody-of-that-name/x", UsageError, "invalid path"),
-        ("/load .", UsageError, "no name of a file"),
+        ("/load .", UsageError, "not the name of a file"),
         ("/file a\0b", UsageError, "null byte"),
         ("/save", UsageError, "which file"),
         ("/load", UsageError, "which file"),
@@ -230,37 +234,38 @@ def test_commands(talk, capsys, tmp_path):
 def test_commands_refuse(talk, line, error, why):
     chat = talk()
     with pytest.raises(error, match=why):
-        Commands(chat).do(line)
+        SlashCommands(chat).run(line)
     assert chat.conversation == Conversation() and chat.sampling == Sampling()
 
 
 def test_help_lists_every_command(talk, capsys):
-    Commands(talk()).do("/help")
+    SlashCommands(talk()).run("/help")
     listed = capsys.readouterr().err
-    assert all(name in listed for name in [*TABLE, "/file", '"""', "Ctrl-C", "Ctrl-D"])
-    assert max(map(len, listed.splitlines())) < 80 and set(FIELDS) == {f.name for f in dataclasses.fields(Sampling)}
+    assert all(name in listed for name in [*COMMANDS, "/file", '"""', "Ctrl-C", "Ctrl-D"])
+    assert max(map(len, listed.splitlines())) <= 80 and set(FIELDS) == {f.name for f in dataclasses.fields(Sampling)}
 
 
 def test_help_in_a_narrow_terminal(talk, capsys, monkeypatch):
-    """What a command does stands below it."""
-    monkeypatch.setattr(Screen, "width", 40)
-    Commands(talk()).do("/help")
-    assert "/reset \n    begin a new conversation\n" in capsys.readouterr().err
+    """Its help is broken between words."""
+    monkeypatch.setenv("COLUMNS", "40")
+    SlashCommands(talk()).run("/help")
+    lines = capsys.readouterr().err.splitlines()
+    assert max(map(len, lines)) <= 40 and "new conversation" in " ".join(" ".join(lines).split())
 
 
 def test_a_loaded_call_waits_for_its_result(talk, capsys, tmp_path, monkeypatch):
     """It is shown again: who gives the result has to see what was asked."""
     chat = talk("Look." + CALL, "It is 3.", tools=[TOOL])
-    chat.say("1+2?")
+    chat.send("1+2?")
     capsys.readouterr()
     monkeypatch.setattr(conversation_file, "load", lambda *_: (chat.conversation, chat.session, ""))
-    Commands(chat).do(f"/load {tmp_path / 'talk'}")
+    SlashCommands(chat).run(f"/load {tmp_path / 'talk'}")
     assert "1 turn; the last: 1+2?\ncalls add(a=1)\ncalls mul" in capsys.readouterr().err
     assert chat.prompt == "result of add> "
 
 
 BAD_CONVERSATIONS = {
-    "not json": "not JSON",
+    "not json": "not valid JSON",
     "[]": "not a conversation",
     '{"kind": "other"}': "not a conversation",
     json.dumps({"kind": conversation_file.KIND, "system": 3, "tools": [], "thinking": False, "messages": []}): "system",
@@ -269,7 +274,7 @@ BAD_CONVERSATIONS = {
     ): "'x'",
     json.dumps(
         {"kind": conversation_file.KIND, "system": "", "tools": [], "thinking": False, "messages": [], "more": 1}
-    ): "and no more",
+    ): "unknown or of another type: more",
 }
 
 
@@ -287,18 +292,18 @@ def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
     """Answers go to stdout, what is saved is loaded, and only what is new is read."""
     monkeypatch.chdir(tmp_path)
     code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
-    assert code == 0 and out.endswith("\n") and "read 5," in err and "1 turn; the last: Hi" in err
+    assert code == 0 and out.endswith("\n") and "5 prompt tokens read" in err and "1 turn; the last: Hi" in err
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert saved["messages"][0] == {"role": "user", "content": "Hi"}
     assert (tmp_path / "talk.json").stat().st_mode == (tmp_path / "talk.safetensors").stat().st_mode
 
     code, again, err = dsv32("chat", checkpoint, *FEW, "--load", "talk", piped="/undo\nHi\n/save talk.json\n")
-    assert code == 0 and again == out and "read 1," in err and "read again" not in err
+    assert code == 0 and again == out and "1 prompt token read" in err and "read again" not in err
 
 
 def test_saving(checkpoint, tmp_path):
     """Nothing is written over; what cannot be continued is read again, and it is said why."""
-    model = Opened.of(checkpoint).outline("float32")
+    model = OpenedCheckpoint.of(checkpoint).outline("float32")
     talked = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("Hi")
     written = conversation_file.save(tmp_path / "a.b", talked, session(model, capacity=32), replace=False)
     assert [file.name for file in written] == ["a.b.json", "a.b.safetensors"]
@@ -319,18 +324,18 @@ def test_saving(checkpoint, tmp_path):
 
 MISUSE = {
     "g35 an empty stop string": (("--stop", ""), 2, "at least one character"),
-    "g25 stop ids": (("--stop-token-ids", "999"), 2, "stop_token_ids"),
-    "no room for an answer": (("--max-new-tokens", "0"), 2, "leaves no answer"),
-    "a capacity that is none": (("--capacity", "0"), 2, "capacity must be"),
-    "too large a capacity": (("--capacity", "5000"), 2, "capacity must be"),
-    "temperature": (("--temperature", "9"), 2, "temperature must be"),
+    "g25 stop ids": (("--stop-token-ids", "999"), 2, "--stop-token-ids"),
+    "no room for an answer": (("--max-new-tokens", "0"), 2, "leaves no room for an answer"),
+    "a capacity that is none": (("--capacity", "0"), 2, "--capacity must be"),
+    "too large a capacity": (("--capacity", "5000"), 2, "--capacity must be"),
+    "temperature": (("--temperature", "9"), 2, "--temperature must be"),
     "tools that are not there": (("--tools", "nowhere.json"), 74, "error: nowhere.json: No such file or directory\n"),
     "tools that are no list": (("--tools", "object.json"), 2, "must hold a list of tools"),
     "tools that are none": (("--tools", "list.json"), 2, "tools[0] must be an object"),
-    "tools that are no json": (("--tools", "text.json"), 3, "is not JSON"),
+    "tools that are no json": (("--tools", "text.json"), 3, "text.json: not valid JSON"),
     "a conversation that is not there": (("--load", "nowhere"), 74, "nowhere.json: No such file or directory\n"),
     "a conversation that is none": (("--load", "object"), 3, "is not a conversation"),
-    "two ways to begin": (("--load", "x", "--system", "y"), 2, "--load brings"),
+    "two ways to begin": (("--load", "x", "--system", "y"), 2, "--load restores"),
 }
 
 
@@ -347,7 +352,7 @@ def test_misuse(dsv32, checkpoint, monkeypatch, tmp_path, mistake):
 
 def test_piped_errors_end_it(dsv32, checkpoint):
     """A script does not go on as if nothing had happened."""
-    for piped, why in (("/nonsense\nHi\n", "there is no /nonsense"), (b"\xff\n", "is not utf-8")):
+    for piped, why in (("/nonsense\nHi\n", "unknown command /nonsense"), (b"\xff\n", "is not utf-8")):
         code, out, err = dsv32("chat", checkpoint, *FEW, piped=piped)
         assert code == 2 and out == "" and why in err
 
@@ -365,14 +370,14 @@ def test_piped_errors_end_it(dsv32, checkpoint):
 def test_several_lines(monkeypatch, typed, turn):
     """Between the marks, whose own lines do not count; a backslash means nothing where nobody types."""
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    assert Keyboard(Screen()).read("> ") == turn
+    assert Keyboard(Screen()).read_turn("> ") == turn
 
 
 def test_typed_bytes_that_are_no_text(monkeypatch):
     """A terminal, and a pipe in the C locale, give them as half surrogate pairs."""
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"a\xffb\n"), "utf-8", errors="surrogateescape"))
     with pytest.raises(UsageError, match="not UTF-8: character 1 is the byte 0xff"):
-        Keyboard(Screen()).read("> ")
+        Keyboard(Screen()).read_turn("> ")
 
 
 TAKE_THE_TERMINAL = """
@@ -430,9 +435,9 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.type("Hi there\n")
     terminal.wait_for("Hi there\r\n")
     terminal.wait_for("reading")
-    terminal.wait_for("\r\x1b[K")
+    terminal.wait_for("\x1b[2K")
     terminal.type("typed ahead\x03")
-    assert "typed" not in terminal.wait_for("stopped; what was said so far is kept")
+    assert "typed" not in terminal.wait_for("stopped; the answer so far stays")
     terminal.wait_for("> ")
     terminal.type("half a line")
     terminal.wait_for("half a line")
@@ -440,18 +445,18 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.wait_for("(Ctrl-D or /quit leaves)")
     terminal.wait_for("> ")
     terminal.type("\x1b[200~/system two\nlines\x1b[201~\n")
-    terminal.wait_for("the conversation goes on under it")
+    terminal.wait_for("is read again with it")
     terminal.type("/sys\t\n")
     terminal.wait_for("system text: two\r\nlines")
     terminal.wait_for("> ")
     terminal.type('"""\n/system a\nthree\n"""\n')
-    terminal.wait_for("the conversation goes on under it")
+    terminal.wait_for("is read again with it")
     terminal.wait_for("> ")
     terminal.type("\x1b[A")
     terminal.wait_for("/system a")
     terminal.wait_for("three")
     terminal.type("\n")
-    terminal.wait_for("the conversation goes on under it")
+    terminal.wait_for("is read again with it")
     terminal.wait_for("> ")
     terminal.type('"""\n/undo\nnot sent')
     terminal.wait_for("... not sent")
@@ -462,5 +467,10 @@ def test_a_terminal(checkpoint, tmp_path):
     assert "Hi there\n" in (tmp_path / "dsv32_jax" / "chat_history").read_text(encoding="utf-8")
 
 
-def test_the_command_line_has_the_chat():
-    assert app.parser().parse_args(["chat", "folder"]).run.__name__ == "_chat"
+def test_help_shows_the_defaults_of_a_chat(capsys):
+    """They differ from those of the library."""
+    with pytest.raises(SystemExit):
+        app.parser().parse_args(["chat", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "maximum new tokens; all: as many as the context holds (default: 4096)" in said
+    assert "prompt included (default: 16384)" in said and "0 is greedy" in said and "(default: 0)" in said

@@ -1,0 +1,162 @@
+"""The commands of a chat: /help and the others."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import UsageError, pluralize
+from ..generation.options import Sampling
+from ..generation.request import used
+from ..generation.sampling_params import bias
+from ..system.files import expand_path
+from . import conversation_file
+from .chat_session import ChatSession
+from .prompt_input import parse_sampling, read_text
+from .screen import one_line
+
+FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+
+
+class Quit(Exception):
+    """The user leaves the chat."""
+
+
+class SlashCommands:
+    """The commands as methods on a chat."""
+
+    def __init__(self, chat: ChatSession):
+        self._chat, self._screen = chat, chat.screen
+        self._saved: set[Path] = set()
+
+    def run(self, line: str) -> bool:
+        """Run a line that begins with /. Returns what `ChatSession.send` returns where the line sends a turn."""
+        name, _, rest = line.strip().partition(" ")
+        if name == "/file":
+            return self._chat.send(read_text(_parse_path(rest)))
+        if name not in COMMANDS:
+            raise UsageError(
+                f"unknown command {one_line(name, 40)}; /help lists all (begin with a space to send it as text)"
+            )
+        command, argument = COMMANDS[name], rest.strip()
+        if argument and not command.usage:
+            raise UsageError(f"{name} takes no arguments, but {one_line(argument, 40)!r} follows; nothing was done")
+        command.run(self, argument)
+        return True
+
+    def help(self, _: str) -> None:
+        rows = [(f"{name} {command.usage}", command.help) for name, command in COMMANDS.items()]
+        self._screen.table([*rows, *KEYS])
+
+    def reset(self, _: str) -> None:
+        self._chat.update(messages=())
+        self._screen.note("new conversation")
+
+    def undo(self, _: str) -> None:
+        messages = self._chat.conversation.messages
+        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
+        if not turns:
+            raise UsageError("nothing to undo")
+        self._chat.update(messages=messages[: turns[-1]])
+        self._screen.note(f"removed: {one_line(str(messages[turns[-1]].get('content')), 60)}")
+
+    def system(self, text: str) -> None:
+        if not text:
+            self._screen.note(f"system text: {self._chat.conversation.system or 'none'}")
+            return
+        self._chat.update(system=None if text == "-" else text)
+        if self._chat.conversation.messages:
+            self._screen.note("system text set; the conversation is read again with it (/reset starts a new one)")
+        else:
+            self._screen.note("system text set")
+
+    def think(self, mode: str) -> None:
+        if mode == "show":
+            reasoning = [message.get("reasoning_content") for message in self._chat.conversation.messages]
+            self._screen.note(next((text for text in reversed(reasoning) if text), "no reasoning yet"))
+        elif mode in THINK_MODES:
+            self._chat.update(thinking=mode != "off")
+            self._chat.hide_reasoning = mode == "hide"
+            self._screen.note(THINK_MODES[mode])
+        else:
+            raise UsageError("type /think on, off, hide or show")
+
+    def set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if not name:
+            changed = self._describe_sampling()
+            self._screen.note(changed if changed != "{}" else f"all defaults; options: {', '.join(FIELDS)}")
+            return
+        if name not in FIELDS:
+            raise UsageError(f"unknown option {one_line(name, 40)!r}; options: {', '.join(FIELDS)}")
+        try:
+            parsed = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UsageError(f"/set {name} needs a number or a list, not {value!r:.60}") from None
+        sampling = dataclasses.replace(self._chat.sampling, **parse_sampling({name: parsed}))
+        model = self._chat.session.model
+        bias(sampling, model.cfg.vocab_size, used(model))
+        self._chat.sampling = sampling
+        self._screen.note(self._describe_sampling())
+
+    def save(self, name: str) -> None:
+        file, chat = _parse_path(name), self._chat
+        messages, cache = conversation_file.file_names(file)
+        conversation_file.save(file, chat.conversation, chat.session, replace=messages in self._saved)
+        self._saved.add(messages)
+        self._screen.note(f"saved {messages} (messages) and {cache} (KV cache)")
+
+    def load(self, name: str) -> None:
+        file, chat = _parse_path(name), self._chat
+        conversation, session, reason = conversation_file.load(file, chat.session)
+        chat.update(**{field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)})
+        chat.session = session
+        self._saved.add(conversation_file.file_names(file)[0])
+        turns = [str(message.get("content")) for message in conversation.messages if message["role"] == "user"]
+        last = f"; the last: {one_line(turns[-1], 60)}" if turns else ""
+        again = f"\nit will be read again: {reason}" if reason else ""
+        self._screen.note(pluralize(len(turns), "turn") + last + again)
+        chat.show_calls()
+
+    def quit(self, _: str) -> None:
+        raise Quit
+
+    def _describe_sampling(self) -> str:
+        """Return the sampling parameters that differ from their defaults, as JSON."""
+        default, chosen = vars(Sampling()), vars(self._chat.sampling)
+        return json.dumps({name: value for name, value in chosen.items() if value != default[name]})
+
+
+def _parse_path(text: str) -> Path:
+    if not text.strip():
+        raise UsageError("which file? type its name after the command")
+    return expand_path(text.strip())
+
+
+class Command(NamedTuple):
+    """Arguments, help line and method of a command."""
+
+    usage: str
+    help: str
+    run: Callable[[SlashCommands, str], None]
+
+
+COMMANDS = {
+    "/help": Command("", "this list", SlashCommands.help),
+    "/reset": Command("", "start a new conversation", SlashCommands.reset),
+    "/undo": Command("", "remove your last turn and its answer", SlashCommands.undo),
+    "/system": Command("TEXT", "set the system text; - removes it; alone: show it", SlashCommands.system),
+    "/think": Command("on|off|hide|show", "think first; hide it; show the last reasoning", SlashCommands.think),
+    "/set": Command("NAME VALUE", "for example /set temperature 0.6; alone: show changes", SlashCommands.set),
+    "/save": Command("FILE", "write FILE.json and FILE.safetensors", SlashCommands.save),
+    "/load": Command("FILE", "continue a saved conversation", SlashCommands.load),
+    "/quit": Command("", "leave", SlashCommands.quit),
+}
+KEYS = (
+    ("/file FILE", "send the text in a file"),
+    ('"""', "starts and ends a text of several lines; or end lines with \\"),
+    ("Ctrl-C", "stops the answer"),
+    ("Ctrl-D", "leaves"),
+)
+THINK_MODES = {"on": "thinks first", "off": "answers at once", "hide": "thinks first, hidden"}
