@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import UsageError, require_integer, to_integer
+from ..errors import UsageError, argument, require_integer, to_integer
 from ..model import cache, validation
 from ..model.model import Model
 from ..system.compilation import initialize
@@ -110,8 +110,10 @@ def _room(model: Model, longest: int, max_new_tokens: Any, capacity: Any) -> tup
         raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
     if limit > available:
         need = longest + limit
-        remedies = [f"use max_new_tokens={available} or less"] if available >= 0 else ["shorten the prompt"]
-        remedies += [f"use capacity={need}"] if need <= largest else []
+        remedies = (
+            [f"use {argument('max_new_tokens', available)} or less"] if available >= 0 else ["shorten the prompt"]
+        )
+        remedies += [f"use {argument('capacity', need)}"] if need <= largest else []
         raise UsageError(
             f"the longest prompt has {longest} tokens and {limit} new ones are asked for, but a row holds "
             f"{available + longest}; {' or '.join(remedies)}"

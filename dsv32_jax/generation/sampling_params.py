@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..errors import UsageError, listing
+from ..errors import UsageError, argument, listing, pluralize
 from .options import Sampling
 from .sampler import Knobs
 
@@ -85,11 +85,12 @@ def bias(one: Sampling, vocab_size: int, used: int) -> np.ndarray:
 def token_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
     """`ids` as whole numbers in the vocabulary."""
     if isinstance(ids, str | bytes) or not isinstance(ids, Collection):
-        raise UsageError(f"{name} must be a list of token ids, not {ids!r}")
+        raise UsageError(f"{argument(name)} must be a list of token ids, not {ids!r}")
     wrong = [token for token in ids if isinstance(token, bool) or not _is_id(token, vocab_size)]
     if wrong:
         raise UsageError(
-            f"{name} holds {len(wrong)} ids outside the vocabulary of 0..{vocab_size - 1}: {listing(wrong, 5)}"
+            f"{argument(name)} holds {pluralize(len(wrong), 'id')} outside the vocabulary of 0..{vocab_size - 1}: "
+            f"{listing(wrong, 5)}"
         )
     return [operator.index(token) for token in ids]
 

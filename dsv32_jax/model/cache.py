@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..errors import UsageError, pluralize
+from ..errors import UsageError, argument, pluralize
 from ..system.progress import format_size
 from . import cache_formats
 from .cache_formats import Rows
@@ -128,5 +128,6 @@ def dtype_of(cache_dtype, compute_dtype) -> np.dtype:
     except TypeError:
         found = None
     if found is None or found.name not in DTYPES:
-        raise UsageError(f'cache_dtype must be bfloat16, float32 or "fp8" (float8_e4m3fn), not {cache_dtype!r}')
+        name = argument("cache_dtype")
+        raise UsageError(f'{name} must be bfloat16, float32 or "fp8" (float8_e4m3fn), not {cache_dtype!r}')
     return found

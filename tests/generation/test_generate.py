@@ -421,7 +421,7 @@ def test_an_asynchronous_stream(model, greedy):
         ({"min_new_tokens": 5}, "min_new_tokens must be an integer from 0 to 4"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2, "n": 3}, "batch_size must be an integer from 3"),
-        ({"stop_token_ids": [400]}, "stop_token_ids holds 1 ids"),
+        ({"stop_token_ids": [400]}, "stop_token_ids holds 1 id"),
         ({"cache_dtype": "int4"}, "cache_dtype must be"),
         ({"stop": "x"}, "give the tokenizer"),
         ({"sampling": ds.Sampling(allowed_ids=[1]), "min_new_tokens": 1}, "only tokens that end a row"),

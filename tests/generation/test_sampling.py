@@ -153,9 +153,9 @@ def test_wrong_settings(wrong, said):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"logit_bias": {6: 1.0}}, "logit_bias holds 1 ids outside the vocabulary of 0..5: 6"),
+        ({"logit_bias": {6: 1.0}}, "logit_bias holds 1 id outside the vocabulary of 0..5: 6"),
         ({"allowed_ids": [0, -1, 99]}, "allowed_ids holds 2 ids"),
-        ({"forbidden_ids": [True]}, "forbidden_ids holds 1 ids"),
+        ({"forbidden_ids": [True]}, "forbidden_ids holds 1 id"),
         ({"forbidden_ids": [1.5]}, "1.5"),
         ({"allowed_ids": []}, "no token to choose"),
         ({"allowed_ids": [2], "forbidden_ids": [2]}, "no token to choose"),
