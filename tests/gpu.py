@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 import dsv32_jax as ds
-from dsv32_jax.bench.context import SMALL, config
+from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.random_weights import leaf_maker
 from dsv32_jax.kernels import dispatch
 from dsv32_jax.kernels.variable import VARIABLE
@@ -63,7 +63,8 @@ def kernels() -> None:
 
 def models(mesh: str | None) -> None:
     """The largest difference of logits between kernels and XLA's own products, and greedy tokens."""
-    cfg = config(SMALL, 2)
+    small = {"hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8}
+    cfg = make_config({**WIDE, **small}, 2)
     where = None if mesh is None else ds.mesh(mesh)
     tokens = np.random.default_rng(1).integers(3, cfg.vocab_size, (4, 40), np.int32)
     model = build(cfg, jnp.float32, leaf_maker(cfg, jnp.float32, mesh=where), mesh=where)

@@ -26,32 +26,28 @@ KEYS = set(
 
 @pytest.fixture(scope="module")
 def rows(tiny):
-    """Every row of `bench layer`, with 24 experts a layer and a context beyond index_topk."""
-    return list(bench.layer(tiny, batches=(2,), contexts=(1, tiny.index_topk + 4), seconds=0.01, experts=24))
+    """Every row of `bench layer`, with a context beyond index_topk."""
+    return list(bench.measure_layer(tiny, batches=(1, 2), contexts=(1, tiny.index_topk + 4), seconds=0.01))
 
 
-def test_layer_rows(rows):
-    """A row for each weight that is made, each bank and batch, each batch and context."""
+def test_layer_rows(rows, tiny):
+    """A row for each batch of the MoE block, then for each batch and context of attention."""
     assert all(set(row) == KEYS for row in rows)
     assert [(row["part"].split(",")[0], row["batch"], row["context"]) for row in rows] == [
-        ("making 24 experts", None, None),
-        ("MoE", 2, None),
-        ("making 12 experts", None, None),
-        ("MoE", 1, None),
-        ("making attention", None, None),
-        ("attention", 2, 1),
-        ("attention", 2, 24),
+        *(("MoE", 1, None), ("MoE", 2, None)),
+        *(("attention", batch, context) for batch in (1, 2) for context in (1, 24)),
     ]
-    assert "2 of 12 experts" in rows[3]["part"] and "sparse, 20 of 24 tokens" in rows[6]["part"]
-    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 for row in rows)
-    assert all(row["read_seconds"] > 0 for row in rows if row["batch"])
+    used, experts = tiny.num_experts_per_tok, tiny.n_routed_experts
+    assert rows[0]["part"] == f"MoE, {used} of {experts} experts chosen"
+    assert "sparse, 20 of 24 tokens" in rows[5]["part"]
+    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["read_seconds"] > 0 for row in rows)
 
 
 def test_layer_bytes(rows, tiny):
     """NVFP4 is 9/16 of a byte a weight and 4 bytes a matrix; the experts that a row names are those it counts."""
     sizes = tiny.dims
     expert = 3 * (sizes["D"] * sizes["M"] * 9 // 16 + 4)
-    for row in (rows[1], rows[3]):
+    for row in rows[:2]:
         chosen, experts = (int(word) for word in row["part"].split() if word.isdigit())
         assert row["bytes"] == experts * (2 * sizes["D"] + 4) + expert + chosen * expert
     table = {leaf.path: leaf for leaf in leaves(tiny) if leaf.path.startswith(("layers.0.mla.", "layers.0.indexer."))}
@@ -61,12 +57,12 @@ def test_layer_bytes(rows, tiny):
     assert {row["bytes"] for row in rows if row["part"].startswith("attention")} == {expected}
 
 
-def test_touched(tiny):
+def test_bytes_of_chosen_experts(tiny):
     """Repeated ids count once."""
-    moe = bench._part(MoE, tiny, "layers.1.ffn.")
-    whole, each = bench._nbytes(moe), 3 * (tiny.hidden_size * tiny.moe_intermediate_size * 9 // 16 + 4)
-    assert bench.touched(moe, np.arange(12)) == whole
-    assert bench.touched(moe, np.array([[[3, 5]], [[5, 3]], [[3, 11]]])) == whole - 9 * each
+    moe = bench.make_block(MoE, tiny, "layers.1.ffn.")
+    whole, each = bench._count_bytes(moe), 3 * (tiny.hidden_size * tiny.moe_intermediate_size * 9 // 16 + 4)
+    assert bench.count_read_bytes(moe, np.arange(12)) == whole
+    assert bench.count_read_bytes(moe, np.array([[[3, 5]], [[5, 3]], [[3, 11]]])) == whole - 9 * each
 
 
 def test_random_leaves(tiny):
@@ -110,7 +106,9 @@ def test_load_rows(tiny):
     assert first["model_bytes"] > first["largest_leaf_bytes"]
     assert first["largest_leaf_bytes"] == cfg.vocab_size * cfg.hidden_size * 2
     assert first["peak_over_baseline"] > 0 and again["peak_over_baseline"] is None
-    assert list(measure.table(bench_load.COLUMNS, [read, first, again]))[2].startswith("load, first in a process")
+    assert list(measure.format_table(bench_load.COLUMNS, [read, first, again]))[2].startswith(
+        "load, first in a process"
+    )
 
 
 def test_load_of_something_else(tmp_path):
@@ -122,27 +120,27 @@ def test_load_of_something_else(tmp_path):
 def test_convert_rows(tiny):
     """`cp`, the conversion, its verification: what goes in and comes out, and memory within the limit."""
     cfg = dataclasses.replace(tiny, num_nextn_predict_layers=0, num_hidden_layers=2)
-    cp, made, verified = bench_convert.convert(cfg, "fp8", "2GiB")
+    cp, made, verified = bench_convert.measure_convert(cfg, "fp8", "2GiB")
     parts = [row["part"] for row in (cp, made, verified)]
     assert parts == ["cp of fp8", "convert, fp8 -> nvfp4", "verify --level full"]
     assert cp["bytes"] == cp["written"] == made["bytes"] > 0 < made["written"] == verified["bytes"]
     assert 0 < made["peak_bytes"] <= made["limit_bytes"] == 2 << 30 and made["seconds"] > 0 < made["cpu_seconds"]
-    lines = list(measure.table(bench_convert.COLUMNS, [cp, made, verified]))
+    lines = list(measure.format_table(bench_convert.COLUMNS, [cp, made, verified]))
     assert {len(line) for line in lines} == {len(lines[0])} and lines[1].split()[7] == "1.00"
 
 
 def test_convert_layers():
     """The layers keep their true sizes."""
-    cfg = bench_convert.config("2+3")
+    cfg = bench_convert.make_config("2+3")
     assert (cfg.num_hidden_layers, cfg.first_k_dense_replace, cfg.n_routed_experts) == (5, 2, 256)
     for text in ("5", "0+0", "1+1+1", "60+2", "-1+2"):
         with pytest.raises(UsageError, match=re.escape(repr(text))):
-            bench_convert.config(text)
+            bench_convert.make_config(text)
 
 
 def test_tables_fit(rows):
     """All lines of the table end in the same column, and no number runs into its neighbour."""
-    heading, *lines = measure.table(bench.COLUMNS, rows)
+    heading, *lines = measure.format_table(bench.COLUMNS, rows)
     assert {len(line) for line in lines} == {len(heading)}
     assert heading.split("  ")[0] == "part"
 

@@ -9,9 +9,9 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax import cli
+from dsv32_jax.bench import decode_step, profile
 from dsv32_jax.bench import model as bench
-from dsv32_jax.bench import scopes
-from dsv32_jax.bench.parts import random_model
+from dsv32_jax.bench.decode_step import count_weight_bytes, make_model
 from dsv32_jax.errors import CapacityError, UsageError
 from tests.conftest import REPOSITORY
 
@@ -21,30 +21,30 @@ MESH = "data=2,expert=2"
 
 @pytest.fixture(scope="module")
 def asked():
-    return bench.plan(TINY, 2, MESH, (2,), (24,), "bfloat16", 3)
+    return bench.make_plan(TINY, 2, MESH, (2,), (24,), "bfloat16", 3)
 
 
 def test_weights_are_the_same_wherever_they_are_made(asked):
     """Each device holds its part, and as many bytes as were predicted."""
-    alone, spread = random_model(asked.cfg), random_model(asked.cfg, asked.mesh)
+    alone, spread = make_model(asked.cfg), make_model(asked.cfg, asked.mesh)
     for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(spread), strict=True):
         np.testing.assert_array_equal(np.asarray(one).view(np.uint8), np.asarray(other).view(np.uint8))
     held = sum(part.addressable_shards[0].data.nbytes for part in jax.tree.leaves(spread))
-    assert held == sum(bench.weight_bytes(asked.cfg, asked.mesh).values())
+    assert held == sum(count_weight_bytes(asked.cfg, asked.mesh).values())
     assert spread.layers[1].ffn.w_gate_EMD.codes.sharding.spec[0] == "expert"
 
 
 def test_rows(asked):
     """One for the weights, one a batch and context with its parts, one for reading."""
-    made, decode, read = bench.rows(asked, seconds=0.0)
+    made, decode, read = bench.measure_model(asked, seconds=0.0)
     assert made["kind"] == "made" and made["memory"] > 0 and made["copied"] > 0 and made["all_reduce"] > 0
     assert decode["floor"] > decode["read"] / made["copied"] + made["all_reduce"]
     assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
     assert {"attention", "experts", "head", "choice", "collectives"} <= set(decode["parts"])
-    assert decode["parts"].keys() <= {*scopes.SCOPES, scopes.OTHER, "collectives"}
+    assert decode["parts"].keys() <= {*profile.SCOPES, profile.OTHER, "collectives"}
     assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
     assert read["kind"] == "read" and read["step"] > 0
-    assert all(bench._text(row) for row in (made, decode, read))
+    assert all(bench.format_row(row) for row in (made, decode, read))
 
 
 def test_kernels_that_exchange():
@@ -62,7 +62,7 @@ def test_kernels_that_exchange():
     ]
     lines = [SimpleNamespace(events=events)]
     devices = [SimpleNamespace(name=f"/device:GPU:{i}", lines=lines) for i in range(2)]
-    found = scopes._busy(
+    found = profile.sum_by_scope(
         SimpleNamespace(planes=[*devices, SimpleNamespace(name="/host:CPU", lines=lines)]), {"dot_3": "head"}
     )
     assert found == pytest.approx({"collectives": 30e-6, "head": 4e-6})
@@ -78,37 +78,46 @@ def test_sums_over_devices_are_collectives():
       %while.1 = (s32[]) while(%x), {where}while"}}
     """
     collectives = dict.fromkeys(("all_reduce_7", "psum_63_0_fusion_1"), "collectives")
-    assert scopes._scopes(text) == {**collectives, "dot_3": "projections"}
+    assert profile.find_scopes(text) == {**collectives, "dot_3": "projections"}
 
 
 def test_bytes_of_a_step(asked):
     """A step reads the experts that its rows choose, and everything else but the embedding."""
-    weights = bench.weight_bytes(asked.cfg, None)
+    weights = count_weight_bytes(asked.cfg, None)
     whole = sum(weights.values()) - weights["embed_VD"]
     banks = sum(size for path, size in weights.items() if path.endswith(("EMD", "EDM")))
-    assert bench.step_bytes(asked.cfg, weights, 1.0) == pytest.approx(whole)
-    assert bench.step_bytes(asked.cfg, weights, 0.25) == pytest.approx(whole - banks * 0.75)
+    assert bench.count_step_bytes(asked.cfg, weights, 1.0) == pytest.approx(whole)
+    assert bench.count_step_bytes(asked.cfg, weights, 0.25) == pytest.approx(whole - banks * 0.75)
 
 
 def test_rows_choose_their_own_experts(asked):
     """One row has as many as the config says, rows that are alike no more, and different rows have more."""
-    model = random_model(asked.cfg)
+    model = make_model(asked.cfg)
     alone = asked.cfg.num_experts_per_tok / asked.cfg.n_routed_experts
     for tokens, least, most in (([5], alone, alone), ([5, 5, 5, 5], alone, 0.99), ([5, 9, 77, 130], 1.5 * alone, 1)):
-        assert least <= bench.touched(model, np.array(tokens)) <= most
+        assert least <= bench.measure_expert_share(model, np.array(tokens)) <= most
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(bench.memory, "get_free_memory", lambda devices: 10_000)
-    with pytest.raises(CapacityError, match=r"2 layers take .* nothing was made"):
-        bench.plan(TINY, 2, None, (1,), (24,), "fp8", 1)
+    monkeypatch.setattr(decode_step.memory, "get_free_memory", lambda devices: 10_000)
+    with pytest.raises(CapacityError, match=r"2 layers need .* nothing was made"):
+        bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1)
     with pytest.raises(CapacityError, match="expert=8"):
-        bench.plan(TINY, 2, "expert=8", (1,), (24,), "fp8", 1)
+        bench.make_plan(TINY, 2, "expert=8", (1,), (24,), "fp8", 1)
+
+
+def test_caches_that_do_not_fit_are_refused(monkeypatch):
+    """Weights fit alone; many rows of a long context beside them do not."""
+    weights = sum(count_weight_bytes(ds.Config.from_json(TINY), None).values())
+    monkeypatch.setattr(decode_step.memory, "get_free_memory", lambda devices: 4 * weights)
+    bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1)
+    with pytest.raises(CapacityError, match=r"caches of 64 rows on each device, .* nothing was made"):
+        bench.make_plan(TINY, 2, None, (1, 64), (24, 32768), "fp8", 1)
 
 
 def test_numbers_below_one_are_refused():
     with pytest.raises(UsageError, match="1 or more, not 0, -3; nothing was made"):
-        bench.plan(TINY, 2, None, (1, 0), (24,), "fp8", -3)
+        bench.make_plan(TINY, 2, None, (1, 0), (24,), "fp8", -3)
 
 
 def test_the_command(capsys):
@@ -122,7 +131,7 @@ def test_the_command(capsys):
 def test_the_whole_model_on_four_devices():
     """Experts are a quarter on each; attention, too, is cut where heads are."""
     cfg = ds.Config.from_json(REPOSITORY / "configs" / "deepseek_v32.json")
-    assert 385e9 < sum(bench.weight_bytes(cfg, None).values()) < 415e9
-    four = sum(bench.weight_bytes(cfg, ds.mesh("expert=4")).values())
+    assert 385e9 < sum(count_weight_bytes(cfg, None).values()) < 415e9
+    four = sum(count_weight_bytes(cfg, ds.mesh("expert=4")).values())
     assert 98e9 < four < 125e9
-    assert sum(bench.weight_bytes(cfg, ds.mesh("expert=4,model=2")).values()) < 0.6 * four
+    assert sum(count_weight_bytes(cfg, ds.mesh("expert=4,model=2")).values()) < 0.6 * four

@@ -36,7 +36,7 @@ WITHOUT_JAX = (
     "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
     "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
-    "inspect inspect.weights inspect.placements bench.measure bench.quantize chat.encoding "
+    "inspect inspect.weights inspect.placements bench.measure chat.encoding "
     "chat.parsing chat.tokenizer chat.conversation cli.parsers cli.screen cli.keyboard"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""

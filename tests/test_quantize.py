@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax.bench import quantize as bench_quantize
 from dsv32_jax.quantization import quantize
 from dsv32_jax.quantization.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.quantization.scale_search import SCALINGS, SquaredError, rounding_error
@@ -201,13 +200,3 @@ def test_four_over_six_takes_the_better_of_both():
     assert 0.40 < (taken != six_scale).mean() < 0.50
     assert E4M3[taken].max() <= 384
     assert (block_errors(w, components) <= block_errors(w, six) * (1 + 1e-6)).all()
-
-
-def test_the_bench_has_a_row_for_each_conversion_and_step():
-    rows = list(bench_quantize.rows((128, 256), seconds=0.001))
-    assert [row["what"] for row in rows if "nvfp4, " in row["what"]] == [
-        *(f"bf16 -> nvfp4, {name}" for name in SCALINGS),
-        "fp8 -> bf16 -> nvfp4, rtn",
-    ]
-    assert sum(row["what"].startswith("  ") for row in rows) == 7
-    assert all(row["seconds"] > 0 and row["unit_seconds"] > 0 for row in rows)

@@ -1,123 +1,103 @@
-"""`dsv32 bench`: the command lines of what measures. What is measured is imported when it is."""
+"""The command line of `dsv32 bench`. A bench is imported when it runs."""
 
 import argparse
+import importlib
 from typing import Any
 
 
 def add(commands: Any) -> None:
-    """Add them to the subparsers `commands`; each sets `run`, which takes the parsed arguments."""
+    """Add `bench` to the subparsers `commands`; each of its commands sets `run`, which takes the parsed arguments."""
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
-    _add_layer_and_load(bench)
+    layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
+    layer.set_defaults(run=_run_layer)
+    load = bench.add_parser("load", help="loading a checkpoint, beside a plain read of its bytes")
+    load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
+    load.set_defaults(run=_run_load)
     _add_context(bench)
     _add_model(bench)
     _add_kernels(bench)
-    _add_quantize(bench)
     _add_convert(bench)
 
 
-def _add_layer_and_load(bench: Any) -> None:
-    layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
-    layer.set_defaults(run=_layer)
-    load = bench.add_parser("load", help="loading a checkpoint against a plain read of its bytes")
-    load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
-    load.set_defaults(run=_load)
-
-
 def _add_context(bench: Any) -> None:
-    context = bench.add_parser("context", help="what a long context costs, part by part (needs 4 GB)")
-    context.add_argument("--section", choices=("decode", "prefill", "batch"), action="append", help="what to do (all)")
-    context.add_argument("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (8192)")
-    context.add_argument("--layers", type=int, default=1, metavar="N", help="layers that read it (1)")
-    context.set_defaults(run=_context)
-
-
-def _add_quantize(bench: Any) -> None:
-    quantize = bench.add_parser("quantize", help="weights a second that one core brings to NVFP4 and back")
-    quantize.set_defaults(run=_quantize)
+    context = bench.add_parser("context", help="the cost of a long context, part by part (needs 4 GB)")
+    add = context.add_argument
+    add("--section", choices=("decode", "prefill"), action="append", help="what to measure (default: both)")
+    add("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (default: 8192)")
+    add("--layers", type=int, default=1, metavar="N", help="layers that read it (default: 1)")
+    context.set_defaults(run=_run_context)
 
 
 def _add_convert(bench: Any) -> None:
-    conversion = bench.add_parser("convert", help="layers of the true dimensions -> NVFP4, against cp (20 GB of disk)")
-    conversion.add_argument("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (1+1: 12 GB in FP8)")
-    conversion.add_argument("--source", choices=("fp8", "nvfp4"), action="append", help="formats to start from (both)")
-    conversion.add_argument("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (8GiB)")
-    conversion.add_argument("--folder", help="where the checkpoints are written (default: the temporary folder)")
-    conversion.set_defaults(run=_convert)
+    convert = bench.add_parser("convert", help="convert layers of the true dimensions to NVFP4, beside cp (20 GB disk)")
+    add = convert.add_argument
+    add("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (default: 1+1, 12 GB in FP8)")
+    add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
+    add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
+    add("--folder", help="where the checkpoints are written (default: the temporary folder)")
+    convert.set_defaults(run=_run_convert)
 
 
 def _add_model(bench: Any) -> None:
     model = bench.add_parser("model", help="layers of the true dimensions with random NVFP4 weights, on any mesh")
-    model.add_argument("--config", metavar="FILE", help="another model's config.json")
-    model.add_argument("--layers", type=int, metavar="N", help="how many layers (all)")
-    model.add_argument("--mesh", metavar="AXES", help="for example expert=4 (one device)")
-    model.add_argument("--batch", type=int, action="append", metavar="B", help="rows; may be given again (1 and 8)")
-    model.add_argument("--context", type=int, action="append", metavar="N", help="tokens a row has (1024 and 8192)")
-    model.add_argument("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="storage of the cache")
-    model.add_argument("--steps", type=int, metavar="N", help="decode steps a call takes (8, on a GPU 64)")
-    model.add_argument("--json", action="store_true", help="a JSON object a line")
-    model.set_defaults(run=_model)
+    add = model.add_argument
+    add("--config", metavar="FILE", help="another model's config.json")
+    add("--layers", type=int, metavar="N", help="number of layers (default: all)")
+    add("--mesh", metavar="AXES", help="for example expert=4 (default: one device)")
+    add("--batch", type=int, action="append", metavar="B", help="rows; may be repeated (default: 1 and 8)")
+    add("--context", type=int, action="append", metavar="N", help="tokens of a row (default: 1024 and 8192)")
+    add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
+    add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
+    add("--json", action="store_true", help="print one JSON object a line")
+    model.set_defaults(run=_run_model)
 
 
 def _add_kernels(bench: Any) -> None:
-    kernels = bench.add_parser(
-        "kernels", help="products with stored weights at the true shapes, with kernels and by XLA alone"
-    )
+    kernels = bench.add_parser("kernels", help="products with stored weights at the true shapes, beside XLA alone")
     add = kernels.add_argument
-    add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="formats of the weights (nvfp4)")
-    add("--rows", type=int, action="append", metavar="M", help="rows of activations (1, 2, 4, 8, 16, 64 and 256)")
-    add("--weight", action="append", metavar="NAME", help="a weight of the first column (all)")
-    add("--by", choices=("auto", "xla", "torch"), action="append", help="what computes (all that is there)")
-    kernels.set_defaults(run=_kernels)
+    add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="weight formats (default: nvfp4)")
+    add("--rows", type=int, action="append", metavar="M", help="activation rows (default: 1, 2, 4, 8, 16, 64, 256)")
+    add("--weight", action="append", metavar="NAME", help="a weight of the first column (default: all)")
+    add("--by", choices=("auto", "xla"), action="append", help="implementation (default: both)")
+    kernels.set_defaults(run=_run_kernels)
 
 
-def _layer(_: argparse.Namespace) -> int:
-    from .layer import print_layer
+def _import(name: str) -> Any:
+    return importlib.import_module(f".{name}", __package__)
 
-    print_layer()
+
+def _run_layer(_: argparse.Namespace) -> int:
+    _import("layer").print_layer()
     return 0
 
 
-def _load(arguments: argparse.Namespace) -> int:
-    from .load import print_load
-
-    print_load(arguments.checkpoint)
+def _run_load(arguments: argparse.Namespace) -> int:
+    _import("load").print_load(arguments.checkpoint)
     return 0
 
 
-def _context(arguments: argparse.Namespace) -> int:
-    from .context import SECTIONS, print_context
-
-    print_context(arguments.section or SECTIONS, arguments.prefill, arguments.layers)
+def _run_context(arguments: argparse.Namespace) -> int:
+    context = _import("context")
+    context.print_context(arguments.section or context.SECTIONS, arguments.prefill, arguments.layers)
     return 0
 
 
-def _model(arguments: argparse.Namespace) -> int:
-    from .model import BATCH, CONTEXT, plan, print_model
+def _run_convert(arguments: argparse.Namespace) -> int:
+    sources = arguments.source or ["fp8", "nvfp4"]
+    _import("convert").print_convert(arguments.layers, sources, arguments.max_memory, arguments.folder)
+    return 0
 
+
+def _run_model(arguments: argparse.Namespace) -> int:
+    model = _import("model")
     where = (arguments.config, arguments.layers, arguments.mesh)
-    sizes = (arguments.batch or BATCH, arguments.context or CONTEXT)
-    print_model(plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
+    sizes = (arguments.batch or model.BATCHES, arguments.context or model.CONTEXTS)
+    model.print_model(model.make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
     return 0
 
 
-def _kernels(arguments: argparse.Namespace) -> int:
-    from .kernels import ROWS, available, print_kernels
-
-    print_kernels(
-        arguments.format or ["nvfp4"], arguments.rows or ROWS, arguments.weight or [], arguments.by or available()
-    )
-    return 0
-
-
-def _quantize(_: argparse.Namespace) -> int:
-    from .quantize import print_rows
-
-    print_rows()
-    return 0
-
-
-def _convert(arguments: argparse.Namespace) -> int:
-    from .convert import print_convert
-
-    print_convert(arguments.layers, arguments.source or ["fp8", "nvfp4"], arguments.max_memory, arguments.folder)
+def _run_kernels(arguments: argparse.Namespace) -> int:
+    kernels = _import("kernels")
+    formats, rows = arguments.format or ["nvfp4"], arguments.rows or kernels.ROWS
+    kernels.print_kernels(formats, rows, arguments.weight or [], arguments.by or kernels.IMPLEMENTATIONS)
     return 0

@@ -1,22 +1,37 @@
-"""`dsv32 bench context`: what a long context costs in decoding and in reading prompts, and what a batch saves.
+"""`dsv32 bench context`: the cost of a long context, part by part of a decode step and over the length of a prompt.
 
-Beside sparse attention stands the same result by a mask over all positions, whose cost grows with the context.
+Each part of a step is a program of its own on the arrays of the step: queries made by the model's matrices, and a cache
+of synthetic values.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..checkpoint.random_weights import uniform
 from ..config import Config
 from ..errors import UsageError
+from ..generation.batch import WHOLE
+from ..generation.prefill_decode import blank, placed
 from ..generation.request import CHUNK
-from . import parts, reading
-from .measure import Row, table
+from ..model import mla
+from ..model.cache import Cache, dtype_of
+from ..model.indexer import scores_of_cache, select
+from ..model.model import Model
+from ..model.ops import rotation
+from .decode_step import DTYPE, DecodeStep, fill_cache, make_model, require_memory
+from .measure import Row, format_table, measure_median
 
-SECTIONS = ("decode", "prefill", "batch")
+SECTIONS = ("decode", "prefill")
 CONTEXTS = (2048, 8192, 32768, 131072)
 CACHES = ("bfloat16", "fp8")
+LAYERS = 4
 
 WIDE = {
     "vocab_size": 2048,
@@ -26,136 +41,176 @@ WIDE = {
     "num_nextn_predict_layers": 0,
     "n_routed_experts": 16,
 }
-"""What differs from DeepSeek-V3.2 where contexts are long: heads, their sizes and the indexer are the true ones."""
-
-SMALL = {**WIDE, "hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8}
-"""And where a batch is compared with single rows."""
-
-ROWS, SHORTEST, LONGEST, NEW = 32, 8, 96, 32
+"""Sizes that differ from DeepSeek-V3.2; heads and indexer, which long contexts are about, are the true ones."""
 
 DECODE = """\
-Decoding: ms a token, batch 1, {layers} layers with the true heads and indexer (hidden size {hidden}, {experts} experts)
+Decode: ms a token, batch 1, {layers} layers with the true heads and indexer (hidden size {hidden}, {experts} experts)
 at the end of a context of synthetic values. scoring: index scores of all cached keys. top-k: the {topk} largest.
-attention: over those. dense: the same result by a mask over all positions, which the model never does. rest: the whole
-step less the first three (projections, experts, head, choice, writing the cache). A context of {topk} is attended to as
-a whole. growth: x in S^x, from the first longer context to the last."""
+attention: over those. rest: the whole step less these three (projections, experts, head, sampling, cache writes). A
+context of {topk} is attended to as a whole."""
 
 PREFILL = """
-Reading a prompt: chunks of {chunk}, {layers} of these layers, bfloat16 cache. temp: memory that the program of a chunk
-needs beside weights, cache and results. time: from the first token on, compilation apart."""
+Prefill: chunks of {chunk}, {layers} of these layers, bfloat16 cache. temp: the program's memory beside weights, cache
+and results. time: from the first token on, without compilation."""
 
-BATCH = """
-A batch: {rows} prompts of {shortest} to {longest} tokens, {new} new ones each, a small model ({layers} layers, hidden
-size {hidden}). Everything is compiled before."""
+PARTS = ("scoring", "topk", "attention")
 
-TIMES = (*parts.PARTS, "dense", "rest", "whole")
-HEADINGS = {"topk": "top-k"}
+
+def _format_ms(name: str) -> Callable[[Row], str]:
+    return lambda row: "-" if row[name] is None else f"{row[name] * 1e3:.2f}"
+
 
 DECODE_COLUMNS = (
     ("cache", 8, lambda row: row["cache"]),
     ("context", 7, lambda row: str(row["context"])),
-    *((HEADINGS.get(name, name), 9, lambda row, name=name: _text(row[name], row["form"])) for name in TIMES),
+    *((name.replace("topk", "top-k"), 9, _format_ms(name)) for name in (*PARTS, "rest", "whole")),
 )
-MEMORY_COLUMNS = (
-    ("capacity", 8, lambda row: str(row["capacity"])),
-    ("chunk", 7, lambda row: str(row["chunk"])),
-    ("temp MB", 9, lambda row: f"{row['temporary_bytes'] / 1e6:.1f}"),
-    ("cache MB", 9, lambda row: f"{row['cache_bytes'] / 1e6:.1f}"),
-)
-TIME_COLUMNS = (
+PREFILL_COLUMNS = (
     ("tokens", 8, lambda row: str(row["tokens"])),
     ("time s", 9, lambda row: f"{row['seconds']:.2f}"),
     ("tokens/s", 9, lambda row: f"{row['tokens'] / row['seconds']:.0f}"),
-)
-BATCH_COLUMNS = (
-    ("how", 20, lambda row: row["how"]),
-    ("time s", 9, lambda row: f"{row['seconds']:.2f}"),
-    ("tokens/s", 9, lambda row: f"{row['tokens'] / row['seconds']:.0f}"),
+    ("temp MB", 9, lambda row: f"{row['temporary_bytes'] / 1e6:.1f}"),
 )
 
 
 def print_context(sections: Sequence[str], tokens: int, layers: int) -> None:
-    """`dsv32 bench context`; prompts of `tokens` tokens are read with `layers` layers. Raises UsageError."""
+    """Print the tables of `sections`; prompts have `tokens` tokens and `layers` layers. Raises UsageError."""
     if tokens < 4 * CHUNK or tokens % (4 * CHUNK) or layers < 1:
         raise UsageError(f"--prefill must be a multiple of {4 * CHUNK}, not {tokens}, and --layers at least 1")
     for section in sections:
-        {"decode": decode, "prefill": partial(prefill, tokens, layers), "batch": batch}[section]()
+        cfg = make_config(WIDE, LAYERS if section == "decode" else layers)
+        sizes = {"layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "experts": cfg.n_routed_experts}
+        longest = max(CONTEXTS) if section == "decode" else tokens
+        require_memory(cfg, None, [1], longest, DTYPE)
+        if section == "decode":
+            print(DECODE.format(topk=cfg.index_topk, **sizes))
+            lines = format_table(DECODE_COLUMNS, decode_rows(cfg, CONTEXTS, CACHES))
+        else:
+            print(PREFILL.format(chunk=CHUNK, **sizes))
+            lines = format_table(PREFILL_COLUMNS, prefill_rows(cfg, tokens, CHUNK))
+        for line in lines:
+            print(line, flush=True)
 
 
-def decode() -> None:
-    """The parts of a decode step over CONTEXTS, and how they grow."""
-    cfg = config(WIDE, 4)
-    print(DECODE.format(topk=cfg.index_topk, **_sizes(cfg)))
-    rows = (row | {"form": "ms"} for row in parts.rows(cfg, CONTEXTS, CACHES))
-    for line in table(DECODE_COLUMNS, with_growth(rows, cfg.index_topk)):
-        print(line, flush=True)
-
-
-def with_growth(rows: Iterable[Row], topk: int) -> Iterator[Row]:
-    """`rows` as they come, and after those of each cache a row of exponents, from the first beyond `topk` to the last
-    context."""
-    seen: list[Row] = []
-    for row in rows:
-        if seen and seen[-1]["cache"] != row["cache"]:
-            yield _growth(seen)
-            seen = []
-        seen += [row] if row["context"] > topk else []
-        yield row
-    yield _growth(seen)
-
-
-def _growth(rows: Sequence[Row]) -> Row:
-    first, last = rows[0], rows[-1]
-    powers = {name: power(first["context"], last["context"], first[name], last[name]) for name in TIMES}
-    return {"cache": first["cache"], "context": "growth", "form": "power", **powers}
-
-
-def power(size: float, larger: float, cost: float, higher: float) -> float:
-    """x, where the cost is proportional to size^x."""
-    return math.log(higher / cost) / math.log(larger / size) if cost > 0 and higher > 0 else math.nan
-
-
-def prefill(tokens: int, layers: int) -> None:
-    """Memory and time of reading a prompt, and how they grow."""
-    cfg = config(WIDE, layers)
-    print(PREFILL.format(chunk=CHUNK, **_sizes(cfg)))
-    half, whole, longer = rows = list(reading.memory_rows(cfg, tokens, CHUNK))
-    print(*table(MEMORY_COLUMNS, rows), sep="\n")
-    by_capacity, by_chunk = (
-        power(a[size], b[size], a["temporary_bytes"], b["temporary_bytes"])
-        for size, a, b in (("capacity", whole, longer), ("chunk", half, whole))
-    )
-    print(f"temp grows like capacity^{by_capacity:.2f} and chunk^{by_chunk:.2f}")
-    rows = list(reading.time_rows(cfg, tokens, CHUNK))
-    print(*table(TIME_COLUMNS, rows), sep="\n")
-    _, first, last = rows
-    print(f"time grows like tokens^{power(first['tokens'], last['tokens'], first['seconds'], last['seconds']):.2f}")
-
-
-def batch() -> None:
-    """A ragged batch against its rows one by one."""
-    cfg = config(SMALL, 4)
-    print(BATCH.format(rows=ROWS, shortest=SHORTEST, longest=LONGEST, new=NEW, **_sizes(cfg)))
-    prompts = reading.ragged(ROWS, SHORTEST, LONGEST, cfg.vocab_size)
-    together, alone = rows = list(reading.batch_rows(cfg, prompts, NEW))
-    print(*table(BATCH_COLUMNS, rows), sep="\n")
-    print(f"the batch makes {alone['seconds'] / together['seconds']:.1f} times as many tokens a second")
-
-
-def config(sizes: dict[str, int], layers: int) -> Config:
-    """DeepSeek-V3.2 with `sizes` of its own and `layers` layers, the first of several dense."""
+def make_config(sizes: dict[str, int], layers: int) -> Config:
+    """Return DeepSeek-V3.2's config with other `sizes` and `layers` layers, the first of several dense."""
     from .. import configs
 
     cfg = Config.from_json(configs.path("deepseek_v32"))
     return dataclasses.replace(cfg, **sizes, num_hidden_layers=layers, first_k_dense_replace=int(layers > 1))
 
 
-def _sizes(cfg: Config) -> dict[str, int]:
-    return {"layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "experts": cfg.n_routed_experts}
+def decode_rows(cfg: Config, contexts: Sequence[int], caches: Sequence[str], seconds: float = 1.0) -> Iterator[Row]:
+    """Yield a row for each cache and context: seconds a token of all layers, None for a part that does not run.
+
+    Each time is the median of about `seconds` of repeats, at least three.
+    """
+    model = make_model(cfg)
+    repeats = 1 if jax.default_backend() == "cpu" else 16
+
+    def measure(run: Callable[[], Any]) -> float:
+        return measure_median(lambda: jax.block_until_ready([run() for _ in range(repeats)]), seconds).wall / repeats
+
+    for stored in caches:
+        for context in contexts:
+            cache = fill_cache(cfg, context, dtype_of(stored, DTYPE))
+            parts = {name: measure(run) for name, run in make_parts(model, cache).items()}
+            whole = measure(DecodeStep(model, cache).run)
+            row = {"cache": stored, "context": context, **dict.fromkeys(PARTS), **parts}
+            yield {**row, "rest": whole - sum(parts.values()), "whole": whole}
 
 
-def _text(value: float | None, form: str) -> str:
-    """A time in ms, or the power of S by which it grows."""
-    if value is None:
-        return "-"
-    return f"{value * 1e3:.2f}" if form == "ms" else f"S^{value:.2f}"
+def prefill_rows(cfg: Config, tokens: int, chunk: int) -> Iterator[Row]:
+    """Yield a row for a quarter, half and all of a prompt of `tokens` tokens: seconds from the first token on."""
+    model = make_model(cfg)
+    prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, tokens), np.int32)
+    count = np.full(1, chunk, np.int32)
+    context: Any = placed(model, blank(cfg, model.dtype, 1, tokens, model.dtype, 0))
+    program = WHOLE.read.lower(model, context, prompt[:, :chunk], prompt[:, :chunk], count).compile()
+    seconds = []
+    for start in range(0, tokens, chunk):
+        part = prompt[:, start : start + chunk]
+        begin = time.perf_counter()
+        context = jax.block_until_ready(program(model, context, part, part, count))
+        seconds.append(time.perf_counter() - begin)
+    temporary = program.memory_analysis().temp_size_in_bytes
+    for share in (4, 2, 1):
+        total = sum(seconds[: len(seconds) // share])
+        yield {"tokens": tokens // share, "seconds": total, "temporary_bytes": temporary}
+
+
+class Queries(NamedTuple):
+    """One layer's queries: attention's content and rotated parts, the indexer's, and the weights of its heads."""
+
+    content: jax.Array
+    rotated: jax.Array
+    index: jax.Array
+    weight: jax.Array
+
+
+def make_parts(model: Model, cache: Cache) -> dict[str, Callable[[], Any]]:
+    """Return functions that run the parts of a decode step over `cache` in all layers.
+
+    If the indexer selects the whole cache, it is neither scored nor searched.
+    """
+    h_BTD = uniform((1, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(9), 0.0, 1.0)
+    queries = make_queries(model, h_BTD, cache.length_B[:, None])
+    if cache.capacity <= model.cfg.index_topk:
+        return {"attention": lambda: attend_to_all(model, queries, cache)}
+    scores = score_cache(queries, cache)
+    selected = select_topk(scores, model.cfg.index_topk)
+    return {
+        "scoring": lambda: score_cache(queries, cache),
+        "topk": lambda: select_topk(scores, model.cfg.index_topk),
+        "attention": lambda: attend_to_selected(model, queries, cache, selected),
+    }
+
+
+@jax.jit
+def make_queries(model: Model, h_BTD: jax.Array, position_BT: jax.Array) -> list[Queries]:
+    """Return the queries of every layer."""
+    turns = rotation(position_BT, model.cfg)
+
+    def of_layer(layer: Any) -> Queries:
+        latent = layer.mla.latent_query(h_BTD)
+        index = layer.indexer.queries(latent, *turns)
+        content, rotated = layer.mla.queries(latent, *turns)
+        return Queries(content, rotated, index, layer.indexer.head_weights(h_BTD))
+
+    return [of_layer(layer) for layer in model.layers]
+
+
+@jax.jit
+def score_cache(queries: list[Queries], cache: Cache) -> list[jax.Array]:
+    """Return the index scores of every layer."""
+    position_BT = cache.length_B[:, None]
+    pairs = zip(queries, cache.layers, strict=True)
+    return [scores_of_cache(query.index, query.weight, layer, position_BT) for query, layer in pairs]
+
+
+@partial(jax.jit, static_argnums=1)
+def select_topk(scores: list[jax.Array], count: int) -> list[jax.Array]:
+    """Return the positions of the largest scores in every layer."""
+    return [select(score, count) for score in scores]
+
+
+@jax.jit
+def attend_to_selected(
+    model: Model, queries: list[Queries], cache: Cache, selected: list[jax.Array]
+) -> list[jax.Array]:
+    """Return every layer's attention over the selected positions."""
+    return [
+        mla.sparse(layer.mla, query.content, query.rotated, layer_cache, positions)
+        for layer, query, layer_cache, positions in zip(model.layers, queries, cache.layers, selected, strict=True)
+    ]
+
+
+@jax.jit
+def attend_to_all(model: Model, queries: list[Queries], cache: Cache) -> list[jax.Array]:
+    """Return every layer's attention over a cache no longer than what the indexer selects."""
+    visible = jnp.arange(cache.capacity) <= cache.length_B[:, None, None]
+    attend = mla.dense(model.cfg, 1, cache.capacity)
+    return [
+        attend(layer.mla, query.content, query.rotated, layer_cache, visible)
+        for layer, query, layer_cache in zip(model.layers, queries, cache.layers, strict=True)
+    ]

@@ -1,4 +1,4 @@
-"""What bounds a step: how fast a device copies memory, and how long devices take to add up what they have."""
+"""Lower bounds of a step: how fast a device copies memory, and how long an all-reduce takes."""
 
 import re
 from collections.abc import Callable
@@ -10,28 +10,30 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..generation.batch import OPTIONS
-from .measure import medians
+from .measure import measure_median
 
 
-def copy_speed(mesh: Mesh | None) -> float:
-    """Bytes a second that a device reads and writes while it copies."""
-    run, nbytes = copying(mesh)
-    return nbytes / medians(run, 0.5).wall
+def measure_copy_speed(mesh: Mesh | None) -> float:
+    """Return the bytes a second that a device reads and writes while copying."""
+    run, nbytes = make_copy(mesh)
+    return nbytes / measure_median(run, 0.5).wall
 
 
-def copying(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
-    """What copies memory on every device, and the bytes that each reads and writes in it."""
+def make_copy(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
+    """Return a function that copies memory on every device, and the bytes each one reads and writes."""
     size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
-    many = 1 if mesh is None else mesh.size
-    spread = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
-    x = jax.jit(lambda: jnp.zeros(size * many // 4, jnp.uint32), out_shardings=spread)()
+    devices = 1 if mesh is None else mesh.size
+    sharding = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
+    x = jax.jit(lambda: jnp.zeros(size * devices // 4, jnp.uint32), out_shardings=sharding)()
     copy = jax.jit(lambda x: x + 1)
     return lambda: jax.block_until_ready(copy(x)), 2 * size
 
 
-def all_reduce_latency(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:
-    """Seconds of an all-reduce of one row's hidden vector over the whole mesh, one of `count` after the other in a
-    program that is compiled as a model is."""
+def measure_all_reduce(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:
+    """Return the seconds of an all-reduce of one hidden vector over the whole mesh.
+
+    It is one of `count` in sequence, in a program compiled with a model's options.
+    """
     if mesh is None:
         return 0.0
     axes = tuple(mesh.axis_names)
@@ -41,12 +43,12 @@ def all_reduce_latency(cfg: Config, mesh: Mesh | None, count: int = 64) -> float
             x = jax.lax.psum(x, axes) / mesh.size
         return x
 
-    spread = jax.shard_map(reduce, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
-    run = jax.jit(spread, compiler_options=OPTIONS)
+    sharded = jax.shard_map(reduce, mesh=mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
+    run = jax.jit(sharded, compiler_options=OPTIONS)
     x = jnp.ones((1, cfg.hidden_size), jnp.float32)
-    return medians(lambda: jax.block_until_ready(run(x)), 0.3).wall / count
+    return measure_median(lambda: jax.block_until_ready(run(x)), 0.3).wall / count
 
 
-def all_reduces(text: str) -> int:
-    """How many a compiled program has; those of a decode program are its step's."""
+def count_all_reduces(text: str) -> int:
+    """Return how many all-reduces a compiled program contains; those of a decode program are its step's."""
     return len(re.findall(r" all-reduce(?:-start)?\(", text))

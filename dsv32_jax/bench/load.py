@@ -15,7 +15,8 @@ from ..checkpoint import random_checkpoint
 from ..checkpoint.manifest import Manifest
 from ..config import Config
 from ..system.files import expand_path
-from .measure import Row, held_bytes, medians, peak_bytes, table
+from ..system.host import get_resident_memory
+from .measure import Row, format_table, get_peak_memory, measure_median
 
 BUFFER_BYTES = 8 << 20
 
@@ -54,7 +55,7 @@ SIZES = {
 def print_load(checkpoint: str | None) -> None:
     """`dsv32 bench load [CHECKPOINT]`."""
     print(EXPLANATION)
-    for line in table(COLUMNS, load(checkpoint)):
+    for line in format_table(COLUMNS, load(checkpoint)):
         print(line, flush=True)
 
 
@@ -72,7 +73,7 @@ def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Ite
         Manifest.read(folder)
         files = [file for file in folder.rglob("*") if file.is_file()]
         size = sum(file.stat().st_size for file in files)
-        seconds = medians(lambda: _read(files), 0).wall
+        seconds = measure_median(lambda: _read(files), 0).wall
         yield _row("plain read", seconds, size, seconds)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
             first, again, memory = fresh.submit(_load_twice, folder).result()
@@ -88,11 +89,11 @@ def _load_twice(folder: Path) -> tuple[float, float, dict[str, int]]:
     from ..checkpoint.load import load
 
     jnp.zeros(()).block_until_ready()
-    before = held_bytes()
+    before = get_resident_memory()
     first, model = _timed(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
     whole, largest = _sizes(model)
     memory = {
-        "peak_over_baseline": peak_bytes() - before,
+        "peak_over_baseline": get_peak_memory() - before,
         "model_bytes": whole,
         "largest_leaf_bytes": largest,
     }

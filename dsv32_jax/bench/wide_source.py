@@ -1,4 +1,4 @@
-"""A checkpoint whose layers have the true dimensions, written in little memory: what `dsv32 bench convert` converts.
+"""A checkpoint of the true dimensions, written in little memory, for `dsv32 bench convert`.
 
 Every tensor is a window of the same Gaussian numbers in its format, so errors are those of Gaussian weights.
 """
@@ -19,24 +19,24 @@ from ..layout import leaves
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_quantize, nvfp4_quantize
 
 SUFFIXES = {"fp8": ("", "_scale_inv"), "nvfp4": ("", "_scale", "_scale_2")}
-"""By storage (DeepSeek's FP8, ModelOpt's NVFP4), what follows the name of a weight in those of its tensors."""
+"""Suffixes of a weight's tensors, by storage (DeepSeek's FP8, ModelOpt's NVFP4)."""
 
-NUMBERS = (4096, 7168)
+POOL_SHAPE = (4096, 7168)
 DEVIATION = 0.02
 SHARD_BYTES = 1_000_000_000
 
 Pools = dict[str, np.ndarray]
-"""By what follows a weight's name, flat numbers to take windows of; "dense" and "vector" for what is not quantized."""
+"""Flat numbers to cut windows from, by the suffix of a tensor; "dense" and "vector" for what is not quantized."""
 
 
 def write(folder: Path, cfg: Config, storage: str) -> None:
-    """Write config.json, shards of about 1 GB and their index to `folder`, which must not exist.
+    """Write config.json, shards of about 1 GB and their index to a new `folder`; linears are in "fp8" or "nvfp4".
 
-    `storage` of the linears: "fp8" or "nvfp4". Memory: two shards.
+    Takes the memory of two shards.
     """
     folder.mkdir(parents=True)
     weight_map: dict[str, str] = {}
-    for number, shard in enumerate(_shards(cfg, _pools(storage)), 1):
+    for number, shard in enumerate(_make_shards(cfg, _make_pools(storage)), 1):
         file = f"model-{number:05d}.safetensors"
         save_file(shard, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(shard, file)
@@ -44,11 +44,10 @@ def write(folder: Path, cfg: Config, storage: str) -> None:
     (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1))
 
 
-def _shards(cfg: Config, pools: Pools) -> Iterator[dict[str, np.ndarray]]:
-    shapes = {name: leaf.source_shape for leaf in leaves(cfg) for name in leaf.sources}
+def _make_shards(cfg: Config, pools: Pools) -> Iterator[dict[str, np.ndarray]]:
     shard: dict[str, np.ndarray] = {}
-    for name, shape in shapes.items():
-        for tensor, size, pool in _tensors(name, shape, pools):
+    for name, shape in {name: leaf.source_shape for leaf in leaves(cfg) for name in leaf.sources}.items():
+        for tensor, size, pool in _list_tensors(name, shape, pools):
             start = zlib.crc32(tensor.encode()) % (1 + pool.size // 2)
             shard[tensor] = np.resize(pool[start:], size)
         if sum(array.nbytes for array in shard.values()) > SHARD_BYTES:
@@ -57,14 +56,14 @@ def _shards(cfg: Config, pools: Pools) -> Iterator[dict[str, np.ndarray]]:
     yield shard
 
 
-def _tensors(name: str, shape: tuple[int, ...], pools: Pools) -> Iterator[tuple[str, tuple[int, ...], np.ndarray]]:
-    """Name, shape and numbers of every tensor of one weight."""
+def _list_tensors(name: str, shape: tuple[int, ...], pools: Pools) -> Iterator[tuple[str, tuple, np.ndarray]]:
+    """Yield name, shape and pool of every tensor of a weight."""
     if len(shape) == 1 or any(part in name for part in DENSE_MATRICES):
         yield name, shape, pools["vector" if len(shape) == 1 else "dense"]
         return
     out, width = shape
     sizes = {
-        "": (out, width * pools[""].size // math.prod(NUMBERS)),
+        "": (out, width * pools[""].size // math.prod(POOL_SHAPE)),
         "_scale_inv": (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK)),
         "_scale": (out, width // NVFP4_BLOCK),
         "_scale_2": (),
@@ -72,9 +71,9 @@ def _tensors(name: str, shape: tuple[int, ...], pools: Pools) -> Iterator[tuple[
     yield from ((name + suffix, size, pools[suffix]) for suffix, size in sizes.items() if suffix in pools)
 
 
-def _pools(storage: str) -> Pools:
+def _make_pools(storage: str) -> Pools:
     rng = np.random.default_rng(0)
-    w = (rng.standard_normal(NUMBERS, np.float32) * np.float32(DEVIATION)).astype(ml_dtypes.bfloat16)
+    w = (rng.standard_normal(POOL_SHAPE, np.float32) * np.float32(DEVIATION)).astype(ml_dtypes.bfloat16)
     stored = fp8_quantize(w) if storage == "fp8" else nvfp4_quantize(w)
     pools = {suffix: array.reshape(-1) for suffix, array in zip(SUFFIXES[storage], stored, strict=True)}
     return {**pools, "dense": w.reshape(-1), "vector": 1 + w[0].astype(np.float32)}

@@ -1,0 +1,119 @@
+"""A decode step that can be repeated: random weights, a cache of synthetic values, and the program of `generate`."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from ..checkpoint.random_weights import leaf_maker, storage, uniform
+from ..config import Config
+from ..errors import CapacityError, pluralize
+from ..generation import memory
+from ..generation.batch import WHOLE
+from ..generation.options import Sampling
+from ..generation.prefill_decode import Context, State, Task
+from ..generation.sampling_params import knobs
+from ..generation.weight_shapes import shape_weight
+from ..layout import leaves
+from ..model.cache import Cache, LayerCache, empty_layer
+from ..model.model import Model, build
+from ..parallel import partition
+from ..parallel.sharding import by_rows
+
+DTYPE = np.dtype(jnp.bfloat16)
+"""The compute dtype."""
+
+
+def make_model(cfg: Config, mesh: Mesh | None = None) -> Model:
+    """Return a model with random NVFP4 weights, each device making its own part."""
+    return jax.block_until_ready(build(cfg, DTYPE, leaf_maker(cfg, DTYPE, mesh=mesh), mesh=mesh))
+
+
+def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
+    """Return the bytes of every parameter of `make_model` on each device, by path."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+    shapes = {leaf: jax.tree.leaves(shape_weight(leaf, storage(leaf, DTYPE))) for leaf in leaves(cfg)}
+    partition.check(sizes, [(leaf, array.shape) for leaf, arrays in shapes.items() for array in arrays])
+    return {
+        leaf.path: sum(math.prod(partition.split(sizes, leaf, a.shape)) * a.dtype.itemsize for a in arrays)
+        for leaf, arrays in shapes.items()
+    }
+
+
+def require_memory(cfg: Config, mesh: Mesh | None, batches: Sequence[int], capacity: int, dtype: np.dtype) -> None:
+    """Raise CapacityError if weights and the caches of the largest batch do not fit on a device, before any is made."""
+    data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
+    weights = sum(count_weight_bytes(cfg, mesh).values())
+    rows = max(memory.count_local_rows(batch, data) for batch in batches)
+    caches = rows * memory.compute_row_bytes(cfg, capacity, dtype, 0)
+    free = memory.get_free_memory(devices)
+    if weights + caches / memory.CACHE_SHARE > free:
+        raise CapacityError(
+            f"{pluralize(cfg.num_hidden_layers, 'layer')} need {weights / 1e9:.1f} GB for weights and "
+            f"{caches / 1e9:.1f} GB for the caches of {pluralize(rows, 'row')} on each device, but {free / 1e9:.1f} GB "
+            f"are free, of which caches take at most {memory.CACHE_SHARE:.0%}; nothing was made. Use fewer layers, "
+            "rows or tokens of context, or more devices"
+        )
+
+
+def fill_cache(
+    cfg: Config, capacity: int, dtype: np.dtype, batch: int = 1, length: int | None = None, mesh: Mesh | None = None
+) -> Cache:
+    """Return a cache of random values of standard deviation 1, of `length` tokens a row (default: one slot is free)."""
+    layers = tuple(_fill_layer(cfg, batch, capacity, dtype, mesh, np.uint32(i)) for i in range(cfg.num_hidden_layers))
+    lengths = jnp.full(batch, capacity - 1 if length is None else length, jnp.int32)
+    return jax.block_until_ready(Cache(layers, by_rows(mesh, lengths)))
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _fill_layer(
+    cfg: Config, batch: int, capacity: int, dtype: np.dtype, mesh: Mesh | None, seed: jax.Array
+) -> LayerCache:
+    sizes = (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.index_head_dim)
+    new = [uniform((batch, capacity, size), DTYPE.name, seed * 3 + i, 0.0, 1.0) for i, size in enumerate(sizes)]
+    slots = jnp.broadcast_to(jnp.arange(capacity), (batch, capacity))
+    return by_rows(mesh, empty_layer(cfg, batch, capacity, dtype).write(slots, *new))
+
+
+class DecodeStep:
+    """Decodes `steps` tokens a row, again and again in the same slots of `cache`, which is donated.
+
+    `program` is that of another DecodeStep of the same shapes; by default it is compiled here.
+    """
+
+    def __init__(self, model: Model, cache: Cache, steps: int = 1, program: Any = None):
+        self._model, self._steps = model, np.int32(steps)
+        self._length_B = np.asarray(cache.length_B)
+        batch, size = len(self._length_B), model.cfg.vocab_size
+        unlimited_B = jnp.full(batch, np.iinfo(np.int32).max, jnp.int32)
+        none_BV = jnp.zeros((batch, size), bool)
+        task = Task(knobs([Sampling()] * batch, size, size), none_BV, jnp.zeros(batch, jnp.int32), unlimited_B)
+        self._task = by_rows(model.mesh, task)
+        h_BD = by_rows(model.mesh, uniform((batch, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0))
+        context = Context(cache, h_BD, None)
+        self.state = WHOLE.begin(model, self._task, context, by_rows(model.mesh, none_BV), slots=1, width=0, drafts=0)
+        self.program: Any = self._compile({}) if program is None else program
+
+    def run(self) -> jax.Array:
+        """Run the program once."""
+        self.state = self.program(self._model, self._task, self._rewind(), self._steps)
+        return self.state.made_B
+
+    def compile_for_profile(self) -> Any:
+        """Return the program without CUDA graphs, inside which a profile sees nothing."""
+        if jax.default_backend() != "gpu":
+            return self.program
+        return self._compile({"xla_gpu_graph_min_graph_size": 1 << 20})
+
+    def _rewind(self) -> State:
+        cache = dataclasses.replace(self.state.cache, length_B=by_rows(self._model.mesh, self._length_B))
+        return dataclasses.replace(self.state, cache=cache)
+
+    def _compile(self, options: dict[str, Any]) -> Any:
+        return WHOLE.decode.lower(self._model, self._task, self._rewind(), self._steps).compile(options or None)
