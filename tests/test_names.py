@@ -55,7 +55,7 @@ from others."""
 
 RULES = {letter: rule for letter, (_, rule) in LOWERCASE.items()}
 
-FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu"}
+FOR_GPUS = {"kernels.triton_kernels", "kernels.gpu", "kernels.triton_attention", "kernels.gpu_attention"}
 """What only accelerators can import; its names are explained in it."""
 
 

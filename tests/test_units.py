@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax.model import cache, cache_formats, indexer, mla, ops
+from dsv32_jax.model import cache, indexer, mla, ops
 from dsv32_jax.model.cache import LayerCache
 from dsv32_jax.model.indexer import index_scores, select, select_all
 from dsv32_jax.model.moe import gate
-from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, dequantize, quantize_nvfp4
 
 OTHERS = tuple("actq.float gemm. kv.dequant_float kv.packed_float index.weights_folded mla.lse".split())
@@ -187,7 +187,9 @@ def test_fp8_cache_bytes(units, real):
     read = np.concatenate([np.asarray(part[0]) for part in filled.latents(jnp.bfloat16)], axis=1)
     np.testing.assert_array_equal(read.view(np.uint16), units["kv.dequant_ue8m0_bf16"].view(np.uint16))
     some = jnp.asarray([[[5, 129, 0]]])
-    np.testing.assert_array_equal(filled.latents_at(some, jnp.bfloat16)[0][0, 0], read[[5, 129, 0], :512])
+    np.testing.assert_array_equal(
+        cache_formats.read_at(filled.c_kv_BSC, some, jnp.bfloat16)[0, 0], read[[5, 129, 0], :512]
+    )
 
     keys = ops.hadamard(jnp.asarray(units["index.k_bf16"]))
     page = 64
@@ -238,7 +240,9 @@ def test_sparse_attention(units, real):
     identity = jnp.broadcast_to(jnp.eye(latent), (query.shape[2], latent, latent))
     up_projected = SimpleNamespace(cfg=real, w_uk_HNC=identity, w_uv_HPC=identity)
     cache = LayerCache(kv[..., :latent], kv[..., latent:], jnp.zeros((1, kv.shape[1], 1)))
-    got = mla.sparse(up_projected, query[..., :latent], query[..., latent:], cache, jnp.asarray(indices)[None])
+    queries = query[..., :latent], query[..., latent:]
+    position = jnp.full(query.shape[:2], kv.shape[1] - 1)
+    got = mla.sparse(up_projected, *queries, cache, jnp.asarray(indices)[None], position)
     np.testing.assert_allclose(got[0], units["mla.out_f32"], atol=2e-5)
 
 
@@ -253,10 +257,11 @@ def test_the_three_forms_agree(real):
     layer = SimpleNamespace(cfg=real, w_uk_HNC=random(heads, 128, 512) / 512**0.5, w_uv_HPC=random(heads, 128, 512))
     cache = LayerCache(random(2, slots, 512), random(2, slots, 64), random(2, slots, 1))
     q_c, q_r = random(2, tokens, heads, 128), random(2, tokens, heads, 64)
-    visible = jnp.arange(slots) <= jnp.asarray([[0, 7, 16], [3, 4, 5]])[..., None]
+    position = jnp.asarray([[0, 7, 16], [3, 4, 5]])
+    visible = jnp.arange(slots) <= position[..., None]
     expanded = mla.expanded(layer, q_c, q_r, cache, visible)
     absorbed = mla.absorbed(layer, q_c, q_r, cache, visible)
-    sparse = mla.sparse(layer, q_c, q_r, cache, select_all(visible))
+    sparse = mla.sparse(layer, q_c, q_r, cache, select_all(visible), position)
     tolerance = 1e-5 * float(jnp.abs(expanded).max())
     np.testing.assert_allclose(absorbed, expanded, atol=tolerance, rtol=0)
     np.testing.assert_allclose(sparse, expanded, atol=tolerance, rtol=0)

@@ -200,7 +200,7 @@ def attend_to_selected(
 ) -> list[jax.Array]:
     """Return every layer's attention over the selected positions."""
     return [
-        mla.sparse(layer.mla, query.content, query.rotated, layer_cache, positions)
+        mla.sparse(layer.mla, query.content, query.rotated, layer_cache, positions, cache.length_B[:, None])
         for layer, query, layer_cache, positions in zip(model.layers, queries, cache.layers, selected, strict=True)
     ]
 

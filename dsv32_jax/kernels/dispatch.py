@@ -11,6 +11,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
+from ..quantization.cache_formats import Rows
 from ..quantization.formats import NVFP4, Weight
 from . import cpu, reference
 from .variable import VARIABLE, asked
@@ -72,7 +73,7 @@ def blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1
     """
     there = kernels(bank, x_nbz.shape[1])
     found = {platform: _scaled(partial(kernel, devices=devices)) for platform, kernel in there.items()}
-    product = _differentiable(reference.blocks, found) if found else reference.blocks
+    product = differentiable(reference.blocks, found) if found else reference.blocks
     return product(x_nbz, expert_n, bank)
 
 
@@ -80,7 +81,18 @@ def columns(x_nbz: jax.Array, bank_nzo: jax.Array) -> jax.Array:
     """Block i of a few rows times the plain matrix i of the bank, which lies the other way: float32 [n, b, o]."""
     if x_nbz.shape[1] > FEW or not kernels(bank_nzo, x_nbz.shape[1]):
         return reference.columns(x_nbz, bank_nzo)
-    return _differentiable(reference.columns, {"cpu": cpu.columns})(x_nbz, bank_nzo)
+    return differentiable(reference.columns, {"cpu": cpu.columns})(x_nbz, bank_nzo)
+
+
+def sparse_attention(dtype, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> ModuleType | None:
+    """Return the module with the kernels `index_scores`, `select_topk` and `attend` for queries of this dtype and cache
+    rows with vectors of these sizes; None where XLA computes the references."""
+    platform, room = _room()
+    if platform != "cuda" or asked() == "xla" or room.missing():
+        return None
+    from . import gpu_attention
+
+    return gpu_attention if gpu_attention.serves(dtype, rows, sizes) else None
 
 
 def _scaled(kernel: Callable) -> Callable:
@@ -96,7 +108,7 @@ def _scaled(kernel: Callable) -> Callable:
     return run
 
 
-def _differentiable(reference: Callable, found: dict[str, Callable]) -> Callable:
+def differentiable(reference: Callable, found: dict[str, Callable]) -> Callable:
     """The kernel of the platform that the program is compiled for; its derivative is that of the reference."""
 
     @jax.custom_jvp

@@ -16,15 +16,15 @@ import jax
 TARGET = "triton_kernel_call_ffi"
 
 
-def launch(kernel: Any, out: jax.ShapeDtypeStruct, *operands: jax.Array, **how: Any) -> jax.Array:
-    """`jax_triton.triton_call` of `kernel`, whose result is `out`; `how` are a grid and constants."""
+def launch(kernel: Any, out: Any, *operands: jax.Array, **how: Any) -> Any:
+    """Return `jax_triton.triton_call` of `kernel`; `out` is one shape or several, `how` a grid and constants."""
     shapes = tuple(jax.ShapeDtypeStruct(operand.shape, operand.dtype) for operand in operands)
     compiled = _compiled(kernel, out, shapes, tuple(sorted(how.items())))
     return jax.ffi.ffi_call(TARGET, out)(*operands, opaque=compiled)
 
 
 @cache
-def _compiled(kernel: Any, out: jax.ShapeDtypeStruct, shapes: tuple[jax.ShapeDtypeStruct, ...], how: tuple) -> bytes:
+def _compiled(kernel: Any, out: Any, shapes: tuple[jax.ShapeDtypeStruct, ...], how: tuple) -> bytes:
     """What jax_triton tells jaxlib: the kernel in machine code, and how to launch it.
 
     It is made while another program is traced, of whose time it is a part: in a context of its own nobody counts it

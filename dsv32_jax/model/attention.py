@@ -1,14 +1,11 @@
 """DeepSeek sparse attention: MLA over the tokens that the lightning indexer selects."""
 
-from functools import partial
-
 import jax
 
 from ..config import Config
-from ..parallel.sharding import over_rows
 from . import mla as forms
 from .cache import LayerCache
-from .indexer import KEYS, Indexer, scores_of_cache, select, select_all
+from .indexer import KEYS, Indexer, scores_of_cache, select_all, select_of_cache
 from .mla import MLA
 from .ops import over_tokens, rotation
 
@@ -34,24 +31,30 @@ def attention(
         indexer.head_weights(h_BTD),
         position_BT,
     )
-    fits = cache.capacity <= cfg.index_topk
-    block = queries_at_once(cfg, len(position_BT), cache.capacity)
+    kernels = forms.sparse_kernels(cfg, h_BTD.dtype, cache)
+    block = queries_at_once(cfg, len(position_BT), cache.capacity, kernels is None)
 
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
         score_BTS = scores_of_cache(q_index_BTIJ, w_BTI, cache, position_BT)
-        if fits:
+        if cache.capacity > cfg.index_topk:
+            selected_BTk = select_of_cache(score_BTS, position_BT, cfg.index_topk)
+        else:
             visible_BTS = cache.visible(position_BT)
-            form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
-            return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, select_all(visible_BTS)
-        selected_BTk = over_rows(partial(select, topk=cfg.index_topk))(score_BTS)
-        return forms.sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk), score_BTS, selected_BTk
+            selected_BTk = select_all(visible_BTS)
+            if kernels is None:
+                form = forms.dense(cfg, position_BT.shape[1], cache.capacity)
+                return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, selected_BTk
+        return forms.sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk, position_BT), score_BTS, selected_BTk
 
     o_BTHP, score_BTS, selected_BTk = over_tokens(attend, queries, block)
     return mla.output(o_BTHP), cache, (score_BTS, selected_BTk)
 
 
-def queries_at_once(cfg: Config, batch: int, capacity: int) -> int:
-    """How many queries keep index scores, attention scores and gathered latents within LARGEST_TEMPORARY."""
+def queries_at_once(cfg: Config, batch: int, capacity: int, materialized: bool = True) -> int:
+    """Return how many queries keep their temporary arrays within LARGEST_TEMPORARY: their index scores and, where these
+    are `materialized`, the matches of all index heads, attention scores and gathered latents."""
+    if not materialized:
+        return max(1, LARGEST_TEMPORARY // (batch * capacity))
     seen = min(capacity, cfg.index_topk)
     scored = max(cfg.index_n_heads * min(capacity, KEYS), capacity)
     each = max(scored, cfg.num_attention_heads * seen, seen * cfg.kv_lora_rank)

@@ -9,9 +9,9 @@ import numpy as np
 
 from ..config import Config
 from ..errors import UsageError, argument, pluralize
+from ..quantization import cache_formats
+from ..quantization.cache_formats import Rows
 from ..system.progress import format_size
-from . import cache_formats
-from .cache_formats import Rows
 from .summary import Summarized, describe_devices, nbytes
 
 DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
@@ -64,17 +64,6 @@ class LayerCache(Summarized):
     def latents(self, dtype) -> tuple[jax.Array, jax.Array]:
         """c^KV [B, S, C] and k^R [B, S, R] of every slot."""
         return cache_formats.read(self.c_kv_BSC, dtype), cache_formats.read(self.k_r_BSR, dtype)
-
-    def latents_at(self, slot_BTk: jax.Array, dtype) -> tuple[jax.Array, jax.Array]:
-        """c^KV [B, T, k, C] and k^R [B, T, k, R] of the given slots: only these are read."""
-        one_row = jax.vmap(lambda slots, at: slots[at])
-        latents, rotated = jax.tree.map(lambda slots: one_row(slots, slot_BTk), (self.c_kv_BSC, self.k_r_BSR))
-        return cache_formats.read(latents, dtype), cache_formats.read(rotated, dtype)
-
-    def index_keys(self, start: jax.Array | int, count: int, dtype) -> jax.Array:
-        """The index keys [B, count, J] of the slots from `start`."""
-        part = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, count, axis=1), self.k_index_BSJ)
-        return cache_formats.read(part, dtype)
 
 
 @jax.tree_util.register_dataclass

@@ -16,6 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..config import Config
+from ..kernels import dispatch
+from ..parallel.sharding import over_rows
+from ..quantization.cache_formats import Rows, read
 from ..quantization.formats import Weight
 from .cache import LayerCache
 from .ops import dot, einsum32, hadamard, layer_norm, rotate_halves
@@ -93,17 +96,22 @@ def some_heads(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Arr
 
 @jax.named_scope("index scores")
 def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
-    """`index_scores` over all slots of the cache for queries at `position_BT`.
+    """Return `index_scores` [B, T, S] over all slots of the cache for queries at `position_BT`."""
+    kernels = dispatch.sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
+    score = dispatch.differentiable(scores_of_rows, {"cuda": kernels.index_scores}) if kernels else scores_of_rows
+    return over_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
 
-    A long cache is scored KEYS slots at a time and only as far as the latest query sees.
-    """
-    capacity = cache.capacity
+
+def scores_of_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
+    """Return the index scores of these cache rows; a long cache is scored KEYS slots at a time, and only as far as the
+    latest query sees."""
+    capacity = k_BSJ.shape[1]
     keys = min(capacity, KEYS)
 
     def part(start):
         slot_s = start + jnp.arange(keys)
-        k_BsJ = cache.index_keys(start, keys, q_BTIJ.dtype)
-        return index_scores(q_BTIJ, w_BTI, k_BsJ, slot_s <= position_BT[..., None])
+        k_BsJ = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, keys, axis=1), k_BSJ)
+        return index_scores(q_BTIJ, w_BTI, read(k_BsJ, q_BTIJ.dtype), slot_s <= position_BT[..., None])
 
     if keys == capacity:
         return part(0)
@@ -118,6 +126,14 @@ def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, posi
 
 
 @jax.named_scope("top-k")
+def select_of_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
+    """Return `select` of scores that are -inf behind each query's position."""
+    kernels = dispatch.sparse_attention(jnp.bfloat16, (), ())
+    if kernels is None or not kernels.selects(score_BTS.shape):
+        return over_rows(partial(select, topk=topk))(score_BTS)
+    return over_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
+
+
 def select(score_BTS: jax.Array, topk: int) -> jax.Array:
     """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist. NaN
     is the largest: it is attended to, and seen in the logits."""

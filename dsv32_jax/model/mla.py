@@ -7,12 +7,16 @@ positions that the indexer selected.
 """
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from ..config import Config
+from ..kernels import dispatch
+from ..parallel.sharding import over_rows_and_heads
+from ..quantization.cache_formats import Rows, read_at
 from ..quantization.formats import Weight
 from .cache import LayerCache
 from .ops import dot, einsum, einsum32, rms_norm, rotate_interleaved
@@ -71,7 +75,7 @@ def expanded(
     k_c_BSHN = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC)
     v_BSHP = einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
     score_BTHS = dot("BTHN,BSHN->BTHS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
-    weight_BTHS = _softmax(mla.cfg, score_BTHS, visible_BTS).astype(v_BSHP.dtype)
+    weight_BTHS = _softmax(mla.cfg.softmax_scale, score_BTHS, visible_BTS).astype(v_BSHP.dtype)
     return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
 
 
@@ -92,28 +96,77 @@ def absorbed_weights(
     c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
-    return _softmax(mla.cfg, score_BTHS, visible_BTS), c_kv_BSC
+    return _softmax(mla.cfg.softmax_scale, score_BTHS, visible_BTS), c_kv_BSC
 
 
 @jax.named_scope("attention")
-def sparse(mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array) -> jax.Array:
-    """`absorbed` over each query's selected positions only (-1: none). Returns o [B, T, H, P]."""
-    weight_BTHk, c_kv_BTkC = sparse_weights(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
-    o_BTHC = dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHN.dtype), c_kv_BTkC).astype(q_c_BTHN.dtype)
-    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
+def sparse(
+    mla: MLA,
+    q_c_BTHN: jax.Array,
+    q_r_BTHR: jax.Array,
+    cache: LayerCache,
+    selected_BTk: jax.Array,
+    position_BT: jax.Array,
+) -> jax.Array:
+    """Return `absorbed` over each query's selected positions only, o [B, T, H, P]: -1 is none, and stands behind what
+    was selected."""
+    q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
+    attend, kernels = partial(attend_selected, mla.cfg.softmax_scale), sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
+    if kernels:
+        fast = partial(kernels.attend, mla.cfg.softmax_scale)
+        operands = ("BTH", "BTH", "BS", "BS", "BT", "BT")
+        attend = over_rows_and_heads(dispatch.differentiable(attend, {"cuda": fast}), operands, "BTH")
+    o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk, position_BT)
+    return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
+
+
+def sparse_kernels(cfg: Config, dtype, cache: LayerCache):
+    """Return the kernels that attend over this cache, if there are any."""
+    return dispatch.sparse_attention(dtype, (cache.c_kv_BSC, cache.k_r_BSR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
+
+
+def attend_selected(
+    softmax_scale: float,
+    q_c_BTHC: jax.Array,
+    q_r_BTHR: jax.Array,
+    c_kv_BSC: Rows,
+    k_r_BSR: Rows,
+    selected_BTk: jax.Array,
+    position_BT: jax.Array,
+) -> jax.Array:
+    """Return what each head reads from its selected latents, float32 [B, T, H, C].
+
+    A query has selected at most position + 1 slots, which bounds the work of a kernel; the reference looks at all.
+    """
+    operands = (q_c_BTHC, q_r_BTHR, c_kv_BSC, k_r_BSR, selected_BTk)
+    weight_BTHk, c_kv_BTkC = selected_weights(softmax_scale, *operands)
+    return dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHC.dtype), c_kv_BTkC)
+
+
+def selected_weights(
+    softmax_scale: float,
+    q_c_BTHC: jax.Array,
+    q_r_BTHR: jax.Array,
+    c_kv_BSC: Rows,
+    k_r_BSR: Rows,
+    selected_BTk: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Return the weight of each selected slot, float32 [B, T, H, k], and the latents there [B, T, k, C].
+
+    The many latents come first in the products: the other order takes XLA's CPU backend several times as long.
+    """
+    slot_BTk = jnp.maximum(selected_BTk, 0)
+    c_kv_BTkC, k_r_BTkR = (read_at(rows, slot_BTk, q_c_BTHC.dtype) for rows in (c_kv_BSC, k_r_BSR))
+    score_BTkH = dot("BTkC,BTHC->BTkH", c_kv_BTkC, q_c_BTHC) + dot("BTkR,BTHR->BTkH", k_r_BTkR, q_r_BTHR)
+    return _softmax(softmax_scale, jnp.swapaxes(score_BTkH, 2, 3), selected_BTk >= 0), c_kv_BTkC
 
 
 def sparse_weights(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, selected_BTk: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What each head attends to with which weight [B, T, H, k], float32, and the latents there [B, T, k, C].
-
-    The many latents come first in the products: the other order takes XLA's CPU backend several times as long.
-    """
-    c_kv_BTkC, k_r_BTkR = cache.latents_at(jnp.maximum(selected_BTk, 0), q_c_BTHN.dtype)
+    """Return `selected_weights` of queries that are not absorbed yet."""
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    score_BTkH = dot("BTkC,BTHC->BTkH", c_kv_BTkC, q_c_BTHC) + dot("BTkR,BTHR->BTkH", k_r_BTkR, q_r_BTHR)
-    return _softmax(mla.cfg, jnp.swapaxes(score_BTkH, 2, 3), selected_BTk >= 0), c_kv_BTkC
+    return selected_weights(mla.cfg.softmax_scale, q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk)
 
 
 def dense(cfg: Config, tokens: int, capacity: int):
@@ -124,6 +177,6 @@ def dense(cfg: Config, tokens: int, capacity: int):
     return expanded if cost_expanded < cost_absorbed else absorbed
 
 
-def _softmax(cfg: Config, score_BTHs: jax.Array, visible_BTs: jax.Array) -> jax.Array:
+def _softmax(softmax_scale: float, score_BTHs: jax.Array, visible_BTs: jax.Array) -> jax.Array:
     """Softmax in float32 over the visible positions of each query."""
-    return jax.nn.softmax(jnp.where(visible_BTs[:, :, None], score_BTHs * cfg.softmax_scale, -jnp.inf), axis=-1)
+    return jax.nn.softmax(jnp.where(visible_BTs[:, :, None], score_BTHs * softmax_scale, -jnp.inf), axis=-1)

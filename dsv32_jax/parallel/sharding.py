@@ -83,6 +83,39 @@ def over_rows(function: Callable) -> Callable:
     return spread
 
 
+def over_rows_and_heads(function: Callable, operands: tuple[str, ...], out: str) -> Callable:
+    """Return `function` on the rows (B) and heads (H) that each device has.
+
+    `operands` and `out` name the leading axes of its arguments and result. A letter that the mesh does not divide is
+    not split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.manual_axes:
+        return function
+
+    def spread(*arrays: Any) -> Any:
+        pairs = list(zip(operands, arrays, strict=True))
+        sizes = {
+            letter: size
+            for letters, array in pairs
+            for x in jax.tree.leaves(array)
+            for letter, size in zip(letters, x.shape, strict=False)
+        }
+
+        def axis(letter: str) -> str | None:
+            name = partition.AXES[letter] if letter in "BH" else None
+            return name if name in mesh.shape and sizes[letter] % mesh.shape[name] == 0 else None
+
+        specs = tuple(
+            jax.tree.map(lambda _, letters=letters: PartitionSpec(*map(axis, letters)), array)
+            for letters, array in pairs
+        )
+        result = PartitionSpec(*map(axis, out))
+        return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)(*arrays)
+
+    return spread
+
+
 def groups(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
     """How many groups of devices have rows of their own: one where "data" does not divide the rows."""
     parts = 1 if mesh is None else mesh.shape.get("data", 1)

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..quantization.quantize import E4M3_MAX
+from .quantize import E4M3_MAX
 
 TILE = 128
 SMALLEST_AMAX = 1e-4
@@ -112,6 +112,12 @@ def read(rows: Rows, dtype) -> jax.Array:
             return tiles.reshape(*rows.shape[:-1], -1)[..., : rows.shape[-1]].astype(dtype)
         case _:
             return rows.astype(dtype)
+
+
+def read_at(rows: Rows, slot_BTk: jax.Array, dtype) -> jax.Array:
+    """Return the vectors of the given slots of rows [B, S, n], in `dtype` [B, T, k, n]; no others are read."""
+    one_row = jax.vmap(lambda slots, at: slots[at])
+    return read(jax.tree.map(lambda slots: one_row(slots, slot_BTk), rows), dtype)
 
 
 def _tiles(x: jax.Array) -> jax.Array:
