@@ -4,6 +4,7 @@ python -m tests.gpu          # a few minutes; ends with "all is the same", or an
 """
 
 import os
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +14,11 @@ import numpy as np
 import dsv32_jax as ds
 from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.random_weights import leaf_maker
-from dsv32_jax.kernels import dispatch
+from dsv32_jax.kernels import dispatch, gpu_attention
 from dsv32_jax.kernels.variable import VARIABLE
+from dsv32_jax.model import indexer, mla
 from dsv32_jax.model.model import build
-from dsv32_jax.quantization import quantize
+from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, Fp8Block
 
 SIZES = (
@@ -61,6 +63,49 @@ def kernels() -> None:
                 assert error < (5e-6 if b > 128 else 1e-6)
 
 
+def attention() -> None:
+    """Index scores, selection and sparse attention against their references, bfloat16 and FP8 caches: any lengths, ties,
+    NaN and -inf among the scores."""
+    rng = np.random.default_rng(2)
+    for batch, tokens, slots, topk in ((1, 1, 70, 64), (3, 5, 300, 64), (2, 33, 9000, 512), (1, 4, 5000, 2048)):
+        position_BT = jnp.asarray(rng.integers(0, slots, (batch, tokens)), jnp.int32).at[0, 0].set(slots - 1)
+        q_BTIJ, w_BTI = (jnp.asarray(rng.standard_normal((batch, tokens, *n)), jnp.float32) for n in ((64, 128), (64,)))
+        for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
+            k_BSJ, c_kv_BSC = (rows(rng, (batch, slots, size), dtype) for size in (128, 512))
+            k_r_BSR = rows(rng, (batch, slots, 64), jnp.bfloat16)
+            operands = q_BTIJ.astype(jnp.bfloat16), w_BTI, k_BSJ, position_BT
+            got, want = (jax.jit(f)(*operands) for f in (gpu_attention.index_scores, indexer.scores_of_rows))
+            same(f"index scores {np.dtype(dtype)} {batch} x {tokens} x {slots}", got, want, 1e-5)
+            for score_BTS in (want, jnp.round(want / 50), want.at[..., 1::5].set(jnp.nan).at[..., 2::7].set(-jnp.inf)):
+                visible = jnp.arange(slots) <= position_BT[..., None]
+                score_BTS = jnp.where(visible, score_BTS, -jnp.inf)
+                selected_BTk = jax.jit(gpu_attention.select_topk, static_argnums=2)(score_BTS, position_BT, topk)
+                np.testing.assert_array_equal(
+                    np.sort(selected_BTk, axis=-1), np.sort(indexer.select(score_BTS, topk), axis=-1)
+                )
+            q_c, q_r = (jnp.asarray(rng.standard_normal((batch, tokens, 128, n)), jnp.bfloat16) for n in (512, 64))
+            operands = q_c, q_r, c_kv_BSC, k_r_BSR, selected_BTk, position_BT
+            scale = 576**-0.5
+            got, want = (jax.jit(partial(f, scale))(*operands) for f in (gpu_attention.attend, mla.attend_selected))
+            same(f"attention {np.dtype(dtype)} {batch} x {tokens} over {topk} of {slots}", got, want, 1e-2)
+
+
+def rows(rng, shape: tuple[int, ...], dtype):
+    """Random cache rows."""
+    x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    return cache_formats.stored_as(cache_formats.empty(shape, dtype), x)
+
+
+def same(what: str, got, want, tolerance: float) -> None:
+    """Fail unless the largest difference is within `tolerance` of the largest value, and -inf stands in the same places."""
+    got, want = np.asarray(got), np.asarray(want)
+    finite = np.isfinite(want)
+    np.testing.assert_array_equal(np.isfinite(got), finite)
+    error = np.abs(got - want)[finite].max() / np.abs(want[finite]).max()
+    print(f"{what}: {error:.1e}", flush=True)
+    assert error < tolerance
+
+
 def models(mesh: str | None) -> None:
     """The largest difference of logits between kernels and XLA's own products, and greedy tokens."""
     small = {"hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8}
@@ -85,6 +130,7 @@ if __name__ == "__main__":
     assert jax.default_backend() == "gpu"
     print(dispatch.description())
     kernels()
+    attention()
     if jax.device_count() == 1:
         models(None)
     else:
