@@ -20,9 +20,9 @@ from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.limits import require_disk_space
 from ..plan.output import copy_companions, lock_folder, require_apart, require_ours
-from ..transform import array_facts
 from ..verify.converted import Converted, find_damage, nbytes_of
 from ..write.journal import Journal, Part, manifest_basis
+from ..write.provenance import describe_array
 
 
 def reshard(
@@ -97,7 +97,7 @@ def _write_parts(
 
 def _read(converted: Converted, key: Key) -> np.ndarray:
     array = converted.arrays.read(key)
-    if array_facts.describe_array(array) != converted.expected[key]:
+    if describe_array(array) != converted.expected[key]:
         raise VerificationError(
             f"{converted.arrays.where(key)} has changed. Completed parts are kept; `dsv32 verify` lists all damage"
         )

@@ -18,8 +18,9 @@ from ..read import weights
 from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..read.weights import StoredWeight, detect
-from ..transform.array_facts import amax, count_odd_scales
+from ..transform.requantize import count_odd_scales
 from ..verify.converted import Converted, nbytes_of, raise_damaged
+from ..write.provenance import amax
 
 PIECE = 1 << 20
 """Bytes counted at a time."""

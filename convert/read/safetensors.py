@@ -60,10 +60,8 @@ CHUNK_BYTES = 64 << 20
 
 TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
 RETRY_SECONDS = (0.5, 3.0)
-"""Errors of network disks that often pass, and the pauses before a read is tried again."""
-
 STALL_SECONDS = 60.0
-"""A read that takes longer than this is reported."""
+"""Network disks: errors that often pass, the pauses before another attempt, and the time after which to warn."""
 
 _reads: dict[int, tuple[Path, float]] = {}
 """The file each thread is reading, and since when."""
@@ -107,7 +105,7 @@ def read_header(file: Path) -> Header:
             limits = JsonLimits(MAX_TENSORS + 2, 2 * MAX_TENSORS, 6 * MAX_TENSORS)
             tensors, problems = _parse_header(parse_json(text, limits), file, 8 + len(text), file_id.size)
         except CheckpointError as malformed:
-            foreign = None if start[8:9] == b"{" else JSON if start.lstrip()[:1] == b"{" else recognize_content(start)
+            foreign = None if start[8:9] == b"{" else JSON if start.startswith(b"{") else recognize_content(start)
             raise CheckpointError(f"{file} is {foreign}" if foreign else f"{file}: {malformed}") from None
     if problems:
         count = pluralize(len(problems), "problem")
@@ -183,12 +181,9 @@ def _find_problem(name: str, entry: Any) -> str | None:
         expected = _bad_shape(shape)
     if isinstance(expected, str):
         return expected
-    not_a_range = f"data_offsets {str(offsets)[:80]} are not two ascending positions"
-    if not isinstance(offsets, list) or len(offsets) != 2:
-        return not_a_range
-    first, last = offsets
+    first, last = offsets if isinstance(offsets, list) and len(offsets) == 2 else (None, None)
     if type(first) is not int or type(last) is not int or not 0 <= first <= last <= MAX_BYTES:
-        return not_a_range
+        return f"data_offsets {str(offsets)[:80]} are not two ascending positions"
     if last - first != expected:
         return f"data_offsets {offsets} span {last - first} bytes, {dtype} {shape} needs {expected}"
     return None

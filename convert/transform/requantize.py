@@ -18,10 +18,10 @@ from dsv32_jax.quantization.quantize import FP8_BLOCK, RTN, Scaling, fp8_quantiz
 
 from ..names import fold_expert, split_layer
 from ..read.weights import Read, StoredWeight, dequantize, dequantize_whole, read_components
-from .array_facts import count_odd_scales
 
 PIECE_WEIGHTS = 1 << 17
-"""Weights compared at a time."""
+PIECE_BYTES = 1 << 20
+"""Worked on together, so that what is made of them stays in a core's cache."""
 
 FUSED = (("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Linears of the same input, which kernels fuse."""
@@ -127,6 +127,21 @@ def _compare(values: np.ndarray, result: dict[str, np.ndarray], odd_scales: dict
         expected *= expected
         squared_error, squared_norm = squared_error + float(error.sum()), squared_norm + float(expected.sum())
     return ErrorStats(squared_error, squared_norm, **odd_scales)
+
+
+def count_odd_scales(components: dict[str, np.ndarray]) -> dict[str, int]:
+    """Count NVFP4 block scales that are NaN (they mean 448), and blocks that are zero by their scale or all codes."""
+    if "codes" not in components:
+        return {}
+    nan = zero = 0
+    scales = components["block_scale"].reshape(-1).view(np.uint8)
+    codes = components["codes"].reshape(scales.size, -1)
+    step = max(PIECE_BYTES // codes.shape[1], 1)
+    for at in range(0, scales.size, step):
+        magnitude = scales[at : at + step] & 0x7F
+        nan += int(np.count_nonzero(magnitude == 0x7F))
+        zero += int(np.count_nonzero((magnitude == 0) | ~(codes[at : at + step] & 0x77).any(axis=1)))
+    return {"nan_scale_bytes": nan, "zero_blocks": zero}
 
 
 def summarize_errors(errors: Mapping[str, ErrorStats]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import convert
 from convert.plan import limits
 from convert.read import safetensors
 from convert.read.source import DOWNLOADS, Source
-from convert.transform import array_facts
+from convert.write import provenance
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.system.progress import BarReporter, Progress, Reporter
 
@@ -343,9 +343,9 @@ def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatc
 
 
 def test_f45_a_source_that_changes(folder, tmp_path, monkeypatch, capsys):
-    entry = array_facts.describe_array
+    entry = provenance.describe_array
     monkeypatch.setattr(limits, "GROUP_BYTES", 60_000)
-    monkeypatch.setattr(array_facts, "describe_array", lambda array: os.utime(folder / SHARD) or entry(array))
+    monkeypatch.setattr(provenance, "describe_array", lambda array: os.utime(folder / SHARD) or entry(array))
     assert run(folder, tmp_path / "out", "--workers", "1") == 74
     assert f"{SHARD} changed while it was being read" in capsys.readouterr().err
 
@@ -370,7 +370,7 @@ def test_f52_no_room_for_temporary_files(folder, tmp_path, monkeypatch):
 
 
 def test_f54_an_exception_in_a_worker(folder, tmp_path, monkeypatch):
-    entry, calls = array_facts.describe_array, []
+    entry, calls = provenance.describe_array, []
 
     def failing(array):
         calls.append(1)
@@ -379,7 +379,7 @@ def test_f54_an_exception_in_a_worker(folder, tmp_path, monkeypatch):
         return entry(array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(array_facts, "describe_array", failing)
+        patch.setattr(provenance, "describe_array", failing)
         with pytest.raises(RuntimeError, match="lost"):
             convert.convert(folder, tmp_path / "out", group_bytes=60_000)
     whole = convert.convert(folder, tmp_path / "whole")

@@ -13,8 +13,8 @@ import convert
 from convert.export.sharing_scales import rescaled
 from convert.read.source import Source
 from convert.read.weights import detect
-from convert.transform import array_facts, cut
-from convert.transform.requantize import ErrorStats, relative_rms, summarize_errors
+from convert.transform import cut
+from convert.transform.requantize import ErrorStats, count_odd_scales, relative_rms, summarize_errors
 from convert.verify.verify import verify
 from dsv32_jax.errors import CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
@@ -128,7 +128,7 @@ def test_zero_blocks_of_any_width():
         codes[0, : block // 2] = 0x80
         scale = np.full((2, 128 // block), 0x38, np.uint8)
         scale[1, 1] = 0x80
-        assert array_facts.count_odd_scales({"codes": codes, "block_scale": scale}) == {
+        assert count_odd_scales({"codes": codes, "block_scale": scale}) == {
             "nan_scale_bytes": 0,
             "zero_blocks": 2,
         }

@@ -15,8 +15,8 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert.names import fold_lines
-from convert.transform.array_facts import amax
 from convert.verify.verify import verify
+from convert.write.provenance import amax
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import checksums
 from dsv32_jax.checkpoint.manifest import Manifest
