@@ -64,8 +64,8 @@ def kernels() -> None:
 
 
 def attention() -> None:
-    """Index scores, selection and sparse attention against their references, bfloat16 and FP8 caches: any lengths, ties,
-    NaN and -inf among the scores."""
+    """Index scores, selection and sparse attention against their references, in bfloat16 and FP8 caches: any lengths,
+    ties, NaN and -inf among the scores."""
     rng = np.random.default_rng(2)
     for batch, tokens, slots, topk in ((1, 1, 70, 64), (3, 5, 300, 64), (2, 33, 9000, 512), (1, 4, 5000, 2048)):
         position_BT = jnp.asarray(rng.integers(0, slots, (batch, tokens)), jnp.int32).at[0, 0].set(slots - 1)
@@ -97,7 +97,7 @@ def rows(rng, shape: tuple[int, ...], dtype):
 
 
 def same(what: str, got, want, tolerance: float) -> None:
-    """Fail unless the largest difference is within `tolerance` of the largest value, and -inf stands in the same places."""
+    """Fail unless the largest difference is within `tolerance` of the largest value and -inf is in the same places."""
     got, want = np.asarray(got), np.asarray(want)
     finite = np.isfinite(want)
     np.testing.assert_array_equal(np.isfinite(got), finite)
