@@ -1,6 +1,7 @@
 """The machine around the model: files, sizes, free memory, cores, a user without a home."""
 
 import functools
+import io
 import os
 import re
 import stat
@@ -9,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.system import files, host
-from dsv32_jax.system.progress import format_duration, format_size, parse_size
+from dsv32_jax.system.progress import _make_bar, format_duration, format_size, parse_size
 from tests.conftest import REPOSITORY
 
 GIB = 1 << 30
@@ -41,6 +43,17 @@ def test_other_sizes_are_refused(text):
 def test_sizes_and_times_are_short():
     assert [format_size(count) for count in (7, 1500, 1.2e9)] == ["7 B", "1.50 kB", "1.20 GB"]
     assert [format_duration(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_a_bar_stays_on_one_line(width):
+    """With its percentage and the memory; a long name is cut."""
+    bar = _make_bar()
+    bar.add_task("layers.58.ffn.w_gate_EMD", total=313_000_000, completed=120_000_000, memory="memory 1.20 GB")
+    console = Console(file=io.StringIO(), width=width)
+    console.print(bar.get_renderable())
+    (line,) = console.file.getvalue().splitlines()
+    assert "38%" in line and "120.0/313.0 MB" in line and "memory 1.20 GB layers" in line
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -6,7 +6,6 @@ while it read them. With the source at hand its tensors are hashed again, so tha
 
 import collections
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.system.files import expand_path, hash_chunks
+from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_lines, fold_names
@@ -145,7 +145,7 @@ class _Proof:
     def run(self) -> None:
         """Read everything."""
         self._progress(Progress(0, self._converted.nbytes, ""))
-        with ThreadPoolExecutor(min(MOST_WORKERS, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(MOST_WORKERS, count_cores())) as pool:
             tasks = [pool.submit(self._check_group, group) for group in self._converted.groups]
             if self._source is not None:
                 tasks += [pool.submit(self._check_source, self._source, tensor) for tensor in self.recorded.values()]

@@ -1,7 +1,6 @@
 """A checkpoint with random weights in Hugging Face layout: for the demo, the notebooks and the tests."""
 
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +13,7 @@ from safetensors.numpy import save_file
 from ..config import Config
 from ..layout import COPIES, MODEL, Leaf, leaves
 from ..quantization.quantize import fp8_quantize, nvfp4_quantize
+from ..system.host import count_cores
 
 DENSE_MATRICES = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "weights_proj", "eh_proj")
 """What every published NVFP4 or FP8 checkpoint leaves in bfloat16."""
@@ -54,7 +54,7 @@ def _tensors(cfg: Config, storage: str, seed: int) -> Iterator[tuple[str, np.nda
         matrix = value.ndim == 2 and not any(part in name for part in DENSE_MATRICES)
         return encode(name, value) if matrix else [(name, value)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         for tensors in pool.map(tensors_of, sources):
             yield from tensors
 

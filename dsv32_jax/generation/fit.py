@@ -111,14 +111,7 @@ def fit(
 
     batch_rows, capacity = memory.round_up_rows(batch), bucket(context)
     rows = memory.count_local_rows(batch_rows, data)
-    row_bytes = partial(memory.compute_row_bytes, cfg, dtype=stored, drafts=draft)
-    prefill, wider, longer = (
-        measure_prefill(shapes, compute, *sizes, stored, draft)
-        for sizes in ((rows, capacity), (2 * rows, capacity), (rows, 2 * capacity))
-    )
-    # Decoding takes less than prefill, but for the logits of drafted tokens.
-    peak = prefill + rows * draft * cfg.vocab_size * memory.VOCABULARY_BYTES
-    demand = _Demand(row_bytes, sum(weights), data, rows, capacity, peak, wider - prefill, longer - prefill)
+    demand = _measure_demand(shapes, compute, sum(weights), data, rows, capacity, stored, draft)
     return Fit(
         shapes.parameters,
         devices,
@@ -128,9 +121,9 @@ def fit(
         stored.name,
         draft,
         *weights,
-        row_bytes(2) - row_bytes(1),
-        rows * row_bytes(capacity),
-        peak,
+        demand.row_bytes(2) - demand.row_bytes(1),
+        rows * demand.row_bytes(capacity),
+        demand.peak,
         demand(batch_rows, capacity),
         free,
         (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) <= free, 20)) >> 1,
@@ -161,6 +154,27 @@ class _Demand(NamedTuple):
         more_slots = self.longer * (capacity / self.capacity - 1)
         temporary = max(0, math.ceil(self.peak + more_rows + more_slots))
         return self.weights + max(caches + temporary, math.ceil(caches / memory.CACHE_SHARE))
+
+
+def _measure_demand(
+    found: WeightShapes,
+    compute: np.dtype,
+    weights: int,
+    data: int,
+    rows: int,
+    capacity: int,
+    dtype: np.dtype,
+    draft: int,
+) -> _Demand:
+    """Return the demand of programs that are measured for `rows` on a device, twice the rows, and twice the capacity.
+
+    Decoding takes less than prefill, but for the logits of drafted tokens.
+    """
+    measured = ((rows, capacity), (2 * rows, capacity), (rows, 2 * capacity))
+    prefill, wider, longer = (measure_prefill(found, compute, *sizes, dtype, draft) for sizes in measured)
+    peak = prefill + rows * draft * found.cfg.vocab_size * memory.VOCABULARY_BYTES
+    row_bytes = partial(memory.compute_row_bytes, found.cfg, dtype=dtype, drafts=draft)
+    return _Demand(row_bytes, weights, data, rows, capacity, peak, wider - prefill, longer - prefill)
 
 
 def measure_prefill(

@@ -45,27 +45,23 @@ def require_device() -> None:
 def enable_cache() -> None:
     """Cache compiled programs in the user's cache folder, unless JAX is already configured to use another or none."""
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
-        folder = find_user_folder("XDG_CACHE_HOME", ".cache")
-        if folder is None:
-            _warn_uncached("there is no home folder")
-        elif _is_writable(folder / "compiled"):
-            jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-
-
-def _is_writable(folder: Path) -> bool:
-    """Create `folder` and return whether it is writable; warn if not."""
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return True
-    _warn_uncached(f"{folder} is not writable")
-    return False
+        folder = _make_cache_folder()
+        if folder is not None:
+            jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 @functools.cache
-def _warn_uncached(reason: str) -> None:
-    """Log once that compiled programs are not cached."""
+def _make_cache_folder() -> Path | None:
+    """Create the cache folder and return it; if that is impossible, warn and return None."""
+    folder = find_user_folder("XDG_CACHE_HOME", ".cache")
+    reason = "there is no home folder" if folder is None else f"{folder} is not writable"
+    with contextlib.suppress(OSError):
+        if folder is not None:
+            (folder / "compiled").mkdir(parents=True, exist_ok=True)
+            if os.access(folder / "compiled", os.W_OK):
+                return folder / "compiled"
     LOG.warning("compiled programs are not cached: %s; set JAX_COMPILATION_CACHE_DIR to another folder", reason)
+    return None
 
 
 def is_cache_enabled() -> bool:

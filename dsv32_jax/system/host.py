@@ -1,4 +1,4 @@
-"""What the machine offers this process: free memory, cores, instructions."""
+"""Resources of the machine: free memory, cores, instructions."""
 
 import functools
 import os

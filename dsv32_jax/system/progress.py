@@ -1,6 +1,5 @@
 """Progress of a job on stderr, as a bar on a terminal, lines in a log or JSON lines for a program; sizes as text."""
 
-import contextlib
 import json
 import re
 import sys
@@ -61,7 +60,7 @@ def ignore_progress(progress: Progress) -> None:
 
 
 class ByteMeter:
-    """Adds up bytes read and bytes written, and reports their mean as progress; `ready` were there at the start."""
+    """Adds up bytes read and bytes written, and reports their mean as progress; `ready` bytes were there before."""
 
     def __init__(self, report: Callable[[Progress], None], total: int, ready: int):
         self._report, self._total = report, total
@@ -85,14 +84,6 @@ class ByteMeter:
         self._report(Progress((self._read + self._written) // 2, self._total, self._leaf))
 
 
-class Pace(NamedTuple):
-    """Bytes a second since the start, seconds left (None before the rate is known), bytes of memory in use."""
-
-    rate: float
-    eta_s: float | None
-    rss: int
-
-
 class Reporter:
     """A job's channel to its user, in lines: progress every few seconds, warnings, the error that ends it."""
 
@@ -104,37 +95,33 @@ class Reporter:
         now = time.monotonic()
         if self._total != progress.total:
             self._ready, self._total, self._start = progress.done, progress.total, now
-            self._write_start(progress)
+            self._show_start(progress)
         if now - self._last >= INTERVAL or progress.done == progress.total:
             self._last = now
-            self._write_progress(progress, self._pace(progress, now))
+            rate = (progress.done - self._ready) / max(now - self._start, 1e-3)
+            self._show(progress, rate, (progress.total - progress.done) / rate if rate > 0 else None)
 
-    def _write_start(self, progress: Progress) -> None:
+    def _show_start(self, progress: Progress) -> None:
         if progress.done:
             self._write(f"continuing: {format_size(progress.done)} of {format_size(progress.total)} are there")
 
-    def _pace(self, progress: Progress, now: float) -> Pace:
-        rate = (progress.done - self._ready) / max(now - self._start, 1e-3)
-        left = (progress.total - progress.done) / rate if rate > 0 else None
-        return Pace(rate, left, get_resident_memory())
-
-    def _write_progress(self, progress: Progress, pace: Pace) -> None:
-        percent = 100 * progress.done / max(progress.total, 1)
-        left = "" if pace.eta_s is None else f"  {format_duration(pace.eta_s)} left"
+    def _show(self, progress: Progress, rate: float, seconds_left: float | None) -> None:
+        left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
         self._write(
-            f"{percent:5.1f} %  {format_size(progress.done)} of {format_size(progress.total)}  "
-            f"{format_size(pace.rate)}/s{left}  memory {format_size(pace.rss)}  {progress.leaf}"
+            f"{100 * progress.done / max(progress.total, 1):5.1f} %  {format_size(progress.done)} of "
+            f"{format_size(progress.total)}  {format_size(rate)}/s{left}  "
+            f"memory {format_size(get_resident_memory())}  {progress.leaf}"
         )
 
     def event(self, name: str, **facts: Any) -> None:
-        """Write nothing: events are for programs."""
+        """Report an event that only programs are told."""
 
     def warning(self, message: str) -> None:
-        """Write something the user may want to look into while the job goes on."""
+        """Report something to look into while the job goes on."""
         self._write(f"warning: {message}")
 
     def error(self, message: str, code: int) -> None:
-        """Write why the job ends."""
+        """Report why the job ends, with this exit code."""
         self._write(f"error: {message}")
 
     def final_message(self, message: str, code: int) -> bytes:
@@ -151,26 +138,22 @@ class Reporter:
 class JsonReporter(Reporter):
     """Writes one JSON object a line."""
 
-    def event(self, name: str, **facts: Any) -> None:
-        """Write an event with its facts."""
-        self._write(json.dumps({"event": name, **facts}))
-
-    def _write_start(self, progress: Progress) -> None:
+    def _show_start(self, progress: Progress) -> None:
         self.event("continue" if progress.done else "begin", done=progress.done, total=progress.total)
 
-    def _write_progress(self, progress: Progress, pace: Pace) -> None:
-        self.event("progress", **progress._asdict(), **pace._asdict())
+    def _show(self, progress: Progress, rate: float, seconds_left: float | None) -> None:
+        self.event("progress", **progress._asdict(), rate=rate, eta_s=seconds_left, rss=get_resident_memory())
+
+    def event(self, name: str, **facts: Any) -> None:
+        self._write(json.dumps({"event": name, **facts}))
 
     def warning(self, message: str) -> None:
-        """Write a warning as an event."""
         self.event("warning", message=message)
 
     def error(self, message: str, code: int) -> None:
-        """Write the error as an event, with the exit code."""
         self.event("error", message=message, code=code)
 
     def final_message(self, message: str, code: int) -> bytes:
-        """Return the event of an interruption."""
         return json.dumps({"event": "interrupted", "message": message, "code": code}).encode() + b"\n"
 
 
@@ -179,36 +162,32 @@ class BarReporter(Reporter):
 
     def __init__(self):
         super().__init__()
-        self._stack = contextlib.ExitStack()
         self._bar: Any = None
 
     def __call__(self, progress: Progress) -> None:
         if self._bar is None:
-            self._bar = self._stack.enter_context(_make_bar())
+            self._bar = _make_bar()
+            self._bar.start()
             self._task = self._bar.add_task("", total=progress.total, completed=progress.done, memory="")
-        memory = f"memory {format_size(get_resident_memory())}"
         done = {"completed": progress.done, "total": progress.total, "description": progress.leaf}
-        self._bar.update(self._task, **done, memory=memory)
+        self._bar.update(self._task, **done, memory=f"memory {format_size(get_resident_memory())}")
 
     def warning(self, message: str) -> None:
-        """Write a warning above the bar."""
         if self._bar is None:
             super().warning(message)
         else:
             self._bar.console.print(_encodable(f"warning: {message}"), markup=False, highlight=False)
 
     def error(self, message: str, code: int) -> None:
-        """Remove the bar and write why the job ends."""
         self.close()
         super().error(message, code)
 
     def final_message(self, message: str, code: int) -> bytes:
-        """Return the message, after the sequence that shows the cursor again."""
-        return b"\x1b[?25h" + super().final_message(message, code)
+        return b"\x1b[?25h" + super().final_message(message, code)  # show the cursor again
 
     def close(self) -> None:
-        """Remove the bar."""
-        self._stack.close()
+        if self._bar is not None:
+            self._bar.stop()
 
 
 def make_reporter(as_json: bool = False) -> Reporter:
@@ -222,15 +201,18 @@ def _encodable(text: str) -> str:
 
 
 def _make_bar() -> Any:
-    from rich import console, progress
+    """Return a bar on one line: the name gives way first, then the bar."""
+    from rich import console, progress, table
 
     return progress.Progress(
-        progress.BarColumn(),
+        progress.TaskProgressColumn(),
+        progress.BarColumn(bar_width=None, table_column=table.Column(ratio=1)),
         progress.DownloadColumn(),
         progress.TransferSpeedColumn(),
         progress.TimeRemainingColumn(),
         progress.TextColumn("{task.fields[memory]}", markup=False),
-        progress.TextColumn("{task.description}", markup=False),
+        progress.TextColumn("{task.description}", markup=False, table_column=table.Column(ratio=1, no_wrap=True)),
         console=console.Console(stderr=True),
         transient=True,
+        expand=True,
     )
