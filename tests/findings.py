@@ -19,9 +19,9 @@ from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax import chat
-from dsv32_jax.checkpoint.arrays import dtype_of
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.random_checkpoint import write
+from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.evaluation.corpus import Corpus, build_corpus
 from dsv32_jax.evaluation.divergence import TokenDivergence, compare, summarize
 from dsv32_jax.evaluation.estimate import Estimate, estimate_mean

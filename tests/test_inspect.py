@@ -74,7 +74,7 @@ def test_one_expert_is_its_part_of_the_bank(folders, name):
 
 def test_one_expert_is_read_alone(folders, monkeypatch):
     """Not a byte of the other experts of a converted bank."""
-    arrays, asked = folders["nvfp4"]._reader._arrays, []
+    arrays, asked = folders["nvfp4"]._reader._reader, []
     count = len(folders["nvfp4"].weight(BANK).parts)
     read = arrays.read
     monkeypatch.setattr(arrays, "read", lambda key, *rows: asked.append(rows) or read(key, *rows))
@@ -153,7 +153,7 @@ def test_misuse(folders, tmp_path, monkeypatch):
         inspect.placement(folder.config, BANK, "expert=5")
     with pytest.raises(CheckpointError):
         inspect.Folder(tmp_path)
-    arrays = folder._reader._arrays
+    arrays = folder._reader._reader
     read = arrays.read
     with monkeypatch.context() as patch:
         patch.setattr(arrays, "read", lambda *key: read(*key).copy() * 0)

@@ -34,8 +34,8 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_JAX = (
     "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
-    "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.chunks checkpoint.arrays "
-    "checkpoint.chunked_writer checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
+    "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.reader checkpoint.writer "
+    "checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.placements bench.measure chat.encoding "
     "chat.parsing chat.tokenizer chat.conversation cli.parsers cli.screen cli.keyboard"
 ).split()
@@ -171,7 +171,7 @@ def test_an_upward_import_is_seen():
     for line in ("from ..model.model import Model", "import dsv32_jax.model.model", "from .. import model"):
         for text in (line, f"def late():\n    {line}"):
             assert rooms_used(text, "dsv32_jax", "kernels.reference") == {"model"}, text
-    assert rooms_used("from . import arrays", "dsv32_jax", "checkpoint.store") == {"checkpoint"}
+    assert rooms_used("from . import manifest", "dsv32_jax", "checkpoint.reader") == {"checkpoint"}
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:

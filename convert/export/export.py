@@ -21,7 +21,7 @@ from ..names import fold_names
 from ..plan.limits import require_disk_space
 from ..plan.output import LOCK, copy_companions, lock_folder, require_apart
 from ..read.source import CONFIG
-from ..verify.converted import Converted, Group, Weight, nbytes_of, raise_damaged
+from ..verify.converted import Converted, Group, Weight, raise_damaged
 from . import sharing_scales
 from .encode import Encoder
 from .quantization import compressed_tensors, modelopt
@@ -173,7 +173,7 @@ class _Export:
 
     def _nbytes(self, group: Group) -> int:
         """Bytes that are read for `group`; a copy is read again."""
-        return sum(nbytes_of(self.converted.expected[key]) for key in self.converted.keys(group))
+        return sum(self.converted.expected[key].nbytes for key in self.converted.keys(group))
 
     def _target(self, weight: Weight) -> Target:
         formats = weight.formats

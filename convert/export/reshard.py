@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv32_jax.checkpoint.arrays import FOLDER, Key
-from dsv32_jax.checkpoint.checksums import files
-from dsv32_jax.checkpoint.manifest import JOURNAL, Manifest, digest, is_complete
+from dsv32_jax.checkpoint.checksums import list_files
+from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, Manifest, digest, is_complete
+from dsv32_jax.checkpoint.reader import Key
+from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.errors import OutputExistsError, VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
@@ -20,7 +21,7 @@ from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.limits import require_disk_space
 from ..plan.output import copy_companions, lock_folder, require_apart, require_ours
-from ..verify.converted import Converted, find_damage, nbytes_of
+from ..verify.converted import Converted
 from ..write.journal import Journal, Part, manifest_basis
 from ..write.provenance import describe_array
 
@@ -42,7 +43,7 @@ def reshard(
     converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
-    if damaged := find_damage(converted.arrays, converted.expected):
+    if damaged := converted.arrays.problems():
         text = "\n  ".join(damaged)
         raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
     require_apart(converted.folder, out)
@@ -52,11 +53,17 @@ def reshard(
         if is_complete(out):
             return _read_finished(out, plan)
         journal = Journal(out, plan, converted.folder.name, {**manifest_basis(converted.manifest), "mesh": sizes})
-        journal.reconcile(out / FOLDER)
+        journal.reconcile(out / WEIGHTS)
         _write_parts(converted, out, sizes, journal, progress)
-        storage = {"files": files(out, copy_companions(converted.folder, out)), "mesh": sizes}
+        written = journal.entries
+        entries = {
+            path: dataclasses.replace(entry, arrays=written[path].arrays) if path in written else entry
+            for path, entry in converted.manifest.leaves.items()
+        }
+        companions = copy_companions(converted.folder, out)
+        storage = {"files": list_files(out, companions, entries), "mesh": sizes}
         source = {**converted.manifest.source, "plan": plan}
-        manifest = dataclasses.replace(converted.manifest, source=source, storage=storage)
+        manifest = dataclasses.replace(converted.manifest, leaves=entries, source=source, storage=storage)
         journal.complete(manifest)
         return manifest
 
@@ -74,12 +81,10 @@ def _write_parts(
     converted: Converted, out: Path, mesh: dict[str, int], journal: Journal, progress: Callable[[Progress], None]
 ) -> None:
     """Copy every part that is not on disk yet, under the same name."""
-    from dsv32_jax.checkpoint.store import Writer
-
     parts: dict[str, list[Key]] = {}
-    for key in converted.expected:
-        parts.setdefault(converted.arrays.stored[key].part, []).append(key)
-    sizes = {part: sum(nbytes_of(converted.expected[key]) for key in keys) for part, keys in parts.items()}
+    for key, entry in converted.expected.items():
+        parts.setdefault(entry.part, []).append(key)
+    sizes = {part: sum(converted.expected[key].nbytes for key in keys) for part, keys in parts.items()}
     done = sum(size for part, size in sizes.items() if part in journal.parts)
     require_disk_space(out, converted.nbytes - done)
     progress(Progress(done, converted.nbytes, ""))
@@ -87,9 +92,9 @@ def _write_parts(
     writer = Writer(out, partition.by_mesh(mesh, leaves(converted.config)))
     for part in sorted(parts.keys() - journal.parts.keys()):
         journal.begin(part)
-        writer.save(part, {key: _read(converted, key) for key in parts[part]})
-        entries = {path: converted.manifest.leaves[path] for path, _ in parts[part]}
-        journal.add(Part(part, {path: dataclasses.replace(e, passport=None) for path, e in entries.items()}, {}, {}))
+        places = writer.save(part, {key: _read(converted, key) for key in parts[part]})
+        entries = {path: converted.manifest.leaves[path].at(path, places) for path, _ in parts[part]}
+        journal.add(Part(part, {path: dataclasses.replace(e, origin=None) for path, e in entries.items()}, {}, {}))
         done += sizes[part]
         progress(Progress(done, converted.nbytes, min(entries)))
     writer.finish()

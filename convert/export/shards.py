@@ -10,8 +10,8 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from dsv32_jax.checkpoint.arrays import raw
 from dsv32_jax.checkpoint.manifest import sync_folder
+from dsv32_jax.checkpoint.reader import raw
 
 from ..read.safetensors import DTYPES
 from ..read.source import INDEX

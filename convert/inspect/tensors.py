@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.checkpoint.arrays import FOLDER, raw
-from dsv32_jax.checkpoint.manifest import Manifest, is_converted
+from dsv32_jax.checkpoint.manifest import WEIGHTS, Manifest, is_converted
+from dsv32_jax.checkpoint.reader import raw
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.quantization.quantize import E2M1, E4M3
 from dsv32_jax.system.files import expand_path
@@ -19,7 +19,7 @@ from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..read.weights import StoredWeight, detect
 from ..transform.requantize import count_odd_scales
-from ..verify.converted import Converted, nbytes_of, raise_damaged
+from ..verify.converted import Converted, raise_damaged
 from ..write.provenance import amax
 
 PIECE = 1 << 20
@@ -69,9 +69,8 @@ def _list_converted(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
     for key, entry in converted.expected.items():
         name = ".".join(key)
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(key[0], pattern):
-            info = converted.arrays.stored.get(key)
-            place = "missing" if info is None else f"{FOLDER}/{info.part}"
-            yield _row(name, entry.dtype, entry.shape, nbytes_of(entry), place)
+            place = "missing" if converted.arrays.problems([key]) else f"{WEIGHTS}/{entry.part}"
+            yield _row(name, entry.dtype, entry.shape, entry.nbytes, place)
 
 
 def _row(name: str, dtype: str, shape: tuple[int, ...], nbytes: int, place: str) -> dict[str, Any]:

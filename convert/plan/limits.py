@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dsv32_jax.checkpoint.chunks import LARGEST as CHUNK_BYTES
+from dsv32_jax.checkpoint.reader import SLAB_BYTES
 from dsv32_jax.errors import CapacityError, argument, require_integer
 from dsv32_jax.system.host import count_cores, get_free_memory
 from dsv32_jax.system.progress import format_size, parse_size
@@ -24,7 +24,7 @@ from .plan import PlannedLeaf
 PROGRAM = 448 << 20
 """Bytes of Python, NumPy, JAX, Orbax, and what malloc keeps (measured: 0.35 to 0.42 GB)."""
 
-FIXED = PROGRAM + CHUNK_BYTES
+FIXED = PROGRAM + 4 * SLAB_BYTES
 """Bytes that every conversion needs."""
 
 GROUP_BYTES = 256 << 20

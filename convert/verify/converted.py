@@ -1,26 +1,23 @@
 """A converted checkpoint weight by weight: for each weight of the source, the components of the parameters it became.
 
 Every array is hashed while it is read, so whoever uses the weights learns of damage. Memory: one group, or where
-experts are stacked about `arrays.SLAB_BYTES` of each component.
+experts are stacked about `reader.SLAB_BYTES` of each component.
 """
 
 import hashlib
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from dsv32_jax.checkpoint.arrays import FOLDER, Arrays, Key, raw
-from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Manifest
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.checkpoint.provenance import SourceTensor
+from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
-from dsv32_jax.errors import StorageError, VerificationError, listing
+from dsv32_jax.errors import CheckpointError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.system.files import expand_path
-
-from ..read.safetensors import NUMPY_DTYPES
 
 Components = dict[str, np.ndarray]
 """The arrays of one parameter, or of one expert of it, by component (manifest.COMPONENTS)."""
@@ -61,14 +58,14 @@ class Converted:
         self.folder = expand_path(folder).absolute()
         self.manifest = Manifest.read(self.folder)
         self.config = Config.from_dict(self.manifest.config, f"the config in {self.folder.name}'s manifest")
-        self.arrays = Arrays(self.folder)
-        self.expected = list_arrays(self.manifest.leaves)
+        self.arrays = Reader(self.folder, self.manifest.leaves)
+        self.expected = self.arrays.entries
         self._scales: dict[Key, np.ndarray] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
-        return sum(map(nbytes_of, self.expected.values()))
+        return sum(entry.nbytes for entry in self.expected.values())
 
     @property
     def groups(self) -> list[Group]:
@@ -100,9 +97,8 @@ class Converted:
         return {name: (path, name) for name in self.manifest.leaves[path].arrays}
 
     def is_readable(self, group: Group) -> bool:
-        """Whether all arrays of `group` exist with the recorded dtypes and shapes."""
-        found = ((self.arrays.stored.get(key), self.expected[key]) for key in self.keys(group))
-        return all(info is not None and (info.dtype, info.shape) == (e.dtype, e.shape) for info, e in found)
+        """Whether all arrays of `group` exist with the recorded sizes."""
+        return not self.arrays.problems(self.keys(group))
 
     def read(self, group: Group, on_damage: Callable[[str], None]) -> Iterator[tuple[Weight, list[Components]]]:
         """Read each weight of `group`, with the components of its parameters (of its expert).
@@ -120,7 +116,7 @@ class Converted:
                 keys = [self._keys(leaf) for leaf in group.leaves]
                 parts = [{name: self._read_whole(key, digests) for name, key in of_leaf.items()} for of_leaf in keys]
                 yield group.weights[0], parts
-        except StorageError as error:
+        except (CheckpointError, StorageError) as error:
             on_damage(str(error))
             return
         for key, digest in digests.items():
@@ -128,7 +124,7 @@ class Converted:
 
     def _read_experts(self, key: Key, digests) -> Iterator[np.ndarray]:
         """A stack expert by expert, read in slabs of whole chunks."""
-        for _, slab in self.arrays.slabs(key):
+        for slab in self.arrays.slabs(key):
             digests[key].update(raw(slab))
             yield from slab
 
@@ -141,9 +137,9 @@ class Converted:
         """Read one array slab by slab; call `on_damage` where it does not match its SHA-256."""
         digest = hashlib.sha256()
         try:
-            for _, slab in self.arrays.slabs(key):
+            for slab in self.arrays.slabs(key):
                 digest.update(raw(slab))
-        except StorageError as error:
+        except (CheckpointError, StorageError) as error:
             on_damage(str(error))
             return
         self._compare(key, digest.hexdigest(), on_damage)
@@ -167,34 +163,6 @@ class Converted:
         return self.expected[self._keys(weight.leaves[0])["values"]].dtype
 
 
-def list_arrays(entries: Mapping[str, LeafEntry]) -> dict[Key, ArrayEntry]:
-    """The arrays of a manifest's parameters."""
-    return {(path, name): array for path, entry in entries.items() for name, array in entry.arrays.items()}
-
-
-def find_damage(arrays: Arrays, expected: Mapping[Key, ArrayEntry]) -> list[str]:
-    """List parts that cannot be read and arrays that are missing, unexpected, or of another dtype or shape. Reads no
-    values."""
-    found = arrays.stored
-    problems = [f"{FOLDER}/{part} cannot be read: {why}" for part, why in sorted(arrays.problems.items())]
-    for key, entry in expected.items():
-        if key not in found:
-            problems.append(f"{'.'.join(key)} is missing")
-        elif (found[key].dtype, found[key].shape) != (entry.dtype, entry.shape):
-            is_now = f"{found[key].dtype} {list(found[key].shape)}"
-            problems.append(f"{arrays.where(key)} is {is_now} instead of {entry.dtype} {list(entry.shape)}")
-    return problems + [f"{arrays.where(key)} is not in the manifest" for key in sorted(set(found) - set(expected))]
-
-
-def require_readable(folder: Path, entries: Mapping[str, LeafEntry]) -> None:
-    """Raise StorageError where arrays that were written cannot be found again by the reader that `load` uses."""
-    if problems := find_damage(Arrays(folder), list_arrays(entries)):
-        raise StorageError(
-            f"{folder} cannot be read back, so it was not completed: {listing(problems)}. "
-            "Write to another folder or disk"
-        )
-
-
 def raise_damaged(message: str) -> None:
     """Raise VerificationError: for readers that must not use damaged arrays."""
     raise VerificationError(f"{message}; nothing of it was used. `dsv32 verify` lists all damage")
@@ -203,8 +171,3 @@ def raise_damaged(message: str) -> None:
 def _module_of(name: str) -> str:
     """The common beginning of the names of a weight and of its scales."""
     return name.rpartition(".")[0]
-
-
-def nbytes_of(entry: ArrayEntry) -> int:
-    """Bytes of one array."""
-    return math.prod(entry.shape) * NUMPY_DTYPES[entry.dtype].itemsize

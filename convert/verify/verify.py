@@ -12,10 +12,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv32_jax.checkpoint.arrays import raw
 from dsv32_jax.checkpoint.checksums import damaged_files, require_manifest
 from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
 from dsv32_jax.checkpoint.provenance import SourceTensor
+from dsv32_jax.checkpoint.reader import raw
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
@@ -25,7 +25,7 @@ from ..names import fold_lines, fold_names
 from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
 from . import inverse
-from .converted import Components, Converted, Group, Weight, find_damage, nbytes_of
+from .converted import Components, Converted, Group, Weight
 
 LEVELS = ("quick", "full")
 MOST_WORKERS = 8
@@ -71,7 +71,6 @@ def verify(
     start = time.perf_counter()
     converted = _open(expand_path(folder).absolute())
     damaged = damaged_files(converted.folder, converted.manifest)
-    damaged += find_damage(converted.arrays, converted.expected)
     source = None if against is None else Source(expand_path(against).absolute())
     proof = _Proof(converted, source, progress)
     if level == "full":
@@ -171,7 +170,7 @@ class _Proof:
             for weight, parts in self._converted.read(group, self.damaged.append):
                 self._check_weight(weight, parts)
         with self._lock:
-            self._done += sum(map(nbytes_of, entries))
+            self._done += sum(entry.nbytes for entry in entries)
             self._progress(Progress(self._done, self._converted.nbytes, group.leaves[0].path))
 
     def _check_weight(self, weight: Weight, parts: list[Components]) -> None:

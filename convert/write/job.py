@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from dsv32_jax.checkpoint.arrays import FOLDER
-from dsv32_jax.checkpoint.checksums import files
-from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest, is_complete
-from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, writing_failed
+from dsv32_jax.checkpoint.checksums import changed_files, list_files
+from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
+from dsv32_jax.checkpoint.writer import Writer
+from dsv32_jax.errors import CheckpointError, OutputExistsError, VerificationError, listing, writing_failed
 from dsv32_jax.parallel import partition
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
@@ -67,6 +67,11 @@ def _read_finished(prepared: Prepared) -> Manifest:
             f"yourself. The differences: {listing(changed)}"
         )
     require_same_bytes(prepared.source, manifest.leaves.values())
+    if damaged := changed_files(dst, manifest):
+        raise VerificationError(
+            f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
+            "folder and convert again, or convert to another one"
+        )
     (dst / JOURNAL).unlink(missing_ok=True)
     return manifest
 
@@ -77,14 +82,12 @@ def _begin_or_resume(prepared: Prepared) -> Journal:
     journal = Journal(dst, prepared.digest, source.folder.name, prepared.basis, source.stamps)
     touched = [name for name, stamp in source.stamps.items() if journal.stamps.get(name) != stamp]
     require_same_bytes(source, journal.entries.values(), touched)
-    journal.reconcile(dst / FOLDER)
+    journal.reconcile(dst / WEIGHTS)
     return journal
 
 
 def _write_parts(prepared: Prepared, journal: Journal, progress: Callable[[Progress], None]) -> None:
     """Write every parameter that is not on disk yet: read, cut, hash, save, and note each part in the journal."""
-    from dsv32_jax.checkpoint.store import Writer
-
     source, dst, planned = prepared.source, prepared.dst, prepared.plan
     done = journal.entries
     missing = [leaf for leaf in planned.leaves if leaf.leaf.path not in done]
@@ -143,7 +146,7 @@ def _finish(prepared: Prepared, journal: Journal) -> Manifest:
         source=_describe_source(prepared),
         report=_report(planned, journal, entries, companions),
         versions=_versions(),
-        storage={"files": files(dst, companions), "mesh": prepared.mesh},
+        storage={"files": list_files(dst, companions, entries), "mesh": prepared.mesh},
     )
     journal.complete(manifest)
     return manifest

@@ -14,15 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.arrays import UNFINISHED
+from dsv32_jax.checkpoint.checksums import STRAYS, require_written
 from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest, leaf_dict, parse_leaf
+from dsv32_jax.checkpoint.writer import UNFINISHED
 from dsv32_jax.errors import OutputExistsError, listing
 from dsv32_jax.system.files import hash_chunks, remove_abandoned, write_file
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..transform.requantize import ErrorStats
-from ..verify.converted import require_readable
 
 PROBE_BYTES = 16 << 20
 """Largest tensor that is read again in each file before a conversion continues."""
@@ -80,12 +80,13 @@ class Journal:
     def reconcile(self, weights: Path) -> None:
         """Forget parts whose folder in `weights` is gone, and remove what killed runs left of unfinished ones.
 
-        Raises OutputExistsError where anything else lies in `weights`.
+        Raises OutputExistsError where anything else lies in `weights`, but for strays of file managers.
         """
         try:
-            found = {} if weights.is_symlink() else {entry.name: entry for entry in os.scandir(weights)}
+            entries = [] if weights.is_symlink() else list(os.scandir(weights))
         except FileNotFoundError:
-            found = {}
+            entries = []
+        found = {entry.name: entry for entry in entries if not entry.name.startswith(STRAYS)}
         ours = {name for name, entry in found.items() if self._is_ours(entry)}
         if weights.is_symlink() or ours != found.keys():
             foreign = listing(sorted(found.keys() - ours)) or "it is a link"
@@ -130,7 +131,7 @@ class Journal:
 
     def complete(self, manifest: Manifest) -> None:
         """Make the folder a converted checkpoint, once it was read back: write its manifest, remove the journal."""
-        require_readable(self.file.parent, manifest.leaves)
+        require_written(self.file.parent, manifest)
         manifest.write(self.file.parent)
         self.file.unlink()
 

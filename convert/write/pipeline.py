@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
-from dsv32_jax.checkpoint.manifest import LeafEntry
+from dsv32_jax.checkpoint.manifest import LeafEntry, Place
 
 from ..plan.limits import FIXED, Budget, Group, fits_beside, size_of
 from ..plan.plan import PlannedLeaf
@@ -26,9 +26,10 @@ R = TypeVar("R")
 
 
 class Writer(Protocol):
-    """Writes the arrays of a part, by parameter and component (`dsv32_jax.checkpoint.store.Writer`)."""
+    """Writes the arrays of a part, by parameter and component, and returns where they lie
+    (`dsv32_jax.checkpoint.writer.Writer`)."""
 
-    def save(self, part: str, group: dict[tuple[str, str], np.ndarray]) -> None: ...
+    def save(self, part: str, arrays: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], Place]: ...
 
 
 class _Write(NamedTuple):
@@ -36,16 +37,17 @@ class _Write(NamedTuple):
 
     name: str
     nbytes: int
-    saved: Future[None]
+    saved: Future[dict[tuple[str, str], Place]]
     described: dict[str, Future[tuple[LeafEntry, dict[str, int]]]]
     outcomes: dict[str, ErrorStats]
 
     def result(self) -> tuple[Part, int]:
         """Wait until the part is on disk; the part and its bytes."""
-        self.saved.result()
+        places = self.saved.result()
         entries, counts = {}, collections.Counter[str]()
         for path, future in self.described.items():
-            entries[path], found = future.result()
+            entry, found = future.result()
+            entries[path] = entry.at(path, places)
             counts.update(found)
         return Part(self.name, entries, dict(counts), self.outcomes), self.nbytes
 
@@ -148,9 +150,8 @@ class Pipeline:
         saved = self._disk.submit(self._save, name, arrays)
         return _Write(name, size_of(group), saved, described, self._requantizer.take_errors())
 
-    def _save(self, name: str, arrays: dict[tuple[str, str], np.ndarray]) -> None:
-        if arrays:
-            self._writer.save(name, arrays)
+    def _save(self, name: str, arrays: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], Place]:
+        return self._writer.save(name, arrays) if arrays else {}
 
 
 def _map_bounded(pool: ThreadPoolExecutor, window: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

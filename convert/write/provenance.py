@@ -106,7 +106,7 @@ def describe(
             for tensor in stored.tensors
         ),
     )
-    return LeafEntry(entry.format, entry.arrays, entry.same_as, passport), scales
+    return LeafEntry(entry.format, entry.arrays, entry.same_as, passport.to_json()), scales
 
 
 def describe_change(planned: PlannedLeaf) -> str:

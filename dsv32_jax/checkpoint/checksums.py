@@ -1,59 +1,77 @@
-"""Whether the files of a converted checkpoint are those that were written. Nothing here needs JAX.
+"""Whether the files of a converted checkpoint are those that were written. Needs no JAX.
 
-The manifest lists every file with its size. All but large ones of the store are listed with their SHA-256 too: in those
-lie the arrays, each of which has its own.
+Every byte is covered: an array's file is the bytes of the array, which has its SHA-256 in the manifest; every other
+file is listed there with its size and SHA-256; and the manifest's first line has the SHA-256 of the rest.
 """
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from ..errors import CheckpointError, VerificationError, listing
-from .arrays import Key, raw
-from .manifest import FILE, LeafEntry, Manifest
-from .manifest_text import is_sealed
+from ..errors import CheckpointError, StorageError, VerificationError, listing
+from ..system import host
+from .manifest import FILE, WEIGHTS, LeafEntry, Manifest, is_sealed
+from .reader import Key, Reader, raw
+from .writer import metadata_files
 
-SMALL = 1 << 20
-"""Bytes of the largest file of the store that is listed with its SHA-256."""
-
-WEIGHTS = "weights/"
+STRAYS = (".DS_Store", "._")
+"""The beginnings of the names of files that file managers leave anywhere; they are neither content nor damage."""
 
 
-def files(folder: str | Path, companions: Iterable[str]) -> dict[str, list]:
-    """The checkpoint's files by their paths below `folder`, its `companions` and those of the store's parts: size, and
-    SHA-256, or None of a large one of the store. What else lies there is not the checkpoint's."""
-    found = {name: Path(folder, name) for name in companions}
-    for part in (entry for entry in Path(folder, WEIGHTS).iterdir() if entry.is_dir()):
-        found |= {f"{WEIGHTS}{part.name}/{name}": file for name, file in _walk(part)}
-    return {
-        name: [size := file.stat().st_size, None if size > SMALL and name.startswith(WEIGHTS) else _sha256(file)]
-        for name, file in found.items()
-    }
+def list_files(folder: str | Path, companions: Iterable[str], leaves: Mapping[str, LeafEntry]) -> dict[str, list]:
+    """Return size and SHA-256 of the checkpoint's files that hold no array: `companions`, and the weights' metadata."""
+    reader = Reader(folder, leaves)
+    return {name: _measure(reader, name) for name in (*companions, *metadata_files(reader.entries))}
+
+
+def changed_files(folder: str | Path, manifest: Manifest) -> list[str]:
+    """Return what is wrong with the files that `manifest` lists. Of those that hold arrays only the sizes are read."""
+    reader = Reader(folder, manifest.leaves)
+    problems = reader.problems()
+    for name, (size, sha256) in manifest.storage.get("files", {}).items():
+        try:
+            if _measure(reader, name, size)[1] != sha256:
+                problems.append(f"{name} has changed")
+        except (CheckpointError, StorageError) as error:
+            problems.append(str(error))
+    return sorted(problems)
 
 
 def damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
-    """What is wrong with the files of `folder`, measured against `manifest`; reads only small ones."""
-    folder, recorded = Path(folder), manifest.storage.get("files", {})
-    found = set(recorded) | {WEIGHTS + name for name, _ in _walk(folder / WEIGHTS)}
-    return [problem for name in sorted(found) for problem in _differences(name, folder / name, recorded.get(name))]
+    """Return the same, and the files among the weights that `manifest` does not list."""
+    reader, known = Reader(folder, manifest.leaves), set(manifest.storage.get("files", {}))
+    known |= {name for entry in reader.entries.values() for name in entry.place.files}
+    found = {Path(root, name) for root, _, names in os.walk(reader.folder / WEIGHTS) for name in names}
+    found = {file.relative_to(reader.folder).as_posix() for file in found if not file.name.startswith(STRAYS)}
+    surplus = [f"{name} does not belong to the checkpoint" for name in found - known]
+    return sorted([*changed_files(folder, manifest), *surplus])
 
 
-def require_weights(folder: str | Path, manifest: Manifest) -> None:
-    """Raise CheckpointError that lists every file of the store which is missing or has another size; none is read."""
-    recorded = {name: [size, None] for name, (size, _) in manifest.storage.get("files", {}).items()}
-    problems = [
-        problem
-        for name, entry in recorded.items()
-        if name.startswith(WEIGHTS)
-        for problem in _differences(name, Path(folder, name), entry)
-    ]
-    if problems:
-        raise CheckpointError(
-            f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: {listing(problems)}. "
-            "Copy the folder again, or convert again"
-        )
+def damaged_arrays(reader: Reader, count: Callable[[int], None] = lambda nbytes: None) -> list[str]:
+    """Return the arrays whose bytes do not have their SHA-256, read on all cores; `count` hears of bytes."""
+
+    def check(key: Key) -> str | None:
+        found = hashlib.sha256()
+        try:
+            for slab in reader.slabs(key):
+                found.update(raw(slab))
+                count(slab.nbytes)
+        except (CheckpointError, StorageError) as error:
+            return str(error)
+        return None if found.hexdigest() == reader.entries[key].sha256 else f"{reader.where(key)} has changed"
+
+    largest_first = sorted(reader.entries, key=lambda key: -reader.entries[key].nbytes)
+    with ThreadPoolExecutor(host.count_cores()) as pool:
+        return sorted(problem for problem in pool.map(check, largest_first) if problem)
+
+
+def require_written(folder: str | Path, manifest: Manifest) -> None:
+    """Raise StorageError where the files that were written for `manifest`, which is not yet there, are not what is read
+    of them: that would not be a converted checkpoint."""
+    if problems := changed_files(folder, manifest):
+        raise StorageError(f"{folder} was written and reads back as something else: {listing(problems)}")
 
 
 def require_manifest(folder: str | Path) -> None:
@@ -65,50 +83,23 @@ def require_manifest(folder: str | Path) -> None:
         )
 
 
-def require_files(folder: str | Path, manifest: Manifest) -> None:
-    """Raise VerificationError that lists every file which is not what `manifest`, or the manifest's own line, says."""
+def require_intact(folder: str | Path, manifest: Manifest, level: str) -> None:
+    """Raise VerificationError that lists everything which is not as `manifest`, or its own first line, says.
+
+    `level` "quick" compares all but the bytes of the arrays, "full" these too.
+    """
     require_manifest(folder)
-    if problems := damaged_files(folder, manifest):
+    problems = damaged_files(folder, manifest)
+    if level == "full" and not problems:
+        problems = damaged_arrays(Reader(folder, manifest.leaves))
+    if problems:
         raise VerificationError(
-            f"{len(problems)} files of {folder} are not as they were written; nothing was loaded: "
-            f"{listing(problems, len(problems))}. Copy the folder again, or convert again"
+            f"{folder} is not as it was written; nothing was loaded: {listing(problems, len(problems))}. "
+            "Copy the folder again, or convert again"
         )
 
 
-def require_arrays(folder: str | Path, entries: Mapping[str, LeafEntry], arrays: Mapping[Key, Any]) -> None:
-    """Raise VerificationError that lists every loaded array whose bytes are not those of its leaf's entry."""
-    changed = [
-        f"{path}.{name}"
-        for (path, name), array in arrays.items()
-        if hashlib.sha256(raw(array)).hexdigest() != entries[path].arrays[name].sha256
-    ]
-    if changed:
-        raise VerificationError(
-            f"{len(changed)} arrays of {folder} have changed since they were written; nothing was loaded: "
-            f"{listing(changed, len(changed))}. Copy the folder again, or convert again"
-        )
-
-
-def _differences(name: str, file: Path, entry: Sequence | None) -> list[str]:
-    if entry is None:
-        return [f"{name} does not belong to the checkpoint"]
-    if not file.is_file():
-        return [f"{name} is missing"]
-    (size, sha256), found = entry, file.stat().st_size
-    if found != size:
-        return [f"{name} has {found} bytes instead of {size}"]
-    if sha256 is not None and _sha256(file) != sha256:
-        return [f"{name} has changed"]
-    return []
-
-
-def _walk(folder: Path) -> Iterator[tuple[str, Path]]:
-    for root, _, names in os.walk(folder):
-        for name in names:
-            file = Path(root, name)
-            yield file.relative_to(folder).as_posix(), file
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _measure(reader: Reader, name: str, nbytes: int | None = None) -> list:
+    """Return the size of a file and its SHA-256."""
+    with open(reader.open_file(name, nbytes), "rb") as stream:
+        return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..checkpoint.arrays import dtype_of
 from ..checkpoint.load import ABSORBED
 from ..checkpoint.load import FORMATS as STORED
 from ..checkpoint.manifest import LeafEntry, Manifest
 from ..checkpoint.random_weights import UNQUANTIZED
+from ..checkpoint.reader import dtype_of
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
 from ..layout import COPIES, Leaf, leaves

@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint.arrays import Arrays, dtype_of, raw
 from ..checkpoint.manifest import LeafEntry, Manifest, is_converted
+from ..checkpoint.reader import Reader, raw
 from ..config import Config
 from ..errors import CapacityError, UsageError, VerificationError, listing, require, require_integer
 from ..layout import Leaf, leaves
@@ -134,7 +134,7 @@ class _ConvertedReader:
     def __init__(self, folder: Path):
         self._manifest = Manifest.read(folder)
         self.config = Config.from_dict(self._manifest.config, f"the config in {folder.name}'s manifest")
-        self._arrays = Arrays(folder)
+        self._reader = Reader(folder, self._manifest.leaves)
 
     def _entry(self, leaf: Leaf) -> tuple[str, LeafEntry]:
         home = self._manifest.leaves[leaf.path].same_as or leaf.path
@@ -142,13 +142,13 @@ class _ConvertedReader:
 
     def nbytes(self, leaf: Leaf) -> int:
         _, entry = self._entry(leaf)
-        return sum(math.prod(array.shape) * dtype_of(array.dtype).itemsize for array in entry.arrays.values())
+        return sum(array.nbytes for array in entry.arrays.values())
 
     def read(self, leaf: Leaf, expert: int | None) -> tuple[str, dict[str, np.ndarray]]:
         """Return format and components; SHA-256 is checked if they are read whole. Raises VerificationError."""
         home, entry = self._entry(leaf)
         rows = (0, None) if expert is None else (expert, expert + 1)
-        parts = {name: self._arrays.read((home, name), *rows) for name in entry.arrays}
+        parts = {name: self._reader.read((home, name), *rows) for name in entry.arrays}
         for name, part in parts.items() if expert is None else ():
             if hashlib.sha256(raw(part)).hexdigest() != entry.arrays[name].sha256:
                 raise VerificationError(f"{home}.{name} is damaged; `dsv32 verify` lists all damage")

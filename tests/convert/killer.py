@@ -95,9 +95,9 @@ def die() -> None:
 def child(request: dict, answer: int) -> None:
     """One conversion."""
     import convert
-    from dsv32_jax.checkpoint.arrays import Arrays
     from dsv32_jax.checkpoint.checksums import damaged_files
     from dsv32_jax.checkpoint.manifest import Manifest
+    from dsv32_jax.checkpoint.reader import Reader
 
     steps: list[str] = []
 
@@ -114,12 +114,11 @@ def child(request: dict, answer: int) -> None:
         if request["how"] == "trace":
             result["steps"] = list(steps)
         if request["how"] == "finish":
-            manifest, arrays = Manifest.read(request["dst"]), Arrays(request["dst"])
+            manifest = Manifest.read(request["dst"])
+            reader = Reader(request["dst"], manifest.leaves)
             assert not damaged_files(request["dst"], manifest), damaged_files(request["dst"], manifest)
-            expected = {(p, name): a.sha256 for p, leaf in manifest.leaves.items() for name, a in leaf.arrays.items()}
-            assert set(arrays.stored) == set(expected), set(arrays.stored) ^ set(expected)
-            for key, sha256 in expected.items():
-                assert hashlib.sha256(arrays.read(key).tobytes()).hexdigest() == sha256, key
+            for key, entry in reader.entries.items():
+                assert hashlib.sha256(reader.read(key).tobytes()).hexdigest() == entry.sha256, key
             result["digest"] = manifest.digest
     except Exception as error:
         result["error"] = repr(error)
@@ -130,7 +129,7 @@ def child(request: dict, answer: int) -> None:
 def main() -> None:
     os.environ["JAX_PLATFORMS"] = "cpu"
     import convert.write.job  # noqa: F401
-    import dsv32_jax.checkpoint.store  # noqa: F401
+    import dsv32_jax.checkpoint.writer  # noqa: F401
 
     for line in sys.stdin:
         request = json.loads(line)

@@ -19,7 +19,7 @@ from convert.read.safetensors import Tensor
 from convert.read.weights import StoredWeight
 from convert.transform import cut
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.checkpoint.store import Reader
+from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
@@ -35,12 +35,9 @@ GROUP = 60_000
 
 def stored(folder: Path) -> dict[str, dict[str, np.ndarray]]:
     """Every array of a converted checkpoint, by leaf."""
-    manifest, reader = Manifest.read(folder), Reader(folder)
-    arrays = reader.read({(path, name): None for path, leaf in manifest.leaves.items() for name in leaf.arrays})
-    found: dict[str, dict[str, np.ndarray]] = {path: {} for path in manifest.leaves}
-    for (path, name), array in arrays.items():
-        found[path][name] = np.asarray(array)
-    return found
+    manifest = Manifest.read(folder)
+    reader = Reader(folder, manifest.leaves)
+    return {path: {name: reader.read((path, name)) for name in leaf.arrays} for path, leaf in manifest.leaves.items()}
 
 
 def values(format: str, arrays: dict[str, np.ndarray]) -> np.ndarray:

@@ -48,8 +48,9 @@ def test_steps_of_every_kind_are_seen(undisturbed):
         "open .journal.jsonl.*.tmp",
         "os.fsync .journal.jsonl.*.tmp",
         "os.rename .journal.jsonl.*.tmp",
-        "os.rename weights/#.orbax-checkpoint-tmp",
-        "os.fsync weights/#/state/manifest.ocdbt",
+        "os.rename weights/#.unfinished",
+        "os.fsync weights/#.unfinished",
+        "os.fsync weights/#.unfinished/layers.#.ffn.w_up_EMD.codes/c.#.#.#",
         "open journal.jsonl",
         "os.fsync journal.jsonl",
         "os.fsync .manifest.json.*.tmp",
@@ -57,17 +58,17 @@ def test_steps_of_every_kind_are_seen(undisturbed):
         "os.remove journal.jsonl",
     ):
         assert step in steps
-    assert sum(step == "os.rename weights/#.orbax-checkpoint-tmp" for step in steps) > 1
+    assert sum(step == "os.rename weights/#.unfinished" for step in steps) > 1
 
 
 def test_everything_is_flushed_before_the_manifest(undisturbed):
     """A part is named in the journal before it is made and once it is flushed, the manifest's name comes last."""
     _, _, steps = undisturbed
-    written = [number for number, step in enumerate(steps) if step == "os.rename weights/#.orbax-checkpoint-tmp"]
+    written = [number for number, step in enumerate(steps) if step == "os.rename weights/#.unfinished"]
     noted = [number for number, step in enumerate(steps) if step == "os.fsync journal.jsonl"]
     flushed = [number for number, step in enumerate(steps) if step == "os.fsync weights"]
     assert len(noted) == 2 * len(written) > 2
-    assert noted[0] < steps.index("os.mkdir weights/#.orbax-checkpoint-tmp")
+    assert noted[0] < steps.index("os.mkdir weights/#.unfinished")
     for part, rename in enumerate(written):
         assert sum(line < rename for line in noted) > part
         assert any(rename < flush < line for flush in flushed for line in noted)

@@ -14,7 +14,6 @@ import convert
 import dsv32_jax as ds
 from convert import report
 from dsv32_jax import cli
-from dsv32_jax.checkpoint.arrays import Arrays
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
@@ -49,13 +48,13 @@ def test_damage_in_layers_that_are_left_out_does_not_matter(checkpoints, tmp_pat
     assert convert.convert(source, tmp_path / "out", layers="0-1").config["num_hidden_layers"] == 2
 
 
-def test_a_mesh_cuts_the_chunks_and_keeps_the_digest(checkpoints, tmp_path):
-    plain = convert.convert(checkpoints["nvfp4"], tmp_path / "plain")
-    meshed = convert.convert(checkpoints["nvfp4"], tmp_path / "meshed", mesh="expert=4,data=2")
-    assert meshed.digest == plain.digest and meshed.storage["mesh"] == {"expert": 4, "data": 2}
-    stored = Arrays(tmp_path / "meshed").stored["layers.1.ffn.w_gate_EMD", "codes"]
-    assert stored.shape[0] == 12 and stored.chunk[0] == 3
-    again = convert.convert(checkpoints["nvfp4"], tmp_path / "meshed", mesh={"data": 2, "expert": 4})
+def test_a_mesh_cuts_the_files_and_keeps_the_digest(originals, tmp_path):
+    plain = convert.convert(originals["nvfp4"], tmp_path / "plain")
+    meshed = convert.convert(originals["nvfp4"], tmp_path / "meshed", mesh="expert=4,model=2")
+    assert meshed.digest == plain.digest and meshed.storage["mesh"] == {"expert": 4, "model": 2}
+    stored = meshed.leaves["layers.1.ffn.w_gate_EMD"].arrays["codes"]
+    assert stored.piece == (stored.shape[0], stored.shape[1] // 2, stored.shape[2]) and len(stored.place.files) == 2
+    again = convert.convert(originals["nvfp4"], tmp_path / "meshed", mesh={"model": 2, "expert": 4})
     assert again == meshed
 
 

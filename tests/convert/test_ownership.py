@@ -22,7 +22,7 @@ class Stop(Exception):
 
 def unfinished(source: Path, out: Path, parts: int = 2) -> Path:
     """A conversion that was stopped after some parts."""
-    from dsv32_jax.checkpoint.store import Writer
+    from dsv32_jax.checkpoint.writer import Writer
 
     save, saved = Writer.save, []
 
@@ -30,7 +30,7 @@ def unfinished(source: Path, out: Path, parts: int = 2) -> Path:
         if len(saved) == parts:
             raise Stop
         saved.append(part)
-        save(self, part, group)
+        return save(self, part, group)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Writer, "save", stop)
@@ -136,7 +136,7 @@ def test_what_a_killed_run_left_is_removed(source, tmp_path):
     lines = [json.loads(line)["line"] for line in (out / "journal.jsonl").read_text().splitlines()]
     begun = {line["begin"] for line in lines if "begin" in line}
     assert begun >= {"00000", "00001"} and [line["part"] for line in lines if "part" in line] == ["00000"]
-    for name in ("00001", "00001.orbax-checkpoint-tmp"):
+    for name in ("00001", "00001.unfinished"):
         (out / "weights" / name).mkdir(exist_ok=True)
         (out / "weights" / name / "half").touch()
     (out / ".tokenizer.json.0123abcd.tmp").touch()

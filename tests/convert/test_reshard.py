@@ -1,4 +1,4 @@
-"""Other chunks, the same content: each device reads its own bytes, and any mesh reads any checkpoint."""
+"""Other files, the same content: each device reads its own bytes, and any mesh reads any checkpoint."""
 
 import dataclasses
 import json
@@ -11,19 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorstore
-from hypothesis import given
-from hypothesis import strategies as st
 
 import convert
 from convert.export.reshard import reshard
 from convert.inspect.folder_tree import inspect
 from convert.verify.verify import verify
 from dsv32_jax import cli
-from dsv32_jax.checkpoint import chunks, random_checkpoint
-from dsv32_jax.checkpoint.arrays import Arrays
-from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.checkpoint.store import Writer
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Manifest
+from dsv32_jax.checkpoint.reader import Reader
+from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.layout import leaves
@@ -50,44 +47,54 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     return code, printed.out, printed.err
 
 
-def test_the_content_is_the_same_and_the_chunks_are_not(converted, resharded, small):
+def test_the_content_is_the_same_and_the_files_are_not(converted, resharded, small):
+    """A piece of a device is a file, or a run of rows of one."""
     before, after = Manifest.read(converted["nvfp4"]), Manifest.read(resharded)
     assert after.digest == before.digest and after.storage["mesh"] == MESH and not before.storage["mesh"]
     assert verify(resharded).lossless
     assert "laid out for the mesh expert=4, model=2" in inspect(resharded).notes
     table = {leaf.path: leaf for leaf in leaves(Config.from_dict(after.config))}
     cut = 0
-    for (path, name), info in Arrays(resharded).stored.items():
-        piece = partition.split(MESH, table[path], info.shape)
-        assert all(whole % part == 0 for whole, part in zip(piece, info.chunk, strict=True)), (path, name)
-        cut += piece != info.shape
-    assert cut > 40
-    codes = Arrays(resharded).stored["layers.1.ffn.w_down_EDM", "codes"]
-    assert codes.shape == (8, 96, 32) and codes.chunk == (2, 96, 16)
+    for path, leaf in after.leaves.items():
+        for name, array in leaf.arrays.items():
+            device = partition.split(MESH, table[path], array.shape)
+            assert array.piece == (array.shape[0], *device[1:]), (path, name)
+            cut += len(array.place.files) > 1
+    assert cut > 15
+    codes = after.leaves["layers.1.ffn.w_down_EDM"].arrays["codes"]
+    assert codes.shape == (8, 96, 32) and codes.piece == (8, 96, 16)
+    assert {len(array.place.files) for leaf in before.leaves.values() for array in leaf.arrays.values()} == {1}
 
 
 @pytest.mark.parametrize("axis", ["expert", "model"])
-def test_a_device_reads_its_own_bytes_and_little_else(axis, small, tmp_path):
-    """Bytes read for an eighth of a stack: all of one chunk for everything, an eighth of chunks cut for that."""
+def test_a_device_reads_its_own_bytes_and_no_others(axis, small, tmp_path, monkeypatch):
+    """An eighth of a stack is an eighth of the bytes; of a stack laid out for one device a piece is read by a map."""
     leaf = next(leaf for leaf in leaves(small) if leaf.path == "layers.1.ffn.w_gate_EMD")
     leaf = leaf._replace(shape=(8, 512, 512))
-    codes = np.random.default_rng(0).integers(0, 256, leaf.shape, np.uint8)
+    codes, key = np.random.default_rng(0).integers(0, 256, leaf.shape, np.uint8), (leaf.path, "codes")
+    index = (slice(3, 4), slice(0, 512), slice(0, 512)) if axis == "expert" else np.s_[0:8, 64 * 3 : 64 * 4, 0:512]
+    count, preadv = [0], os.preadv
+
+    def counted(descriptor, buffers, offset):
+        count[0] += (done := preadv(descriptor, buffers, offset))
+        return done
 
     def read(folder: str, mesh: dict[str, int]) -> int:
-        Writer(tmp_path / folder, partition.by_mesh(mesh, [leaf])).save("00000", {(leaf.path, "codes"): codes})
-        store = Arrays(tmp_path / folder).open((leaf.path, "codes"))
-        before = bytes_read()
-        store[3:4].read().result() if axis == "expert" else store[:, 128:192].read().result()
-        return bytes_read() - before
+        (tmp_path / folder).mkdir()
+        writer = Writer(tmp_path / folder, partition.by_mesh(mesh, [leaf]))
+        entry = ArrayEntry("uint8", codes.shape, "", writer.save("00000", {key: codes})[key])
+        reader, out = (
+            Reader(tmp_path / folder, {leaf.path: LeafEntry("", {"codes": entry})}),
+            np.empty_like(codes[index]),
+        )
+        count[0] = 0
+        reader.copy(key, out, index)
+        assert (out == codes[index]).all()
+        return count[0]
 
-    assert read("whole", {}) >= codes.nbytes
-    assert codes.nbytes / 8 <= read("cut", {axis: 8}) <= codes.nbytes / 8 + 20_000
-
-
-def bytes_read() -> int:
-    """Bytes that TensorStore has read from files so far."""
-    (metric,) = tensorstore.experimental_collect_matching_metrics("/tensorstore/kvstore/file/bytes_read")
-    return int(metric["values"][0]["value"])
+    monkeypatch.setattr(os, "preadv", counted)
+    assert read("cut", {axis: 8}) == codes.nbytes // 8
+    assert read("whole", {}) == (codes.nbytes // 8 if axis == "expert" else 0)
 
 
 LOAD = """
@@ -215,7 +222,7 @@ def test_it_continues_where_it_stopped(converted, originals, tmp_path, monkeypat
         if len(saved) == 2:
             raise KeyboardInterrupt
         saved.append(part)
-        save(self, part, group)
+        return save(self, part, group)
 
     with monkeypatch.context() as patch:
         patch.setattr(Writer, "save", stop)
@@ -230,39 +237,23 @@ def test_it_continues_where_it_stopped(converted, originals, tmp_path, monkeypat
 
 def test_damage_is_not_copied(converted, tmp_path):
     folder = shutil.copytree(converted["bf16"], tmp_path / "copy")
-    file = max((folder / "weights").rglob("ocdbt_data/*"), key=lambda file: file.stat().st_size)
+    file = max((folder / "weights").rglob("c.*"), key=lambda file: file.stat().st_size)
     raw = bytearray(file.read_bytes())
     raw[len(raw) // 3] ^= 1
     file.write_bytes(raw)
-    with pytest.raises(VerificationError, match=r"\(weights/00000\) has changed"):
+    with pytest.raises(VerificationError, match=r"\(weights/0000[0-9]\) has changed"):
         reshard(folder, tmp_path / "out", MESH)
     assert not (tmp_path / "out" / "manifest.json").exists()
     shutil.rmtree(folder / "weights" / "00000")
-    with pytest.raises(VerificationError, match="embed_VD.values is missing"):
+    with pytest.raises(VerificationError, match="embed_VD.values/c.0.0 is missing"):
         reshard(folder, tmp_path / "other", MESH)
 
 
-@given(
-    piece=st.lists(st.integers(1, 300), min_size=1, max_size=4).map(tuple),
-    itemsize=st.sampled_from([1, 2, 4]),
-    largest=st.integers(4, 5000),
-)
-def test_chunks_divide_the_piece_and_are_small(piece, itemsize, largest):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunks, "LARGEST", largest)
-        patch.setattr(chunks, "SMALLEST", largest // 4)
-        found = chunks.shape_of(piece, itemsize)
-    assert all(size % part == 0 for size, part in zip(piece, found, strict=True))
-    assert np.prod(found) * itemsize <= largest
-    whole = np.prod(piece) * itemsize <= largest
-    assert (found == piece) == whole
-
-
-def test_real_experts_are_chunks_of_one(real):
+def test_real_experts_are_files_of_all_of_them(real):
+    """Of a matrix that a mesh cuts, a file for each piece."""
     table = {leaf.path: leaf for leaf in leaves(real)}
     leaf = table["layers.3.ffn.w_down_EDM"]
-    for mesh, chunk in ({}, (1, 7168, 1024)), ({"expert": 8}, (1, 7168, 1024)), (MESH, (1, 7168, 512)):
-        piece = partition.split(mesh, leaf, (256, 7168, 1024))
-        assert chunks.shape_of(piece, 1) == chunk
+    for mesh, piece in (({}, (256, 7168, 1024)), ({"expert": 8}, (32, 7168, 1024)), (MESH, (64, 7168, 512))):
+        assert partition.split(mesh, leaf, (256, 7168, 1024)) == piece
     stored = [(leaf, leaf.shape) for leaf in table.values()]
     partition.check({"expert": 8, "model": 16, "data": 4}, stored)
