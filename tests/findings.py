@@ -23,9 +23,8 @@ from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.random_checkpoint import write
 from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.evaluation.corpus import Corpus, build_corpus
-from dsv32_jax.evaluation.divergence import TokenDivergence, compare, summarize
-from dsv32_jax.evaluation.estimate import Estimate, estimate_mean
-from dsv32_jax.evaluation.hidden_states import HiddenStates, compute_hidden_states
+from dsv32_jax.evaluation.divergence import HiddenStates, TokenDivergence, compare, compute_hidden_states, summarize
+from dsv32_jax.evaluation.loss import Estimate, estimate_mean
 from dsv32_jax.evaluation.variant import Variant
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"

@@ -266,8 +266,8 @@ def test_figures(small):
     ]
     for one in figures:
         assert one._repr_png_().startswith(b"\x89PNG")
-        assert one.axes[0].get_xlabel() or one.axes[0].get_xticklabels()
-        assert one.axes[0].get_ylabel()
+        assert one.axes.get_xlabel() or one.axes.get_xticklabels()
+        assert one.axes.get_ylabel()
 
 
 def test_a_trace_is_read_without_jax(tmp_path, small):

@@ -27,7 +27,7 @@ MODULES = (
     "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
     "model.attention model.block model.mtp model.model model.validation generation.sampler generation.sampling_params "
     "generation.prefill_decode generation.speculative inspect.replay generation.request "
-    "generation.batch generation.score evaluation.hidden_states evaluation.divergence "
+    "generation.batch generation.score evaluation.divergence "
     "evaluation.layer_errors"
 ).split()
 

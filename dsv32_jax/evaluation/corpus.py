@@ -3,13 +3,20 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+import jax
 
 from ..config import Config
 from ..errors import StorageError, UsageError, listing, pluralize, require_integer
 from ..model import validation
+from ..model.model import Model
+
+Value = TypeVar("Value")
 
 HELDOUT = Path(__file__).parents[1] / "demo_checkpoint" / "heldout.txt"
 """Files of Python's standard library, each below a line with its path; the demo model was not trained on them."""
@@ -22,6 +29,11 @@ BATCH = 4
 
 LARGEST_FILE = 256 << 20
 JSON_LINES = (".jsonl", ".ndjson")
+
+THREADS = 2
+
+Progress = Callable[[int, int], None]
+"""Called with the number of windows done and their total."""
 
 Texts = Sequence[str | Sequence[int]]
 """Documents, as text or as token ids."""
@@ -111,6 +123,28 @@ def build_corpus(
         )
     documents = validation.check_prompts(documents, cfg.vocab_size)
     return Corpus(documents, cut_windows(documents, context, stride)[:limit], context, stride, tokenizer, batch_size)
+
+
+def ignore_progress(done: int, count: int) -> None:
+    """The default `Progress`."""
+
+
+def map_batches(
+    function: Callable[[range], list[Value]], model: Model, corpus: Corpus, progress: Progress
+) -> list[Value]:
+    """Call `function` with each batch of windows, each call in a thread, and return its values for all windows.
+
+    XLA's CPU backend runs much of a program on one core, so on CPUs several batches run at a time; not over a mesh,
+    whose devices wait for each other and must all run programs in one order.
+    """
+    threads = THREADS if jax.default_backend() == "cpu" and model.mesh is None else 1
+    values: list[Value] = []
+    with ThreadPoolExecutor(threads) as pool:
+        contexts = [copy_context() for _ in corpus.batches]
+        for some in pool.map(lambda context, batch: context.run(function, batch), contexts, corpus.batches):
+            values += some
+            progress(len(values), len(corpus.windows))
+    return values
 
 
 def cut_windows(documents: Sequence[Sequence[int]], context: int, stride: int) -> list[Window]:

@@ -5,7 +5,8 @@ logits of a few tokens.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UsageError, pluralize
+from ..generation.prefill_decode import Context
+from ..generation.score import Chunk, prefill_chunks
 from ..model.attention import LARGEST_TEMPORARY
 from ..model.model import Model
 from ..model.ops import einsum32, over_tokens
 from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
-from .corpus import BATCH, Corpus, Texts, build_corpus
-from .estimate import Estimate, estimate_mean, exponentiate
-from .hidden_states import HiddenStates, Progress, compute_hidden_states, ignore_progress, map_batches, prefill_hidden
-from .loss import require_finite
+from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, ignore_progress, map_batches
+from .loss import Estimate, estimate_mean, exponentiate, require_finite
 from .variant import Variant
 
 PERCENTILES = (50, 90, 99, 99.9, 100)
@@ -82,6 +83,23 @@ class TokenDivergence(NamedTuple):
     top_b: Any
 
 
+@dataclasses.dataclass(frozen=True)
+class HiddenStates:
+    """The normed hidden states of every window, [n, D] on the host, and the head that turns them into logits."""
+
+    corpus: Corpus
+    windows: list[np.ndarray]
+    head: Weight
+
+    def chunk(self, batch: range, start: int, shape: tuple[int, ...]) -> np.ndarray:
+        """Return the states of a batch of windows from position `start` on, padded with zeros to `shape` [B, T, D]."""
+        h_BTD = np.zeros(shape, self.windows[0].dtype)
+        for b, i in enumerate(batch):
+            states = self.windows[i][start : start + shape[1]]
+            h_BTD[b, : len(states)] = states
+        return h_BTD
+
+
 def kl(
     a: Variant | Model | str | Path,
     b: Variant | Model | str | Path,
@@ -104,6 +122,32 @@ def kl(
     _require_one_vocabulary(a, b, corpus)
     states = compute_hidden_states(a, corpus, lambda done, count: progress(done, 2 * count))
     return summarize(corpus, compare(states, b, lambda done, count: progress(count + done, 2 * count)))
+
+
+def compute_hidden_states(variant: Variant, corpus: Corpus, progress: Progress = ignore_progress) -> HiddenStates:
+    """Return the hidden states that the model of `variant` computes; the model itself is released."""
+    model = variant.load()
+
+    def compute(batch: range) -> list[np.ndarray]:
+        parts = [fetch(chunk.values[0]) for chunk in prefill_hidden(model, variant, corpus, batch)]
+        rows_BTD = np.concatenate(parts, axis=1)
+        return [row[: len(corpus.windows[i].tokens)] for row, i in zip(rows_BTD, batch, strict=False)]
+
+    return HiddenStates(corpus, map_batches(compute, model, corpus, progress), model.head_VD)
+
+
+def prefill_hidden(model: Model, variant: Variant, corpus: Corpus, batch: range) -> Iterator[Chunk]:
+    """Prefill a batch of windows and yield, for each chunk, the hidden states [B, T, D] and the next tokens [B, T]."""
+    rows = corpus.rows(batch)
+    yield from prefill_chunks(model, rows, _hidden_jit, cache_dtype=variant.cache_dtype, batch_size=len(rows))
+
+
+@partial(jax.jit, donate_argnames="context")
+def _hidden_jit(
+    model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
+) -> tuple[Context, tuple[jax.Array, jax.Array]]:
+    h_BTD, cache = model(tokens_BT, context.cache, count_B)
+    return dataclasses.replace(context, cache=cache), (h_BTD, next_BT)
 
 
 def compare(a: HiddenStates, b: Variant, progress: Progress = ignore_progress) -> list[TokenDivergence]:

@@ -1,9 +1,10 @@
-"""Perplexity: the number of equally likely tokens that the model is as uncertain among as about the next token."""
+"""Losses with their standard errors, and perplexity: the number of equally likely tokens that the model is as uncertain
+among as about the next token."""
 
 import dataclasses
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,37 @@ from ..errors import CheckpointError, listing, pluralize
 from ..generation.score import score
 from ..model.model import Model
 from ..system.compilation import count_compilations
-from .corpus import BATCH, Corpus, Texts, Window, build_corpus
-from .estimate import Estimate, estimate_mean, exponentiate
-from .hidden_states import Progress, ignore_progress, map_batches
+from .corpus import BATCH, Corpus, Progress, Texts, Window, build_corpus, ignore_progress, map_batches
 from .variant import Variant
+
+
+@dataclasses.dataclass(frozen=True)
+class Estimate:
+    """A mean and its standard error, None if there is only one window."""
+
+    mean: float
+    standard_error: float | None
+
+
+def estimate_mean(values: Sequence[np.ndarray]) -> Estimate:
+    """Return the mean of all `values`, one array a window.
+
+    Tokens of a window are dependent, so windows are the sample: the error is that of a ratio of two sums over windows
+    (Cochran, Sampling Techniques, 6.4).
+    """
+    total, count = (np.array([measure(each) for each in values], np.float64) for measure in (np.sum, np.size))
+    windows, tokens = len(values), count.sum()
+    mean = total.sum() / tokens
+    if windows < 2:
+        return Estimate(float(mean), None)
+    residual = total - mean * count
+    return Estimate(float(mean), math.sqrt(windows / (windows - 1) * np.sum(residual**2)) / float(tokens))
+
+
+def exponentiate(nats: Estimate) -> Estimate:
+    """Return the perplexity of a mean loss, its error to first order."""
+    mean = math.exp(nats.mean)
+    return Estimate(mean, None if nats.standard_error is None else mean * nats.standard_error)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Iterator
 
 from ..errors import pluralize
 from .divergence import Divergence
-from .estimate import Estimate
 from .layer_errors import LayerError
-from .loss import Perplexity
+from .loss import Estimate, Perplexity
 
 
 def format_perplexity(found: Perplexity) -> str:

@@ -1,4 +1,4 @@
-"""Figures of traces, weights and placements, for notebooks (extra [notebook]); `figure.savefig(file)` saves one.
+"""Figures of traces, weights and placements, for notebooks; needs matplotlib (extra [notebook]).
 
 Colours are those of Okabe and Ito; colour maps are cividis and, around an equal share, coolwarm: colour-blind readers
 can tell them apart.
@@ -16,42 +16,40 @@ from .placements import Placement
 from .traces import Mass, Trace
 from .weights import Statistics
 
-
-class _Missing:
-    def __init__(self, *_, **__):
-        raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks")
-
-
-try:
-    from matplotlib.figure import Figure
-except ImportError:
-    Figure = _Missing  # pyright: ignore[reportAssignmentType, reportConstantRedefinition]
-
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
 MARKERS = "os^Dvph*"
 DPI = 110
 
 
-class Picture(Figure):  # pyright: ignore[reportGeneralTypeIssues]
-    """A figure that a notebook shows whatever the backend of matplotlib."""
+class Picture:
+    """A matplotlib `figure` with one pair of `axes`, sized in inches, that a notebook shows whatever its backend."""
+
+    def __init__(self, width: float = 7, height: float = 3):
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise UsageError(
+                "figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks"
+            ) from None
+        self.figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        self.axes: Any = self.figure.subplots()
+        self.axes.spines[["top", "right"]].set_visible(False)
+
+    def save(self, file: Any, format: str | None = None) -> None:
+        """Write the figure to a file, in the format of its suffix."""
+        self.figure.savefig(file, format=format)
 
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="png")
+        self.save(file, "png")
         return file.getvalue()
-
-
-def _figure(width: float = 7, height: float = 3) -> tuple[Picture, Any]:
-    picture = Picture(figsize=(width, height), dpi=DPI, layout="constrained")
-    axes = picture.subplots()
-    axes.spines[["top", "right"]].set_visible(False)
-    return picture, axes
 
 
 def codes(statistics: Statistics) -> Picture:
     """Plot how often each of the 16 values of E2M1 occurs."""
-    picture, axes = _figure()
+    picture = Picture()
+    axes = picture.axes
     order = [*range(15, 7, -1), *range(8)]
     share = 100 * statistics.codes / statistics.codes.sum()
     axes.bar(range(16), share[order], color=[SKY if code == 8 else BLUE for code in order])
@@ -62,7 +60,8 @@ def codes(statistics: Statistics) -> Picture:
 
 def scales(statistics: Statistics) -> Picture:
     """Plot block scales by magnitude; a block with the scale 448 is saturated."""
-    picture, axes = _figure()
+    picture = Picture()
+    axes = picture.axes
     counts = statistics.scales[:127] + statistics.scales[128:255]
     used = np.flatnonzero(counts)
     axes.vlines(np.maximum(E4M3[used], 2.0**-10), 0, 100 * counts[used] / statistics.blocks, color=BLUE, linewidth=3)
@@ -76,7 +75,8 @@ def scales(statistics: Statistics) -> Picture:
 
 def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str = "") -> Picture:
     """Plot a labelled bar for each name."""
-    picture, axes = _figure()
+    picture = Picture()
+    axes = picture.axes
     drawn = axes.bar(range(len(values)), list(values.values()), color=BLUE, width=0.6)
     axes.bar_label(drawn, fmt=f"%.{digits}f", padding=2)
     axes.set_xticks(range(len(values)), list(values))
@@ -87,7 +87,8 @@ def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str 
 
 def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
     """Plot a column of named parts for each name."""
-    picture, axes = _figure(7, 3.4)
+    picture = Picture(7, 3.4)
+    axes = picture.axes
     bottom = np.zeros(len(values))
     for i, part in enumerate(dict.fromkeys(part for column in values.values() for part in column)):
         heights = np.array([column.get(part, 0.0) for column in values.values()])
@@ -101,7 +102,8 @@ def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
 
 def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, x: Sequence[float] = ()) -> Picture:
     """Plot a line for each name over `x` (default: the index)."""
-    picture, axes = _figure(7, 3)
+    picture = Picture(7, 3)
+    axes = picture.axes
     for i, (name, heights) in enumerate(values.items()):
         at = x if len(x) else range(len(heights))
         axes.plot(at, heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
@@ -121,7 +123,8 @@ def heat(
 ) -> Picture:
     """Plot a matrix as colours, with names of rows and columns (default: their numbers). Colours diverge from `centre`
     if it is given."""
-    picture, axes = _figure(7, 1.7 + 0.25 * min(len(values), 10))
+    picture = Picture(7, 1.7 + 0.25 * min(len(values), 10))
+    axes = picture.axes
     limits: dict[str, float] = {}
     if centre is not None:
         reach = float(np.nanmax(np.abs(values - centre)))
@@ -134,7 +137,7 @@ def heat(
         else:
             axis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    picture.colorbar(image, ax=axes, label=label)
+    picture.figure.colorbar(image, ax=axes, label=label)
     return picture
 
 
@@ -170,14 +173,15 @@ def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -
     picture = heat(share, *labels, rows=list(kinds), centre=1)
     size = trace.config.n_routed_experts // trace.config.n_group
     for border in range(size, trace.config.n_routed_experts, size):
-        picture.axes[0].axvline(border - 0.5, color="white", linewidth=2)
+        picture.axes.axvline(border - 0.5, color="white", linewidth=2)
     return picture
 
 
 def kept_mass(mass: Mass, first: int) -> Picture:
     """Plot the attention mass kept in each layer, mean over positions from `first` on, beside the best choice of as
     many positions and the most recent ones."""
-    picture, axes = _figure()
+    picture = Picture()
+    axes = picture.axes
     names = {"selected by the indexer": mass.kept, "best choice": mass.best, "most recent": mass.recent}
     for i, (name, share) in enumerate(names.items()):
         mean = 100 * np.nanmean(share[:, :, first:], axis=(1, 2))
@@ -202,18 +206,20 @@ def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture
         real = positions >= 0
         rank = np.argsort(np.argsort(scores[real]))
         ranks[i, positions[real]] = (rank + 1) / max(real.sum(), 1)
-    picture, axes = _figure(7, 4)
+    picture = Picture(7, 4)
+    axes = picture.axes
     extent = (0, length, length, start)
     image = axes.imshow(ranks, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent, origin="upper")
     axes.set(xlabel="position attended to", ylabel="token that attends", title=f"layer {layer}")
-    picture.colorbar(image, ax=axes, label="rank of its index score (1 = highest)")
+    picture.figure.colorbar(image, ax=axes, label="rank of its index score (1 = highest)")
     return picture
 
 
 def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     """Plot the rank of one position among the index scores of the given tokens [layers, tokens]; ranks up to `limit`
     are selected."""
-    picture, axes = _figure(7, 3.2)
+    picture = Picture(7, 3.2)
+    axes = picture.axes
     for layer, rank in enumerate(ranks):
         style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
         axes.plot(rank, **style, markersize=5, linewidth=1, label=f"layer {layer}")
@@ -238,7 +244,8 @@ def sharding(placement: Placement) -> Picture:
     axes_split = [axis for axis, name in enumerate(split) if name is not None]
     down = axes_split[0] if axes_split else 0
     across = axes_split[1] if len(axes_split) > 1 else next(axis for axis in range(len(shape)) if axis != down)
-    picture, axes = _figure(7, 3.4)
+    picture = Picture(7, 3.4)
+    axes = picture.axes
     where: dict[tuple, list[int]] = {}
     for device, shard in enumerate(shards):
         where.setdefault((shard[down], shard[across]), []).append(device)

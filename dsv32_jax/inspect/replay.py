@@ -25,7 +25,7 @@ from ..model.model import Model
 from ..model.ops import over_tokens, rms_norm, rotation
 from ..parallel.multihost import fetch
 from ..system import host
-from .traces import KINDS, PADDING, TOP, Mass, Trace, check_kinds, dtype_of, shapes
+from .traces import ARRAYS, KINDS, TOP, Mass, Trace, check_kinds, shapes
 
 ALL = ("attention", "indexer", "logits", "routing")
 """The kinds that cost little beside a prefill; "mass" computes dense attention weights as well."""
@@ -53,10 +53,10 @@ def trace(
     rows = validation.check_prompts(tokens, cfg.vocab_size)
     longest = validation.check_length(max(map(len, rows)), cfg.max_position_embeddings)
     require_room(cfg, len(rows), longest, kinds)
-    arrays = {
-        name: np.full(shape, PADDING.get(name, np.nan), dtype_of(name))
-        for name, shape in shapes(cfg, kinds, len(rows), longest).items()
-    }
+    arrays: dict[str, np.ndarray] = {}
+    for name, shape in shapes(cfg, kinds, len(rows), longest).items():
+        _, dtype, padding = ARRAYS[name]
+        arrays[name] = np.full(shape, padding, dtype)
     for b, row in enumerate(rows):
         arrays["tokens"][b, : len(row)], arrays["length"][b] = row, len(row)
     capacity = bucket(longest)
@@ -79,8 +79,7 @@ def kept_mass(model: Model, tokens: Sequence[Sequence[int]]) -> Mass:
 
 def nbytes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> int:
     """Return the size of a trace in bytes."""
-    sizes = shapes(cfg, kinds, rows, tokens).items()
-    return sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in sizes)
+    return 4 * sum(map(math.prod, shapes(cfg, kinds, rows, tokens).values()))
 
 
 def require_room(cfg: Config, rows: int, tokens: int, kinds: Collection[str]) -> None:

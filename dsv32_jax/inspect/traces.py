@@ -29,29 +29,24 @@ KINDS = {
 }
 """The arrays of each kind."""
 
-AXES = {
-    "tokens": "rt",
-    "length": "r",
-    "expert": "mrtX",
-    "gate": "mrtX",
-    "selected": "lrtk",
-    "index_score": "lrtk",
-    "weight": "lrtk",
-    "spread": "lrt",
-    "mass_selected": "lrt",
-    "mass_best": "lrt",
-    "mass_recent": "lrt",
-    "top_id": "rtn",
-    "top_logprob": "rtn",
-    "entropy": "rt",
+ARRAYS: dict[str, tuple[str, type, float]] = {
+    "tokens": ("rt", np.int32, -1),
+    "length": ("r", np.int32, 0),
+    "expert": ("mrtX", np.int32, -1),
+    "gate": ("mrtX", np.float32, np.nan),
+    "selected": ("lrtk", np.int32, -1),
+    "index_score": ("lrtk", np.float32, -np.inf),
+    "weight": ("lrtk", np.float32, np.nan),
+    "spread": ("lrt", np.float32, np.nan),
+    "mass_selected": ("lrt", np.float32, np.nan),
+    "mass_best": ("lrt", np.float32, np.nan),
+    "mass_recent": ("lrt", np.float32, np.nan),
+    "top_id": ("rtn", np.int32, -1),
+    "top_logprob": ("rtn", np.float32, np.nan),
+    "entropy": ("rt", np.float32, np.nan),
 }
-"""The axes of each array: rows, tokens, layers, MoE layers, X experts a token, k selected positions, n next tokens."""
-
-IDS = ("tokens", "length", "expert", "selected", "top_id")
-"""Arrays of int32; the others are float32."""
-
-PADDING = {**dict.fromkeys(IDS, -1), "index_score": -np.inf}
-"""The value beyond the end of a row; NaN for other arrays."""
+"""Axes, dtype and padding of each array. Axes: rows, tokens, layers, MoE layers, X experts of a token, k selected
+positions, n next tokens."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -164,12 +159,7 @@ def check_kinds(keep: Any) -> tuple[str, ...]:
 
 def names_of(kinds: Collection[str]) -> list[str]:
     """Return the names of all arrays of a trace of these kinds."""
-    return ["tokens", "length", *(name for name in AXES if any(name in KINDS[kind] for kind in kinds))]
-
-
-def dtype_of(name: str) -> np.dtype:
-    """Return the dtype of an array."""
-    return np.dtype(np.int32 if name in IDS else np.float32)
+    return ["tokens", "length", *(name for name in ARRAYS if any(name in KINDS[kind] for kind in kinds))]
 
 
 def shapes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
@@ -183,7 +173,7 @@ def shapes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> dict[
         "k": min(cfg.index_topk, tokens),
         "n": min(TOP, cfg.vocab_size),
     }
-    return {name: tuple(sizes[axis] for axis in AXES[name]) for name in names_of(kinds)}
+    return {name: tuple(sizes[axis] for axis in ARRAYS[name][0]) for name in names_of(kinds)}
 
 
 def _find_problems(kinds: Any, about: Any, arrays: dict[str, np.ndarray]) -> list[str]:
@@ -197,8 +187,8 @@ def _find_problems(kinds: Any, about: Any, arrays: dict[str, np.ndarray]) -> lis
     problems += [f"{name} is unknown" for name in sorted(set(arrays) - wanted)]
     sizes: dict[str, int] = {}
     for name in sorted(wanted & set(arrays)):
-        array, axes = arrays[name], AXES[name]
-        if array.dtype != dtype_of(name) or array.ndim != len(axes):
+        array, (axes, dtype, _) = arrays[name], ARRAYS[name]
+        if array.dtype != dtype or array.ndim != len(axes):
             problems.append(f"{name} is {array.dtype} {list(array.shape)}")
         elif any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, array.shape, strict=True)):
             problems.append(f"{name} is {list(array.shape)}, which does not fit the other arrays")

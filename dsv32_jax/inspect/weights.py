@@ -160,18 +160,18 @@ class _SourceReader:
         self._source = converter("read.source").Source(folder)
         self.config = Config.from_dict(self._source.config, "config.json")
 
-    def _stored(self, leaf: Leaf) -> list[Any]:
+    def _detect(self, leaf: Leaf) -> list[Any]:
         return [converter("read.weights").detect(name, self._source.tensors) for name in leaf.sources]
 
     def nbytes(self, leaf: Leaf) -> int:
-        return sum(sum(tensor.nbytes for tensor in stored.tensors) for stored in self._stored(leaf))
+        return sum(sum(tensor.nbytes for tensor in stored.tensors) for stored in self._detect(leaf))
 
     def read(self, leaf: Leaf, expert: int | None) -> tuple[str, dict[str, np.ndarray]]:
         """Return format and components as a conversion would store them."""
         cut = converter("transform.cut")
         if expert is not None:
             leaf = leaf._replace(sources=leaf.sources[expert : expert + 1], shape=(1, *leaf.shape[1:]))
-        stored = self._stored(leaf)
+        stored = self._detect(leaf)
         form = cut.choose_format(leaf, stored)
         return form.format, cut.build(leaf, stored, form, self._source.read)
 

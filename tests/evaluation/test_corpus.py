@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from dsv32_jax.errors import StorageError, UsageError
 from dsv32_jax.evaluation import corpus
 from dsv32_jax.evaluation.corpus import cut_windows
-from dsv32_jax.evaluation.estimate import Estimate, estimate_mean, exponentiate
+from dsv32_jax.evaluation.loss import Estimate, estimate_mean, exponentiate
 
 
 @given(st.data())
