@@ -18,7 +18,7 @@ import numpy as np
 
 from dsv32_jax.checkpoint.manifest import is_complete
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError, argument, listing, pluralize
-from dsv32_jax.system.files import hash_chunks, read_json
+from dsv32_jax.system.files import JsonLimits, hash_chunks, read_json
 from dsv32_jax.system.progress import Progress
 
 from .safetensors import DTYPES, MAX_HEADER_BYTES, FileId, Tensor, read_bytes, read_header
@@ -107,7 +107,8 @@ class Source:
     def _read_json(self, name: str, unreadable: Any = None) -> Any:
         """Parse a JSON file of the folder: None if it is absent; a problem and `unreadable` if it cannot be read."""
         try:
-            return read_json(self.folder / name, MAX_HEADER_BYTES) if (self.folder / name).exists() else None
+            file = self.folder / name
+            return read_json(file, MAX_HEADER_BYTES, JsonLimits()) if file.exists() else None
         except (OSError, CheckpointError) as error:
             self._problems.append(f"cannot read {name}: {error}")
             return unreadable
