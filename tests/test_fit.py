@@ -22,7 +22,7 @@ from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation import fit as fitting
 from dsv32_jax.generation import memory
 from dsv32_jax.generation.batch import WHOLE
-from dsv32_jax.generation.fit import Fit, build_shallow, count_temporary, fit, measure_prefill
+from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
 from dsv32_jax.generation.prefill_decode import Task, blank
 from dsv32_jax.generation.request import CHUNK
 from dsv32_jax.generation.sampling_params import Sampling, knobs
@@ -66,7 +66,7 @@ def single(small, tmp_path_factory) -> Path:
 @pytest.fixture
 def no_programs(monkeypatch):
     """Programs that take 1 kB a row and a byte a slot beside a megabyte."""
-    monkeypatch.setattr(fitting, "measure_prefill", lambda _, dtype, rows, slots, *more: 10**6 + 1000 * rows + slots)
+    monkeypatch.setattr(fitting, "measure_prefill", lambda _, rows, slots: 10**6 + 1000 * rows + slots)
 
 
 def made_mesh(sizes):
@@ -138,10 +138,10 @@ def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypat
     """Three rows of 12 tokens are four of 16. Nothing but shapes was compiled for the prediction."""
     measured = []
 
-    def measure(found, compute, rows, slots, *more):
+    def measure(setup, rows, slots):
         """The programs of larger shapes are not compiled here."""
         measured.append((rows, slots))
-        return measure_prefill(found, compute, rows, slots, *more) if len(measured) == 1 else 10**6
+        return measure_prefill(setup, rows, slots) if len(measured) == 1 else 10**6
 
     monkeypatch.setattr(fitting, "measure_prefill", measure)
     predicted = fit(single, context=12, batch=3, cache_dtype="fp8")
@@ -199,7 +199,7 @@ def test_a_deep_model_is_continued_from_four_layers(monkeypatch):
 
     monkeypatch.setattr(fitting, "WHOLE", WHOLE._replace(read=SimpleNamespace(lower=lower)))
     monkeypatch.setattr(fitting, "count_temporary", int)
-    assert measure_prefill(read_weight_shapes(REAL), BF16, 1, 4096, BF16, 1) == 1000 + 7 * 61
+    assert measure_prefill(Setup(read_weight_shapes(REAL), BF16, BF16, 1), 1, 4096) == 1000 + 7 * 61
     assert sorted([type(layer.ffn).__name__ for layer in model.layers] for model in seen) == [
         ["MLP", "MoE", "MoE"],
         ["MLP", "MoE", "MoE", "MoE"],
@@ -301,7 +301,7 @@ def test_layers_are_dequantized_one_after_the_other(tmp_path, program, draft):
     attention = [leaf for leaf in found(3).table.values() if leaf.path.startswith(("layers.2.mla", "layers.2.indexer"))]
     plain = sum(2 * math.prod(leaf.shape) for leaf in attention)
     if program == "prefill":
-        taken = [measure_prefill(found(layers), BF16, 1, 16, BF16, draft) for layers in (3, 4)]
+        taken = [measure_prefill(Setup(found(layers), BF16, BF16, draft), 1, 16) for layers in (3, 4)]
     else:
         shallow, deep = (build_shallow(found(layers), BF16, 1) for layers in (2, 4))
         taken = [measure_decode(model, 1, 16, draft) for model in (shallow, deep)]
@@ -399,7 +399,7 @@ def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     seen = []
     monkeypatch.setattr(fitting, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
     for capacity in (32, 4 * CHUNK):
-        measure_prefill(read_weight_shapes(single), BF16, 1, capacity, BF16, 0)
+        measure_prefill(Setup(read_weight_shapes(single), BF16, BF16, 0), 1, capacity)
     chunks = {
         aval.shape for avals in seen for aval in jax.tree.leaves(avals) if aval.dtype == np.int32 and aval.ndim == 2
     }

@@ -111,7 +111,7 @@ def fit(
 
     batch_rows, capacity = memory.round_up_rows(batch), bucket(context)
     rows = memory.count_local_rows(batch_rows, data)
-    demand = _measure_demand(shapes, compute, sum(weights), data, rows, capacity, stored, draft)
+    demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
     return Fit(
         shapes.parameters,
         devices,
@@ -131,13 +131,22 @@ def fit(
     )
 
 
+class Setup(NamedTuple):
+    """A model of shapes, the compute dtype, the dtype of caches, and tokens drafted a step."""
+
+    found: WeightShapes
+    compute: np.dtype
+    cache_dtype: np.dtype
+    draft: int
+
+
 class _Demand(NamedTuple):
     """The memory a device needs, as a function of batch and capacity.
 
     `peak` is what programs take for `rows` and `capacity`; `wider` and `longer` are how much more with twice of them.
     """
 
-    row_bytes: Callable[[int], int]
+    setup: Setup
     weights: int
     data: int
     rows: int
@@ -155,41 +164,31 @@ class _Demand(NamedTuple):
         temporary = max(0, math.ceil(self.peak + more_rows + more_slots))
         return self.weights + max(caches + temporary, math.ceil(caches / memory.CACHE_SHARE))
 
-
-def _measure_demand(
-    found: WeightShapes,
-    compute: np.dtype,
-    weights: int,
-    data: int,
-    rows: int,
-    capacity: int,
-    dtype: np.dtype,
-    draft: int,
-) -> _Demand:
-    """Return the demand of programs that are measured for `rows` on a device, twice the rows, and twice the capacity.
-
-    Decoding takes less than prefill, but for the logits of drafted tokens.
-    """
-    measured = ((rows, capacity), (2 * rows, capacity), (rows, 2 * capacity))
-    prefill, wider, longer = (measure_prefill(found, compute, *sizes, dtype, draft) for sizes in measured)
-    peak = prefill + rows * draft * found.cfg.vocab_size * memory.VOCABULARY_BYTES
-    row_bytes = partial(memory.compute_row_bytes, found.cfg, dtype=dtype, drafts=draft)
-    return _Demand(row_bytes, weights, data, rows, capacity, peak, wider - prefill, longer - prefill)
+    def row_bytes(self, capacity: int) -> int:
+        """Return the bytes of one row."""
+        return memory.compute_row_bytes(self.setup.found.cfg, capacity, self.setup.cache_dtype, self.setup.draft)
 
 
-def measure_prefill(
-    found: WeightShapes, compute: np.dtype, rows: int, capacity: int, dtype: np.dtype, draft: int
-) -> int:
+def _measure_demand(setup: Setup, weights: int, data: int, rows: int, capacity: int) -> _Demand:
+    prefill = measure_prefill(setup, rows, capacity)
+    wider = measure_prefill(setup, 2 * rows, capacity) - prefill
+    longer = measure_prefill(setup, rows, 2 * capacity) - prefill
+    # Decoding takes less than prefill, but for the logits of drafted tokens.
+    peak = prefill + rows * setup.draft * setup.found.cfg.vocab_size * memory.VOCABULARY_BYTES
+    return _Demand(setup, weights, data, rows, capacity, peak, wider, longer)
+
+
+def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
     """Return the bytes that prefilling a chunk of every row takes beside weights and caches."""
 
     def measure(model: Model) -> int:
-        context = jax.eval_shape(partial(blank, model.cfg, compute, rows, capacity, dtype, draft))
+        make = partial(blank, model.cfg, model.dtype, rows, capacity, setup.cache_dtype, setup.draft)
         tokens = jax.ShapeDtypeStruct((rows, min(CHUNK, capacity)), jnp.int32)
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return count_temporary(WHOLE.read.lower(model, context, tokens, tokens, count))
+        return count_temporary(WHOLE.read.lower(model, jax.eval_shape(make), tokens, tokens, count))
 
-    shallow, deeper = (build_shallow(found, compute, more) for more in (0, 1))
-    missing = found.cfg.num_hidden_layers - len(shallow.layers)
+    shallow, deeper = (build_shallow(setup.found, setup.compute, more) for more in (0, 1))
+    missing = setup.found.cfg.num_hidden_layers - len(shallow.layers)
     if not missing:
         return measure(shallow)
     with ThreadPoolExecutor() as pool:
@@ -202,16 +201,16 @@ def build_shallow(found: WeightShapes, compute: np.dtype, more: int) -> Model:
     cfg, dense = found.cfg, found.cfg.first_k_dense_replace
     mlps, moes = range(dense), range(dense, cfg.num_hidden_layers)
     layers = sorted([*mlps[:1], *moes[:2], *[*moes[2:], *mlps[1:]][:more]])
-    count = sum(i < dense for i in layers)
+    shallow = dataclasses.replace(
+        cfg, num_hidden_layers=len(layers), first_k_dense_replace=sum(i < dense for i in layers)
+    )
 
     def get_weight(path: str) -> Any:
         part, _, rest = path.partition(".")
         i, _, name = rest.partition(".")
         return found.get_loaded(f"layers.{layers[int(i)]}.{name}" if part == "layers" else path, compute)
 
-    return build(
-        dataclasses.replace(cfg, num_hidden_layers=len(layers), first_k_dense_replace=count), compute, get_weight
-    )
+    return build(shallow, compute, get_weight)
 
 
 def count_temporary(lowered: Any) -> int:
