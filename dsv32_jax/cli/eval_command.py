@@ -20,12 +20,9 @@ def add(commands: Any) -> None:
     ppl.add_argument("checkpoint", metavar="CKPT", help="converted checkpoint")
     _add_texts(ppl)
     _add_windows(ppl)
-    ppl.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)"
-    )
-    ppl.add_argument(
-        "--cache-dtype", choices=("bfloat16", "float32", "fp8"), help="KV cache storage (default: --dtype)"
-    )
+    add = ppl.add_argument
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)")
+    add("--cache-dtype", choices=("bfloat16", "float32", "fp8"), help="KV cache storage (default: --dtype)")
     ppl.set_defaults(run=_ppl)
 
     kl = measures.add_parser(
@@ -59,18 +56,17 @@ def _add_texts(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         default=[],
         type=Path,
-        help='text, or .jsonl with a "text" on each line; each text is read on its own (default: the bundled held-out text)',
+        help='text, or .jsonl with a "text" on each line; each is read on its own (default: the bundled held-out text)',
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_windows(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--context", type=int, metavar="N", help="tokens in a window (default: 1024)")
-    parser.add_argument(
-        "--stride", type=int, metavar="N", help="tokens from window to window (default: half of --context)"
-    )
-    parser.add_argument("--limit", type=int, metavar="N", help="read the first N windows only")
-    parser.add_argument("--batch-size", type=int, default=4, metavar="N", help="windows in a batch (default: 4)")
+    add = parser.add_argument
+    add("--context", type=int, metavar="N", help="tokens in a window (default: 1024)")
+    add("--stride", type=int, metavar="N", help="tokens from window to window (default: half of --context)")
+    add("--limit", type=int, metavar="N", help="read the first N windows only")
+    add("--batch-size", type=int, default=4, metavar="N", help="windows in a batch (default: 4)")
 
 
 def _ppl(arguments: argparse.Namespace) -> int:
