@@ -1,6 +1,6 @@
 """Encode messages as a prompt, byte for byte as the reference encoder of DeepSeek-V3.2 does."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..errors import UsageError, pluralize
@@ -62,34 +62,32 @@ def encode(
 
 
 def encode_pieces(messages, *, thinking, tools=None, context=(), drop_thinking=True, bos=True) -> list[str]:
-    """Return the pieces that `encode` joins: a Mark for the format's own text, a plain string for what a message
-    holds."""
+    """Return the pieces that `encode` joins: Marks for the format's own text, plain strings for messages' content."""
     if type(thinking) is not bool:
         text = f"thinking must be True (thinking) or False (chat), not {thinking!r}"
         raise EncodingError([Fault("invalid_thinking_mode", None, text)])
     new, earlier = require_messages(messages, "messages"), require_messages(context, "context")
-    encoder = _Encoder(earlier + new, thinking)
+    turns, first = earlier + new, len(earlier)
+    if tools and turns and turns[0].get("role") in ("system", "developer"):
+        if turns[0].get("tools"):
+            raise UsageError("tools are passed both on messages[0] and as an argument; pass them once")
+        turns[0] = {**turns[0], "tools": tools}
+    elif tools and not earlier:
+        turns, first = [{"role": "system", "tools": tools}, *turns], 1
+    encoder = _Encoder(turns, thinking)
     pieces: list[str] = [template.BOS] if bos and not earlier else []
     faults: list[Fault] = []
-
-    def write(index: int | None, name: str, encode_one: Callable[..., list[str]], given: Any) -> None:
+    for position in range(len(earlier), len(turns)):
+        if drop_thinking and encoder.drops(position):
+            continue
         try:
-            pieces.extend(encode_one(given))
+            pieces += encoder.encode(position)
         except InvalidMessage as error:
+            index = position - first if position >= first else None
+            name = "tools" if index is None else f"message {index} ({encoder.roles[position]:.40})"
             faults.append(Fault(error.code, index, f"{name}: {error}"))
-
-    if tools and encoder.turns and encoder.roles[0] in ("system", "developer"):
-        if encoder.turns[0].get("tools"):
-            raise UsageError("tools are passed both on messages[0] and as an argument; pass them once")
-        encoder.turns[0] = {**encoder.turns[0], "tools": tools}
-    elif tools and not earlier:
-        write(None, "tools", _encode_tools, {"tools": tools})
-    for index in range(len(new)):
-        position = len(earlier) + index
-        if not (drop_thinking and encoder.drops(position)):
-            write(index, f"message {index} ({encoder.roles[position]:.40})", encoder.encode, position)
     if drop_thinking and new:
-        faults += [encoder.describe_drop(i, len(earlier)) for i in range(len(encoder.turns)) if encoder.drops(i)]
+        faults += [encoder.describe_drop(i, first) for i in range(len(turns)) if encoder.drops(i)]
     if faults:
         raise EncodingError(faults)
     return pieces

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UsageError
+from ..errors import UsageError, pluralize
 
 Message = Mapping[str, Any]
 
@@ -31,13 +31,11 @@ class EncodingError(UsageError):
 
     def __init__(self, faults: list[Fault], limit: int = 20):
         self.faults = tuple(faults)
-        self.code, self.index, first = faults[0]
-        if len(faults) == 1:
-            super().__init__(f"cannot encode the messages: {first}")
-            return
-        lines = "".join(f"\n  {fault.text}" for fault in faults[:limit])
-        more = f"\n  ... and {len(faults) - limit} more" if len(faults) > limit else ""
-        super().__init__(f"cannot encode the messages ({len(faults)} faults):{lines}{more}")
+        self.code, self.index, _ = faults[0]
+        lines = [fault.text for fault in faults[:limit]]
+        if len(faults) > limit:
+            lines.append(f"... and {len(faults) - limit} more")
+        super().__init__(f"cannot encode the messages, {pluralize(len(faults), 'fault')}:\n  " + "\n  ".join(lines))
 
 
 class InvalidMessage(Exception):
@@ -55,13 +53,9 @@ def describe_type(value: Any) -> str:
 
 def require_messages(messages: Any, name: str) -> list[Message]:
     """Return `messages` as a list. Raises UsageError unless it is a sequence, EncodingError unless of mappings."""
-    if isinstance(messages, str):
-        raise UsageError(
-            f"{name} must be a list of messages, not a string: pass [{{'role': 'user', 'content': ...}}] to chat, or "
-            "use the tokenizer's encode to continue raw text"
-        )
-    if not isinstance(messages, Sequence) or isinstance(messages, bytes):
-        raise UsageError(f"{name} must be a list of messages, not {describe_type(messages)}")
+    if isinstance(messages, str | bytes) or not isinstance(messages, Sequence):
+        hint = "; use the tokenizer's encode to continue raw text" if isinstance(messages, str) else ""
+        raise UsageError(f"{name} must be a list of messages, not {describe_type(messages)}{hint}")
     faults = [
         Fault("message_not_object", i if name == "messages" else None, f"{name}[{i}] is {describe_type(message)}")
         for i, message in enumerate(messages)
@@ -81,9 +75,8 @@ def get_text(message: Message, field: str, default: str | None = None) -> str:
     if isinstance(value, str):
         return value
     if value is not None and not isinstance(value, int | float):
-        raise InvalidMessage(
-            "content_not_text", f"{field} must be a string, not {describe_type(value)}; join the parts of a list first"
-        )
+        text = f"{field} must be a string, not {describe_type(value)}; join the parts of a list first"
+        raise InvalidMessage("content_not_text", text)
     try:
         return str(value)
     except ValueError as error:
@@ -93,7 +86,7 @@ def get_text(message: Message, field: str, default: str | None = None) -> str:
 def get_schemas(message: Message) -> list[str]:
     """Return the JSON of each tool's function."""
     schemas = []
-    for i, tool in enumerate(_require_list(message.get("tools") or [], "tools")):
+    for i, tool in enumerate(_get_list(message, "tools")):
         if not isinstance(tool, Mapping) or "function" not in tool:
             raise InvalidMessage("missing_key", f"tools[{i}] must be an object with the schema under 'function'")
         schemas.append(to_json(tool["function"]))
@@ -103,26 +96,23 @@ def get_schemas(message: Message) -> list[str]:
 def get_calls(message: Message) -> list[tuple[str, dict[str, Any]]]:
     """Return the name and arguments of each tool call of an assistant message."""
     calls = []
-    for i, call in enumerate(_require_list(message.get("tool_calls") or [], "tool_calls")):
+    for i, call in enumerate(_get_list(message, "tool_calls")):
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             raise InvalidMessage("missing_key", f"tool_calls[{i}] must be an object with a 'function'")
         if missing := [key for key in ("name", "arguments") if key not in function]:
             raise InvalidMessage("missing_key", f"tool_calls[{i}].function has no {' and no '.join(missing)}")
-        if not isinstance(function["name"], str):
-            raise InvalidMessage(
-                "name_not_string", f"tool_calls[{i}].function.name is {describe_type(function['name'])}"
-            )
-        calls.append((function["name"], _parse_arguments(function)))
+        name, text = function["name"], function["arguments"]
+        if not isinstance(name, str):
+            raise InvalidMessage("name_not_string", f"tool_calls[{i}].function.name is {describe_type(name)}")
+        calls.append((name, _parse_arguments(text, f"the arguments of the call to {name[:40]!r}")))
     return calls
 
 
-def _parse_arguments(function: Mapping) -> dict[str, Any]:
-    text, subject = function["arguments"], f"the arguments of the call to {function['name'][:40]!r}"
+def _parse_arguments(text: Any, subject: str) -> dict[str, Any]:
     if not isinstance(text, str):
-        raise InvalidMessage(
-            "arguments_not_string", f"{subject} must be JSON text, not {describe_type(text)}; use json.dumps"
-        )
+        reason = f"{subject} must be JSON text, not {describe_type(text)}; use json.dumps"
+        raise InvalidMessage("arguments_not_string", reason)
     try:
         arguments = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -140,7 +130,8 @@ def to_json(value: Any) -> str:
         raise InvalidMessage("not_json", f"a value has no JSON form: {error}") from None
 
 
-def _require_list(value: Any, name: str) -> Sequence:
+def _get_list(message: Message, field: str) -> Sequence:
+    value = message.get(field) or []
     if isinstance(value, str | bytes) or not isinstance(value, Sequence):
-        raise InvalidMessage("not_a_list", f"{name} must be a list, not {describe_type(value)}")
+        raise InvalidMessage("not_a_list", f"{field} must be a list, not {describe_type(value)}")
     return value

@@ -87,15 +87,14 @@ class Tokenizer:
             raise UsageError(f"only text can be encoded, not {wrong[0]!r}")
         if allow_special:
             pieces = [Mark("".join(pieces))]
-        parts = [part for piece in pieces for part in self._split_specials(piece)]
+        parts: list[str] = []
+        for piece in pieces:
+            parts += map(Mark, filter(None, self._split.split(piece))) if isinstance(piece, Mark) else [piece]
         ids: list[int] = []
         for special, run in itertools.groupby(parts, lambda part: isinstance(part, Mark) and part in self.specials):
             texts = list(run)
             ids += [self.specials[text] for text in texts] if special else self._encode_plain("".join(texts))
         return ids
-
-    def _split_specials(self, piece: str) -> list[str]:
-        return [Mark(part) for part in self._split.split(piece) if part] if isinstance(piece, Mark) else [piece]
 
     def _encode_plain(self, text: str) -> list[int]:
         """Encode text without special tokens, and check that the ids decode to it."""
