@@ -63,21 +63,21 @@ for position in np.argsort(-count, kind="stable")[:6]:
 # %% [markdown]
 # ## Attention mass kept
 #
-# Generation never computes the weights of dense attention. `inspect.kept_mass` does, beside a replay of the given
+# Generation never computes the weights of dense attention. A trace of `"mass"` does, beside a replay of the given
 # tokens: the share of dense attention's weight on the selected positions (mean over heads), beside the best choice of
 # as many positions and the most recent ones. The indexer comes within a few percent of the best choice in every layer;
 # the most recent positions alone would lose most in layers 0, 1 and 4.
 
 # %%
-mass = inspect.kept_mass(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)])
-inspect.plots.kept_mass(mass, first=2 * topk)
+mass = inspect.trace(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)], {"mass"})
+inspect.plots.attention_mass(mass, first=2 * topk)
 
 # %% [markdown]
 # By layer and position, in the first text: 100 % as long as everything is selected, then less as the text grows. Dark
 # columns are tokens whose attention spreads over more than 128 positions.
 
 # %%
-inspect.plots.kept_mass_by_position(mass)
+inspect.plots.attention_mass_by_position(mass)
 
 # %% [markdown]
 # The trace has a measure that needs no dense attention: the spread (entropy) of the weights on selected positions. Its

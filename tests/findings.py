@@ -155,8 +155,9 @@ def masses(model: ds.Model, corpus: Corpus) -> Iterator[str]:
 
 def shares_kept(model: ds.Model, tokens) -> np.ndarray:
     """Kept, best and recent mass of each layer [layers, 3], mean over positions from 512 on."""
-    mass = ds.inspect.kept_mass(model, [tokens])
-    return np.stack([share[:, 0, 512:].mean(axis=-1) for share in mass], axis=-1)
+    trace = ds.inspect.trace(model, [tokens], {"mass"})
+    shares = (trace[name] for name in ("mass_selected", "mass_best", "mass_recent"))
+    return np.stack([share[:, 0, 512:].mean(axis=-1) for share in shares], axis=-1)
 
 
 if __name__ == "__main__":

@@ -198,18 +198,19 @@ def test_placement_is_that_of_jax(small, path):
     assert shard["experts"] * 8 == whole["experts"] and shard["indexer"] == whole["indexer"]
 
 
-def test_kept_mass(small):
+def test_attention_mass(small):
     """All of it while everything is selected; then less, never more than the best choice."""
     model = models.random_model(dataclasses.replace(small, num_nextn_predict_layers=0))
     long = small.index_topk + 24
-    mass = inspect.kept_mass(model, [list(range(5, 5 + long)), [5, 6, 7]])
-    assert mass.kept.shape == (2, 2, long) and np.isnan(mass.kept[:, 1, 3:]).all()
-    np.testing.assert_allclose(mass.kept[:, 0, : small.index_topk], 1, atol=1e-5)
-    np.testing.assert_allclose(mass.kept[:, 1, :3], 1, atol=1e-5)
+    trace = inspect.trace(model, [list(range(5, 5 + long)), [5, 6, 7]], {"mass"})
+    kept, best = trace["mass_selected"], trace["mass_best"]
+    assert kept.shape == (2, 2, long) and np.isnan(kept[:, 1, 3:]).all()
+    np.testing.assert_allclose(kept[:, 0, : small.index_topk], 1, atol=1e-5)
+    np.testing.assert_allclose(kept[:, 1, :3], 1, atol=1e-5)
     later = slice(small.index_topk, None)
-    for share in (mass.kept, mass.recent):
-        assert (share[:, 0, later] < mass.best[:, 0, later] + 1e-5).all() and (share[:, 0, later] > 0).all()
-    assert (mass.best[:, 0, later] < 1).all()
+    for share in (kept, trace["mass_recent"]):
+        assert (share[:, 0, later] < best[:, 0, later] + 1e-5).all() and (share[:, 0, later] > 0).all()
+    assert (best[:, 0, later] < 1).all()
 
 
 def made_up_trace(cfg: Config) -> Trace:
@@ -245,6 +246,7 @@ def test_figures(small):
     assert plots.count_experts(made).sum() == 2 * (30 + 15)
     found = inspect.statistics(stored(np.random.default_rng(0).standard_normal((32, 64), np.float32)))
     shares = np.random.default_rng(0).random((2, 1, 40))
+    mass = Trace(("mass",), dict.fromkeys(("mass_selected", "mass_best", "mass_recent"), shares), made.about)
     first = np.zeros((2, 30), bool)
     first[:, :5] = True
     figures = [
@@ -254,8 +256,8 @@ def test_figures(small):
         plots.expert_errors(np.full((1, 12), 0.09), [1]),
         plots.expert_load(made),
         plots.experts_by_kind(made, 1, {"first": first, "others": ~first}),
-        plots.kept_mass(inspect.Mass(shares, shares, shares), 10),
-        plots.kept_mass_by_position(inspect.Mass(shares, shares, shares)),
+        plots.attention_mass(mass, 10),
+        plots.attention_mass_by_position(mass),
         plots.selection(made, 1),
         plots.needle(np.array([[1, 30, 200], [5, 9, 3]]), 20, ["a", "\n", "$"]),
         plots.sharding(inspect.placement(cfg, BANK, "expert=4,model=2")),

@@ -130,7 +130,7 @@ def _run(cfg, folder) -> None:
     session.save(folder / "session")
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
     ds.score(session.model, [[5, 6, 7]])
-    ds.inspect.kept_mass(session.model, [[5, 6, 7], list(range(5, 36))])
+    ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})
     ds.evaluation.kl(session.model, session.model, [[5, 6, 7]])
     random_checkpoint.write(folder / "hf", one_row, "bf16")
     convert(folder / "hf", folder / "converted")

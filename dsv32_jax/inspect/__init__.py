@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from .placements import Placement as Placement
     from .placements import parameters_per_device as parameters_per_device
     from .placements import placement as placement
-    from .replay import kept_mass as kept_mass
     from .replay import trace as trace
-    from .traces import Mass as Mass
     from .traces import Trace as Trace
     from .trees import Tree as Tree
     from .trees import tree as tree
@@ -33,7 +31,6 @@ if TYPE_CHECKING:
 
 _HOME = {
     "Folder": ".weights",
-    "Mass": ".traces",
     "Placement": ".placements",
     "Statistics": ".weights",
     "StoredWeight": ".weights",
@@ -41,7 +38,6 @@ _HOME = {
     "Tree": ".trees",
     "count_clipped": ".weights",
     "expert_errors": ".weights",
-    "kept_mass": ".replay",
     "parameters_per_device": ".placements",
     "placement": ".placements",
     "plots": ".plots",

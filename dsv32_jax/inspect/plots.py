@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import UsageError
 from ..quantization.quantize import E2M1, E4M3
 from .placements import Placement
-from .traces import Mass, Trace
+from .traces import Trace
 from .weights import Statistics
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
@@ -177,24 +177,24 @@ def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -
     return picture
 
 
-def kept_mass(mass: Mass, first: int) -> Picture:
-    """Plot the attention mass kept in each layer, mean over positions from `first` on, beside the best choice of as
-    many positions and the most recent ones."""
+def attention_mass(trace: Trace, first: int) -> Picture:
+    """Plot the share of dense attention's weight on selected positions, by layer, mean over positions from `first` on,
+    beside the best choice of as many positions and the most recent ones."""
     picture = Picture()
     axes = picture.axes
-    names = {"selected by the indexer": mass.kept, "best choice": mass.best, "most recent": mass.recent}
-    for i, (name, share) in enumerate(names.items()):
-        mean = 100 * np.nanmean(share[:, :, first:], axis=(1, 2))
+    names = {"selected": "selected by the indexer", "best": "best choice", "recent": "most recent"}
+    for i, (kind, name) in enumerate(names.items()):
+        mean = 100 * np.nanmean(trace[f"mass_{kind}"][:, :, first:], axis=(1, 2))
         axes.bar(np.arange(len(mean)) + 0.27 * (i - 1), mean, width=0.25, color=COLOURS[i], label=name)
-    axes.set_xticks(range(len(mass.kept)))
+    axes.set_xticks(range(len(trace["mass_selected"])))
     axes.set(xlabel="layer", ylabel="attention mass (%)", ylim=(0, 100))
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3, frameon=False)
     return picture
 
 
-def kept_mass_by_position(mass: Mass, row: int = 0) -> Picture:
-    """Plot the attention mass that the selected positions keep, by layer and position."""
-    return heat(100 * mass.kept[:, row], "position", "layer", "attention mass kept (%)")
+def attention_mass_by_position(trace: Trace, row: int = 0) -> Picture:
+    """Plot the share of dense attention's weight on selected positions, by layer and position."""
+    return heat(100 * trace["mass_selected"][:, row], "position", "layer", "attention mass kept (%)")
 
 
 def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture:

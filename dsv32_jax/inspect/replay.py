@@ -25,7 +25,7 @@ from ..model.model import Model
 from ..model.ops import over_tokens, rms_norm, rotation
 from ..parallel.multihost import fetch
 from ..system import host
-from .traces import ARRAYS, KINDS, TOP, Mass, Trace, check_kinds, shapes
+from .traces import ARRAYS, KINDS, TOP, Trace, check_kinds, shapes
 
 ALL = ("attention", "indexer", "logits", "routing")
 """The kinds that cost little beside a prefill; "mass" computes dense attention weights as well."""
@@ -46,6 +46,7 @@ def trace(
 
     `keep` names the kinds of arrays: "routing", "indexer", "attention", "logits" and "mass"; `Trace` lists their
     arrays. Rows are prefilled in chunks, as `score` does. In float32 the values are those that generated the answer.
+    The work of "mass" grows with the square of the longest row.
     Raises UsageError for bad arguments and CapacityError, before anything runs, if the arrays do not fit in memory.
     """
     kinds = check_kinds(keep)
@@ -65,16 +66,6 @@ def trace(
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
         _copy(chunk, arrays)
     return Trace(kinds, arrays, {"config": cfg.to_dict(), "model": identity(model)})
-
-
-def kept_mass(model: Model, tokens: Sequence[Sequence[int]]) -> Mass:
-    """Return how much of dense attention's weight lies on the selected positions, for every token of the given rows.
-
-    Attention itself stays sparse, so each layer sees what it sees when generating. Work grows with the square of the
-    longest row.
-    """
-    found = trace(model, tokens, {"mass"})
-    return Mass(*(found[name] for name in KINDS["mass"]))
 
 
 def nbytes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> int:

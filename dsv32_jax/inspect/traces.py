@@ -5,7 +5,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -134,19 +134,6 @@ class Trace(Mapping[str, np.ndarray]):
         if problems := _find_problems(kinds, facts, arrays):
             raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
         return cls(tuple(kinds), arrays, facts)
-
-
-class Mass(NamedTuple):
-    """Shares of dense attention's weight, mean over heads, [layers, rows, tokens]; NaN beyond a row's end.
-
-    kept    on the positions that the indexer selected: 1 where it selected all
-    best    on the best choice of as many positions: an upper bound of `kept`
-    recent  on as many of the most recent positions
-    """
-
-    kept: np.ndarray
-    best: np.ndarray
-    recent: np.ndarray
 
 
 def check_kinds(keep: Any) -> tuple[str, ...]:
