@@ -153,8 +153,8 @@ def make_parts(model: Model, cache: Cache) -> dict[str, Callable[[], Any]]:
 
     If the indexer selects the whole cache, it is neither scored nor searched.
     """
-    h_BTD = uniform((1, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(9), 0.0, 1.0)
-    queries = make_queries(model, h_BTD, cache.length_B[:, None])
+    hidden = uniform((1, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(9), 0.0, 1.0)
+    queries = make_queries(model, hidden, cache.length_B[:, None])
     if cache.capacity <= model.cfg.index_topk:
         return {"attention": lambda: attend_to_all(model, queries, cache)}
     scores = score_cache(queries, cache)
@@ -167,15 +167,15 @@ def make_parts(model: Model, cache: Cache) -> dict[str, Callable[[], Any]]:
 
 
 @jax.jit
-def make_queries(model: Model, h_BTD: jax.Array, position_BT: jax.Array) -> list[Queries]:
+def make_queries(model: Model, hidden: jax.Array, position: jax.Array) -> list[Queries]:
     """Return the queries of every layer."""
-    turns = rotation(position_BT, model.cfg)
+    turns = rotation(position, model.cfg)
 
     def of_layer(layer: Any) -> Queries:
-        latent = layer.mla.latent_query(h_BTD)
+        latent = layer.mla.latent_query(hidden)
         index = layer.indexer.queries(latent, *turns)
         content, rotated = layer.mla.queries(latent, *turns)
-        return Queries(content, rotated, index, layer.indexer.head_weights(h_BTD))
+        return Queries(content, rotated, index, layer.indexer.head_weights(hidden))
 
     return [of_layer(layer) for layer in model.layers]
 
@@ -183,9 +183,9 @@ def make_queries(model: Model, h_BTD: jax.Array, position_BT: jax.Array) -> list
 @jax.jit
 def score_cache(queries: list[Queries], cache: Cache) -> list[jax.Array]:
     """Return the index scores of every layer."""
-    position_BT = cache.length_B[:, None]
+    position = cache.length_B[:, None]
     pairs = zip(queries, cache.layers, strict=True)
-    return [scores_of_cache(query.index, query.weight, layer, position_BT) for query, layer in pairs]
+    return [scores_of_cache(query.index, query.weight, layer, position) for query, layer in pairs]
 
 
 @partial(jax.jit, static_argnums=1)

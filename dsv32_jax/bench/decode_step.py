@@ -89,15 +89,15 @@ class DecodeStep:
 
     def __init__(self, model: Model, cache: Cache, steps: int = 1, program: Any = None):
         self._model, self._steps = model, np.int32(steps)
-        self._length_B = np.asarray(cache.length_B)
-        batch, size = len(self._length_B), model.cfg.vocab_size
-        unlimited_B = jnp.full(batch, np.iinfo(np.int32).max, jnp.int32)
-        none_BV = jnp.zeros((batch, size), bool)
-        task = Task(knobs([Sampling()] * batch, size, size), none_BV, jnp.zeros(batch, jnp.int32), unlimited_B)
+        self._lengths = np.asarray(cache.length_B)
+        batch, size = len(self._lengths), model.cfg.vocab_size
+        unlimited = jnp.full(batch, np.iinfo(np.int32).max, jnp.int32)
+        nothing = jnp.zeros((batch, size), bool)
+        task = Task(knobs([Sampling()] * batch, size, size), nothing, jnp.zeros(batch, jnp.int32), unlimited)
         self._task = by_rows(model.mesh, task)
-        h_BD = by_rows(model.mesh, uniform((batch, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0))
-        context = Context(cache, h_BD, None)
-        self.state = WHOLE.begin(model, self._task, context, by_rows(model.mesh, none_BV), slots=1, width=0, drafts=0)
+        hidden = by_rows(model.mesh, uniform((batch, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0))
+        context = Context(cache, hidden, None)
+        self.state = WHOLE.begin(model, self._task, context, by_rows(model.mesh, nothing), slots=1, width=0, drafts=0)
         self.program: Any = self._compile({}) if program is None else program
 
     def run(self) -> jax.Array:
@@ -112,7 +112,7 @@ class DecodeStep:
         return self._compile({"xla_gpu_graph_min_graph_size": 1 << 20})
 
     def _rewind(self) -> State:
-        cache = dataclasses.replace(self.state.cache, length_B=by_rows(self._model.mesh, self._length_B))
+        cache = dataclasses.replace(self.state.cache, length_B=by_rows(self._model.mesh, self._lengths))
         return dataclasses.replace(self.state, cache=cache)
 
     def _compile(self, options: dict[str, Any]) -> Any:

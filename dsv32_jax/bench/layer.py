@@ -70,13 +70,13 @@ def measure_layer(
 def _measure_moe(cfg: Config, batches: Sequence[int], seconds: float) -> Iterator[Row]:
     moe = make_block(MoE, cfg, "layers.0.ffn.")
     for batch in batches:
-        h_BTD = uniform((batch, 1, cfg.hidden_size), DTYPE.name, jnp.uint32(batch), 0.0, 1.0)
-        program, compile_seconds = _compile(jax.jit(MoE.__call__), moe, h_BTD)
-        chosen = np.asarray(program(moe, h_BTD)[1].expert_BTX)
+        hidden = uniform((batch, 1, cfg.hidden_size), DTYPE.name, jnp.uint32(batch), 0.0, 1.0)
+        program, compile_seconds = _compile(jax.jit(MoE.__call__), moe, hidden)
+        chosen = np.asarray(program(moe, hidden)[1].expert_BTX)
         part = f"MoE, {len(np.unique(chosen))} of {cfg.n_routed_experts} experts chosen"
 
-        def run(program=program, h_BTD=h_BTD) -> Any:
-            return jax.block_until_ready(program(moe, h_BTD))
+        def run(program=program, hidden=hidden) -> Any:
+            return jax.block_until_ready(program(moe, hidden))
 
         facts = {"part": part, "batch": batch, "context": None, "compile_seconds": compile_seconds}
         yield facts | _measure(program, run, count_read_bytes(moe, chosen), seconds)
@@ -87,14 +87,14 @@ def _measure_attention(cfg: Config, batches: Sequence[int], contexts: Sequence[i
     step = jax.jit(lambda *arguments: attention.attention(*arguments)[:2], donate_argnums=3)
     for batch in batches:
         for context in contexts:
-            h_BTD = uniform((batch, 1, cfg.hidden_size), DTYPE.name, jnp.uint32(batch), 0.0, 1.0)
-            position_BT = jnp.full((batch, 1), context - 1, jnp.int32)
+            hidden = uniform((batch, 1, cfg.hidden_size), DTYPE.name, jnp.uint32(batch), 0.0, 1.0)
+            position = jnp.full((batch, 1), context - 1, jnp.int32)
             (cache,) = fill_cache(cfg, context, DTYPE, batch).layers
-            program, compile_seconds = _compile(step, *blocks, h_BTD, cache, position_BT)
+            program, compile_seconds = _compile(step, *blocks, hidden, cache, position)
 
-            def run(program=program, h_BTD=h_BTD, position_BT=position_BT) -> None:
+            def run(program=program, hidden=hidden, position=position) -> None:
                 nonlocal cache
-                out, cache = program(*blocks, h_BTD, cache, position_BT)
+                out, cache = program(*blocks, hidden, cache, position)
                 out.block_until_ready()
 
             kind = "attention, sparse" if context > cfg.index_topk else "attention"

@@ -97,12 +97,12 @@ def count_step_bytes(cfg: Config, weights: dict[str, int], share: float) -> floa
     return sum(weights[leaf.path] * (share if leaf.stacked else 1) for leaf in read)
 
 
-def measure_expert_share(model: Model, token_B: jax.Array) -> float:
+def measure_expert_share(model: Model, tokens: jax.Array) -> float:
     """Return the share of experts that the rows of a device choose together for these tokens after a short context:
     the mean over layers and devices."""
-    cache = fill_cache(model.cfg, SHORT, DTYPE, len(token_B), None, model.mesh)
-    groups = sharding.groups(model.mesh, len(token_B))
-    _, _, seen = model.observe(token_B[:, None], cache, jnp.ones(len(token_B), jnp.int32))
+    cache = fill_cache(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
+    groups = sharding.groups(model.mesh, len(tokens))
+    _, _, seen = model.observe(tokens[:, None], cache, jnp.ones(len(tokens), jnp.int32))
     chosen = [np.asarray(layer.routing.expert_BTX) for layer in seen if layer.routing is not None]
     counts = [len(np.unique(rows)) for experts in chosen for rows in np.split(experts, groups)]
     return float(np.mean(counts)) / model.cfg.n_routed_experts if counts else 0.0
@@ -152,12 +152,12 @@ def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, CHUNK), np.int32)
     for length in plan.contexts:
         cache = fill_cache(cfg, plan.capacity, plan.cache_dtype, 1, length, plan.mesh)
-        h_BD = sharding.by_rows(plan.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
-        context, length_B = Context(cache, h_BD, None), np.asarray(cache.length_B)
+        hidden = sharding.by_rows(plan.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
+        context, lengths = Context(cache, hidden, None), np.asarray(cache.length_B)
 
-        def run(length_B=length_B) -> Any:
+        def run(lengths=lengths) -> Any:
             nonlocal context
-            cache = dataclasses.replace(context.cache, length_B=sharding.by_rows(plan.mesh, jnp.asarray(length_B)))
+            cache = dataclasses.replace(context.cache, length_B=sharding.by_rows(plan.mesh, jnp.asarray(lengths)))
             context = WHOLE.read(model, dataclasses.replace(context, cache=cache), tokens, tokens, count)
             return jax.block_until_ready(context.h_BD)
 
