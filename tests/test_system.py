@@ -1,6 +1,5 @@
 """The machine around the model: files, sizes, free memory, cores, a user without a home."""
 
-import functools
 import io
 import os
 import re
@@ -169,16 +168,6 @@ def test_only_regular_files_are_opened(tmp_path):
     assert files.read_regular(tmp_path / "link", 5) == b"12345"
     with pytest.raises(CheckpointError, match="has 5 bytes; the limit is 4"):
         files.read_regular(tmp_path / "file", 4)
-
-
-def test_a_fifo_that_takes_the_place_of_a_file(tmp_path, monkeypatch):
-    """Between the look at it and its opening."""
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "file").touch()
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "stat", functools.partial(lambda status, _: status, os.stat(tmp_path / "file")))
-        with pytest.raises(CheckpointError, match="not a regular file"):
-            files.open_regular(tmp_path / "fifo")
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):

@@ -36,11 +36,12 @@ MAX_BATCH = 1 << 20
 DEFAULT_CONTEXT = 4096
 
 NOT_COUNTED = """\
-not counted: programs and their constants, temporaries of loading (one parameter, or 64 MiB of small ones),
-communication buffers, fragmentation, other processes. Activations are those of this backend's compiler
-({backend}); on a mesh, those of a device that computes its rows alone, an upper bound. Largest batch and
-longest context assume that activations grow linearly; a batch is rounded up to a power of two, and so is a
-context unless `capacity` is given."""
+not counted: programs and their constants, temporaries of loading (one parameter,
+or 64 MiB of small ones), communication buffers, fragmentation, other processes.
+Activations are those of this backend's compiler ({backend}); on a mesh, those of a
+device that computes its rows alone, an upper bound. Largest batch and longest
+context assume that activations grow linearly; a batch is rounded up to a power
+of two, and so is a context unless {capacity} is given."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +270,6 @@ def format_fit(found: Fit) -> str:
             f"{verdict}: {pluralize(found.batch, 'row')} of {pluralize(found.context, 'token')}",
             f"largest batch at this context: {found.largest_batch or 'none'}",
             f"longest context at this batch: {found.longest_context or 'none'}",
-            NOT_COUNTED.format(backend=jax.default_backend()),
+            NOT_COUNTED.format(backend=jax.default_backend(), capacity=argument("capacity")),
         ]
     )

@@ -51,18 +51,13 @@ def find_home() -> Path | None:
 def find_user_folder(variable: str, default: str) -> Path | None:
     """Return this package's folder below the one in the environment `variable` (XDG), by default HOME/`default`."""
     home = find_home()
-    root = os.environ.get(variable) or (home and home / default)
+    root = os.environ.get(variable) or (home / default if home else None)
     return Path(root, "dsv32_jax") if root else None
 
 
 def open_regular(file: Path) -> int:
-    """Return a descriptor open for reading. Raise CheckpointError unless `file` is a regular file.
-
-    Never blocks: opening a FIFO without O_NONBLOCK waits for a writer.
-    """
-    if not stat.S_ISREG(os.stat(file).st_mode):
-        raise CheckpointError(f"{file} is not a regular file")
-    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    """Return a descriptor open for reading. Raise CheckpointError unless `file` is a regular file."""
+    descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would block until it has a writer
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise CheckpointError(f"{file} is not a regular file")
