@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from .checkpoint.load import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
+    from .generation.generate import Stream as Stream
     from .generation.generate import astream as astream
     from .generation.generate import generate as generate
     from .generation.generate import stream as stream
     from .generation.options import Sampling as Sampling
     from .generation.result import Generation as Generation
-    from .generation.run import Stream as Stream
     from .generation.score import Score as Score
     from .generation.score import score as score
     from .generation.session import Session as Session
@@ -46,7 +46,7 @@ _HOME = {
     "Sampling": ".generation.options",
     "Score": ".generation.score",
     "Session": ".generation.session",
-    "Stream": ".generation.run",
+    "Stream": ".generation.generate",
     "astream": ".generation.generate",
     "chat": ".chat",
     "evaluation": ".evaluation",

@@ -20,14 +20,14 @@ from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation import fit as fitting
-from dsv32_jax.generation import memory
-from dsv32_jax.generation.batch import WHOLE
+from dsv32_jax.generation import memory, prefill_decode, speculative
+from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
 from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
-from dsv32_jax.generation.prefill_decode import Task, blank
+from dsv32_jax.generation.options import Sampling
+from dsv32_jax.generation.prefill_decode import empty_caches, new_state
 from dsv32_jax.generation.request import CHUNK
-from dsv32_jax.generation.sampling_params import Sampling, knobs
+from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
-from dsv32_jax.parallel import sharding
 from dsv32_jax.system import host
 
 REAL = Path(__file__).parents[1] / "configs" / "deepseek_v32.json"
@@ -125,12 +125,12 @@ def cache_bytes(predicted: Fit, rows: int, vocabulary: int) -> int:
 
 
 def read(folder: Path, sizes, predicted: Fit, tokens: int):
-    """The context of four rows of `tokens` tokens, and the program that read them."""
+    """The state of four rows of `tokens` tokens, and the program that read them."""
     model = ds.load(folder, mesh=made_mesh(sizes))
-    empty = blank(model.cfg, BF16, 4, predicted.capacity, np.dtype(predicted.cache_dtype), 0)
+    caches = empty_caches(model.cfg, 4, predicted.capacity, np.dtype(predicted.cache_dtype), 0)
     row = jnp.zeros((4, tokens), jnp.int32)
-    arguments = (model, sharding.by_rows(model.mesh, empty), row, row, jnp.ones(4, jnp.int32))
-    program = WHOLE.read.lower(*arguments).compile()
+    arguments = (model, new_state(model, caches, [], 0), row, row, jnp.ones(4, jnp.int32))
+    program = WHOLE.prefill.lower(*arguments).compile()
     return program(*arguments), program.memory_analysis()
 
 
@@ -145,8 +145,8 @@ def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypat
 
     monkeypatch.setattr(fitting, "measure_prefill", measure)
     predicted = fit(single, context=12, batch=3, cache_dtype="fp8")
-    context, account = read(single, None, predicted, predicted.capacity)
-    assert on_each_device(context.cache.layers) == {cache_bytes(predicted, 4, 96)}
+    state, account = read(single, None, predicted, predicted.capacity)
+    assert on_each_device(state.cache.layers) == {cache_bytes(predicted, 4, 96)}
     more = account.output_size_in_bytes - account.alias_size_in_bytes
     assert predicted.activations == account.temp_size_in_bytes + more > 0
     assert measured == [(4, 16), (8, 16), (4, 32)]
@@ -156,28 +156,25 @@ def test_rows_are_split_over_data(single, no_programs):
     """After a program has run on the mesh."""
     sizes = {"data": 2, "expert": 4}
     predicted = fit(single, context=12, batch=3, mesh="data=2,expert=4")
-    context, _ = read(single, sizes, predicted, 1)
-    assert on_each_device(context.cache.layers) == {cache_bytes(predicted, 2, 96)}
+    state, _ = read(single, sizes, predicted, 1)
+    assert on_each_device(state.cache.layers) == {cache_bytes(predicted, 2, 96)}
     assert fit(single, context=12, mesh="data=2,expert=4").cache == predicted.cache // 2
 
 
 @pytest.mark.parametrize("cache_dtype", ["bf16", "fp32", "fp8"])
 def test_the_drafting_layer_has_a_cache(converted, small, no_programs, cache_dtype):
     predicted = fit(converted["nvfp4"], context=32, batch=2, cache_dtype=cache_dtype, draft=3)
-    context = blank(small, BF16, 2, 32, np.dtype(predicted.cache_dtype), 3)
-    assert on_each_device((context.cache.layers, context.drafting)) == {cache_bytes(predicted, 2, small.vocab_size)}
+    cache, draft_cache = empty_caches(small, 2, 32, np.dtype(predicted.cache_dtype), 3)
+    assert on_each_device((cache.layers, draft_cache)) == {cache_bytes(predicted, 2, small.vocab_size)}
 
 
 def measure_decode(model, rows: int, slots: int, draft: int) -> int:
     """Bytes that decoding takes beside weights and caches, by the account of the program that `generate` runs."""
-    size, counts = model.cfg.vocab_size, jnp.zeros(1, jnp.int32)
-    row = Task(knobs([Sampling()], size, size), jnp.zeros((1, size), bool), counts, counts)
-    task = jax.tree.map(lambda x: jax.ShapeDtypeStruct((rows, *x.shape[1:]), x.dtype), row)
-    context = jax.eval_shape(functools.partial(blank, model.cfg, BF16, rows, slots, BF16, draft))
-    begin = functools.partial(WHOLE.begin, slots=CHUNK, width=0, drafts=draft)
-    state = jax.eval_shape(begin, model, task, context, jax.ShapeDtypeStruct((rows, size), bool))
-    program = WHOLE.decode_drafting if draft else WHOLE.decode
-    return count_temporary(program.lower(model, task, state, jax.ShapeDtypeStruct((), jnp.int32)))
+    params = make_params([Sampling()] * rows, model.cfg.vocab_size, model.cfg.vocab_size)
+    caches = functools.partial(empty_caches, model.cfg, rows, slots, BF16, draft)
+    state = jax.eval_shape(lambda: new_state(model, caches(), [], draft))
+    step = speculative.step if draft else prefill_decode.step
+    return count_temporary(WHOLE.decode.lower(step, model, params, state, 1, SEGMENT_TOKENS, 0))
 
 
 @pytest.mark.parametrize("draft", [0, 3])
@@ -197,7 +194,7 @@ def test_a_deep_model_is_continued_from_four_layers(monkeypatch):
         seen.append(model)
         return 1000 + 7 * len(model.layers)
 
-    monkeypatch.setattr(fitting, "WHOLE", WHOLE._replace(read=SimpleNamespace(lower=lower)))
+    monkeypatch.setattr(fitting, "WHOLE", WHOLE._replace(prefill=SimpleNamespace(lower=lower)))
     monkeypatch.setattr(fitting, "count_temporary", int)
     assert measure_prefill(Setup(read_weight_shapes(REAL), BF16, BF16, 1), 1, 4096) == 1000 + 7 * 61
     assert sorted([type(layer.ffn).__name__ for layer in model.layers] for model in seen) == [
@@ -400,7 +397,4 @@ def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     monkeypatch.setattr(fitting, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
     for capacity in (32, 4 * CHUNK):
         measure_prefill(Setup(read_weight_shapes(single), BF16, BF16, 0), 1, capacity)
-    chunks = {
-        aval.shape for avals in seen for aval in jax.tree.leaves(avals) if aval.dtype == np.int32 and aval.ndim == 2
-    }
-    assert chunks == {(1, 32), (1, CHUNK)}
+    assert {arguments[2].shape for arguments, _ in seen} == {(1, 32), (1, CHUNK)}

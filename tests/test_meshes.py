@@ -16,10 +16,13 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.generation import batch, inventory, prefill_decode, request
+from dsv32_jax.generation import inventory
+from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
+from dsv32_jax.generation.prefill_decode import empty_caches, new_state, sample_first, step
+from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.experts import mixture, over_mesh, shared_expert
-from dsv32_jax.parallel import partition, sharding
+from dsv32_jax.parallel import partition
 from tests import golden
 from tests.conftest import DATA
 
@@ -80,16 +83,13 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     """The compiled decode loop moves activations between devices: nothing as large as the smallest cut weight. Which
     token's row is looked up where is not left to the compiler: for a GPU it gathers the whole embedding. What comes out
     is spread as it went in, so the next call needs no program of its own."""
-    rows = 4
-    asked = request.plan(sharded, [[5, 6, 7]] * rows, capacity=64, max_new_tokens=16)
-    blank = prefill_decode.blank(checkpoint.cfg, np.dtype(np.float32), rows, 64, asked.cache_dtype, 0)
-    context = sharding.by_rows(sharded.mesh, blank)
-    task = request.task(sharded, asked, range(rows), rows)
-    nothing = np.zeros((rows, checkpoint.cfg.vocab_size), bool)
-    state = batch.WHOLE.begin(sharded, task, context, nothing, slots=16, width=0, drafts=0)
-    lowered = batch.WHOLE.decode.lower(sharded, task, state, 5)
+    rows, cfg = 4, checkpoint.cfg
+    state = new_state(sharded, empty_caches(cfg, rows, 64, np.dtype(np.float32), 0), [[5, 6, 7]] * rows, 0)
+    params = make_params([ds.Sampling()] * rows, cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, max_new=16)
+    state, _ = sample_first(sharded, params, state, 0)
+    lowered = WHOLE.decode.lower(step, sharded, params, state, 5, SEGMENT_TOKENS, 0)
     program = lowered.compile()
-    for part, after in zip(jax.tree.leaves(state), jax.tree.leaves(program.output_shardings), strict=True):
+    for part, after in zip(jax.tree.leaves(state), jax.tree.leaves(program.output_shardings[0]), strict=True):
         assert part.sharding.is_equivalent_to(after, part.ndim)
     text = program.as_text()
     layers, mesh = checkpoint.cfg.num_hidden_layers, sharded.mesh.shape

@@ -557,7 +557,8 @@ def test_the_output_of_forward_does_not_grow_with_layers(cfg, tokens):
 def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatch):
     """From one layer to the next, the memory in use grows by the new cache of that layer."""
     deep = models.random_model(dataclasses.replace(cfg, num_hidden_layers=6, first_k_dense_replace=0))
-    context = prefill_decode.blank(deep.cfg, deep.dtype, 3, ROOMY, deep.dtype, 0)
+    caches = prefill_decode.empty_caches(deep.cfg, 3, ROOMY, deep.dtype, 0)
+    state = prefill_decode.new_state(deep, caches, tokens.tolist(), 0)
     run, alive = block.run, []
 
     def measured(*arguments):
@@ -566,9 +567,9 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
         return result
 
     monkeypatch.setattr(block, "run", measured)
-    prefill_decode.read(deep, context, tokens, tokens, np.full(3, LENGTH, np.int32))
+    prefill_decode.prefill(deep, state, tokens, tokens, np.full(3, LENGTH, np.int32))
     growth = set(np.diff(alive[1:]).tolist())
-    assert growth == {nbytes(jax.tree.leaves(context.cache.layers[0]))}
+    assert growth == {nbytes(jax.tree.leaves(state.cache.layers[0]))}
 
 
 @pytest.mark.parametrize("storage", ["dense", "nvfp4", "fp8"])

@@ -15,7 +15,7 @@ import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import prefill_decode, score, speculative
-from dsv32_jax.generation import request as request_of
+from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import replay
 from dsv32_jax.inspect.traces import KINDS
 from dsv32_jax.kernels import dispatch
@@ -25,16 +25,15 @@ from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
     "kernels.reference kernels.dispatch model.ops model.cache model.mla model.indexer model.experts model.moe "
-    "model.attention model.block model.mtp model.model model.validation generation.sampler generation.sampling_params "
+    "model.attention model.block model.mtp model.model model.validation generation.sampler "
     "generation.prefill_decode generation.speculative inspect.replay generation.request "
-    "generation.batch generation.score evaluation.divergence "
+    "generation.engine generation.score evaluation.divergence "
     "evaluation.layer_errors"
 ).split()
 
 LOWERCASE = {
     "a": ("assignments of tokens to experts", lambda size: size["t"] * size["X"]),
     "b": ("rows of a block", None),
-    "d": ("drafts", lambda size: size["T"] - 1),
     "e": ("experts of a group", lambda size: size["E"] // size["G"]),
     "g": ("groups of index heads that are scored one after the other", lambda size: size["I"] // size["i"]),
     "i": ("index heads of such a group", None),
@@ -46,6 +45,7 @@ LOWERCASE = {
     "r": ("pairs that are rotated", lambda size: size["R"] // 2),
     "s": ("some of the S positions", None),
     "t": ("tokens of all rows, one after the other", lambda size: size["B"] * size["T"]),
+    "u": ("tokens of a decode step: the last one and its drafts", None),
     "v": ("the part of V that a device has", None),
     "w": ("most likely tokens that are reported", None),
     "z": ("inputs of a matrix, its contracted axes as one", None),
@@ -93,21 +93,23 @@ def _trace(cfg) -> None:
 
 def _trace_generation(cfg, weights) -> None:
     """Prefill, scoring, and decoding with and without drafts."""
-    request = request_of.plan(weights, [[5, 6, 7]] * 11, ds.Sampling(temperature=1.0), draft=3, top_logprobs=4)
-    task = request_of.task(weights, request, range(11), 11)
-    tokens_BT, count_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
-    in_prompt_BV = jax.ShapeDtypeStruct((11, cfg.vocab_size), bool)
-    for drafts, dtype, step in ((0, jnp.float8_e4m3fn, prefill_decode.step), (3, jnp.float32, speculative.step)):
-        blank = functools.partial(prefill_decode.blank, cfg, np.dtype(jnp.float32), 11, 37, np.dtype(dtype), drafts)
-        context = jax.eval_shape(prefill_decode.read, weights, jax.eval_shape(blank), tokens_BT, tokens_BT, count_B)
-        context = jax.eval_shape(prefill_decode.spread, context, jax.ShapeDtypeStruct((11,), jnp.int32))
-        begin = functools.partial(prefill_decode.begin, slots=9, width=4, drafts=drafts)
-        state = jax.eval_shape(begin, weights, task, context, in_prompt_BV)
-        state = jax.eval_shape(functools.partial(prefill_decode.decode, step), weights, task, state, 5)
+    samplings = [ds.Sampling(temperature=1.0, allowed_ids=[5, 6])] * 11
+    params = make_params(samplings, cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, 2, [9] * 11)
+    tokens_BT, row_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
+    for draft, dtype, step in ((0, jnp.float8_e4m3fn, prefill_decode.step), (3, jnp.float32, speculative.step)):
+        empty = functools.partial(prefill_decode.empty_caches, cfg, 11, 37, np.dtype(dtype), draft)
+        caches = jax.eval_shape(empty)
+        state = jax.eval_shape(lambda caches, u=draft: prefill_decode.new_state(weights, caches, [[5]], u), caches)
+        state = jax.eval_shape(prefill_decode.prefill, weights, state, tokens_BT, tokens_BT, row_B)
+        state = jax.eval_shape(prefill_decode.take_rows, state, row_B)
+        first = functools.partial(prefill_decode.sample_first, width=4)
+        state, _ = jax.eval_shape(first, weights, params, state)
+        decode = functools.partial(prefill_decode.decode, step, slots=9, width=4)
+        jax.eval_shape(decode, weights, params, state, 5)
+        jax.eval_shape(lambda caches: prefill_decode.fit_caches(caches, 41, 3), caches)
         observe = functools.partial(replay.observe, tuple(KINDS))
-        jax.eval_shape(observe, weights, context, tokens_BT, tokens_BT, count_B)
-        jax.eval_shape(lambda state: prefill_decode.rewound(prefill_decode.resumed(weights, state), 3), state)
-        jax.eval_shape(functools.partial(score.scored, width=4), weights, context, tokens_BT, tokens_BT, count_B)
+        jax.eval_shape(observe, weights, caches[0], tokens_BT, tokens_BT, row_B)
+        jax.eval_shape(functools.partial(score.score_chunk, width=4), weights, caches[0], tokens_BT, tokens_BT, row_B)
 
 
 def _forward(weights, tokens_BT, filled, count_B):
@@ -177,7 +179,7 @@ def test_other_modules_have_no_suffixed_names():
         "def misnamed(x_BTD):\n    y_B1D = x_BTD\n    return y_B1D",
         "def misnamed(x_BTD):\n    y_nnD = x_BTD\n    return y_nnD",
         "def misnamed(x_BTD):\n    y_BTY = x_BTD\n    return y_BTY",
-        "def misnamed(x_BTD):\n    y_BTu = x_BTD\n    return y_BTu",
+        "def misnamed(x_BTD):\n    y_BTq = x_BTD\n    return y_BTq",
         "def misnamed(x_BTD):\n    y_BTr = x_BTD\n    return y_BTr",
         "def misnamed(x_BTD):\n    y_tD = x_BTD[0]\n    return y_tD",
         "def misnamed(x_BTD):\n    y_BTk, z_BSk = x_BTD, x_BTD\n    return y_BTk, z_BSk",

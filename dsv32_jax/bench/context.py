@@ -17,8 +17,8 @@ import numpy as np
 from ..checkpoint.random_weights import uniform
 from ..config import Config
 from ..errors import UsageError
-from ..generation.batch import WHOLE
-from ..generation.prefill_decode import blank, placed
+from ..generation.engine import WHOLE
+from ..generation.prefill_decode import empty_caches, new_state
 from ..generation.request import CHUNK
 from ..model import mla
 from ..model.cache import Cache, dtype_of
@@ -125,13 +125,13 @@ def prefill_rows(cfg: Config, tokens: int, chunk: int) -> Iterator[Row]:
     model = make_model(cfg)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, tokens), np.int32)
     count = np.full(1, chunk, np.int32)
-    context: Any = placed(model, blank(cfg, model.dtype, 1, tokens, model.dtype, 0))
-    program = WHOLE.read.lower(model, context, prompt[:, :chunk], prompt[:, :chunk], count).compile()
+    state = new_state(model, empty_caches(cfg, 1, tokens, model.dtype, 0), [], 0)
+    program = WHOLE.prefill.lower(model, state, prompt[:, :chunk], prompt[:, :chunk], count).compile()
     seconds = []
     for start in range(0, tokens, chunk):
         part = prompt[:, start : start + chunk]
         begin = time.perf_counter()
-        context = jax.block_until_ready(program(model, context, part, part, count))
+        state = jax.block_until_ready(program(model, state, part, part, count))
         seconds.append(time.perf_counter() - begin)
     temporary = program.memory_analysis().temp_size_in_bytes
     for share in (4, 2, 1):

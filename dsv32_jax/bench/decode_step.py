@@ -15,10 +15,10 @@ from ..checkpoint.random_weights import leaf_maker, storage, uniform
 from ..config import Config
 from ..errors import CapacityError, pluralize
 from ..generation import memory
-from ..generation.batch import WHOLE
+from ..generation.engine import SEGMENT_TOKENS, WHOLE
 from ..generation.options import Sampling
-from ..generation.prefill_decode import Context, State, Task
-from ..generation.sampling_params import knobs
+from ..generation.prefill_decode import State, new_state, sample_first, step
+from ..generation.sampler import make_params
 from ..generation.weight_shapes import shape_weight
 from ..layout import leaves
 from ..model.cache import Cache, LayerCache, empty_layer
@@ -91,19 +91,17 @@ class DecodeStep:
         self._model, self._steps = model, np.int32(steps)
         self._lengths = np.asarray(cache.length_B)
         batch, size = len(self._lengths), model.cfg.vocab_size
-        unlimited = jnp.full(batch, np.iinfo(np.int32).max, jnp.int32)
-        nothing = jnp.zeros((batch, size), bool)
-        task = Task(knobs([Sampling()] * batch, size, size), nothing, jnp.zeros(batch, jnp.int32), unlimited)
-        self._task = by_rows(model.mesh, task)
-        hidden = by_rows(model.mesh, uniform((batch, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0))
-        context = Context(cache, hidden, None)
-        self.state = WHOLE.begin(model, self._task, context, by_rows(model.mesh, nothing), slots=1, width=0, drafts=0)
+        params = make_params([Sampling()] * batch, size, size, max_new=np.iinfo(np.int32).max)
+        self._params = by_rows(model.mesh, params)
+        hidden = uniform((batch, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0)
+        state = dataclasses.replace(new_state(model, (cache, None), [], 0), hidden_BuD=by_rows(model.mesh, hidden))
+        self.state, _ = sample_first(model, self._params, state, 0)
         self.program: Any = self._compile({}) if program is None else program
 
     def run(self) -> jax.Array:
         """Run the program once."""
-        self.state = self.program(self._model, self._task, self._rewind(), self._steps)
-        return self.state.made_B
+        self.state, _ = self.program(self._model, self._params, self._rewind(), self._steps)
+        return self.state.new_B
 
     def compile_for_profile(self) -> Any:
         """Return the program without CUDA graphs, inside which a profile sees nothing."""
@@ -116,4 +114,5 @@ class DecodeStep:
         return dataclasses.replace(self.state, cache=cache)
 
     def _compile(self, options: dict[str, Any]) -> Any:
-        return WHOLE.decode.lower(self._model, self._task, self._rewind(), self._steps).compile(options or None)
+        arguments = (self._model, self._params, self._rewind(), self._steps)
+        return WHOLE.decode.lower(step, *arguments, SEGMENT_TOKENS, 0).compile(options or None)

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import UsageError, listing
-from ..generation.batch import WHOLE
-from ..generation.prefill_decode import Context
+from ..generation.engine import WHOLE
+from ..generation.prefill_decode import new_state
 from ..generation.request import CHUNK, bucket
 from ..layout import leaves
 from ..model.cache import dtype_of
@@ -152,14 +152,13 @@ def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, CHUNK), np.int32)
     for length in plan.contexts:
         cache = fill_cache(cfg, plan.capacity, plan.cache_dtype, 1, length, plan.mesh)
-        hidden = sharding.by_rows(plan.mesh, jnp.zeros((1, cfg.hidden_size), model.dtype))
-        context, lengths = Context(cache, hidden, None), np.asarray(cache.length_B)
+        state, lengths = new_state(model, (cache, None), [], 0), np.asarray(cache.length_B)
 
         def run(lengths=lengths) -> Any:
-            nonlocal context
-            cache = dataclasses.replace(context.cache, length_B=sharding.by_rows(plan.mesh, jnp.asarray(lengths)))
-            context = WHOLE.read(model, dataclasses.replace(context, cache=cache), tokens, tokens, count)
-            return jax.block_until_ready(context.h_BD)
+            nonlocal state
+            cache = dataclasses.replace(state.cache, length_B=sharding.by_rows(plan.mesh, jnp.asarray(lengths)))
+            state = WHOLE.prefill(model, dataclasses.replace(state, cache=cache), tokens, tokens, count)
+            return jax.block_until_ready(state.hidden_BuD)
 
         yield {"kind": "read", "context": length, "step": measure_median(run, seconds).wall}
 

@@ -9,8 +9,8 @@ prompt    = chat.prepare(messages, tokenizer, thinking=True)
 gen       = generate(model, [prompt.ids], tokenizer=tokenizer)
 """
 
-from ..generation.detokenizer import Detokenizer as Detokenizer
-from ..generation.stop_strings import StopStrings as StopStrings
+from ..generation.text_stream import Detokenizer as Detokenizer
+from ..generation.text_stream import StopStrings as StopStrings
 from .conversation import Conversation as Conversation
 from .conversation import Prompt as Prompt
 from .conversation import prepare as prepare

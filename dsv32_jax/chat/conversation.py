@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from ..errors import UsageError, pluralize
-from ..generation.detokenizer import require_tokenizer
+from ..generation.text_stream import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
 from .lenient_parsing import parse_lenient

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from ..chat import StopStrings, template
 from ..errors import pluralize
-from ..generation.transcript import Token
+from ..generation.result import Token
 from ..system.compilation import Compilations
 from .screen import Screen
 

@@ -4,9 +4,7 @@ import argparse
 
 from ..chat import Conversation
 from ..errors import CheckpointError, DsvError, UsageError, refusal
-from ..generation.batch import WHOLE
 from ..generation.options import Sampling
-from ..generation.run import Run
 from ..generation.session import session
 from ..system.files import parse_json
 from ..system.interrupts import EXIT_CODE
@@ -64,13 +62,11 @@ def _load_tools(arguments: argparse.Namespace) -> tuple:
 
 def _check(opened: OpenedCheckpoint, dtype: str, sampling: Sampling, options: dict, cache: dict) -> None:
     """Raise UsageError where no turn could ever be answered."""
-    outline = opened.outline(dtype)
     if options.get("max_new_tokens") == 0:
         raise UsageError("--max-new-tokens 0 leaves no room for an answer; use 1 or more")
-    session(outline, **cache)
     limit = min(CHAT_DEFAULTS["max_new_tokens"], cache["capacity"] - 1)
-    how = {"tokenizer": opened.tokenizer, "max_new_tokens": limit, **options, **cache}
-    Run(WHOLE, outline, [[opened.cfg.bos_token_id]], sampling, **how)
+    given = {"tokenizer": opened.tokenizer, "max_new_tokens": limit, **options, **cache}
+    opened.validate(dtype, [[opened.cfg.bos_token_id]], sampling, **given)
 
 
 def _talk(keyboard: Keyboard, chat: ChatSession, arguments: argparse.Namespace) -> int:

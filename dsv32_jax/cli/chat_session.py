@@ -11,8 +11,8 @@ from ..chat import Conversation, Tokenizer, prepare, template
 from ..chat.lenient_parsing import UNENDED
 from ..chat.messages import to_json
 from ..errors import UsageError
+from ..generation.generate import Stream
 from ..generation.options import Sampling
-from ..generation.run import Stream
 from ..generation.session import Session
 from ..system.compilation import count_compilations, is_cache_enabled
 from ..system.interrupts import defer_interrupt

@@ -9,10 +9,8 @@ from typing import Any
 
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
-from ..generation.batch import LAYERWISE, WHOLE
-from ..generation.result import Stats
-from ..generation.run import Run
-from ..generation.transcript import Token
+from ..generation.engine import LAYERWISE, WHOLE, Engine
+from ..generation.result import Stats, Token
 from ..parallel.multihost import asking
 from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .open_checkpoint import OpenedCheckpoint
@@ -35,17 +33,16 @@ def run(arguments: argparse.Namespace) -> int:
     if len(inputs) * samples != 1 and not as_json:
         raise UsageError(f"--n {samples} makes {samples} texts: add --json, which writes one result per line")
     results = _Results(screen, opened, inputs, samples, as_json, arguments.stream)
-    programs = LAYERWISE if arguments.layerwise else WHOLE
     prompts, samplings = [one.ids for one in inputs], [one.sampling for one in inputs]
-    how = {"tokenizer": opened.tokenizer, "progress": results.show_prefill, **options}
-    Run(programs, opened.outline(arguments.dtype), prompts, samplings, **how)
+    options |= {"tokenizer": opened.tokenizer, "progress": results.show_prefill}
+    request = opened.validate(arguments.dtype, prompts, samplings, **options)
     with screen.show_log():
         model = opened.load(arguments, screen)
         screen.note(_describe_inputs(inputs))
         if samples > 1 and not any(sampling.temperature for sampling in samplings):
             screen.note(f"--n {samples} without --temperature makes identical texts")
         try:
-            return results.write(Run(programs, model, prompts, samplings, **how))
+            return results.write(Engine(model, request, LAYERWISE if arguments.layerwise else WHOLE))
         except FloatingPointError as error:
             raise CheckpointError(str(error)) from error
 
@@ -81,20 +78,20 @@ class _Results:
         """Show how much of the prompts was read."""
         self._screen.status(f"reading: {read} of {tokens} tokens")
 
-    def write(self, run: Run) -> int:
+    def write(self, engine: Engine) -> int:
         """Generate, write all results and return the exit code."""
         with defer_interrupt() as is_interrupted:
-            must_stop = asking(run.mesh, is_interrupted)
-            for batch in run.batches():
-                for row, token in run.tokens(batch, 1 if self._stream else None, must_stop):
+            must_stop = asking(engine.model.mesh, is_interrupted)
+            for batch in engine.batches:
+                for row, token in engine.run(batch, 1 if self._stream else None, must_stop):
                     self._write_token(row, token)
-                for row, one in sorted(zip(batch.rows, batch.transcripts, strict=True), key=lambda pair: pair[0]):
-                    if one.finish_reason is None:
-                        one.interrupt()
+                for row in sorted(batch):
+                    one = engine.rows[row]
+                    one.interrupt()
                     self._write_row(row, one.tokens, one.logprobs, one.finish_reason, one.text, one.top)
                 if must_stop():
                     break
-        made = run.result()
+        made = engine.result()
         for row, reason in enumerate(made.finish_reason):
             if row not in self._written and reason != "interrupted":
                 self._write_row(row, made.tokens[row], made.logprobs[row], reason, made.text and made.text[row], [])

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from ..checkpoint.load import load
 from ..checkpoint.manifest import Manifest
 from ..config import Config
 from ..errors import CheckpointError, UsageError
-from ..model.model import Model, Origin, build
+from ..generation.engine import plan_batches
+from ..generation.request import Request, validate
+from ..model.model import Model
 from ..parallel import sharding
 from ..system.files import expand_path
 from ..system.progress import format_size
@@ -42,10 +45,12 @@ class OpenedCheckpoint:
         except (CheckpointError, UsageError) as error:
             raise type(error)(f"{error} (dsv32 generate --ids)") from error
 
-    def outline(self, dtype: str) -> Model:
-        """Return the model without weights: enough to check a request against."""
-        origin = Origin(tokens=vocabulary.check(self.folder, self.cfg))
-        return build(self.cfg, jnp.dtype(dtype), lambda path: None, origin)
+    def validate(self, dtype: str, prompts: Any, sampling: Any = None, **options: Any) -> Request:
+        """Validate a request, and that its cache fits in memory, before weights are read."""
+        tokens = vocabulary.check(self.folder, self.cfg)
+        request = validate(self.cfg, prompts, sampling, dtype=jnp.dtype(dtype), tokens=tokens, **options)
+        plan_batches(self.cfg, request)
+        return request
 
     def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:
         """Load the model with the `--dtype`, `--mesh` and `--verify` of `arguments`."""

@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 from ..errors import UsageError, pluralize
 from ..generation.options import Sampling
-from ..generation.request import used
-from ..generation.sampling_params import bias
+from ..generation.sampler import bias_row
 from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import ChatSession
@@ -96,7 +95,7 @@ class SlashCommands:
             raise UsageError(f"/set {name} needs a number or a list, not {value!r:.60}") from None
         sampling = dataclasses.replace(self._chat.sampling, **parse_sampling({name: parsed}))
         model = self._chat.session.model
-        bias(sampling, model.cfg.vocab_size, used(model))
+        bias_row(sampling, model.cfg.vocab_size, model.origin.tokens or model.cfg.vocab_size)
         self._chat.sampling = sampling
         self._screen.note(self._describe_sampling())
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UsageError, pluralize
-from ..generation.prefill_decode import Context
 from ..generation.score import Chunk, prefill_chunks
 from ..model.attention import LARGEST_TEMPORARY
+from ..model.cache import Cache
 from ..model.model import Model
 from ..model.ops import einsum32, over_tokens
 from ..parallel.multihost import fetch
@@ -142,12 +142,12 @@ def prefill_hidden(model: Model, variant: Variant, corpus: Corpus, batch: range)
     yield from prefill_chunks(model, rows, _hidden_jit, cache_dtype=variant.cache_dtype, batch_size=len(rows))
 
 
-@partial(jax.jit, donate_argnames="context")
+@partial(jax.jit, donate_argnames="cache")
 def _hidden_jit(
-    model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
-) -> tuple[Context, tuple[jax.Array, jax.Array]]:
-    h_BTD, cache = model(tokens_BT, context.cache, count_B)
-    return dataclasses.replace(context, cache=cache), (h_BTD, next_BT)
+    model: Model, cache: Cache, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
+) -> tuple[Cache, tuple[jax.Array, jax.Array]]:
+    h_BTD, cache = model(tokens_BT, cache, count_B)
+    return cache, (h_BTD, next_BT)
 
 
 def compare(a: HiddenStates, b: Variant, progress: Progress = ignore_progress) -> list[TokenDivergence]:

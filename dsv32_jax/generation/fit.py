@@ -24,9 +24,10 @@ from ..parallel import partition
 from ..system.compilation import initialize
 from ..system.progress import parse_size
 from . import memory
-from .batch import WHOLE
-from .prefill_decode import blank
-from .request import CHUNK, MOST_DRAFTS, bucket
+from .engine import WHOLE
+from .options import MAX_DRAFTS
+from .prefill_decode import empty_caches, new_state
+from .request import CHUNK, capacity_for
 from .weight_shapes import WeightShapes, read_weight_shapes
 
 COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
@@ -100,7 +101,7 @@ def fit(
     cfg, longest = shapes.cfg, shapes.cfg.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
-    require_integer("draft", draft, 0, MOST_DRAFTS)
+    require_integer("draft", draft, 0, MAX_DRAFTS)
     if draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
             f"{argument('draft', draft)} needs the MTP layer, which this model does not have; "
@@ -110,7 +111,7 @@ def fit(
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
 
-    batch_rows, capacity = memory.round_up_rows(batch), bucket(context)
+    batch_rows, capacity = memory.round_up_rows(batch), capacity_for(cfg, context)
     rows = memory.count_local_rows(batch_rows, data)
     demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
     return Fit(
@@ -183,10 +184,11 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
     """Return the bytes that prefilling a chunk of every row takes beside weights and caches."""
 
     def measure(model: Model) -> int:
-        make = partial(blank, model.cfg, model.dtype, rows, capacity, setup.cache_dtype, setup.draft)
+        caches = partial(empty_caches, model.cfg, rows, capacity, setup.cache_dtype, setup.draft)
+        state = jax.eval_shape(lambda: new_state(model, caches(), [], setup.draft))
         tokens = jax.ShapeDtypeStruct((rows, min(CHUNK, capacity)), jnp.int32)
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return count_temporary(WHOLE.read.lower(model, jax.eval_shape(make), tokens, tokens, count))
+        return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count))
 
     shallow, deeper = (build_shallow(setup.found, setup.compute, more) for more in (0, 1))
     missing = setup.found.cfg.num_hidden_layers - len(shallow.layers)

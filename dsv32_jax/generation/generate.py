@@ -1,18 +1,19 @@
-"""Generation: prompts in, tokens out, all at once or one by one."""
+"""The ways to generate: all at once, a layer at a time, and token by token."""
 
+import asyncio
 import contextlib
-from collections.abc import Generator, Sequence
-from typing import Any
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from typing import Any, Self
 
-from ..errors import UsageError
+from ..errors import UsageError, argument, pluralize
 from ..model.model import Model
 from ..parallel.multihost import asking
 from ..system.interrupts import defer_interrupt
-from .batch import LAYERWISE, WHOLE
+from .engine import LAYERWISE, WHOLE, Engine, Programs
 from .options import Sampling, accepts_options
-from .result import Generation
-from .run import Run, Stream
-from .transcript import Token
+from .request import validate_for
+from .result import Generation, Token
 
 
 @accepts_options()
@@ -23,15 +24,14 @@ def generate(
     sampling: Sampling | Sequence[Sampling] | None = None,
     **options: Any,
 ) -> Generation:
-    """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens` (64).
+    """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens`.
 
-    `sampling` is one for all prompts or a list with one each.
-    The first Ctrl-C returns what was made so far. Raises UsageError before anything is compiled where the request makes
-    no sense, CapacityError where its cache does not fit in memory, FloatingPointError where the model's logits are not
-    numbers. `generate.layerwise` does the same without compiling the whole model. `inspect.trace` shows afterwards what
-    the layers computed.
+    `sampling` is one for all prompts or a list with one each. The first Ctrl-C returns what was generated so far.
+    `generate.layerwise` does the same without compiling the whole model; `inspect.trace` shows afterwards what the
+    layers computed. Raises UsageError for a request that makes no sense and CapacityError where its cache does not fit
+    in memory, before anything is compiled; FloatingPointError where logits are not finite.
     """
-    return _generate(Run(WHOLE, model, prompts, sampling, **options))
+    return _generate(WHOLE, model, prompts, sampling, options)
 
 
 @accepts_options()
@@ -42,45 +42,82 @@ def _layerwise(
     sampling: Sampling | Sequence[Sampling] | None = None,
     **options: Any,
 ) -> Generation:
-    """`generate` with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
-    return _generate(Run(LAYERWISE, model, prompts, sampling, **options))
+    """Generate with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
+    return _generate(LAYERWISE, model, prompts, sampling, options)
 
 
 generate.layerwise = _layerwise
 
 
-def _generate(run: Run) -> Generation:
+def _generate(programs: Programs, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
+    engine = Engine(model, validate_for(model, prompts, sampling, **options), programs)
     with defer_interrupt() as asked:
-        asked_to_stop = asking(run.mesh, asked)
-        for batch in run.batches():
-            for _ in run.tokens(batch, asked_to_stop=asked_to_stop):
+        should_stop = asking(model.mesh, asked)
+        for batch in engine.batches:
+            for _ in engine.run(batch, should_stop=should_stop):
                 pass
-            if asked_to_stop():
+            if should_stop():
                 break
-    return run.result()
+    return engine.result()
 
 
 @accepts_options(without=("n",))
-def stream(
-    model: Model,
-    prompt: Sequence[int],
-    *,
-    sampling: Sampling | None = None,
-    **options: Any,
-) -> Stream:
-    """What `generate` makes of one prompt, token by token as they are chosen; `result()` of the stream is what
-    `generate` gives. The request is checked at once. Under `async for` each step runs in a thread."""
-    run = Run(WHOLE, model, [prompt], sampling, **options)
-    if run.request.n != 1:
-        raise UsageError(f"a stream has one row, not n={run.request.n}; use generate")
-    return Stream(run, _one_by_one(run))
+def stream(model: Model, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> "Stream":
+    """Generate from one prompt and return an iterator over its tokens as they are sampled.
+
+    The request is validated at once. Under `async for` each step runs in a thread. The stream's `result()` is what
+    `generate` returns.
+    """
+    request = validate_for(model, [prompt], sampling, **options)
+    if request.options.n != 1:
+        raise UsageError(f"a stream has one row, not {argument('n', request.options.n)}; use generate")
+    engine = Engine(model, request)
+    return Stream(engine, _tokens(engine))
 
 
-def _one_by_one(run: Run) -> Generator[Token, None, None]:
-    for batch in run.batches():
-        with contextlib.closing(run.tokens(batch, steps=1)) as tokens:
+def _tokens(engine: Engine) -> Generator[Token, None, None]:
+    for batch in engine.batches:
+        with contextlib.closing(engine.run(batch, steps=1)) as tokens:
             yield from (token for _, token in tokens)
 
 
 astream = stream
 """`stream`, by the name that event loops have had for it: `async for token in astream(...)`."""
+
+
+class Stream(Iterator[Token]):
+    """The tokens of one row as they are sampled. Under `async for` each step runs in a thread and the event loop is
+    free meanwhile. Any thread may close the stream: it waits for the step that runs."""
+
+    def __init__(self, engine: Engine, tokens: Generator[Token, None, None]):
+        self._engine, self._tokens = engine, tokens
+        self._lock = threading.RLock()
+
+    def __next__(self) -> Token:
+        with self._lock:
+            return next(self._tokens)
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Token:
+        if (token := await asyncio.to_thread(next, self, None)) is None:
+            raise StopAsyncIteration
+        return token
+
+    def close(self) -> None:
+        """Generate no more tokens."""
+        with self._lock:
+            self._tokens.close()
+
+    def result(self) -> Generation:
+        """Return what `generate` returns. A stream that has not ended is closed and its row "interrupted"."""
+        with self._lock:
+            self.close()
+            return self._engine.result()
+
+    def __repr__(self) -> str:
+        (row,) = self._engine.rows
+        limit, capacity = self._engine.request.max_new_tokens, self._engine.request.capacity
+        tokens = pluralize(len(row.tokens), "token")
+        return f"Stream: {tokens} of at most {limit}, {row.finish_reason or 'not finished'}; capacity {capacity}"

@@ -51,7 +51,7 @@ def option(default: Any, kind: str, metavar: str, help: str, **details: Any) -> 
     metadata = {"spec": Spec(kind, metavar, help, **details)}
     if isinstance(default, dict):
         return dataclasses.field(default_factory=dict, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata, repr=kind != "object")
 
 
 def specs(declaration: type) -> dict[str, Spec]:
@@ -166,7 +166,7 @@ class Options:
         return cls(**given)
 
 
-def check(name: str, spec: Spec, value: Any, *, low: float | None = None, high: float | None = None) -> Any:
+def check(name: str, spec: Spec, value: Any, low: float | None = None, high: float | None = None) -> Any:
     """Return `value` as the option `name` takes it. `low` and `high`: the range, where the request narrows it.
 
     Raises UsageError that gives the range. Token ids are compared with the vocabulary later, where it is known.

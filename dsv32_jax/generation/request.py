@@ -1,166 +1,156 @@
-"""A generation request: checked on the host, and rounded up to shapes that many requests share."""
+"""A generation request: validated on the host, once, from the model's config alone; and the shapes it is run in."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
-from ..errors import UsageError, argument, require_integer, to_integer
+from ..config import Config
+from ..errors import UsageError, argument, pluralize
 from ..model import cache, validation
 from ..model.model import Model
-from ..system.compilation import initialize
-from . import memory
-from .options import Sampling
-from .prefill_decode import Task
-from .sampling_params import bias, knobs, of_rows, token_ids
+from .options import Options, Sampling, check, specs
+from .sampler import bias_row, check_ids
+from .text_stream import StopStrings, require_tokenizer
 
 SMALLEST_BUCKET = 16
 CHUNK = 512
-"""Tokens of a prompt that are processed at once: longer prompts are read chunk by chunk, with one program."""
-
-MOST_TOP_LOGPROBS = 20
-MOST_DRAFTS = 16
+"""Prompt tokens that are processed at once: longer prompts are prefilled chunk by chunk, with one program."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A checked request. `samplings` has one for each row: prompt 0 n times, prompt 1 n times, ..."""
+    """A validated request.
+
+    `samplings` has one for each row: prompt 0 n times, prompt 1 n times, ... `options` are those given; of them the
+    number of new tokens, the end tokens, the capacity and the cache's dtype are resolved here.
+    """
 
     prompts: list[list[int]]
     samplings: list[Sampling]
-    limit: int
-    least: int
-    ends: list[int]
+    options: Options
+    max_new_tokens: int
+    end_ids: list[int]
     capacity: int
     cache_dtype: np.dtype
-    n: int
-    top_logprobs: int
-    draft: int
-    batch_size: int
-
-    @property
-    def groups(self) -> list[list[int]]:
-        """The prompts that are continued together: alike in length, as many as `batch_size` allows."""
-        order = sorted(range(len(self.prompts)), key=lambda i: len(self.prompts[i]))
-        each = max(1, self.batch_size // self.n)
-        return [order[start : start + each] for start in range(0, len(order), each)]
 
 
-def plan(
-    model: Model,
+def validate(
+    cfg: Config,
     prompts: Any,
     sampling: Sampling | Sequence[Sampling] | None = None,
     *,
-    max_new_tokens: int | None = 64,
-    min_new_tokens: int = 0,
-    stop_token_ids: Collection[int] = (),
-    n: int = 1,
-    top_logprobs: int = 0,
-    draft: int = 0,
-    cache_dtype: Any = None,
-    capacity: int | None = None,
-    batch_size: int | None = None,
+    dtype: Any,
+    tokens: int | None = None,
+    **options: Any,
 ) -> Request:
-    """Check a request and choose its shapes; nothing is compiled here."""
-    initialize()
-    cfg = validation.config_of(model)
+    """Validate a request for a model with this config, without its weights.
+
+    `dtype` is the compute dtype, `tokens` how many ids stand for a token (default: all of the vocabulary). Raises
+    UsageError.
+    """
+    given = Options.of(options)
     rows = validation.check_prompts(prompts, cfg.vocab_size)
-    n = require_integer("n", n, 1, 1024)
-    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
-    draft = require_integer("draft", draft, 0, MOST_DRAFTS)
-    if draft and model.mtp is None:
+    limits = {
+        "capacity": (1, cfg.max_position_embeddings),
+        "top_logprobs": (0, min(specs(Options)["top_logprobs"].high, cfg.vocab_size)),
+    }
+    known = {
+        name: check(name, spec, getattr(given, name), *limits.get(name, ())) for name, spec in specs(Options).items()
+    }
+    given = dataclasses.replace(given, **known)
+    if given.draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
-            f"draft={draft} needs the drafting layer (MTP), which this checkpoint does not have; use draft=0"
+            f"{argument('draft', given.draft)} needs the MTP head, which this checkpoint does not have; "
+            f"use {argument('draft', 0)}"
         )
-    limit, capacity = _room(model, max(map(len, rows)), max_new_tokens, capacity)
-    min_new_tokens = require_integer("min_new_tokens", min_new_tokens, 0, limit)
-    stored = cache.dtype_of(cache_dtype, model.dtype)
-    samplings = of_rows(sampling, len(rows), n)
-    ends = [*cfg.eos_token_id, *token_ids("stop_token_ids", stop_token_ids, cfg.vocab_size)]
-    for one in samplings[::n]:
-        _require_choice(bias(one, cfg.vocab_size, used(model)), ends, min_new_tokens)
-    if batch_size is not None:
-        batch_size = require_integer("batch_size", batch_size, n, 1 << 20)
-    return Request(
-        rows,
-        samplings,
-        limit,
-        min_new_tokens,
-        ends,
-        capacity,
-        stored,
-        n,
-        top_logprobs,
-        draft,
-        batch_size or memory.plan_batch(cfg, len(rows) * n, n, capacity, stored, draft, model.mesh),
-    )
+    limit, capacity = _fit_context(cfg, max(map(len, rows)), given)
+    for name, low, high in (("min_new_tokens", 0, limit), ("batch_size", given.n, None)):
+        check(name, specs(Options)[name], getattr(given, name), low, high)
+    end_ids = [*cfg.eos_token_id, *check_ids("stop_token_ids", given.stop_token_ids, cfg.vocab_size)]
+    samplings = expand_samplings(sampling, len(rows), given.n)
+    for one in samplings[:: given.n]:
+        _require_choice(bias_row(one, cfg.vocab_size, tokens or cfg.vocab_size), end_ids, given.min_new_tokens)
+    _check_text(given)
+    stored = cache.dtype_of(given.cache_dtype, dtype)
+    return Request(rows, samplings, given, limit, end_ids, capacity, stored)
 
 
-def _room(model: Model, longest: int, max_new_tokens: Any, capacity: Any) -> tuple[int, int]:
-    """How many tokens a row may make, and the capacity."""
-    largest = model.cfg.max_position_embeddings
-    slots = None if capacity is None else to_integer(capacity) or 0
-    if slots is not None and not 1 <= slots <= largest:
-        raise UsageError(f"capacity must be an integer from 1 to max_position_embeddings ({largest}), not {capacity!r}")
-    available = (slots or largest) - longest
-    limit = max(available, 0) if max_new_tokens is None else to_integer(max_new_tokens)
-    if limit is None or limit < 0:
-        raise UsageError(f"max_new_tokens must be a whole number, 0 or more, or None, not {max_new_tokens!r}")
+def validate_for(
+    model: Model, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
+) -> Request:
+    """Validate a request for a loaded model."""
+    cfg = validation.config_of(model)
+    return validate(cfg, prompts, sampling, dtype=model.dtype, tokens=model.origin.tokens, **options)
+
+
+def _fit_context(cfg: Config, longest: int, options: Options) -> tuple[int, int]:
+    """Return how many tokens a row may generate, and the capacity."""
+    slots = options.capacity or cfg.max_position_embeddings
+    available = slots - longest
+    limit = max(available, 0) if options.max_new_tokens is None else options.max_new_tokens
     if limit > available:
         need = longest + limit
-        remedies = (
-            [f"use {argument('max_new_tokens', available)} or less"] if available >= 0 else ["shorten the prompt"]
-        )
-        remedies += [f"use {argument('capacity', need)}"] if need <= largest else []
+        fewer = f"use {argument('max_new_tokens', available)} or less"
+        remedies = [fewer if available >= 0 else "shorten the prompt"]
+        remedies += [f"use {argument('capacity', need)}"] if need <= cfg.max_position_embeddings else []
         raise UsageError(
-            f"the longest prompt has {longest} tokens and {limit} new ones are asked for, but a row holds "
-            f"{available + longest}; {' or '.join(remedies)}"
+            f"the longest prompt has {pluralize(longest, 'token')} and up to {limit} new ones were requested, but a "
+            f"row holds {slots}; {' or '.join(remedies)}"
         )
-    read = bucket(longest) if longest <= CHUNK else longest
-    return limit, slots or bucket(read + limit)
+    prefilled = bucket(longest) if longest <= CHUNK else longest
+    return limit, options.capacity or capacity_for(cfg, prefilled + limit)
 
 
-def _require_choice(bias_V: np.ndarray, ends: list[int], least: int) -> None:
-    """Before the first `least` tokens are made there is something else to choose than an end token."""
+def expand_samplings(sampling: Any, prompts: int, n: int) -> list[Sampling]:
+    """Return one Sampling for each of `n` continuations of each prompt; the i-th has its prompt's seed + i."""
+    given = Sampling() if sampling is None else sampling
+    each = list(given) if isinstance(given, list | tuple) else [given] * prompts
+    for one in each:
+        if not isinstance(one, Sampling):
+            raise UsageError(f"sampling must be a Sampling(temperature=..., seed=...), or one a prompt, not {one!r}")
+    if len(each) != prompts:
+        raise UsageError(f"there are {len(each)} samplings for {prompts} prompts; give one for all or one each")
+    seeds = [_seed_of(one, i, prompts) for i, one in enumerate(each)]
+    return [
+        dataclasses.replace(one, seed=(seed + i) % 2**63)
+        for one, seed in zip(each, seeds, strict=True)
+        for i in range(n)
+    ]
+
+
+def _seed_of(one: Sampling, prompt: int, prompts: int) -> int:
+    if isinstance(one.seed, int):
+        return one.seed
+    if len(one.seed) != prompts:
+        raise UsageError(f"there are {len(one.seed)} seeds for {prompts} prompts; give one for all or one each")
+    return one.seed[prompt]
+
+
+def _require_choice(bias_V: np.ndarray, end_ids: list[int], min_new_tokens: int) -> None:
+    """Raise UsageError where only end tokens may be sampled and a row may not end yet."""
     others_V = np.isfinite(bias_V)
-    others_V[ends] = False
-    if least and not others_V.any():
-        raise UsageError(f"min_new_tokens={least}, but only tokens that end a row may be chosen")
+    others_V[end_ids] = False
+    if min_new_tokens and not others_V.any():
+        raise UsageError(f"{argument('min_new_tokens', min_new_tokens)}, but only tokens that end a row may be sampled")
 
 
-def used(model: Model) -> int:
-    """How many ids stand for a token: those of the checkpoint's tokenizer, or of the vocabulary without one."""
-    return model.origin.tokens or model.cfg.vocab_size
+def _check_text(options: Options) -> None:
+    """Raise UsageError where the stop strings or the tokenizer are none."""
+    StopStrings(options.stop)
+    if options.tokenizer is not None:
+        require_tokenizer(options.tokenizer)
+    elif options.stop:
+        raise UsageError(
+            f"{argument('stop')} is compared with text: give the tokenizer too, or use {argument('stop_token_ids')}"
+        )
 
 
-def task(model: Model, request: Request, rows: Sequence[int], batch: int) -> Task:
-    """What the given rows of the request want, and nothing for the rows that fill up the batch."""
-    vocab_size = model.cfg.vocab_size
-    samplings = [request.samplings[row] for row in rows] + [Sampling()] * (batch - len(rows))
-    end_BV = np.zeros((batch, vocab_size), bool)
-    end_BV[:, request.ends] = True
-    most_B = np.zeros(batch, np.int32)
-    most_B[: len(rows)] = request.limit
-    return Task(
-        knobs(samplings, vocab_size, used(model)),
-        jax.device_put(end_BV),
-        jax.device_put(np.full(batch, request.least, np.int32)),
-        jax.device_put(most_B),
-    )
-
-
-def occurring(prompts: Sequence[Sequence[int]], batch: int, vocab_size: int) -> np.ndarray:
-    """Which tokens occur in the prompt of each row, [B, V] bool."""
-    found_BV = np.zeros((batch, vocab_size), bool)
-    for row_V, prompt in zip(found_BV, prompts, strict=False):
-        row_V[list(prompt)] = True
-    return found_BV
-
-
-def chunks(prompts: Sequence[Sequence[int]], batch: int):
-    """The prompts CHUNK tokens at a time: (tokens [B, T], the token after each, how many are real)."""
+def split_into_chunks(
+    prompts: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the prompts CHUNK tokens at a time: tokens [B, T], the token after each, and how many of a row are real."""
     longest = max(map(len, prompts))
     size = min(CHUNK, bucket(longest))
     for start in range(0, longest, size):
@@ -173,5 +163,10 @@ def chunks(prompts: Sequence[Sequence[int]], batch: int):
 
 
 def bucket(size: int) -> int:
-    """The next power of two, at least SMALLEST_BUCKET."""
+    """Return the next power of two, at least SMALLEST_BUCKET: many requests share a program of its shape."""
     return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
+
+
+def capacity_for(cfg: Config, tokens: int) -> int:
+    """Return the capacity of a cache for rows of `tokens` tokens: a bucket, and at most the model's longest context."""
+    return min(bucket(tokens), cfg.max_position_embeddings)

@@ -1,20 +1,35 @@
-"""From logits to the next token: greedy, or drawn at a temperature from what penalties, bias and truncation leave.
+"""From logits to the next token: logit processors, then the argmax or a draw from the truncated distribution.
 
 Every parameter is a traced value a row, so changing one compiles nothing. Truncation needs no sort of the vocabulary:
-the smallest kept logit is found by bisection over the 2^32 ordered float32 values, exactly.
+the smallest logit to keep is found by bisection over the 2^32 ordered float32 values, exactly.
 """
 
 import dataclasses
+import operator
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import UsageError, argument, listing, pluralize
+from .options import Sampling
+
+PRNG = "threefry2x32"
+"""The generator of all noise, whatever the user's default is: seeds mean the same everywhere."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Knobs:
-    """A Sampling for each row as traced values: bias_BV is -inf where a token is forbidden, key_data uint32 [B, 2]."""
+class SamplerParams:
+    """How each row is sampled and when it ends: the fields of `Sampling`, and
+
+    bias_BV      added to the logits, -inf where a token is forbidden
+    seed_high_B  the upper 32 bits of the row's seed;  seed_low_B: the lower ones
+    end_BV       the tokens that end a row
+    min_new_B    no end token before so many new tokens;  max_new_B: the row ends after so many
+    """
 
     temperature_B: jax.Array
     top_k_B: jax.Array
@@ -24,74 +39,145 @@ class Knobs:
     presence_B: jax.Array
     frequency_B: jax.Array
     bias_BV: jax.Array
-    key_data: jax.Array
+    seed_high_B: jax.Array
+    seed_low_B: jax.Array
+    end_BV: jax.Array
+    min_new_B: jax.Array
+    max_new_B: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Tally:
-    """What penalties count: whether a token occurs in the prompt, and how often it was made since."""
+def make_params(
+    samplings: Sequence[Sampling],
+    vocab_size: int,
+    tokens: int,
+    end_ids: Sequence[int] = (),
+    min_new: int = 0,
+    max_new: Sequence[int] | int = 0,
+) -> SamplerParams:
+    """Return the parameters of rows with these samplings; nothing is compiled. Ids from `tokens` on, which stand for no
+    token, are never sampled."""
+    rows = len(samplings)
 
-    in_prompt_BV: jax.Array
-    made_BV: jax.Array
+    def column(values: Any, dtype: Any = np.float32) -> Any:
+        return np.array(values, dtype)
 
-    def add(self, token_B: jax.Array, really_B: jax.Array) -> "Tally":
-        """With one more token in the rows where it is `really` so."""
-        count = jax.vmap(lambda made, token, one: made.at[token].add(one))
-        return dataclasses.replace(self, made_BV=count(self.made_BV, token_B, really_B.astype(jnp.int32)))
+    end_BV: Any = np.zeros((rows, vocab_size), bool)
+    end_BV[:, list(end_ids)] = True
+    seeds = [operator.index(one.seed) for one in samplings]  # pyright: ignore[reportArgumentType]
+    return jax.device_put(
+        SamplerParams(
+            column([one.temperature for one in samplings]),
+            column([one.top_k or vocab_size for one in samplings], np.int32),
+            column([one.top_p for one in samplings]),
+            column([one.min_p for one in samplings]),
+            column([one.repetition_penalty for one in samplings]),
+            column([one.presence_penalty for one in samplings]),
+            column([one.frequency_penalty for one in samplings]),
+            column([bias_row(one, vocab_size, tokens) for one in samplings]),
+            column([seed >> 32 for seed in seeds], np.uint32),
+            column([seed & 0xFFFFFFFF for seed in seeds], np.uint32),
+            end_BV,
+            column([min_new] * rows, np.int32),
+            column(max_new if isinstance(max_new, Sequence) else [max_new] * rows, np.int32),
+        )
+    )
 
 
-def choose(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
-    """The token of each row at `position_B`, from logits that `weighed` has seen. The noise depends on the row's key
-    and the position alone."""
+def bias_row(one: Sampling, vocab_size: int, tokens: int) -> np.ndarray:
+    """Return what `one` adds to the logits, [V]. Raises UsageError where its ids are not in the vocabulary, or where it
+    leaves no token to sample."""
+    if one.top_k > vocab_size:
+        raise UsageError(f"{argument('top_k', one.top_k)}, but the vocabulary has {vocab_size} tokens")
+    bias_V = np.zeros(vocab_size, np.float32)
+    bias_V[check_ids("logit_bias", one.logit_bias, vocab_size)] = list(one.logit_bias.values())
+    forbidden_V = np.arange(vocab_size) >= tokens
+    if one.allowed_ids is not None:
+        allowed_V = np.zeros(vocab_size, bool)
+        allowed_V[check_ids("allowed_ids", one.allowed_ids, vocab_size)] = True
+        forbidden_V |= ~allowed_V
+    forbidden_V[check_ids("forbidden_ids", one.forbidden_ids, vocab_size)] = True
+    if forbidden_V.all():
+        raise UsageError(f"{argument('allowed_ids')} and {argument('forbidden_ids')} leave no token to sample")
+    bias_V[forbidden_V] = -np.inf
+    return bias_V
 
-    def greedy(logit_BV, _):
+
+def check_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
+    """Return `ids` as ints. Raises UsageError that lists those outside the vocabulary."""
+    wrong = [token for token in ids if isinstance(token, bool) or not _is_id(token, vocab_size)]
+    if wrong:
+        raise UsageError(
+            f"{argument(name)} holds {pluralize(len(wrong), 'id')} outside the vocabulary of 0..{vocab_size - 1}: "
+            f"{listing(wrong, 5)}"
+        )
+    return [operator.index(token) for token in ids]
+
+
+def _is_id(token: Any, vocab_size: int) -> bool:
+    try:
+        return 0 <= operator.index(token) < vocab_size
+    except TypeError:
+        return False
+
+
+def process_logits(
+    params: SamplerParams, logit_BV: jax.Array, in_prompt_BV: jax.Array, generated_BV: jax.Array
+) -> jax.Array:
+    """Return the logits after penalties and bias. `generated_BV` counts the tokens generated so far.
+
+    Repetition (CTRL, arXiv 1909.05858) divides positive logits of tokens seen, in the prompt too, and multiplies
+    negative ones; presence and frequency count generated tokens alone.
+    """
+    seen_BV = in_prompt_BV | (generated_BV > 0)
+    repetition_B1 = params.repetition_B[:, None]
+    scaled_BV = jnp.where(logit_BV > 0, logit_BV / repetition_B1, logit_BV * repetition_B1)
+    logit_BV = jnp.where(seen_BV, scaled_BV, logit_BV)
+    logit_BV -= params.presence_B[:, None] * (generated_BV > 0).astype(jnp.float32)
+    logit_BV -= params.frequency_B[:, None] * generated_BV.astype(jnp.float32)
+    return logit_BV + params.bias_BV
+
+
+def sample(params: SamplerParams, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
+    """Return each row's token at `position_B`, from processed logits. The noise depends on the row's seed and the
+    position alone."""
+
+    def take_argmax(logit_BV, _):
         return jnp.argmax(logit_BV, axis=-1)
 
-    def drawn(logit_BV, position_B):
-        return jnp.where(knobs.temperature_B > 0, _draw(knobs, logit_BV, position_B), greedy(logit_BV, position_B))
+    def draw(logit_BV, position_B):
+        return jnp.where(params.temperature_B > 0, _draw(params, logit_BV, position_B), take_argmax(logit_BV, None))
 
-    token_B = jax.lax.cond(jnp.any(knobs.temperature_B > 0), drawn, greedy, logit_BV, position_B)
+    token_B = jax.lax.cond(jnp.any(params.temperature_B > 0), draw, take_argmax, logit_BV, position_B)
     return token_B.astype(jnp.int32)
 
 
-def weighed(knobs: Knobs, tally: Tally, logit_BV: jax.Array) -> jax.Array:
-    """Logits after the penalties (repetition: CTRL, arXiv 1909.05858; presence and frequency: of made tokens) and bias.
+def _draw(params: SamplerParams, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
+    temperature_B1 = jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
+    logit_BV = truncate(logit_BV / temperature_B1, params.top_k_B, params.top_p_B, params.min_p_B)
 
-    Repetition divides positive logits of tokens that occurred, in the prompt too, and multiplies negative ones.
-    """
-    occurred_BV = tally.in_prompt_BV | (tally.made_BV > 0)
-    repeated_B1 = knobs.repetition_B[:, None]
-    scaled_BV = jnp.where(logit_BV > 0, logit_BV / repeated_B1, logit_BV * repeated_B1)
-    logit_BV = jnp.where(occurred_BV, scaled_BV, logit_BV)
-    logit_BV -= knobs.presence_B[:, None] * (tally.made_BV > 0).astype(jnp.float32)
-    logit_BV -= knobs.frequency_B[:, None] * tally.made_BV.astype(jnp.float32)
-    return logit_BV + knobs.bias_BV
+    def draw_row(high, low, position, logits):
+        key = jax.random.wrap_key_data(jnp.stack([high, low]), impl=PRNG)
+        return jax.random.categorical(jax.random.fold_in(key, position), logits)
 
-
-def _draw(knobs: Knobs, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
-    temperature_B1 = jnp.where(knobs.temperature_B > 0, knobs.temperature_B, 1)[:, None]
-    logit_BV = truncate(logit_BV / temperature_B1, knobs.top_k_B, knobs.top_p_B, knobs.min_p_B)
-    key_B = jax.vmap(jax.random.fold_in)(jax.vmap(jax.random.wrap_key_data)(knobs.key_data), position_B)
-    return jax.vmap(jax.random.categorical)(key_B, logit_BV)
+    return jax.vmap(draw_row)(params.seed_high_B, params.seed_low_B, position_B, logit_BV)
 
 
 def truncate(logit_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_B: jax.Array) -> jax.Array:
-    """-inf for every logit outside the top k, then for those outside the top p of what is left, then for those less
-    likely than min_p times the likeliest."""
+    """Return the logits with -inf for all outside the top k, then for those outside the top p of what is left, then for
+    those less likely than min_p times the most likely one."""
     one_BV = jnp.ones_like(logit_BV)
-    kept_BV = logit_BV >= _smallest_kept(logit_BV, one_BV, top_k_B.astype(jnp.float32)[:, None])
-    logit_BV = jnp.where(kept_BV, logit_BV, -jnp.inf)
+    keep_BV = logit_BV >= _smallest_to_keep(logit_BV, one_BV, top_k_B.astype(jnp.float32)[:, None])
+    logit_BV = jnp.where(keep_BV, logit_BV, -jnp.inf)
     probability_BV = jax.nn.softmax(logit_BV, axis=-1)
     top_p_B1 = top_p_B[:, None]
-    kept_BV = (logit_BV >= _smallest_kept(logit_BV, probability_BV, top_p_B1)) | (top_p_B1 >= 1)
-    kept_BV &= logit_BV >= jnp.max(logit_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
-    return jnp.where(kept_BV, logit_BV, -jnp.inf)
+    keep_BV = (logit_BV >= _smallest_to_keep(logit_BV, probability_BV, top_p_B1)) | (top_p_B1 >= 1)
+    keep_BV &= logit_BV >= jnp.max(logit_BV, axis=-1, keepdims=True) + jnp.log(min_p_B)[:, None]
+    return jnp.where(keep_BV, logit_BV, -jnp.inf)
 
 
-def _smallest_kept(logit_BV: jax.Array, weight_BV: jax.Array, target_B1: jax.Array) -> jax.Array:
-    """[B, 1]: the largest logit such that those not below it weigh at least `target` in sum."""
-    rank_BV = _ordered(logit_BV)
+def _smallest_to_keep(logit_BV: jax.Array, weight_BV: jax.Array, target_B1: jax.Array) -> jax.Array:
+    """Return the largest logit [B, 1] such that the weights of all not below it sum to at least `target`."""
+    rank_BV = _rank(logit_BV)
     low_B1 = jnp.full((*logit_BV.shape[:-1], 1), np.iinfo(np.uint32).min, jnp.uint32)
 
     def halve(bit, low_B1):
@@ -103,8 +189,8 @@ def _smallest_kept(logit_BV: jax.Array, weight_BV: jax.Array, target_B1: jax.Arr
     return jnp.min(jnp.where(rank_BV >= low_B1, logit_BV, jnp.inf), axis=-1, keepdims=True)
 
 
-def _ordered(x: jax.Array) -> jax.Array:
-    """uint32 in the order of the float32 values."""
+def _rank(x: jax.Array) -> jax.Array:
+    """Return uint32 in the order of the float32 values."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = jnp.uint32(1 << 31)
     return jnp.where(bits & sign, ~bits, bits | sign)

@@ -1,4 +1,4 @@
-"""Log-probabilities of given tokens: what perplexity and the comparison of models are made of."""
+"""Log-probabilities of given tokens: what perplexity and comparisons of models are made of."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -8,27 +8,34 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..errors import require_integer
-from ..model import cache, validation
+from ..errors import pluralize, require_integer
+from ..model import validation
 from ..model.attention import LARGEST_TEMPORARY
+from ..model.cache import Cache, dtype_of
 from ..model.model import Model
 from ..model.ops import over_tokens
 from ..parallel.multihost import fetch
 from ..system.compilation import initialize
 from . import memory
-from .prefill_decode import Context, blank, placed
-from .request import MOST_TOP_LOGPROBS, bucket, chunks
+from .options import MAX_TOP_LOGPROBS
+from .prefill_decode import empty_caches, place
+from .request import capacity_for, split_into_chunks
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Score:
     """For each row the natural log-probability of each token but the first, given those before it.
 
-    `top_logprobs` has the likeliest tokens at the same places, (id, log-probability), as many as were asked for.
+    `top_logprobs` has the most likely tokens at the same positions, (id, log-probability), as many as requested.
     """
 
     logprobs: list[list[float]]
     top_logprobs: list[list[list[tuple[int, float]]]]
+
+    def __repr__(self) -> str:
+        count, total = sum(map(len, self.logprobs)), sum(map(sum, self.logprobs))
+        mean = f", mean log-probability {total / count:.3f}" if count else ""
+        return f"Score: {pluralize(len(self.logprobs), 'row')}, {pluralize(count, 'token')}{mean}"
 
 
 def score(
@@ -39,12 +46,13 @@ def score(
     cache_dtype: Any = None,
     batch_size: int | None = None,
 ) -> Score:
-    """Score rows of token ids, of any lengths, chunk by chunk: the logits of all positions are never there at once."""
+    """Score rows of token ids, of any lengths. Rows are prefilled in chunks; the logits of all positions never exist at
+    the same time. Raises UsageError, or CapacityError where not even one row fits in memory."""
     cfg = validation.config_of(model)
     rows = validation.check_prompts(tokens, cfg.vocab_size)
-    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MOST_TOP_LOGPROBS, cfg.vocab_size))
+    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MAX_TOP_LOGPROBS, cfg.vocab_size))
     found = Score([[] for _ in rows], [[] for _ in rows])
-    step = partial(_scored_jit, width=top_logprobs)
+    step = partial(_score_chunk_jit, width=top_logprobs)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):
         logprob_BT, id_BTw, top_BTw = map(fetch, chunk.values)
         for b, (i, count) in enumerate(zip(chunk.rows, chunk.counts, strict=True)):
@@ -73,9 +81,9 @@ def prefill_chunks(
     batch_size: int | None = None,
     extra: int = 0,
 ) -> Iterator[Chunk]:
-    """Prefill checked rows of token ids in chunks and yield the values that `step` computes from each.
+    """Prefill validated rows of token ids in chunks and yield the values that `step` computes from each.
 
-    `step(model, context, tokens_BT, next_BT, count_B)` returns the context with the chunk and a pytree of [B, T, ...]
+    `step(model, cache, tokens_BT, next_BT, count_B)` returns the cache with the chunk and a pytree of [B, T, ...]
     arrays, which takes `extra` bytes a row. B is a power of two; rows that fit in one batch keep their order. Raises
     UsageError, or CapacityError if not even one row fits in memory.
     """
@@ -83,8 +91,8 @@ def prefill_chunks(
     cfg = model.cfg
     if batch_size is not None:
         batch_size = require_integer("batch_size", batch_size, 1, 1 << 20)
-    stored = cache.dtype_of(cache_dtype, model.dtype)
-    capacity = bucket(validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
+    stored = dtype_of(cache_dtype, model.dtype)
+    capacity = capacity_for(cfg, validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
     each = batch_size or memory.plan_batch(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)
     order = list(range(len(rows)))
     if each < len(rows):
@@ -92,18 +100,19 @@ def prefill_chunks(
     for first in range(0, len(order), each):
         group, start = order[first : first + each], 0
         batch = memory.round_up_rows(len(group))
-        context = placed(model, blank(cfg, model.dtype, batch, capacity, stored, 0))
-        for tokens_BT, next_BT, count_B in chunks([rows[i] for i in group], batch):
-            context, values = step(model, context, tokens_BT, next_BT, count_B)
+        cache = place(model, empty_caches(cfg, batch, capacity, stored, 0)[0])
+        for tokens_BT, next_BT, count_B in split_into_chunks([rows[i] for i in group], batch):
+            cache, values = step(model, cache, tokens_BT, next_BT, count_B)
             yield Chunk(group, start, count_B[: len(group)].tolist(), values)
             start += tokens_BT.shape[1]
 
 
-def scored(
-    model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array, width: int
-) -> tuple[Context, tuple[jax.Array, jax.Array, jax.Array]]:
-    """The context with these tokens, the log-probability [B, T] of the token after each, and the `width` likeliest."""
-    h_BTD, filled = model(tokens_BT, context.cache, count_B)
+def score_chunk(
+    model: Model, cache: Cache, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array, width: int
+) -> tuple[Cache, tuple[jax.Array, jax.Array, jax.Array]]:
+    """Return the cache with these tokens, the log-probability [B, T] of the token after each, and the `width` most
+    likely ones."""
+    h_BTD, cache = model(tokens_BT, cache, count_B)
 
     def of(h_BTD, next_BT):
         logprob_BTV = jax.nn.log_softmax(model.logits(h_BTD), axis=-1)
@@ -111,7 +120,7 @@ def scored(
         return jnp.take_along_axis(logprob_BTV, next_BT[..., None], axis=-1)[..., 0], id_BTw, top_BTw
 
     at_once = max(1, LARGEST_TEMPORARY // (len(count_B) * model.cfg.vocab_size))
-    return dataclasses.replace(context, cache=filled), over_tokens(of, (h_BTD, next_BT), at_once)
+    return cache, over_tokens(of, (h_BTD, next_BT), at_once)
 
 
-_scored_jit = jax.jit(scored, static_argnames="width", donate_argnames="context")
+_score_chunk_jit = jax.jit(score_chunk, static_argnames="width", donate_argnames="cache")

@@ -1,12 +1,9 @@
-"""A conversation that keeps its cache: what the model has read is not read again.
-
-Latents and index keys lie in one cache and move together; the drafting layer's cache goes with them.
-"""
+"""A conversation that keeps its cache, so that each turn prefills only what is new."""
 
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,174 +11,184 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UsageError, require_integer
-from ..model import cache as caches
+from ..errors import UsageError, argument, pluralize
 from ..model import validation
+from ..model.cache import dtype_of
 from ..model.model import Model
-from ..parallel.multihost import fetch
+from ..parallel.multihost import asking, fetch
 from ..system.files import expand_file_path
 from ..system.interrupts import defer_interrupt
+from ..system.progress import format_size
 from . import memory, session_file
-from .batch import WHOLE, Batch
-from .options import Sampling, accepts_options
-from .prefill_decode import Context, blank, resized, resumed, rewound
-from .request import MOST_DRAFTS, bucket
-from .result import Generation
-from .run import Run, Stream
-from .transcript import Token
+from .engine import Engine
+from .generate import Stream
+from .options import Options, Sampling, accepts_options, check, specs
+from .prefill_decode import Caches, empty_caches, fit_caches
+from .request import capacity_for, validate_for
+from .result import Generation, Token
 
-OWN = ("capacity", "cache_dtype", "draft")
+OWN = tuple(name for name, spec in specs(Options).items() if spec.group == "cache")
 """Options that a session has for all its turns."""
-
 
 BUSY = "this session is in the middle of a turn; wait for it, or close its stream"
 
 
 class Session:
-    """One row's cache over many turns.
+    """One row's cache over many turns. Made by `session`.
 
-    A turn gives the whole conversation so far as token ids, as a chat template makes it; what it has in common with
-    `tokens`, those that the cache holds, is not read again. Made by `session`.
+    A turn is given the whole conversation so far as token ids, as a chat template makes it. What it has in common with
+    `tokens`, those that the cache holds, is not prefilled again. Turns, `fork` and `save` may be called from any
+    thread: one turn runs at a time.
     """
 
     def __init__(self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int):
-        self.model, self.capacity, self.cache_dtype = model, capacity, cache_dtype
-        self.draft = draft
+        self.model, self.capacity, self.cache_dtype, self.draft = model, capacity, cache_dtype, draft
         self.tokens: list[int] = []
-        self._context: Context | None = None
+        self._caches: Caches | None = None
         self._drafted = 0
-        self._turns = threading.Lock()
+        self._turn, self._access = threading.Lock(), threading.Lock()
 
     @accepts_options(without=("n", *OWN))
     def generate(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Generation:
-        """Continue the conversation, like `generate` of one prompt; the session then holds what was read and made."""
-        run = self._run(tokens, sampling, options)
-        with defer_interrupt() as asked_to_stop:
-            for _ in self._turn(run, None, asked_to_stop):
+        """Continue the conversation, as `generate` continues a prompt. The session then holds prompt and answer."""
+        engine = self._engine(tokens, sampling, options)
+        with defer_interrupt() as asked:
+            for _ in self._run(engine, None, asking(self.model.mesh, asked)):
                 pass
-        return run.result()
+        return engine.result()
 
     @accepts_options(without=("n", *OWN))
     def stream(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
-        """The same, token by token. A stream that is left early keeps what was read and made until then."""
-        run = self._run(tokens, sampling, options)
-        return Stream(run, self._turn(run, 1, lambda: False))
+        """Continue the conversation token by token. After a stream that is closed early the session holds what was
+        processed until then."""
+        engine = self._engine(tokens, sampling, options)
+        return Stream(engine, self._run(engine, 1, lambda: False))
 
     def fork(self) -> Self:
-        """Another session that holds the same tokens and goes its own way. Raises UsageError during a turn."""
-        self._require_rest()
-        other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft)
-        other.tokens, other._drafted = list(self.tokens), self._drafted
-        other._context = jax.tree.map(jnp.copy, self._context)
-        return other
+        """Return another session that holds the same tokens and goes its own way. Raises UsageError during a turn."""
+        with self._between_turns():
+            other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft)
+            other.tokens, other._drafted = list(self.tokens), self._drafted
+            other._caches = jax.tree.map(jnp.copy, self._caches)
+            return other
 
     def save(self, file: str | Path) -> None:
-        """Write the session to one file (safetensors); `load_session` continues it with the same model. Raises
-        UsageError in the middle of a turn or where `file` is a folder, StorageError where it cannot be written."""
-        self._require_rest()
-        file = expand_file_path(file)
-        settings = {
-            "capacity": self.capacity,
-            "cache_dtype": self.cache_dtype.name,
-            "draft": self.draft,
-            "drafted": self._drafted,
-            "tokens": self.tokens,
-        }
-        used = None if self._context is None else resized(self._context, len(self.tokens))
-        session_file.write(file, self.model, settings, used)
+        """Write the session to one safetensors file, from which `load_session` continues with the same model.
 
-    def _require_rest(self) -> None:
-        if self._turns.locked():
-            raise UsageError(BUSY)
+        Raises UsageError during a turn or where `file` is a folder, StorageError where it cannot be written.
+        """
+        with self._between_turns():
+            file = expand_file_path(file)
+            settings = {
+                "capacity": self.capacity,
+                "cache_dtype": self.cache_dtype.name,
+                "draft": self.draft,
+                "drafted": self._drafted,
+                "tokens": self.tokens,
+            }
+            count = len(self.tokens)
+            caches = None if self._caches is None else fit_caches(self._caches, count, count)
+            session_file.write(file, self.model, settings, caches)
 
-    def _run(self, tokens: Sequence[int], sampling: Any, options: dict[str, Any]) -> Run:
+    def __repr__(self) -> str:
+        nbytes = sum(part.nbytes for part in jax.tree.leaves(self._caches))
+        slots = 0 if self._caches is None else self._caches[0].capacity
+        draft = f", {argument('draft', self.draft)}" if self.draft else ""
+        return (
+            f"Session: {pluralize(len(self.tokens), 'token')} in a {self.cache_dtype.name} cache of {slots} "
+            f"({format_size(nbytes)}), at most {self.capacity or self.model.cfg.max_position_embeddings}{draft}"
+        )
+
+    @contextlib.contextmanager
+    def _between_turns(self) -> Iterator[None]:
+        """Hold off turns during the `with` block. Raises UsageError where one is running."""
+        with self._access:
+            if self._turn.locked():
+                raise UsageError(BUSY)
+            yield
+
+    def _engine(self, tokens: Sequence[int], sampling: Any, options: dict[str, Any]) -> Engine:
         if given := [name for name in OWN if name in options]:
-            raise UsageError(f"{given[0]} belongs to the session: give it to ds.session(...)")
+            raise UsageError(f"{argument(given[0])} belongs to the session: give it to ds.session(...)")
         if options.get("n", 1) != 1:
-            raise UsageError(f"a session has one row, not n={options.get('n')}; fork it")
-        own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
-        run = Run(WHOLE, self.model, [tokens], sampling, **options, **own)
-        if self._context is not None:
-            run.request = dataclasses.replace(
-                run.request, capacity=max(run.request.capacity, self._context.cache.capacity)
-            )
-        return run
+            raise UsageError(f"a session has one row, not {argument('n', options['n'])}; fork it")
+        own = {name: getattr(self, name) for name in OWN}
+        return Engine(self.model, validate_for(self.model, [tokens], sampling, **options, **own))
 
-    def _turn(self, run: Run, steps: int | None, asked_to_stop) -> Generator[Token, None, None]:
-        """Run the turn's only batch. While it runs its buffers are in use, and the session holds nothing."""
-        if not self._turns.acquire(blocking=False):
-            raise UsageError(BUSY)
+    def _run(self, engine: Engine, steps: int | None, should_stop: Callable[[], bool]) -> Generator[Token, None, None]:
+        """Run a turn. Its programs donate the caches, so that the session holds nothing meanwhile."""
+        with self._access:
+            if not self._turn.acquire(blocking=False):
+                raise UsageError(BUSY)
         try:
-            yield from self._continued(run, steps, asked_to_stop)
+            for batch in engine.batches:
+                (prompt,) = engine.request.prompts
+                known, caches = self._count_known(prompt), self._caches
+                if caches is not None:
+                    capacity = max(engine.request.capacity, caches[0].capacity)
+                    engine.request = dataclasses.replace(engine.request, capacity=capacity)
+                    caches = fit_caches(caches, capacity, known)
+                self.tokens, self._caches, self._drafted = [], None, 0
+                with contextlib.closing(engine.run(batch, steps, should_stop, caches, known)) as tokens:
+                    try:
+                        yield from (token for _, token in tokens)
+                    finally:
+                        self._keep(engine)
         finally:
-            self._turns.release()
+            self._turn.release()
 
-    def _continued(self, run: Run, steps: int | None, asked_to_stop) -> Generator[Token, None, None]:
-        for batch in run.batches():
-            (prompt,) = run.request.prompts
-            known, context = self._known(prompt), self._context
-            if context is not None:
-                context = rewound(resized(context, run.request.capacity), known)
-            self.tokens, self._context, self._drafted = [], None, 0
-            with contextlib.closing(run.tokens(batch, steps, asked_to_stop, context, known)) as tokens:
-                try:
-                    for _, token in tokens:
-                        yield token
-                finally:
-                    self._keep(prompt, batch)
-
-    def _known(self, prompt: list[int]) -> int:
-        """How many tokens need not be read: the last one always is, for its logits. A slot of the drafting layer knows
-        the token after it, so where there are drafts one more token has to be common."""
+    def _count_known(self, prompt: list[int]) -> int:
+        """Return how many tokens of the prompt need no prefill. The last one always does, for its logits. A slot of the
+        MTP head's cache depends on the token after it too, so with drafts one more token has to be common."""
         common = 0
         while common < min(len(self.tokens), len(prompt)) and self.tokens[common] == prompt[common]:
             common += 1
         known = min(common, len(prompt) - 1)
         return known if not self.draft else max(0, min(known, common - 1, self._drafted))
 
-    def _keep(self, prompt: list[int], batch: Batch) -> None:
-        """Hold what `batch` has read and made; nothing where it did not get that far, or met a value that is not
-        finite: it would spoil what is read later."""
-        state = batch.held
+    def _keep(self, engine: Engine) -> None:
+        """Hold what a turn has processed; nothing where it was broken off in a program, or met a value that is not
+        finite, which would spoil later turns."""
+        state = engine.state
         if state is None or not fetch(state.finite_B).all():
             return
+        (prompt,), (row,) = engine.request.prompts, engine.rows
         length = int(fetch(state.cache.length_B)[0])
-        made = fetch(state.tokens_Bm)[0, : int(fetch(state.made_B)[0])].tolist()
-        self.tokens = (prompt + made)[:length]
-        self._context = resumed(self.model, state)
-        self._drafted = 0 if state.fresh is None else length - int(fetch(state.fresh.count_B)[0])
+        self.tokens = (prompt + row.tokens)[:length]
+        self._caches = state.cache, state.draft_cache
+        self._drafted = length - max(1, int(fetch(state.unread_B)[0])) if self.draft else 0
 
 
-def session(
-    model: Model,
-    *,
-    capacity: int | None = None,
-    cache_dtype: Any = None,
-    draft: int = 0,
-) -> Session:
-    """A session of at most `capacity` tokens; without one its cache grows as turns need it, by powers of two."""
-    longest = validation.config_of(model).max_position_embeddings
-    draft = require_integer("draft", draft, 0, MOST_DRAFTS)
-    stored = caches.dtype_of(cache_dtype, model.dtype)
+def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:
+    """Return a session of at most `capacity` tokens. Without one its cache grows as turns need it, by powers of two.
+
+    Raises UsageError, and CapacityError where the cache does not fit in memory.
+    """
+    cfg, declared = validation.config_of(model), specs(Options)
+    capacity = check("capacity", declared["capacity"], capacity, 1, cfg.max_position_embeddings)
+    draft = check("draft", declared["draft"], draft)
+    stored = dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
-        capacity = require_integer("capacity", capacity, 1, longest)
-        memory.plan_batch(model.cfg, 1, 1, capacity, stored, draft, model.mesh)
+        memory.plan_batch(cfg, 1, 1, capacity, stored, draft, model.mesh)
     return Session(model, capacity, stored, draft)
 
 
 def load_session(model: Model, file: str | Path) -> Session:
-    """The session in `file`, for the model it was saved with. Raises UsageError where that is another one,
-    CheckpointError where the file is damaged."""
-    validation.config_of(model)
+    """Return the session in `file`, for the model it was saved with.
+
+    Raises UsageError where that was another model, CheckpointError where the file is damaged.
+    """
+    cfg = validation.config_of(model)
     file = expand_file_path(file)
     saved = session_file.read_settings(file, model)
-    options = {name: saved[name] for name in OWN}
-    loaded, tokens = session(model, **options), saved["tokens"]
-    if tokens:
-        (tokens,) = validation.check_prompts([tokens], model.cfg.vocab_size)
-        slots = loaded.capacity or bucket(len(tokens))
-        validation.check_length(len(tokens), min(slots, model.cfg.max_position_embeddings))
-        context = blank(model.cfg, model.dtype, 1, len(tokens), loaded.cache_dtype, loaded.draft)
-        loaded._context = resized(session_file.read_into(file, context), slots)
-    loaded.tokens, loaded._drafted = tokens, saved["drafted"]
+    loaded = session(model, **{name: saved[name] for name in OWN})
+    if saved["tokens"]:
+        (tokens,) = validation.check_prompts([saved["tokens"]], cfg.vocab_size)
+        slots = loaded.capacity or capacity_for(cfg, len(tokens))
+        if len(tokens) > slots:
+            raise UsageError(f"{file} holds {len(tokens)} tokens, but its session has room for {slots}")
+        empty = empty_caches(cfg, 1, len(tokens), loaded.cache_dtype, loaded.draft)
+        caches = session_file.read_into(file, empty)
+        loaded.tokens, loaded._drafted = tokens, saved["drafted"]
+        loaded._caches = fit_caches(caches, slots, len(tokens))
     return loaded

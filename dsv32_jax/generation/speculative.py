@@ -1,8 +1,8 @@
-"""Speculative decoding with the drafting layer (DeepSeek-V3, arXiv 2412.19437, 2.2; MTP).
+"""Speculative decoding with the MTP head (DeepSeek-V3, arXiv 2412.19437, 2.2).
 
-A step drafts d tokens, processes them in one go, and keeps those that the model itself would have chosen. Model and
-drafting layer choose with the same noise (a row's key and the position give it), so a draft is right when both make the
-same of it: what comes out is token for token what `decoding.step` makes, greedy or drawn, only sooner.
+A step drafts some tokens, processes them in one go, and keeps those that the model itself samples. Model and MTP head
+sample with the same noise, which a row's seed and the position give, so a draft is right where both make the same of
+it: the result is token for token that of `prefill_decode.step`, greedy or drawn, only sooner.
 """
 
 import dataclasses
@@ -13,46 +13,52 @@ import jax.numpy as jnp
 from ..model.cache import LayerCache
 from ..model.model import Model
 from ..parallel.sharding import by_rows
-from .prefill_decode import Fresh, State, Task, chosen
-from .sampler import choose, weighed
+from .prefill_decode import Generated, State, advance
+from .sampler import SamplerParams, process_logits, sample
 
 
-def step(model: Model, task: Task, state: State) -> State:
-    """Draft as many tokens as `state.fresh` has room for, and keep what the model agrees with, and one token more."""
-    length_B, on_B = state.cache.length_B, ~state.done_B
-    draft_Bd, drafting = _drafts(model, task, state)
-    drafts = draft_Bd.shape[1]
-    tokens_BT = jnp.concatenate([state.token_B[:, None], draft_Bd], axis=1)
-    h_BTD, cache = model(tokens_BT, state.cache, jnp.zeros_like(length_B))
-    logit_BTV = by_rows(model.mesh, model.logits(h_BTD))
+def step(model: Model, params: SamplerParams, state: State, generated: Generated) -> tuple[State, Generated]:
+    """Draft u - 1 tokens a row, and keep those that the model agrees with, and one token more."""
+    length_B, active_B, new_B = state.cache.length_B, ~state.done_B, state.new_B
+    drafts, draft_cache = _draft(model, params, state)
+    tokens_Bu = jnp.stack([state.token_B, *drafts], axis=1)
+    h_BuD, cache = model(tokens_Bu, state.cache, jnp.zeros_like(length_B))
+    logit_BuV = by_rows(model.mesh, model.logits(h_BuD))
 
-    made_B = state.made_B
-    state = dataclasses.replace(state, step_B=state.step_B + on_B.astype(jnp.int32))
-    token_BT = []
-    for t in range(drafts + 1):
-        state = chosen(task, state, logit_BTV[:, t], length_B + 1 + t, on_B)
-        token_BT.append(state.token_B)
-        if t < drafts:
-            on_B &= ~state.done_B & (state.token_B == draft_Bd[:, t])
-    count_B = state.made_B - made_B
-    fresh = Fresh(drafting, h_BTD, jnp.stack(token_BT, axis=1), count_B)
-    return dataclasses.replace(state, cache=dataclasses.replace(cache, length_B=length_B + count_B), fresh=fresh)
+    state = dataclasses.replace(state, step_B=state.step_B + active_B.astype(jnp.int32))
+    sampled = []
+    for u in range(len(drafts) + 1):
+        state, generated = advance(params, state, generated, logit_BuV[:, u], length_B + 1 + u, active_B)
+        sampled.append(state.token_B)
+        if u < len(drafts):
+            active_B &= ~state.done_B & (state.token_B == drafts[u])
+    count_B = state.new_B - new_B
+    state = dataclasses.replace(
+        state,
+        cache=dataclasses.replace(cache, length_B=length_B + count_B),
+        draft_cache=draft_cache,
+        hidden_BuD=h_BuD,
+        next_Bu=jnp.stack(sampled, axis=1),
+        unread_B=count_B,
+    )
+    return state, generated
 
 
-def _drafts(model: Model, task: Task, state: State) -> tuple[jax.Array, LayerCache]:
-    """d drafts a row [B, d], and the drafting layer's cache, in which only the slots of fresh tokens are true.
+def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.Array], LayerCache]:
+    """Return u - 1 drafts a row, and the MTP head's cache, in which only the slots of unread tokens are true.
 
-    The layer first reads the fresh tokens with the model's own hidden vectors; after that it goes on from its own.
+    The head first reads the unread tokens with the model's own hidden vectors; after that it goes on from its own.
     """
-    fresh, mtp, length_B = state.fresh, model.mtp, state.cache.length_B
-    assert fresh is not None and mtp is not None
-    slot_BT = (length_B - fresh.count_B)[:, None] + jnp.arange(fresh.next_BT.shape[1], dtype=jnp.int32)
-    z_BTD, cache = mtp(fresh.h_BTD, fresh.next_BT, fresh.cache, slot_BT)
-    z_B1D = jnp.take_along_axis(z_BTD, jnp.maximum(fresh.count_B - 1, 0)[:, None, None], axis=1)
-    drafts = []
-    for k in range(fresh.next_BT.shape[1] - 1):
-        if k:
-            z_B1D, cache = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + k)[:, None])
-        logit_BV = weighed(task.knobs, state.tally, by_rows(model.mesh, mtp.logits(z_B1D)[:, 0]))
-        drafts.append(choose(task.knobs, logit_BV, length_B + 1 + k))
-    return jnp.stack(drafts, axis=1), cache
+    mtp, cache, length_B = model.mtp, state.draft_cache, state.cache.length_B
+    assert mtp is not None and cache is not None
+    slot_Bu = (length_B - state.unread_B)[:, None] + jnp.arange(state.next_Bu.shape[1], dtype=jnp.int32)
+    z_BuD, cache = mtp(state.hidden_BuD, state.next_Bu, cache, slot_Bu)
+    z_B1D = jnp.take_along_axis(z_BuD, jnp.maximum(state.unread_B - 1, 0)[:, None, None], axis=1)
+    drafts: list[jax.Array] = []
+    for u in range(state.next_Bu.shape[1] - 1):
+        if u:
+            z_B1D, cache = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + u)[:, None])
+        logit_BV = by_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
+        logit_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
+        drafts.append(sample(params, logit_BV, length_B + 1 + u))
+    return drafts, cache

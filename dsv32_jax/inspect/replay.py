@@ -1,6 +1,5 @@
 """Prefill rows of tokens once more and keep what the layers compute: routing, index scores, attention, predictions."""
 
-import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -13,14 +12,13 @@ import numpy as np
 from ..config import Config
 from ..errors import CapacityError
 from ..generation import memory
-from ..generation.prefill_decode import Context
-from ..generation.request import CHUNK, bucket
+from ..generation.request import CHUNK, capacity_for
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
 from ..model import mla, validation
 from ..model.attention import LARGEST_TEMPORARY, queries_at_once
 from ..model.block import Block, Seen
-from ..model.cache import LayerCache
+from ..model.cache import Cache, LayerCache
 from ..model.model import Model
 from ..model.ops import over_tokens, rms_norm, rotation
 from ..parallel.multihost import fetch
@@ -60,7 +58,7 @@ def trace(
         arrays[name] = np.full(shape, padding, dtype)
     for b, row in enumerate(rows):
         arrays["tokens"][b, : len(row)], arrays["length"][b] = row, len(row)
-    capacity = bucket(longest)
+    capacity = capacity_for(cfg, longest)
     extra = nbytes(cfg, kinds, 1, capacity) * min(CHUNK, capacity) // capacity
     step = partial(_observe_jit, kinds)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
@@ -97,10 +95,9 @@ def _copy(chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def observe(
-    kinds: tuple[str, ...], model: Model, context: Context, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
-) -> tuple[Context, tuple[list[Values], Values]]:
-    """Prefill a chunk and return the new context, and the values of each layer and of the head, [B, T, ...]."""
-    cache = context.cache
+    kinds: tuple[str, ...], model: Model, cache: Cache, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
+) -> tuple[Cache, tuple[list[Values], Values]]:
+    """Prefill a chunk and return the new cache, and the values of each layer and of the head, [B, T, ...]."""
     position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
     h_BTD, filled, seen = model.observe(tokens_BT, cache, count_B)
     layers = [
@@ -108,10 +105,10 @@ def observe(
         for layer, layer_seen, layer_cache in zip(model.layers, seen, filled.layers, strict=True)
     ]
     head = _predictions(model, h_BTD) if "logits" in kinds else {}
-    return dataclasses.replace(context, cache=filled), (layers, head)
+    return filled, (layers, head)
 
 
-_observe_jit = jax.jit(observe, static_argnames="kinds", donate_argnames="context")
+_observe_jit = jax.jit(observe, static_argnames="kinds", donate_argnames="cache")
 
 
 def _observe_layer(

@@ -24,9 +24,10 @@ from dsv32_jax.cli.screen import Screen
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
+from dsv32_jax.generation.result import Row
 from dsv32_jax.generation.session import session
-from dsv32_jax.generation.transcript import Transcript
 from dsv32_jax.model.model import Origin
+from tests import models
 
 TOOL = {"type": "function", "function": {"name": "add", "parameters": {}}}
 CALL = """\n\n<｜DSML｜function_calls>
@@ -60,7 +61,7 @@ class Script:
     def stream(self, ids, *, sampling, tokenizer, max_new_tokens, progress=lambda *_: None, **options):
         self.prompts.append(tokenizer.decode(ids))
         self.options.append({"sampling": sampling, "max_new_tokens": max_new_tokens, **options})
-        row = Transcript(self.model.cfg.eos_token_id, max_new_tokens, tokenizer, options.get("stop", ()))
+        row = Row(self.model.cfg.eos_token_id, max_new_tokens, tokenizer, options.get("stop", ()))
         answer = next(self._answers)
         for read in range(0, len(ids), 512):
             progress(min(read + 512, len(ids)), len(ids))
@@ -303,7 +304,7 @@ def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
 
 def test_saving(checkpoint, tmp_path):
     """Nothing is written over; what cannot be continued is read again, and it is said why."""
-    model = OpenedCheckpoint.of(checkpoint).outline("float32")
+    model = models.abstract(OpenedCheckpoint.of(checkpoint).cfg)
     talked = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("Hi")
     written = conversation_file.save(tmp_path / "a.b", talked, session(model, capacity=32), replace=False)
     assert [file.name for file in written] == ["a.b.json", "a.b.safetensors"]

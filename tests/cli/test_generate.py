@@ -266,12 +266,12 @@ def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
         steps.append(given)
         if len(steps) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return advance(self, *given)
+        return decode(self, *given)
 
-    from dsv32_jax.generation.batch import Batch
+    from dsv32_jax.generation.engine import Engine
 
-    advance = Batch.advance
-    monkeypatch.setattr(Batch, "advance", interrupt)
+    decode = Engine._decode
+    monkeypatch.setattr(Engine, "_decode", interrupt)
     code, out, err = dsv32("generate", checkpoint, "ab", *FEW, "--json", "--stream")
     assert code == 130 and len(out.splitlines()) == 3 and "interrupted" in err
     steps.clear()

@@ -19,9 +19,9 @@ from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
 from dsv32_jax.generation import memory, request
-from dsv32_jax.generation.batch import DEFAULTS, Batch, options
-from dsv32_jax.generation.request import bucket, plan
-from dsv32_jax.generation.transcript import Transcript
+from dsv32_jax.generation.engine import DEFAULTS, Engine, compiler_options, plan_batches
+from dsv32_jax.generation.request import bucket, validate_for
+from dsv32_jax.generation.result import Row
 from dsv32_jax.model import indexer
 from dsv32_jax.system import compilation
 from dsv32_jax.system.compilation import count_compilations
@@ -44,8 +44,8 @@ def model(tiny):
 def test_a_users_flags_win():
     """An option of XLA that XLA_FLAGS name is not given to a program; the others are."""
     graphs = "xla_gpu_enable_command_buffer"
-    assert options("--xla_gpu_enable_command_buffer_unnamed=1 --xla_cpu_multi_thread_eigen=false") == DEFAULTS
-    assert DEFAULTS.items() - options(f"--xla_cpu_multi_thread_eigen=false --{graphs}=").items() == {
+    assert compiler_options("--xla_gpu_enable_command_buffer_unnamed=1 --xla_cpu_multi_thread_eigen=false") == DEFAULTS
+    assert DEFAULTS.items() - compiler_options(f"--xla_cpu_multi_thread_eigen=false --{graphs}=").items() == {
         (graphs, DEFAULTS[graphs])
     }
 
@@ -217,9 +217,9 @@ def test_a_cache_that_does_not_fit(model, monkeypatch):
     """Known before anything is allocated; where only some rows fit, they go one group after the other."""
     one = memory.compute_row_bytes(model.cfg, 32, np.dtype(np.float32), 0)
     monkeypatch.setattr(memory, "get_free_memory", lambda _: int(one * 2.6))
-    assert plan(model, PROMPTS, max_new_tokens=NEW).groups == [[1, 0], [2]]
+    assert plan_batches(model.cfg, validate_for(model, PROMPTS, max_new_tokens=NEW)) == [[1, 0], [2]]
     monkeypatch.setattr(memory, "get_free_memory", lambda _: one)
-    refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=NEW), CapacityError, "1 rows of 32", "free", "fp8")
+    refused(lambda: ds.generate(model, PROMPTS, max_new_tokens=NEW), CapacityError, "1 row of 32", "free", "fp8")
     refused(lambda: ds.session(model, capacity=4096), CapacityError, "4096")
 
 
@@ -264,8 +264,8 @@ def test_g11_half_a_character_waits(model):
     halves = [ds.Sampling(logit_bias={5: 1e9}), ds.Sampling(logit_bias={6: 1e9})]
     first = ds.generate(model, PROMPTS[:2], max_new_tokens=1, sampling=halves, tokenizer=Letters())
     assert first.tokens == [[5], [6]] and first.text == ["\ufffd", "\ufffd"]
-    told = Transcript([], 3, Letters(), ())
-    assert [told.add(token, 0.0, ()).text for token in (5, 6, 7)] == ["", "\u00e9", "h"]
+    told = Row([], 3, Letters(), ())
+    assert [told.add(token, 0.0).text for token in (5, 6, 7)] == ["", "\u00e9", "h"]
 
 
 @pytest.mark.parametrize("stop", ["", [""], [3], ["a", None]], ids=repr)
@@ -298,16 +298,16 @@ def test_g05_a_device_without_memory(model, greedy, monkeypatch):
     """What takes how much and three remedies; the next call works. Other errors of the device stay what they are."""
 
     def fail(message):
-        def advance(self, steps=None):
+        def decode(self, steps=None):
             raise jax.errors.JaxRuntimeError(message)
 
-        return advance
+        return decode
 
     with monkeypatch.context() as patch:
-        patch.setattr(Batch, "advance", fail("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"))
+        patch.setattr(Engine, "_decode", fail("RESOURCE_EXHAUSTED: Out of memory allocating 99 bytes"))
         with pytest.raises(CapacityError, match=r"weights take .* caches of this batch .*batch_size.*capacity.*fp8"):
             ds.generate(model, PROMPTS, max_new_tokens=NEW)
-        patch.setattr(Batch, "advance", fail("INTERNAL: something else"))
+        patch.setattr(Engine, "_decode", fail("INTERNAL: something else"))
         with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
             ds.generate(model, PROMPTS, max_new_tokens=NEW)
     assert ds.generate(model, PROMPTS, max_new_tokens=NEW).tokens == greedy.tokens
@@ -374,13 +374,14 @@ def test_the_fp8_cache_is_close(model, greedy):
 
 def test_ctrl_c_returns_what_is_there(model, greedy, monkeypatch):
     """The rows made so far, "interrupted" where they had not ended; the handler is put back."""
-    advance = Batch.advance
+    decode = Engine._decode
 
-    def advance_and_press(self, steps=None):
-        advance(self, 3)
+    def decode_and_press(self, steps=None):
+        generated = decode(self, 3)
         signal.raise_signal(signal.SIGINT)
+        return generated
 
-    monkeypatch.setattr(Batch, "advance", advance_and_press)
+    monkeypatch.setattr(Engine, "_decode", decode_and_press)
     before = signal.getsignal(signal.SIGINT)
     got = ds.generate(model, PROMPTS, max_new_tokens=NEW)
     assert signal.getsignal(signal.SIGINT) is before
@@ -421,7 +422,7 @@ def test_an_asynchronous_stream(model, greedy):
         ({"min_new_tokens": 5}, "min_new_tokens must be an integer from 0 to 4"),
         ({"batch_size": 0}, "batch_size"),
         ({"batch_size": 2, "n": 3}, "batch_size must be an integer from 3"),
-        ({"stop_token_ids": [400]}, "stop_token_ids holds 1 id"),
+        ({"stop_token_ids": [400]}, "stop_token_ids holds 1 id "),
         ({"cache_dtype": "int4"}, "cache_dtype must be"),
         ({"stop": "x"}, "give the tokenizer"),
         ({"sampling": ds.Sampling(allowed_ids=[1]), "min_new_tokens": 1}, "only tokens that end a row"),
@@ -737,7 +738,7 @@ def test_g18_one_row_at_a_later_step(model, greedy):
     with pytest.raises(FloatingPointError) as caught:
         ds.generate(bad, PROMPTS, max_new_tokens=NEW)
     message = str(caught.value)
-    assert all(word in message for word in ("1 rows", f"row {row}", f"new token {step + 1}", "the embedding")), message
+    assert all(word in message for word in ("1 row ", f"row {row}", f"new token {step + 1}", "the embedding")), message
 
 
 def test_g18_a_stream_stops_at_the_first_bad_token(model):

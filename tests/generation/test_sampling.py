@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 import dsv32_jax as ds
 from dsv32_jax.errors import UsageError
-from dsv32_jax.generation import sampler, sampling_params
-from dsv32_jax.generation.sampler import Tally
+from dsv32_jax.generation import sampler
+from dsv32_jax.generation.request import expand_samplings
+from dsv32_jax.generation.sampler import make_params
 
 VOCABULARY = 12
 
@@ -73,17 +74,17 @@ def test_truncation_of_extreme_logits(extreme):
 def test_temperature_zero_is_greedy_without_division():
     """No infinity, no NaN, whatever the logits; and the lowest id of those that tie."""
     logits = jnp.asarray([[1e30, -1e30, 0.0, 1e30], [0.0, 0.0, 0.0, 0.0], [-1e-30, 0.0, 1e-30, 0.0]])
-    knobs = sampling_params.knobs(sampling_params.of_rows(ds.Sampling(top_k=2, top_p=0.5), 3, 1), 4, 4)
-    assert jax.jit(sampler.choose)(knobs, logits, jnp.zeros(3, jnp.int32)).tolist() == [0, 0, 2]
+    params = make_params(expand_samplings(ds.Sampling(top_k=2, top_p=0.5), 3, 1), 4, 4)
+    assert jax.jit(sampler.sample)(params, logits, jnp.zeros(3, jnp.int32)).tolist() == [0, 0, 2]
 
 
 def test_frequencies():
     """Drawn tokens are as frequent as the truncated, tempered distribution says."""
     rows, logits = 20_000, np.array([2.0, 1.5, 1.0, 0.0, -1.0, 3.0], np.float32)
     settings = ds.Sampling(temperature=2.0, top_k=5, top_p=0.9, seed=range(rows))
-    knobs = sampling_params.knobs(sampling_params.of_rows(settings, rows, 1), 6, 6)
+    params = make_params(expand_samplings(settings, rows, 1), 6, 6)
     batch = jnp.broadcast_to(jnp.asarray(logits), (rows, 6))
-    tokens = jax.jit(sampler.choose)(knobs, batch, jnp.full(rows, 7, jnp.int32))
+    tokens = jax.jit(sampler.sample)(params, batch, jnp.full(rows, 7, jnp.int32))
     kept = oracle(logits / 2, 5, 0.9)
     weights = np.where(kept, np.exp(logits / 2), 0)
     expected = rows * weights / weights.sum()
@@ -109,8 +110,8 @@ def test_penalties_and_bias():
     one = ds.Sampling(
         repetition_penalty=2.0, presence_penalty=0.125, frequency_penalty=0.25, logit_bias={4: 8.0}, forbidden_ids=[5]
     )
-    knobs = sampling_params.knobs([ds.Sampling(), one], 6, 6)
-    got = sampler.weighed(knobs, Tally(jnp.asarray(in_prompt), jnp.asarray(made)), jnp.asarray(logits))
+    params = make_params([ds.Sampling(), one], 6, 6)
+    got = sampler.process_logits(params, *map(jnp.asarray, (logits, in_prompt, made)))
     np.testing.assert_array_equal(got[0], logits[0])
     np.testing.assert_array_equal(got[1], [1.0, -4.0, 0.5 - 0.375, 0.25 - 0.875, 8.25, -np.inf])
 
@@ -118,11 +119,11 @@ def test_penalties_and_bias():
 def test_each_row_has_its_own_settings():
     """A greedy row beside a drawn one beside one that may only choose a single token; unused ids are never chosen."""
     rows = [ds.Sampling(), ds.Sampling(temperature=5.0, seed=3), ds.Sampling(temperature=5.0, allowed_ids=[2])]
-    knobs = sampling_params.knobs(rows, 6, 4)
-    nothing = Tally(jnp.zeros((3, 6), bool), jnp.zeros((3, 6), jnp.int32))
-    logits = sampler.weighed(knobs, nothing, jnp.asarray([[1.0, 3.0, 2.0, 0.0, 9.0, 9.0]] * 3))
-    choose = jax.jit(sampler.choose)
-    drawn = np.array([choose(knobs, logits, jnp.full(3, i, jnp.int32)) for i in range(40)])
+    params = make_params(rows, 6, 4)
+    logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0, 9.0, 9.0]] * 3)
+    logits = sampler.process_logits(params, logits, jnp.zeros((3, 6), bool), jnp.zeros((3, 6), jnp.int32))
+    sample = jax.jit(sampler.sample)
+    drawn = np.array([sample(params, logits, jnp.full(3, i, jnp.int32)) for i in range(40)])
     assert set(drawn[:, 0]) == {1} and set(drawn[:, 1]) == {0, 1, 2, 3} and set(drawn[:, 2]) == {2}
 
 
@@ -157,22 +158,22 @@ def test_wrong_settings(wrong, said):
         ({"allowed_ids": [0, -1, 99]}, "allowed_ids holds 2 ids"),
         ({"forbidden_ids": [True]}, "forbidden_ids holds 1 id"),
         ({"forbidden_ids": [1.5]}, "1.5"),
-        ({"allowed_ids": []}, "no token to choose"),
-        ({"allowed_ids": [2], "forbidden_ids": [2]}, "no token to choose"),
-        ({"allowed_ids": [5]}, "no token to choose"),
+        ({"allowed_ids": []}, "no token to sample"),
+        ({"allowed_ids": [2], "forbidden_ids": [2]}, "no token to sample"),
+        ({"allowed_ids": [5]}, "no token to sample"),
     ],
     ids=str,
 )
 def test_ids_that_no_vocabulary_has(wrong, said):
     """Refused when the vocabulary is known; id 5 has a row but no token."""
     with pytest.raises(UsageError, match=said):
-        sampling_params.knobs([ds.Sampling(**wrong)], 6, 5)
+        make_params([ds.Sampling(**wrong)], 6, 5)
 
 
 def test_one_sampling_a_prompt():
     """As many as prompts; the continuations of a prompt have the seeds that follow."""
-    rows = sampling_params.of_rows([ds.Sampling(seed=7), ds.Sampling(temperature=1.0, seed=2**63 - 1)], 2, 2)
+    rows = expand_samplings([ds.Sampling(seed=7), ds.Sampling(temperature=1.0, seed=2**63 - 1)], 2, 2)
     assert [row.seed for row in rows] == [7, 8, 2**63 - 1, 0] and [row.temperature for row in rows] == [0, 0, 1, 1]
-    assert sampling_params.of_rows(None, 3, 1) == [ds.Sampling()] * 3
+    assert expand_samplings(None, 3, 1) == [ds.Sampling()] * 3
     with pytest.raises(UsageError, match="2 samplings for 3 prompts"):
-        sampling_params.of_rows([ds.Sampling()] * 2, 3, 1)
+        expand_samplings([ds.Sampling()] * 2, 3, 1)

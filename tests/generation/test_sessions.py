@@ -12,7 +12,7 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
-from dsv32_jax.generation.batch import WHOLE
+from dsv32_jax.generation.engine import WHOLE
 from dsv32_jax.model.model import Origin
 from tests import models
 
@@ -58,9 +58,9 @@ def test_a_later_turn_compiles_no_reading_again(model):
     """A loaded model's arrays are bound to their devices; so is an empty cache, like one that was read into."""
     session = ds.session(jax.device_put(model, jax.devices()[0]), capacity=64)
     session.generate(FIRST[:3], max_new_tokens=1)
-    programs = WHOLE.read._cache_size()
+    programs = WHOLE.prefill._cache_size()
     session.generate(FIRST, max_new_tokens=1)
-    assert WHOLE.read._cache_size() == programs
+    assert WHOLE.prefill._cache_size() == programs
 
 
 def test_a_cache_that_grows(model, settings):

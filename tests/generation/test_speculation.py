@@ -106,7 +106,7 @@ def test_the_distribution_with_drafts(checkpoint):
 def test_no_drafting_layer(tiny):
     """Refused by name."""
     model = models.abstract(dataclasses.replace(tiny, num_nextn_predict_layers=0))
-    with pytest.raises(UsageError, match="draft=2 needs the drafting layer"):
+    with pytest.raises(UsageError, match="draft=2 needs the MTP head"):
         ds.generate(model, [[5]], draft=2)
 
 
