@@ -230,7 +230,7 @@ def test_the_real_model(no_programs):
 @pytest.fixture
 def verdict(converted, no_programs, monkeypatch):
     """`fit` where a context is not rounded up, so that what is said to fit can be tried."""
-    monkeypatch.setattr(fitting, "bucket", int)
+    monkeypatch.setattr(fitting, "capacity_for", lambda cfg, tokens: tokens)
 
     def of(**options) -> Fit:
         return fit(converted["nvfp4"], **{"context": 100, "device_memory": "3MB", **options})

@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from ..errors import UsageError, argument, listing, pluralize, to_integer, unknown
+from ..errors import COMMAND_LINE, UsageError, argument, listing, pluralize, to_integer, unknown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -193,7 +193,8 @@ def check(name: str, spec: Spec, value: Any, low: float | None = None, high: flo
 
 def _range(spec: Spec, low: float, high: float) -> str:
     text = f", {low} or more" if high == math.inf else f" from {low} to {high}"
-    return f"{text}, or None" if spec.none else text
+    none = spec.none if COMMAND_LINE.get() else "None"
+    return f"{text}, or {none}" if spec.none else text
 
 
 def _check_seed(value: Any) -> int | tuple[int, ...]:
