@@ -40,7 +40,7 @@ def test_rows(asked):
     assert made["kind"] == "made" and made["memory"] > 0 and made["copied"] > 0 and made["all_reduce"] > 0
     assert decode["floor"] > decode["read"] / made["copied"] + made["all_reduce"]
     assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
-    assert {"attention", "experts", "head", "choice", "collectives"} <= set(decode["parts"])
+    assert {"attention", "experts", "head", "sampling", "collectives"} <= set(decode["parts"])
     assert decode["parts"].keys() <= {*profile.SCOPES, profile.OTHER, "collectives"}
     assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
     assert read["kind"] == "read" and read["step"] > 0
