@@ -1,1 +1,1 @@
-"""A converted checkpoint as Hugging Face safetensors for other software."""
+"""A converted checkpoint written again: as Hugging Face safetensors for other software, or for another mesh."""

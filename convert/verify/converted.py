@@ -17,7 +17,11 @@ from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
+from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from dsv32_jax.system.files import expand_path
+
+from ..read.weights import StoredWeight
+from .inverse import describe_storage
 
 Components = dict[str, np.ndarray]
 """The arrays of one parameter, or of one expert of it, by component (manifest.COMPONENTS)."""
@@ -42,6 +46,17 @@ class Weight(NamedTuple):
         """How the conversion changed its values; empty where every bit is kept."""
         texts = {entry.passport.change for entry in self.entries if entry.passport is not None}
         return "; ".join(sorted(texts - {""}))
+
+    def storage(self) -> StoredWeight | None:
+        """How the source stored the weight; None where bits changed, or the source left it out."""
+        return describe_storage(self.name, self.sources) if self.sources and not self.change else None
+
+    @property
+    def block(self) -> int:
+        """Inputs per scale of a whole row."""
+        stored = self.storage()
+        default = {"nvfp4": NVFP4_BLOCK, "fp8_block": FP8_BLOCK}.get(self.formats[0], 1)
+        return default if stored is None else stored.block
 
 
 class Group(NamedTuple):

@@ -179,10 +179,10 @@ class _Proof:
             with self._lock:
                 self.changed[weight.change].append(weight.name)
             return
-        if not weight.sources:
-            return
         try:
-            stored = inverse.describe_storage(weight.name, weight.sources)
+            stored = weight.storage()
+            if stored is None:
+                return
             joined = inverse.join_leaves(weight.leaves, parts, stored.format, stored.block)
             for name, array in inverse.restore_tensors(joined, stored, weight.sources).items():
                 self._compare(name, hash_chunks([raw(array)]))

@@ -1,4 +1,4 @@
-"""Conversions in processes that are killed: forked from one that has imported everything, so that each costs little.
+"""Jobs in processes that are killed: forked from one that has imported everything, so that each costs little.
 
 As a program it reads one request a line and answers each with a line; `Killer` is the other end.
 """
@@ -19,10 +19,10 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Killer:
-    """Starts conversions with the given arguments of `convert.convert`."""
+    """Starts jobs ("convert", "reshard" or "export") with a source, an output and options."""
 
-    def __init__(self):
-        command = [sys.executable, str(Path(__file__))]
+    def __init__(self, job: str = "convert"):
+        command = [sys.executable, str(Path(__file__)), job]
         environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -32,8 +32,9 @@ class Killer:
         """What a whole conversion does to the files below its output: one text for each step, of its kind."""
         return self._ask(arguments, "trace", 0)["steps"]
 
-    def before(self, *arguments, step: str | int) -> int:
-        """Kill a conversion before its first step of a kind, or its step of a number; how it ended: -SIGKILL, or 0."""
+    def before(self, *arguments, step: str | int | tuple[str, int]) -> int:
+        """Kill a job before its first step of a kind, its step of a number, or so many steps after the first one of a
+        kind; how it ended: -SIGKILL, or 0."""
         return self._ask(arguments, "step", step)["status"]
 
     def after(self, *arguments, seconds: float) -> int:
@@ -41,7 +42,8 @@ class Killer:
         return self._ask(arguments, "seconds", seconds)["status"]
 
     def finish(self, *arguments) -> str:
-        """Run a conversion to its end: the manifest's digest, once every array on the disk has its SHA-256."""
+        """Run a job to its end: the manifest's digest, once every array on the disk has its SHA-256; of an export the
+        SHA-256 of all files."""
         return self._ask(arguments, "finish", 0)["digest"]
 
     def close(self) -> None:
@@ -49,7 +51,7 @@ class Killer:
         self._process.stdout.close()
         self._process.wait()
 
-    def _ask(self, arguments, how: str, value: float | str) -> dict:
+    def _ask(self, arguments, how: str, value: object) -> dict:
         src, dst, options = arguments
         request = {"src": str(src), "dst": str(dst), "options": options, "how": how, "value": value}
         self._process.stdin.write(json.dumps(request) + "\n")
@@ -92,34 +94,61 @@ def die() -> None:
     time.sleep(60)
 
 
-def child(request: dict, answer: int) -> None:
-    """One conversion."""
-    import convert
+def run(job: str, src: str, dst: str, options: dict) -> None:
+    """One job from start to end."""
+    if job == "convert":
+        import convert
+
+        convert.convert(src, dst, **options)
+    elif job == "reshard":
+        from convert.export.reshard import reshard
+
+        reshard(src, dst, **options)
+    else:
+        from convert.export.export import export
+
+        export(src, dst, **options)
+
+
+def digest(job: str, dst: str) -> str:
+    """What tells one output from another."""
     from dsv32_jax.checkpoint.checksums import damaged_files
     from dsv32_jax.checkpoint.manifest import Manifest
     from dsv32_jax.checkpoint.reader import Reader
 
+    if job == "export":
+        files = sorted(Path(dst).iterdir())
+        return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
+    manifest = Manifest.read(dst)
+    reader = Reader(dst, manifest.leaves)
+    assert not damaged_files(dst, manifest), damaged_files(dst, manifest)
+    for key, entry in reader.entries.items():
+        assert hashlib.sha256(reader.read(key).tobytes()).hexdigest() == entry.sha256, key
+    return manifest.digest
+
+
+def child(job: str, request: dict, answer: int) -> None:
+    """One job that may be killed."""
     steps: list[str] = []
 
     def on_step(text: str) -> None:
-        if request["how"] == "step" and request["value"] in (text, len(steps)):
-            die()
         steps.append(text)
+        value, number = request["value"], len(steps) - 1
+        if isinstance(value, list):
+            first, more = value
+            value = steps.index(first) + more if first in steps else None
+        if request["how"] == "step" and value in (text, number):
+            die()
 
     result = {}
     try:
         if request["how"] in ("trace", "step"):
-            watch(request["dst"], on_step)
-        convert.convert(request["src"], request["dst"], **request["options"])
+            watch(os.path.dirname(request["dst"]) if job == "export" else request["dst"], on_step)
+        run(job, request["src"], request["dst"], request["options"])
         if request["how"] == "trace":
             result["steps"] = list(steps)
         if request["how"] == "finish":
-            manifest = Manifest.read(request["dst"])
-            reader = Reader(request["dst"], manifest.leaves)
-            assert not damaged_files(request["dst"], manifest), damaged_files(request["dst"], manifest)
-            for key, entry in reader.entries.items():
-                assert hashlib.sha256(reader.read(key).tobytes()).hexdigest() == entry.sha256, key
-            result["digest"] = manifest.digest
+            result["digest"] = digest(job, request["dst"])
     except Exception as error:
         result["error"] = repr(error)
     os.write(answer, json.dumps(result).encode())
@@ -127,7 +156,9 @@ def child(request: dict, answer: int) -> None:
 
 
 def main() -> None:
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    job = sys.argv[1]
+    import convert.export.export
+    import convert.export.reshard
     import convert.write.job  # noqa: F401
     import dsv32_jax.checkpoint.writer  # noqa: F401
 
@@ -136,7 +167,7 @@ def main() -> None:
         reading, writing = os.pipe()
         began = time.monotonic()
         if (pid := os.fork()) == 0:
-            child(request, writing)
+            child(job, request, writing)
         os.close(writing)
         if request["how"] == "seconds":
             time.sleep(request["value"])

@@ -120,3 +120,34 @@ def test_other_limits_may_be_given_to_the_run_that_continues(killer, undisturbed
     other = OPTIONS | {"group_bytes": 90_000, "max_memory": "2GiB", "workers": 1}
     assert killer.finish(source, tmp_path / "out", other) == digest
     require_tidy(tmp_path / "out")
+
+
+LAST_PHASE = {
+    "convert": ({"max_memory": "4GiB", "workers": 2}, "open .manifest.json.*.tmp"),
+    "reshard": ({"mesh": "expert=4"}, "open .manifest.json.*.tmp"),
+    "export": ({"family": "modelopt"}, "open .out.unfinished/.model.safetensors.index.json.*.tmp"),
+}
+"""By job, its options and the first step after everything large was written."""
+
+
+@pytest.mark.parametrize("job", LAST_PHASE)
+def test_killed_at_every_step_of_the_last_phase(job, originals, converted, tmp_path):
+    """The same command ends in success, with the same output and nothing else."""
+    options, first = LAST_PHASE[job]
+    source = (originals if job == "convert" else converted)["nvfp4"]
+    killer = Killer(job)
+    try:
+        (tmp_path / "whole").mkdir()
+        steps = killer.trace(source, tmp_path / "whole" / "out", options)
+        digest = killer.finish(source, tmp_path / "again" / "out", options)
+        last = steps[steps.index(first) :]
+        assert len(last) >= 6, steps
+        for number, step in enumerate(last):
+            (root := tmp_path / str(number)).mkdir()
+            assert killer.before(source, root / "out", options, step=(first, number)) == -signal.SIGKILL
+            assert killer.finish(source, root / "out", options) == digest, step
+            assert [entry.name for entry in root.iterdir()] == ["out"]
+            names = {entry.name for entry in (root / "out").iterdir()}
+            assert names == {entry.name for entry in (tmp_path / "whole" / "out").iterdir()}
+    finally:
+        killer.close()

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 import convert
-from convert.write.job import Manifest
+from convert.export.export import export
+from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import OutputExistsError
 
 from . import fakes
@@ -146,3 +147,23 @@ def test_what_a_killed_run_left_is_removed(source, tmp_path):
         ".lock", "manifest.json", "weights", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
     }  # fmt: skip
     assert not list(out.rglob("half"))
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "model-00001-of-00001.safetensors", "config.json"])
+def test_an_export_removes_only_files_that_it_recorded(name, converted, tmp_path):
+    """A folder with the name of an unfinished export, and a lock file, need not be one."""
+    aside = tmp_path / ".hf.unfinished"
+    aside.mkdir()
+    (aside / ".lock").touch()
+    (aside / name).write_text("precious")
+    with pytest.raises(OutputExistsError, match="nothing was touched"):
+        export(converted["bf16"], tmp_path / "hf", "bf16")
+    assert (aside / name).read_text() == "precious"
+
+
+def test_an_export_is_not_written_through_a_link(converted, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / ".hf.unfinished").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OutputExistsError, match="is a link; nothing was touched"):
+        export(converted["bf16"], tmp_path / "hf", "bf16")
+    assert not list((tmp_path / "elsewhere").iterdir())

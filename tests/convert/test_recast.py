@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from convert.export.sharing_scales import rescaled
 
 import convert
-from convert.export.sharing_scales import rescaled
 from convert.read.source import Source
 from convert.read.weights import detect
 from convert.transform import cut
