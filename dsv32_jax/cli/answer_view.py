@@ -5,8 +5,7 @@ from collections.abc import Iterator
 
 from ..chat import StopStrings, template
 from ..errors import pluralize
-from ..generation.result import Token
-from ..system.compilation import Compilations
+from ..generation.result import Stats
 from .screen import Screen
 
 REASONING, ANSWER, CALLS = "reasoning", "answer", "calls"
@@ -38,42 +37,29 @@ class AnswerSplitter:
 
 
 class AnswerView:
-    """Show an answer token by token, and keep its text and its times."""
+    """Show an answer piece by piece."""
 
-    def __init__(self, screen: Screen, compiled: Compilations, *, thinking: bool, hide_reasoning: bool):
-        self._screen, self._compiled, self._hide_reasoning = screen, compiled, hide_reasoning
+    def __init__(self, screen: Screen, *, thinking: bool, hide_reasoning: bool):
+        self._screen, self._hide_reasoning = screen, hide_reasoning
         self._splitter = AnswerSplitter(thinking=thinking)
         self._part, self._last_char = self._splitter.part, ""
-        self._start = self._first = self._last = time.perf_counter()
-        self._compiled_before_first = 0.0
-        self.text, self.tokens, self.prompt_read = "", 0, 0
-        self.last_token, self.finish_reason = -1, "interrupted"
+        self._tokens, self._start = 0, time.perf_counter()
 
-    def show_prefill(self, read: int) -> None:
-        """Show how many tokens of the prompt were read."""
-        self.prompt_read = read
-        self._screen.status(f"reading: {read} tokens")
-
-    def add(self, token: Token) -> None:
-        """Show one more token."""
-        self._last = time.perf_counter()
-        if not self.tokens:
-            self._first, self._compiled_before_first = self._last, self._compiled.seconds
-        self.tokens += 1
-        self.last_token = token.token
-        self.text += token.text or ""
-        self.finish_reason = token.finish_reason or self.finish_reason
-        for part, text in self._splitter.add(token.text or ""):
+    def add(self, text: str) -> None:
+        """Show the text of one more token."""
+        self._start = self._start if self._tokens else time.perf_counter()
+        self._tokens += 1
+        for part, piece in self._splitter.add(text):
             self._switch_to(part)
-            self._show(text)
+            self._show(piece)
         self._switch_to(self._splitter.part)
         if self._part == CALLS:
-            self._screen.status(f"calling: {self.tokens} tokens")
+            self._screen.status(f"calling: {pluralize(self._tokens, 'token')}")
 
     def end(self) -> None:
         """Show what is left, at the end of the answer."""
-        for _, text in self._splitter.end():
-            self._show(text)
+        for _, piece in self._splitter.end():
+            self._show(piece)
         self._switch_to("")
         self._screen.status("")
 
@@ -82,7 +68,7 @@ class AnswerView:
         if self._part == ANSWER:
             self._screen.result(text)
         elif self._hide_reasoning:
-            self._screen.status(f"thinking: {self.tokens} tokens (Ctrl-C stops it)")
+            self._screen.status(f"thinking: {pluralize(self._tokens, 'token')} (Ctrl-C stops it)")
         else:
             self._screen.aside(text)
 
@@ -93,19 +79,18 @@ class AnswerView:
         if self._last_char and self._part == ANSWER:
             self._screen.result("\n" * (self._last_char != "\n"))
         elif self._last_char and self._hide_reasoning:
-            self._screen.note(f"(thought for {self._last - self._first:.1f} s; /think show shows it)")
+            self._screen.note(f"(thought for {time.perf_counter() - self._start:.1f} s; /think show shows it)")
         elif self._last_char:
             self._screen.aside("\n\n")
         self._part, self._last_char = part, ""
 
-    def describe(self, used: int, capacity: int) -> str:
-        """Return the speed, and how full the context is."""
-        compiling = self._compiled.seconds
-        seconds = self._last - self._first - (compiling - self._compiled_before_first)
-        rate = f" at {(self.tokens - 1) / seconds:.1f} tokens/s" if self.tokens > 1 and seconds > 0 else ""
-        compiled = f" ({compiling:.1f} s compiling)" if compiling > 0.5 else ""
-        first = f"first token after {self._first - self._start:.1f} s{compiled}"
-        return (
-            f"{pluralize(self.tokens, 'token')}{rate}, {first}, "
-            f"{pluralize(self.prompt_read, 'prompt token')} read, context {used}/{capacity}"
-        )
+
+def describe_stats(stats: Stats) -> str:
+    """Return how many tokens were read and generated, and how fast."""
+    rates = (stats.prefill_tokens_per_second, stats.decode_tokens_per_second)
+    read, generated = (f" at {rate:.{1 if rate < 100 else 0}f} tokens/s" if rate else "" for rate in rates)
+    compiled = f"; compiling took {stats.compile_seconds:.1f} s" if stats.compile_seconds > 0.05 else ""
+    return (
+        f"read {pluralize(stats.prompt_tokens, 'prompt token')}{read}, "
+        f"generated {pluralize(stats.new_tokens, 'token')}{generated}{compiled}"
+    )

@@ -10,13 +10,14 @@ from typing import Any
 from ..chat import Conversation, Tokenizer, prepare, template
 from ..chat.lenient_parsing import UNENDED
 from ..chat.messages import to_json
-from ..errors import UsageError
+from ..errors import UsageError, pluralize
 from ..generation.generate import Stream
 from ..generation.options import Sampling
+from ..generation.result import Generation
 from ..generation.session import Session
-from ..system.compilation import count_compilations, is_cache_enabled
+from ..system.compilation import is_cache_enabled
 from ..system.interrupts import defer_interrupt
-from .answer_view import AnswerView
+from .answer_view import AnswerView, describe_stats
 from .screen import Screen, one_line
 
 
@@ -90,17 +91,28 @@ class ChatSession:
 
     def _answer(self, conversation: Conversation) -> bool:
         ids = conversation.prompt(self._tokenizer).ids
-        view = self._stream_answer(ids, conversation.thinking)
-        if not view.tokens:
+        gen = self._generate(ids, conversation.thinking)
+        (tokens,), (text,), (reason,) = gen.tokens, gen.text or [""], gen.finish_reason
+        if not tokens:
             self.screen.note("stopped before the first token; your turn was taken back")
             return False
-        ended = view.last_token in self.session.model.cfg.eos_token_id
-        self.conversation, warnings = conversation.complete(view.text + template.EOS if ended else view.text)
-        self._show_notes(view, warnings, len(ids) + view.tokens)
-        return view.finish_reason != "interrupted"
+        ended = tokens[-1] in self.session.model.cfg.eos_token_id
+        self.conversation, warnings = conversation.complete(text + template.EOS if ended else text)
+        self.show_calls()
+        notes, used = [text for text in warnings if text != UNENDED], len(ids) + len(tokens)
+        if reason == "interrupted":
+            notes.append("stopped; the answer so far stays in the conversation, /undo takes it back")
+        elif used >= self.capacity:
+            notes.append(f"the context of {self.capacity} tokens is full: /undo, /reset or /save")
+        elif reason == "length":
+            notes.append(f"cut after {pluralize(len(tokens), 'token')} by --max-new-tokens")
+        for note in notes:
+            self.screen.note(f"({one_line(note)})")
+        self.screen.note(f"[{describe_stats(gen.stats)}; context {used}/{self.capacity}]")
+        return reason != "interrupted"
 
-    def _stream_answer(self, ids: Sequence[int], thinking: bool) -> AnswerView:
-        """Generate after the prompt `ids`, and show it.
+    def _generate(self, ids: Sequence[int], thinking: bool) -> Generation:
+        """Continue the prompt `ids`, and show the answer while it streams.
 
         Ctrl-C stops after the current token or chunk of the prompt; a second one stops at once, and then the session
         has to read everything again.
@@ -111,39 +123,26 @@ class ChatSession:
                 f"the conversation has {len(ids)} tokens, but the context holds {self.capacity}: /undo or /reset, or "
                 "/save it and start again with --load and a larger --capacity. Your turn was not taken"
             )
-        limit = min(self._limit or room, room)
-        with defer_interrupt() as is_interrupted, count_compilations() as compiled:
-            view = AnswerView(self.screen, compiled, thinking=thinking, hide_reasoning=self.hide_reasoning)
+        with defer_interrupt() as is_interrupted:
 
             def show_prefill(read: int, _: int) -> None:
-                view.show_prefill(read)
+                self.screen.status(f"reading: {pluralize(read, 'token')}")
                 if is_interrupted():
                     raise KeyboardInterrupt
 
-            tokens = self._stream(ids, **{**self._options, "max_new_tokens": limit, "progress": show_prefill})
-            with contextlib.suppress(KeyboardInterrupt), contextlib.closing(tokens):
-                for token in tokens:
-                    view.add(token)
+            view = AnswerView(self.screen, thinking=thinking, hide_reasoning=self.hide_reasoning)
+            limit = min(self._limit or room, room)
+            stream = self._stream(ids, **{**self._options, "max_new_tokens": limit, "progress": show_prefill})
+            with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
+                for token in stream:
+                    view.add(token.text or "")
                     if is_interrupted():
                         break
             view.end()
-        return view
+        return stream.result()
 
     def _stream(self, ids: Sequence[int], **options: Any) -> Stream:
         return self.session.stream(ids, sampling=self.sampling, tokenizer=self._tokenizer, **options)
-
-    def _show_notes(self, view: AnswerView, warnings: Sequence[str], used: int) -> None:
-        self.show_calls()
-        notes = [text for text in warnings if text != UNENDED]
-        if view.finish_reason == "interrupted":
-            notes.append("stopped; the answer so far stays in the conversation, /undo takes it back")
-        elif used >= self.capacity:
-            notes.append(f"the context of {self.capacity} tokens is full: /undo, /reset or /save")
-        elif view.finish_reason == "length":
-            notes.append(f"cut after {view.tokens} tokens by --max-new-tokens")
-        for note in notes:
-            self.screen.note(f"({one_line(note)})")
-        self.screen.note(f"[{view.describe(used, self.capacity)}]")
 
 
 def format_call(function: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from ..generation.engine import LAYERWISE, WHOLE, Engine
 from ..generation.result import Stats, Token
 from ..parallel.multihost import asking
 from ..system.interrupts import EXIT_CODE, defer_interrupt
+from .answer_view import describe_stats
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import BATCH, CACHE, LENGTH, collect_options
 from .prompt_input import PromptInput, PromptReader
@@ -148,14 +149,6 @@ class _Results:
         return {"message": message, "parse_warnings": warnings}
 
     def _summarize(self, stats: Stats) -> None:
-        prefill, decode = stats.prefill_tokens_per_second, stats.decode_tokens_per_second
-        if self._as_json:
-            rates = {"prefill_tokens_per_second": prefill, "decode_tokens_per_second": decode}
-            self._screen.note(json_line({"stats": {**dataclasses.asdict(stats), **rates}}))
-            return
-        read, generated = (f" at {rate:.0f} tokens/s" if rate else "" for rate in (prefill, decode))
-        compiled = f"; compiling took {stats.compile_seconds:.1f} s" if stats.compile_seconds > 0.05 else ""
-        self._screen.note(
-            f"read {pluralize(stats.prompt_tokens, 'prompt token')}{read}, "
-            f"generated {pluralize(stats.new_tokens, 'token')}{generated}{compiled}"
-        )
+        rates = {name: getattr(stats, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
+        as_json = json_line({"stats": {**dataclasses.asdict(stats), **rates}})
+        self._screen.note(as_json if self._as_json else describe_stats(stats))

@@ -24,7 +24,7 @@ from dsv32_jax.cli.screen import Screen
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
-from dsv32_jax.generation.result import Row
+from dsv32_jax.generation.result import Generation, Row, Stats
 from dsv32_jax.generation.session import session
 from dsv32_jax.model.model import Origin
 from tests import models
@@ -62,15 +62,36 @@ class Script:
         self.prompts.append(tokenizer.decode(ids))
         self.options.append({"sampling": sampling, "max_new_tokens": max_new_tokens, **options})
         row = Row(self.model.cfg.eos_token_id, max_new_tokens, tokenizer, options.get("stop", ()))
+        return ScriptStream(self._tokens(row, ids, progress), row, len(ids))
+
+    def _tokens(self, row, ids, progress):
         answer = next(self._answers)
         for read in range(0, len(ids), 512):
             progress(min(read + 512, len(ids)), len(ids))
-        for token in tokenizer.encode(answer, allow_special=True):
+        for token in self._tokenizer.encode(answer, allow_special=True):
             yield row.add(token, 0.0, ())
             if row.finish_reason:
                 return
             if answer.endswith("^C"):
                 os.kill(os.getpid(), signal.SIGINT)
+
+
+class ScriptStream:
+    """The tokens of an answer that is written down."""
+
+    def __init__(self, tokens, row, prompt_tokens):
+        self._tokens, self._row, self._prompt_tokens = tokens, row, prompt_tokens
+        self.close = tokens.close
+
+    def __iter__(self):
+        return self._tokens
+
+    def result(self) -> Generation:
+        if self._row.finish_reason is None:
+            self._row.interrupt()
+        made = len(self._row.tokens)
+        stats = Stats(1, 0.0, 0, 0.5, 0.5, self._prompt_tokens, made, 2000, made, 0, 0)
+        return Generation([self._row.tokens], [self._row.logprobs], [self._row.finish_reason], stats, [self._row.text])
 
 
 @pytest.fixture
@@ -97,7 +118,7 @@ def test_turns(talk, capsys):
     )
     out, err = capsys.readouterr()
     assert out == "Hello.\nBye.\n" and re.search(
-        r"\[5 tokens at [\d.]+ tokens/s, first token after [\d.]+ s, \d+ prompt tokens read", err
+        r"\[read \d+ prompt tokens at [\d.]+ tokens/s, generated 5 tokens at 8.0 tokens/s; context \d+/2000\]", err
     )
 
 
@@ -293,13 +314,13 @@ def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
     """Answers go to stdout, what is saved is loaded, and only what is new is read."""
     monkeypatch.chdir(tmp_path)
     code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
-    assert code == 0 and out.endswith("\n") and "5 prompt tokens read" in err and "1 turn; the last: Hi" in err
+    assert code == 0 and out.endswith("\n") and "read 5 prompt tokens" in err and "1 turn; the last: Hi" in err
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert saved["messages"][0] == {"role": "user", "content": "Hi"}
     assert (tmp_path / "talk.json").stat().st_mode == (tmp_path / "talk.safetensors").stat().st_mode
 
     code, again, err = dsv32("chat", checkpoint, *FEW, "--load", "talk", piped="/undo\nHi\n/save talk.json\n")
-    assert code == 0 and again == out and "1 prompt token read" in err and "read again" not in err
+    assert code == 0 and again == out and "read 1 prompt token" in err and "read again" not in err
 
 
 def test_saving(checkpoint, tmp_path):
