@@ -1,8 +1,8 @@
-"""What formats, caches, sparse attention and drafts cost and bring, measured on the model that is shipped.
+"""Measure what formats, caches, sparse attention and drafts cost and gain on the bundled model.
 
     python -m tests.findings          # about ten minutes on two cores; prints Markdown
 
-Everything is measured on the held-out text that is shipped, as `dsv32 eval kl` reads it. Losses are paired: the
+Everything is measured on the bundled held-out text, as `dsv32 eval kl` reads it. Losses are paired: the
 difference in nats a token between two models on the same tokens, with its standard error over windows.
 """
 
@@ -56,7 +56,7 @@ PAIRS = [
 ] + [("nvfp4 full mse", "nvfp4 default mse"), ("nvfp4 default mse", "nvfp4 experts-only mse")]
 
 PROMPT, NEW, ROWS = 128, 128, 16
-"""Drafts are measured on greedy continuations of so many tokens of 16 prompts, taken from all over the text."""
+"""Drafts are measured on greedy continuations (NEW tokens) of ROWS prompts of PROMPT tokens from all over the text."""
 
 
 def main() -> None:
@@ -101,13 +101,13 @@ def text_of(value: Estimate, form: str) -> str:
 
 
 def megabytes(folder: Path) -> float:
-    """Stored arrays, each once."""
+    """Return the size of the stored arrays, each counted once."""
     arrays = [array for leaf in Manifest.read(folder).leaves.values() for array in leaf.arrays.values()]
     return sum(np.prod(array.shape) * dtype_of(array.dtype).itemsize for array in arrays) / 1e6
 
 
 def dense(scratch: Path) -> None:
-    """The same weights with an index_topk that no window exceeds."""
+    """Convert the same weights with an index_topk that no window exceeds."""
     shutil.copytree(SOURCE, scratch / "hf")
     config = json.loads((SOURCE / "config.json").read_text())
     (scratch / "hf" / "config.json").write_text(json.dumps({**config, "index_topk": 1024}))
@@ -115,7 +115,7 @@ def dense(scratch: Path) -> None:
 
 
 def unigrams_and_noise(scratch: Path, corpus: Corpus) -> Iterator[str]:
-    """What knowing nothing but frequencies gives, and the architecture with random weights."""
+    """Baselines: token frequencies alone, and the architecture with random weights."""
     tokens = np.concatenate([window.scored for window in corpus.windows])
     share = np.bincount(tokens) / len(tokens)
     share = share[share > 0]
@@ -128,7 +128,7 @@ def unigrams_and_noise(scratch: Path, corpus: Corpus) -> Iterator[str]:
 
 
 def drafts(scratch: Path, corpus: Corpus) -> Iterator[str]:
-    """Greedy continuations with drafts of MTP: how many are kept, and tokens a step."""
+    """Greedy continuations with MTP drafts: acceptance, and tokens per step."""
     starts = corpus.windows[:: len(corpus.windows) // ROWS][:ROWS]
     prompts = [window.tokens[:PROMPT] for window in starts]
     yield "\n| drafts a step | kept, BF16 | tokens a step | kept, NVFP4 mse | tokens a step |\n|---|---|---|---|---|"
@@ -143,7 +143,7 @@ def drafts(scratch: Path, corpus: Corpus) -> Iterator[str]:
 
 
 def masses(model: ds.Model, corpus: Corpus) -> Iterator[str]:
-    """Share of dense attention's mass on 128 tokens, from position 512 on."""
+    """Shares of dense attention's weight on 128 positions, from position 512 on."""
     whole = [window.tokens for window in corpus.windows if len(window.tokens) == corpus.context][::2]
     shares = [shares_kept(model, tokens) for tokens in whole]
     layers = [f"layer {i}" for i in range(len(model.layers))]
@@ -154,7 +154,7 @@ def masses(model: ds.Model, corpus: Corpus) -> Iterator[str]:
 
 
 def shares_kept(model: ds.Model, tokens) -> np.ndarray:
-    """Kept, best and recent mass of each layer [layers, 3], mean over positions from 512 on."""
+    """Return the selected, best and recent share of each layer [layers, 3], mean over positions from 512 on."""
     trace = ds.inspect.trace(model, [tokens], {"mass"})
     shares = (trace[name] for name in ("mass_selected", "mass_best", "mass_recent"))
     return np.stack([share[:, 0, 512:].mean(axis=-1) for share in shares], axis=-1)

@@ -7,8 +7,8 @@ import nbclient
 import nbformat
 
 
-def printed(outputs: list) -> list:
-    """`outputs` without what goes to stderr, pieces of text that follow each other as one."""
+def clean_outputs(outputs: list) -> list:
+    """Return outputs without stderr, consecutive text merged."""
     kept: list = []
     for output in outputs:
         if output.output_type == "stream" and output.name == "stderr":
@@ -26,6 +26,6 @@ for source in sorted((Path(__file__).parent.parent / "notebooks").glob("*.py")):
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
-            cell.outputs = printed(cell.outputs)
+            cell.outputs = clean_outputs(cell.outputs)
     nbformat.write(notebook, source.with_suffix(".ipynb"))
     print(source.with_suffix(".ipynb").name)

@@ -1,4 +1,4 @@
-"""Single weights of either layout, what is in them, where they would lie; trees; figures that say what they show."""
+"""Single weights in either layout, their statistics and placement; trees; labelled figures."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def small(tiny):
 
 @pytest.fixture(scope="module")
 def folders(small, tmp_path_factory):
-    """A checkpoint of FP8, converted as it is, and with its experts quantized."""
+    """An FP8 checkpoint: source, converted unchanged, and converted to NVFP4."""
     root = tmp_path_factory.mktemp("inspect")
     random_checkpoint.write(root / "hf", small, "fp8")
     convert.convert(root / "hf", root / "same")
@@ -49,7 +49,7 @@ def folders(small, tmp_path_factory):
 
 
 def test_every_weight_is_the_loaded_one(folders, small):
-    """By the model's paths, from either layout, the values that the model computes with."""
+    """Either layout gives, by the model's paths, the values that the model computes with."""
     model = ds.load(folders["same"].folder, dtype=jnp.float32)
     named, _ = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: hasattr(x, "block_scale"))
     loaded = {jax.tree_util.keystr(keys, simple=True, separator="."): weight for keys, weight in named}
@@ -64,7 +64,7 @@ def test_every_weight_is_the_loaded_one(folders, small):
 
 @pytest.mark.parametrize("name", ["hf", "nvfp4"])
 def test_one_expert_is_its_part_of_the_bank(folders, name):
-    """In every component, and of no other."""
+    """One expert equals its slice of the bank, in every component."""
     bank = folders[name].weight(BANK)
     for expert in (0, bank.shape[0] - 1):
         one = folders[name].weight(BANK, expert)
@@ -73,7 +73,7 @@ def test_one_expert_is_its_part_of_the_bank(folders, name):
 
 
 def test_one_expert_is_read_alone(folders, monkeypatch):
-    """Not a byte of the other experts of a converted bank."""
+    """No byte of the other experts of a converted bank is read."""
     arrays, asked = folders["nvfp4"]._reader._reader, []
     count = len(folders["nvfp4"].weight(BANK).parts)
     read = arrays.read
@@ -83,14 +83,14 @@ def test_one_expert_is_read_alone(folders, monkeypatch):
 
 
 def test_a_layer(folders, small):
-    """All leaves of a layer, or of the drafting layer."""
+    """All weights of a decoder layer, or of the MTP layer."""
     layer = folders["same"].layer(0)
     assert {f"layers.0.{name}" for name in layer} == {leaf.path for leaf in leaves(small) if "layers.0." in leaf.path}
     assert "block.ffn.w_up_EMD" in folders["same"].layer("mtp")
 
 
 def test_errors_are_those_of_the_quantizer(folders, small):
-    """About a tenth for NVFP4, nothing for what was kept; there is one for each expert."""
+    """About 10 % for NVFP4, zero for unchanged weights; one error for each expert."""
     errors = inspect.expert_errors(folders["nvfp4"], folders["hf"])
     assert errors.shape == (1, small.n_routed_experts) and (0.05 < errors).all() and (errors < 0.15).all()
     assert not inspect.expert_errors(folders["same"], folders["hf"], [1]).any()
@@ -108,7 +108,7 @@ def stored(w: np.ndarray) -> StoredWeight:
 
 
 def test_counts():
-    """Codes, scales, zero and saturated blocks of a matrix that is written down."""
+    """Codes, scales, zero and saturated blocks of a small known matrix."""
     w = np.zeros((2, 32), np.float32)
     w[0, :16] = 6 * 448
     w[1, :2] = (0.5, -6)
@@ -124,7 +124,7 @@ def test_counts():
 
 
 def test_misuse(folders, tmp_path, monkeypatch):
-    """Names, experts and layers that are not there; folders of nothing; damage; what does not fit."""
+    """Unknown names, experts and layers; empty folders; damage; too little memory."""
     folder = folders["nvfp4"]
     for call, text in (
         (lambda: folder.weight("layers.9.ffn.w_up_EMD"), r"no weight 'layers.9.ffn.w_up_EMD'.*layers.1.ffn.w_up_EMD"),
@@ -165,7 +165,7 @@ def test_misuse(folders, tmp_path, monkeypatch):
 
 
 def test_a_tree_of_the_real_model():
-    """61 layers, folded to three groups, as text and as a page."""
+    """61 layers, folded to three groups, as text and as HTML."""
     tree = inspect.tree(configs.path("deepseek_v32"))
     text, page = repr(tree), tree._repr_html_()
     assert "layers 3-60" in text and "layers 3-60: 6" in page and page.count("<details>") == 3
@@ -173,7 +173,7 @@ def test_a_tree_of_the_real_model():
 
 
 def test_trees_agree(folders):
-    """A folder and the model that is loaded from it have the same leaves and sizes; names are no markup."""
+    """A folder and the model loaded from it have the same parameters and sizes; names are escaped in HTML."""
     folder, loaded = inspect.tree(folders["same"].folder), inspect.tree(ds.load(folders["same"].folder))
     rows = [[(row.name, row.shape, row.count) for b in tree.found.tree for row in b.rows] for tree in (folder, loaded)]
     assert sorted(rows[0]) == sorted(rows[1]) and folder.found.parameters == loaded.found.parameters
@@ -183,7 +183,7 @@ def test_trees_agree(folders):
 
 @pytest.mark.parametrize("path", [BANK, "layers.0.mla.w_o_DHP", "norm_D", "layers.0.ffn.w_gate_FD"])
 def test_placement_is_that_of_jax(small, path):
-    """Device by device, whatever the rank; and a device holds what the shards add up to."""
+    """Placements equal JAX's shardings, device by device and for every rank; sizes add up."""
     cfg = dataclasses.replace(small, num_attention_heads=6)
     placed = inspect.placement(cfg, path, "expert=4,model=2")
     (leaf,) = (leaf for leaf in leaves(cfg) if leaf.path == path)
@@ -199,7 +199,7 @@ def test_placement_is_that_of_jax(small, path):
 
 
 def test_attention_mass(small):
-    """All of it while everything is selected; then less, never more than the best choice."""
+    """The share is 1 while everything is selected, then smaller, and never above the best choice."""
     model = models.random_model(dataclasses.replace(small, num_nextn_predict_layers=0))
     long = small.index_topk + 24
     trace = inspect.trace(model, [list(range(5, 5 + long)), [5, 6, 7]], {"mass"})
@@ -228,7 +228,7 @@ def made_up_trace(cfg: Config) -> Trace:
 
 
 def test_without_matplotlib():
-    """The package is whole, and figures say what they need."""
+    """The package can be imported, and figures name the missing dependency."""
     code = (
         "import sys; sys.modules['matplotlib'] = None; sys.modules['matplotlib.figure'] = None;"
         "import dsv32_jax as ds; from dsv32_jax.inspect import *; help(ds.inspect); ds.inspect.plots.Picture()"
@@ -273,7 +273,7 @@ def test_figures(small):
 
 
 def test_a_trace_is_read_without_jax(tmp_path, small):
-    """On a machine that only looks: NumPy and safetensors, and the figures of it."""
+    """Loading a trace needs NumPy and safetensors only."""
     import subprocess
     import sys
 

@@ -17,7 +17,7 @@ PARTICIPLES = frozenset(
     "differing done drawn expected filled folded found given growing handled held hidden hushed kept known listed "
     "loaded made measured metered named noted occurring opened placed planned prepared printed put raised read_back "
     "recorded recording restored resumed rewound resized said saved scored sealed seen shown spent spread stored "
-    "summed taken timed told touched used watched weighed written".split()
+    "clipped summed taken timed told touched used watched weighed written".split()
 )
 """Participles that have been function names here. A function is a verb (`select`, `load_shard`); a property or an
 argument may be a state."""

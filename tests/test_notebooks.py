@@ -1,4 +1,4 @@
-"""The notebooks run, and each pair of files says the same."""
+"""The notebooks run, and each pair of .py and .ipynb has the same cells."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
 
 
 def test_there_are_notebooks():
-    """The list that the other tests run over is not empty."""
+    """The other tests have notebooks to run over."""
     assert NOTEBOOKS
 
 

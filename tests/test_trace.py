@@ -25,7 +25,7 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """A layer of experts and a drafting layer; one token in sixteen ends a row."""
+    """An MoE layer and an MTP layer; one token in sixteen ends a row."""
     layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
     return models.random_model(dataclasses.replace(tiny, **layers, eos_token_id=(1, *range(300, 320))))
 
@@ -85,7 +85,7 @@ def test_each_decode_step_saw_what_the_trace_holds(model, generated, trace):
 
 
 def test_routing_of_a_model_without_experts(tiny, tmp_path):
-    """Has no layers; the rest of the file is read all the same."""
+    """Routing arrays have no layers; the file can be read all the same."""
     dense = models.random_model(
         dataclasses.replace(tiny, num_hidden_layers=1, first_k_dense_replace=1, num_nextn_predict_layers=0)
     )
@@ -95,7 +95,7 @@ def test_routing_of_a_model_without_experts(tiny, tmp_path):
 
 
 def test_rows_are_whole(rows, trace):
-    """Every token of every row, padding marked as such."""
+    """Every token of every row is traced, and padding is marked."""
     assert trace["length"].tolist() == [len(row) for row in rows]
     for b, row in enumerate(rows):
         assert trace["tokens"][b].tolist() == row + [-1] * (trace["tokens"].shape[1] - len(row))
@@ -136,7 +136,7 @@ def test_logits_are_those_of_forward(trace, seen):
 
 @pytest.mark.parametrize("capacity", [20, 64], ids=["whole", "sparse"])
 def test_attention_is_that_of_the_layer(model, capacity):
-    """The weights times what the heads attend to is attention's output where all heads weigh alike: with one head."""
+    """With one head, the weights times the attended values are attention's output."""
     cfg = dataclasses.replace(model.cfg, num_attention_heads=1, num_hidden_layers=1, num_nextn_predict_layers=0)
     single = models.random_model(cfg)
     (layer,), tokens = single.layers, models.tokens(cfg, 2, 18)
@@ -159,7 +159,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
 
 
 def same(got, want):
-    """Two traces of the same tokens, read in other batches or in a cache of another size."""
+    """Compare two traces of the same tokens, read in different batches or caches."""
     assert got.kinds == want.kinds and set(got) == set(want)
     for name, array in want.items():
         if name == "selected":
@@ -173,12 +173,12 @@ def same(got, want):
 
 
 def test_batches(model, rows, trace):
-    """A row at a time, each row is the same as in company."""
+    """Each row is the same alone as in a batch."""
     same(ds.inspect.trace(model, rows, traces.KINDS, batch_size=1), trace)
 
 
 def test_a_conversation(model):
-    """What a session has read and generated over several turns, in a context longer than index_topk."""
+    """A session of several turns, with a context longer than index_topk."""
     model = models.random_model(dataclasses.replace(model.cfg, index_topk=16))
     session = ds.session(model, draft=1)
     one = session.generate(PROMPTS[1], max_new_tokens=2)
@@ -201,7 +201,7 @@ def test_a_compressed_cache(model, rows, trace):
 
 
 def test_a_file_holds_it(trace, tmp_path):
-    """Saved and read back, with the config, and nothing left beside it."""
+    """A saved trace is read back equal, with its config, and leaves no other file."""
     trace.save(tmp_path / "run.safetensors")
     again = ds.inspect.Trace.load(tmp_path / "run.safetensors")
     assert again.kinds == trace.kinds and again.config == trace.config
@@ -218,7 +218,7 @@ def test_repr(trace):
 
 
 def _damaged(about, arrays, what):
-    """The file's text and arrays with one thing wrong."""
+    """Damage one thing in a file's metadata or arrays."""
     match what:
         case "kind":
             about["kind"] = "dsv32_jax session 1"
@@ -242,7 +242,7 @@ def _damaged(about, arrays, what):
 
 @pytest.mark.parametrize("what", "kind kinds config json missing unknown dtype rows tokens".split())
 def test_a_damaged_file_is_refused(tmp_path, what):
-    """Whatever does not fit together, by name; bytes that are no safetensors; no file."""
+    """Inconsistent arrays, bytes that are not safetensors, and a missing file are refused."""
     file = tmp_path / "trace"
     arrays = {
         "tokens": np.zeros((2, 3), np.int32),
@@ -266,7 +266,7 @@ def test_a_damaged_file_is_refused(tmp_path, what):
 
 
 def test_misuse(model, trace, tmp_path, monkeypatch):
-    """Unknown kinds, arrays that were not kept, folders that are not there, and what does not fit."""
+    """Unknown kinds, arrays that were not kept, missing folders, too little memory."""
     for wrong in ("colours", {"routing", "colours"}, [3], 5):
         with pytest.raises(UsageError, match="keep takes a set of attention, indexer, logits, mass, routing, not"):
             ds.inspect.trace(model, PROMPTS, wrong)

@@ -28,7 +28,7 @@ class Bytes:
 
 @pytest.fixture(scope="session")
 def two_layers(tiny):
-    """One dense layer and one of experts, without a drafting layer."""
+    """One dense layer and one of experts, without an MTP layer."""
     return dataclasses.replace(tiny, num_hidden_layers=2, num_nextn_predict_layers=0, max_position_embeddings=64)
 
 
@@ -53,7 +53,7 @@ def folders(two_layers, tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The first layer of the model that is shipped, with its tokenizer."""
+    """The first layer of the bundled model, with its tokenizer."""
     folder = tmp_path_factory.mktemp("demo") / "converted"
     convert(DEMO, folder, layers="0-0")
     return folder

@@ -1,4 +1,4 @@
-"""Texts, windows over them, and means with their errors."""
+"""Texts, windows over them, and means with their standard errors."""
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from dsv32_jax.evaluation.loss import Estimate, estimate_mean, exponentiate
 
 @given(st.data())
 def test_each_token_is_scored_once(data):
-    """All but the first of a document, each with at least context - stride tokens before it after the first window."""
+    """All tokens but the first of a document; after the first window with at least context - stride before them."""
     context = data.draw(st.integers(2, 12))
     stride = data.draw(st.integers(1, context - 1))
     lengths = data.draw(st.lists(st.integers(0, 40), max_size=4))
@@ -38,7 +38,7 @@ def test_windows_of_an_example():
 
 
 def test_error_of_a_mean():
-    """Windows of one length: the textbook's standard error of their means."""
+    """For windows of equal length it is the textbook standard error of their means."""
     values = np.random.default_rng(0).normal(3, 1, (40, 25))
     found = estimate_mean(list(values))
     assert found.mean == pytest.approx(values.mean())
@@ -47,7 +47,7 @@ def test_error_of_a_mean():
 
 
 def test_error_of_uneven_windows():
-    """The error that is stated is the one that repeated samples show."""
+    """The standard error agrees with the spread of repeated samples."""
     rng = np.random.default_rng(0)
     drawn = [
         estimate_mean([rng.normal(rng.normal(1, 0.5), 1, size) for size in rng.integers(5, 60, 50)]) for _ in range(300)
@@ -58,21 +58,21 @@ def test_error_of_uneven_windows():
 
 
 def test_files(tmp_path):
-    """A file is a text; in a .jsonl each line is one."""
+    """A file is one text, each line of a .jsonl file another."""
     (tmp_path / "a.py").write_text("print(1)\n")
     (tmp_path / "b.jsonl").write_text('{"text": "one", "id": 4}\n\n{"text": "t\\u00e4o"}\n')
     assert corpus.read_texts([tmp_path / "b.jsonl", tmp_path / "a.py"]) == ["one", "täo", "print(1)\n"]
 
 
 def test_the_shipped_text():
-    """Whole files, without the lines that name them."""
+    """The bundled text is whole files, without the lines that name them."""
     found = corpus.read_heldout()
     assert len(found) == 9 and sum(map(len, found)) > 100_000
     assert not any(line.startswith("##### ") for text in found for line in text.splitlines())
 
 
 def test_every_bad_text_is_named(tmp_path):
-    """All of them, in one error."""
+    """All problems are listed in one error."""
     (tmp_path / "a.jsonl").write_text('{"text": 1}\n[]\n{"text": "fine"}\nnonsense\n' + "[" * 100_000)
     (tmp_path / "b.txt").write_bytes(b"caf\xe9")
     with pytest.raises(UsageError, match="5 texts") as caught:
@@ -84,7 +84,7 @@ def test_every_bad_text_is_named(tmp_path):
 
 
 def test_a_huge_file_is_not_read(tmp_path):
-    """Only its size is looked at."""
+    """A huge file is refused by its size."""
     with open(tmp_path / "huge.txt", "wb") as file:
         file.truncate(corpus.LARGEST_FILE + 1)
     with pytest.raises(UsageError, match="huge.txt has"):

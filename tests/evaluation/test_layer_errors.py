@@ -42,7 +42,7 @@ def plain(w) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def activations(whole):
-    """For each layer what attention reads and what the feed-forward reads, in the first model."""
+    """Inputs of attention and of feed-forward in every layer of the first model."""
     model, cfg = whole[0], whole[0].cfg
     x, found = np.float64(model.embed_VD[IDS]), []
     for layer in model.layers:
@@ -64,13 +64,13 @@ def relative(a, b) -> float:
 
 
 def test_parts(found):
-    """All of the model, in order; experts where there are any."""
+    """All parts of the model, in order, with experts in MoE layers."""
     assert [error.part for error in found] == ["embedding", "layer 0", "layer 1", "head", "mtp"]
     assert [len(error.expert_weights) for error in found] == [0, 0, 12, 0, 12]
 
 
 def test_weights(found, whole):
-    """Each leaf of each part is compared once; quantized ones are off by what NVFP4 costs, others exact."""
+    """Each parameter is compared once; quantized ones have the error of NVFP4, others none."""
     a, b = whole
     parts = {"layer 0": (a.layers[0], b.layers[0]), "layer 1": (a.layers[1], b.layers[1]), "mtp": (a.mtp, b.mtp)}
     for error in found:
@@ -96,7 +96,7 @@ def test_weights_of_experts(found, whole):
 
 
 def test_outputs(found, whole, activations):
-    """What attention and feed-forward make of the first model's activations."""
+    """Errors of attention and feed-forward, computed from the first model's activations."""
     for i, (error, given) in enumerate(zip(found[1:3], activations, strict=True)):
         blocks, cfg = [model.layers[i] for model in whole], whole[0].cfg
         attended = [oracle.attention(block.mla, block.indexer, given.read, cfg) for block in blocks]
@@ -108,7 +108,7 @@ def test_outputs(found, whole, activations):
 
 
 def test_outputs_of_experts(found, whole, activations):
-    """Each expert for the tokens that are sent to it; one that none is sent to has no error."""
+    """The error of each expert on the tokens routed to it; None without tokens."""
     h, ffn = activations[1].h, [model.layers[1].ffn for model in whole]
     sent = np.asarray(ffn[0].route(np.float32(h)[None]).expert_BTX)[0]
     for e, error in enumerate(found[2].expert_outputs):
@@ -118,7 +118,7 @@ def test_outputs_of_experts(found, whole, activations):
 
 
 def test_one_layer_at_a_time(folders, monkeypatch):
-    """What is asked of the disk for one result are the leaves of one part, of both checkpoints."""
+    """One result reads the parameters of one part from both checkpoints."""
     asked = []
     original = load.Checkpoint.weights
 
@@ -136,7 +136,7 @@ def test_one_layer_at_a_time(folders, monkeypatch):
 
 
 def test_misuse(folders):
-    """Other models, models in memory, and sizes that make no sense are refused at once."""
+    """Different models, models in memory and sizes out of range are refused at once."""
     a, b = folders / "bf16", folders / "nvfp4"
     with pytest.raises(UsageError, match="differ in 2 values, nothing was read: vocab_size: 320 and 321, index_topk: "):
         layers(a, folders / "other", [IDS])
@@ -151,7 +151,7 @@ def test_misuse(folders):
 
 
 def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
-    """dsv32 eval layers, as JSON: the text is another, the weights are the same."""
+    """dsv32 eval layers --json: another text, the same weights."""
     monkeypatch.setattr(Variant, "tokenizer", lambda self: Bytes())
     (tmp_path / "text.txt").write_text("import os, sys\n" * 4)
     words = [str(folders / "bf16"), str(folders / "nvfp4"), str(tmp_path / "text.txt"), "--tokens", str(len(IDS))]
@@ -164,7 +164,7 @@ def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
 
 
 def test_shown(found):
-    """A line a part, with the worst leaf and the worst expert."""
+    """A line for each part, with the worst parameter and the worst expert."""
     heading, _, *lines = report.format_layers(found)
     assert heading.startswith("relative errors in %")
     assert len(lines) == len(found) and lines[2].startswith("layer 1")

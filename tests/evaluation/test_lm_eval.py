@@ -1,4 +1,4 @@
-"""The adapter for lm-evaluation-harness: on its own interface, in place of which a stub stands where it is missing."""
+"""The adapter for lm-evaluation-harness, tested against its interface, or a stub where it is not installed."""
 
 import importlib
 import importlib.util
@@ -16,7 +16,7 @@ from tests.evaluation.conftest import Bytes
 
 STUB = '''
 class TemplateLM:
-    """What lm-evaluation-harness 0.4.13 gives to those that derive from it, shortened."""
+    """The base class of lm-evaluation-harness 0.4.13, shortened."""
 
     def __init__(self):
         self.kept = []
@@ -40,7 +40,7 @@ class TemplateLM:
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
-    """The module, as it is where the harness is installed."""
+    """The module as imported when the harness is installed."""
     if importlib.util.find_spec("lm_eval"):
         yield lm_eval_adapter
         return
@@ -66,14 +66,14 @@ def ask(*arguments):
 
 
 def logprobs(model, ids):
-    """Of each token but the first, and whether it is the likeliest, in float64."""
+    """Log-probabilities of all tokens but the first, and whether each is the most likely, in float64."""
     logits = oracle.logits(model, ids)[:-1]
     found = (logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True)))[np.arange(len(ids) - 1), ids[1:]]
     return found, logits.argmax(axis=-1) == ids[1:]
 
 
 def test_loglikelihood(harness, model):
-    """Of a continuation, with and without context; greedy where each token is the likeliest."""
+    """Continuations with and without context; greedy if every token is the most likely."""
     pairs = [("abc", "de"), ("", "xyz"), ("abc", "d")]
     for (context, continuation), (logprob, is_greedy) in zip(pairs, harness.loglikelihood(ask(*pairs)), strict=True):
         expected, likeliest = logprobs(model, [0, *Bytes().encode(context + continuation)])
@@ -86,7 +86,7 @@ def test_loglikelihood(harness, model):
 
 
 def test_a_long_context_loses_its_beginning(harness, model, caplog):
-    """And that is said; a continuation that does not fit is an error."""
+    """Truncation is logged; a continuation that does not fit is an error."""
     before = harness.truncated
     with caplog.at_level(logging.WARNING, "dsv32_jax"):
         asked = ask(("a long context, too long", "de"), ("a", "b"), ("a", "c"))
@@ -110,7 +110,7 @@ def test_rolling(harness, model):
 
 
 def test_generation(harness, adapter, monkeypatch):
-    """What a task asks for, in the words of `generate`; requests with the same options together."""
+    """Options of a task become those of `generate`; requests with equal options run together."""
     asked = []
 
     def generate(model, prompts, *, stop, max_new_tokens, sampling, **_):
@@ -152,7 +152,7 @@ def test_special_tokens(adapter, demo):
 
 
 def test_misuse(adapter, model, monkeypatch):
-    """What the harness passes on and is not understood; a model without tokenizer; no harness."""
+    """Unknown arguments, a model without a tokenizer, no harness."""
     for options, message in [
         ({"dtype": "auto", "peft": "x"}, r"unknown arguments \(2\): dtype, peft"),
         ({"max_length": 65}, "max_length must be an integer from 2 to 64"),

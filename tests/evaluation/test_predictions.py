@@ -1,4 +1,4 @@
-"""Perplexity and divergence, against the same by hand."""
+"""Perplexity and divergence, compared with NumPy."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ CONTEXT, STRIDE = 16, 10
 
 
 def by_hand(ids: list[int]) -> list[tuple[list[int], int]]:
-    """(window, index of the first token that is scored) of one text."""
+    """Return (window, index of the first scored token) for one text."""
     found, scored = [], 1
     for start in range(0, len(ids), STRIDE):
         part = ids[start : start + CONTEXT]
@@ -38,7 +38,7 @@ def ids_of(text: str) -> list[int]:
 
 
 def test_perplexity(model):
-    """exp of the mean of what `score` says about each token, window by window."""
+    """The exponential of the mean loss of `score`, window by window."""
     found = perplexity(model, TEXTS, tokenizer=Bytes(), context=CONTEXT, stride=STRIDE, batch_size=8)
     rows, first = zip(*(part for text in TEXTS for part in by_hand(ids_of(text))), strict=True)
     scores = ds.score(model, rows).logprobs
@@ -52,8 +52,8 @@ def test_perplexity(model):
 
 
 def test_one_program_for_all_groups(model, monkeypatch):
-    """The last group, with one window of four, shares the program of the others; two groups are read side by side, and
-    what their threads compile is counted."""
+    """The last group, with one window of four, shares the program of the others; two batches run at a time, and
+    compilation in their threads is counted."""
     together = threading.Barrier(2, timeout=60)
     score = loss.score
 
@@ -75,13 +75,13 @@ def test_one_program_for_all_groups(model, monkeypatch):
 
 
 def test_divergence_of_a_model_from_itself(model):
-    """It is zero, at each token."""
+    """Zero at every token."""
     found = kl(model, model, [ids_of(text) for text in TEXTS], context=CONTEXT, stride=STRIDE)
     assert found.kl.mean == found.loss.mean == found.percentiles["100"] == 0 and found.same_top.mean == 1
 
 
 def test_divergence(model):
-    """Of a model with another head: what NumPy makes of the logits of both."""
+    """A model with another head, compared with NumPy on the logits of both."""
     noise = np.random.default_rng(1).normal(0, 0.05, model.head_VD.shape)
     other = dataclasses.replace(model, head_VD=model.head_VD + jnp.asarray(noise, jnp.float32))
     found = kl(model, other, TEXTS, tokenizer=Bytes(), context=CONTEXT, stride=STRIDE, batch_size=3)
@@ -112,7 +112,7 @@ def test_divergence(model):
 
 
 def test_variants(tmp_path):
-    """What stands before and after the colon."""
+    """The checkpoint before the colon, dtypes after it."""
     assert Variant.of("a/b:float32,fp8-cache") == Variant(Path("a/b"), jnp.float32, "fp8")
     assert Variant.of("a:bfloat16-cache") == Variant(Path("a"), None, "bfloat16")
     (tmp_path / "odd:fp8-cache").mkdir()
@@ -120,7 +120,7 @@ def test_variants(tmp_path):
 
 
 def test_weights_that_are_not_finite(model):
-    """Named by text and token, not averaged."""
+    """Log-probabilities that are not finite are reported by text and token, not averaged."""
     broken = dataclasses.replace(model, head_VD=model.head_VD.at[7].set(jnp.nan))
     rows = [[0, *range(10, 25)], [0, 8], *[[0, 9]] * 6]
     with pytest.raises(CheckpointError, match="22 tokens are not finite .*text 0 at token 1, text 0 at token 2, "):
@@ -152,7 +152,7 @@ def test_weights_that_are_not_finite(model):
 )
 @pytest.mark.parametrize("measure", [perplexity, lambda model, texts, **options: kl(model, model, texts, **options)])
 def test_misuse(model, measure, options, message):
-    """Every request that makes no sense is refused before anything runs."""
+    """Invalid arguments are refused before anything runs."""
     options = {"texts": "some text", "tokenizer": Bytes()} | options
     with pytest.raises(UsageError, match=message):
         measure(model, options.pop("texts"), **options)
@@ -182,7 +182,7 @@ def test_other_vocabularies(folders, model):
 
 
 def test_other_tokenizers(demo, tmp_path):
-    """Two checkpoints whose tokenizers mean different things by an id."""
+    """Two checkpoints whose tokenizers assign different tokens to an id."""
     pytest.importorskip("tokenizers")
     (tmp_path / "other").mkdir()
     for file in demo.iterdir():
@@ -197,7 +197,7 @@ def test_other_tokenizers(demo, tmp_path):
 
 
 def test_command_line(demo, tmp_path, capsys):
-    """dsv32 eval ppl and kl: for a person, and as JSON."""
+    """dsv32 eval ppl and kl, as text and as JSON."""
     pytest.importorskip("tokenizers")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "import os\nimport sys\n" * 9}) + "\n")
     words = [str(tmp_path / "text.jsonl"), "--context", "32", "--stride", "31"]
