@@ -22,7 +22,7 @@ from ..read.weights import StoredWeight
 from .plan import PlannedLeaf
 
 PROGRAM = 240 << 20
-"""Bytes of Python, NumPy, the plan, and what malloc keeps (measured for the 184,000 tensors of the real model: 0.2 GB)."""
+"""Bytes of Python, NumPy, the plan, and what malloc keeps (measured for the tensors of the real model: 0.2 GB)."""
 
 FIXED = PROGRAM + 4 * SLAB_BYTES
 """Bytes that every conversion needs."""

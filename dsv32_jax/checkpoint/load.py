@@ -1,13 +1,12 @@
 """From a converted checkpoint to a Model. On a CPU its arrays are maps of the files; other devices get copies."""
 
+import collections
 import dataclasses
-import math
-import mmap
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,20 +23,16 @@ from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
 from ..system import host
 from ..system.compilation import initialize
 from ..system.files import expand_path
+from ..system.progress import show_slow
 from . import checksums, vocabulary
-from .manifest import ITEM_BYTES, LeafEntry, Manifest
-from .reader import SLAB_BYTES, Index, Key, Reader, dtype_of
+from .manifest import LeafEntry, Manifest
+from .reader import SLAB_BYTES, Index, Key, Reader, allocate
 
 LEVELS = (None, "quick", "full")
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
 
-STAGING_BYTES = 256 << 20
-"""Arrays are copied in batches of so many bytes, a larger one alone. Two batches are on the host at a time."""
-
-ALIGNMENT = 64
-"""JAX takes memory on a CPU as it is where it begins at a multiple of this, and copies it elsewhere."""
-
-HUGE_PAGE = 2 << 20
+AHEAD_BYTES = 256 << 20
+"""Arrays of so many bytes are read ahead of their devices, or one that is larger."""
 
 ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 """W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
@@ -52,7 +47,7 @@ def load(
     (axes among data, model, expert) each device gets its own part.
     On a CPU the weights are maps of the files, which must stay as they are while the model is used: memory is taken as
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
-    devices always get copies, by way of at most twice the larger of STAGING_BYTES and the largest array on the host.
+    devices always get copies; beside them the host needs memory for AHEAD_BYTES and the largest array.
     `verify`: "quick" first compares the files with the manifest, "full" also every array with its SHA-256.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
@@ -119,7 +114,7 @@ class Checkpoint:
             for name, array in entry.arrays.items()
         }
         on_cpu = {device.platform for target in targets.values() for device in target.device_set} == {"cpu"}
-        arrays = _map_arrays(self.reader, targets) if on_cpu and mapped else _copy_arrays(self.reader, targets, on_cpu)
+        arrays = (_map_arrays if on_cpu and mapped else _copy_arrays)(self.reader, targets)
         weights: dict[str, Weight] = {}
         for path, entry in entries.items():
             parts = {name: next(arrays) for name in entry.arrays}
@@ -133,138 +128,72 @@ class Checkpoint:
         return sharding.of_leaf(mesh, self.table[path], shape)
 
 
-class _Shard(NamedTuple):
-    """A part of an array that devices of this process hold, in host memory that threads are reading it into."""
-
-    devices: list[Any]
-    memory: np.ndarray
-    reading: list[Future[None]]
-
-
 def _map_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:
-    """Yield the arrays of `targets` as maps of their files. Copied is a shard that does not lie in one piece of a file,
-    or not at a multiple of ALIGNMENT."""
+    """Yield the arrays of `targets` as maps of their files. What spans several files is copied, and so is, by JAX, what
+    does not lie together in a file or does not begin at a multiple of ALIGNMENT."""
     for key, target in targets.items():
-        entry, maps = reader.entries[key], reader.map(key)
-        shards = []
-        for index, devices in _shards(target, entry.shape):
-            if len(maps) == 1:
-                shard = maps[0][index]
-            else:
-                shard = np.empty([part.stop - part.start for part in index], dtype_of(entry.dtype))
-                reader.copy(key, shard, index)
-            shards += [jax.device_put(shard, device) for device in devices]
-        yield jax.make_array_from_single_device_arrays(entry.shape, target, shards)
+        shape = reader.entries[key].shape
+        parts = [(reader.map(key, index), devices) for index, devices in _split(target, shape)]
+        shards = [jax.device_put(part, device) for part, devices in parts for device in devices]
+        yield jax.make_array_from_single_device_arrays(shape, target, shards)
 
 
-def _copy_arrays(reader: Reader, targets: Mapping[Key, Sharding], on_cpu: bool) -> Iterator[jax.Array]:
-    """Yield the arrays of `targets`, each batch handed to its devices while threads read the next one.
-
-    On a CPU the memory that was read into is the array's; otherwise two buffers take turns.
-    """
-    batches = list(_batches(reader, targets))
-    largest = max((sum(_host_bytes(reader, key, targets[key]) for key in batch) for batch in batches), default=0)
-    buffers = None if on_cpu else [_allocate(largest) for _ in batches[:2]]
-    placed = iter(())
-    with ThreadPoolExecutor(host.count_cores()) as pool:
-        for number, batch in enumerate(batches):
-            take = _allocate if buffers is None else _divide(buffers[number % 2])
-            reading = {key: list(_read_shards(reader, key, targets[key], pool, take)) for key in batch}
-            yield from placed
-            placed = _place(reader, targets, reading, wait=not on_cpu)
-        yield from placed
+def _copy_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:
+    """Yield the arrays of `targets`, copied. While one is handed to its devices, threads read those that follow."""
+    total = sum(reader.entries[key].nbytes for key in targets)
+    with ThreadPoolExecutor(host.count_cores()) as pool, show_slow(total) as count:
+        ahead: collections.deque[_Copy] = collections.deque()
+        for key, target in targets.items():
+            ahead.append(_Copy(reader, key, target, pool, count))
+            while len(ahead) > 1 and sum(copy.nbytes for copy in ahead) > AHEAD_BYTES:
+                yield ahead.popleft().result()
+        for copy in ahead:
+            yield copy.result()
 
 
-def _batches(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[list[Key]]:
-    """Yield the keys of `targets` in runs of at most STAGING_BYTES; a larger array alone."""
-    batch: list[Key] = []
-    size = 0
-    for key, target in targets.items():
-        nbytes = _host_bytes(reader, key, target)
-        if batch and size + nbytes > STAGING_BYTES:
-            yield batch
-            batch, size = [], 0
-        batch.append(key)
-        size += nbytes
-    yield batch
+class _Copy:
+    """An array that threads are reading into host memory: each part that devices of this process hold, once."""
+
+    def __init__(
+        self, reader: Reader, key: Key, target: Sharding, pool: ThreadPoolExecutor, count: Callable[[int], None]
+    ):
+        entry = reader.entries[key]
+        self._shape, self._target = entry.shape, target
+        self._shards: list[tuple[np.ndarray, list[Any]]] = []
+        self._reading: list[Future[None]] = []
+
+        def read(memory: np.ndarray, index: Index) -> None:
+            reader.copy(key, memory, index)
+            count(memory.nbytes)
+
+        for index, devices in _split(target, entry.shape):
+            memory = allocate([part.stop - part.start for part in index], entry.dtype)
+            self._shards.append((memory, devices))
+            rows, first, last = max(1, SLAB_BYTES * len(memory) // max(1, memory.nbytes)), index[0].start, index[0].stop
+            for start in range(first, last, rows):
+                some = slice(start, min(start + rows, last))
+                self._reading.append(pool.submit(read, memory[start - first :][:rows], (some, *index[1:])))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of host memory."""
+        return sum(memory.nbytes for memory, _ in self._shards)
+
+    def result(self) -> jax.Array:
+        """Return the array when it is on its devices, which on a CPU take the memory as it is."""
+        for future in self._reading:
+            future.result()
+        shards = [jax.device_put(memory, device) for memory, devices in self._shards for device in devices]
+        return jax.block_until_ready(jax.make_array_from_single_device_arrays(self._shape, self._target, shards))
 
 
-def _host_bytes(reader: Reader, key: Key, target: Sharding) -> int:
-    """Return the bytes that the shards of an array take on this host, each begun at a multiple of ALIGNMENT."""
-    entry = reader.entries[key]
-    return sum(_aligned(_nbytes(index, entry.dtype)) for index, _ in _shards(target, entry.shape))
-
-
-def _read_shards(
-    reader: Reader, key: Key, target: Sharding, pool: ThreadPoolExecutor, take: Callable[[int], np.ndarray]
-) -> Iterator[_Shard]:
-    """Begin to read every part of an array that devices of this process hold, once, into memory from `take`."""
-    entry = reader.entries[key]
-    for index, devices in _shards(target, entry.shape):
-        nbytes = _nbytes(index, entry.dtype)
-        memory = take(nbytes)[:nbytes].view(dtype_of(entry.dtype)).reshape([part.stop - part.start for part in index])
-        rows = max(1, SLAB_BYTES * len(memory) // max(1, nbytes))
-        reading = []
-        for start in range(0, len(memory), rows):
-            some = slice(index[0].start + start, min(index[0].start + start + rows, index[0].stop))
-            reading.append(pool.submit(reader.copy, key, memory[start : start + rows], (some, *index[1:])))
-        yield _Shard(devices, memory, reading)
-
-
-def _place(
-    reader: Reader, targets: Mapping[Key, Sharding], reading: Mapping[Key, Sequence[_Shard]], wait: bool
-) -> Iterator[jax.Array]:
-    """Yield the arrays of a batch as soon as they are read; with `wait`, the last one when all are on their devices."""
-    arrays = []
-    for key, shards in reading.items():
-        pieces = []
-        for shard in shards:
-            for future in shard.reading:
-                future.result()
-            pieces += [jax.device_put(shard.memory, device) for device in shard.devices]
-        arrays.append(jax.make_array_from_single_device_arrays(reader.entries[key].shape, targets[key], pieces))
-    yield from jax.block_until_ready(arrays) if wait else arrays
-
-
-def _shards(target: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
+def _split(target: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
     """Return the parts of an array of `shape` that devices of this process hold, each once, and which devices."""
     found: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
     for device, index in target.addressable_devices_indices_map(shape).items():
         parts = (part.indices(size) for part, size in zip(index or (), shape, strict=True))
         found.setdefault(tuple(parts), []).append(device)
     return [(tuple(slice(*part[:2]) for part in parts), devices) for parts, devices in found.items()]
-
-
-def _nbytes(index: Index, dtype: str) -> int:
-    return math.prod(part.stop - part.start for part in index) * ITEM_BYTES[dtype]
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-def _allocate(nbytes: int) -> np.ndarray:
-    """Return fresh memory at a multiple of ALIGNMENT, uint8; of huge pages where it is large and the system has them,
-    which are three times as fast to fill."""
-    if nbytes < HUGE_PAGE:
-        memory = np.empty(nbytes + ALIGNMENT, np.uint8)
-        return memory[-memory.ctypes.data % ALIGNMENT :][:nbytes]
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(pages, np.uint8)
-
-
-def _divide(buffer: np.ndarray) -> Callable[[int], np.ndarray]:
-    """Return a function that takes memory from `buffer`, from its beginning on."""
-    offset = 0
-
-    def take(nbytes: int) -> np.ndarray:
-        nonlocal offset
-        offset += _aligned(nbytes)
-        return buffer[offset - _aligned(nbytes) : offset]
-
-    return take
 
 
 def _dtype_name(dtype) -> str:

@@ -1,10 +1,12 @@
 """Progress of a job on stderr, as a bar on a terminal, lines in a log or JSON lines for a program; sizes as text."""
 
+import contextlib
 import json
 import re
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ..errors import UsageError, printable
@@ -193,6 +195,24 @@ class BarReporter(Reporter):
 def make_reporter(as_json: bool = False) -> Reporter:
     """Return JSON lines where they are asked for, a bar on a terminal, lines otherwise."""
     return JsonReporter() if as_json else BarReporter() if sys.stderr.isatty() else Reporter()
+
+
+@contextlib.contextmanager
+def show_slow(total: int, after: float = 3.0) -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts bytes done of `total`, by any thread. After some seconds a terminal shows them."""
+    bar, start, done, lock = BarReporter(), time.monotonic(), 0, threading.Lock()
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        with lock:
+            done += nbytes
+            if time.monotonic() - start > after and sys.stderr.isatty():
+                bar(Progress(done, total, ""))
+
+    try:
+        yield count
+    finally:
+        bar.close()
 
 
 def _encodable(text: str) -> str:

@@ -1,0 +1,256 @@
+"""Loading: on a CPU weights are maps of the files, elsewhere copies, and damage is told before it is used."""
+
+import io
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+import dsv32_jax as ds
+from convert.export.reshard import reshard
+from dsv32_jax.checkpoint import load as loading
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint.load import ABSORBED
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CheckpointError, VerificationError
+from dsv32_jax.system import progress
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny) -> Path:
+    """A model whose arrays are large enough to be aligned in any cut: NVFP4, two layers, MTP."""
+    sizes = dict(
+        num_hidden_layers=2, num_attention_heads=4, n_routed_experts=8, n_group=4, topk_group=2, vocab_size=256,
+        hidden_size=256, moe_intermediate_size=128, intermediate_size=256,
+    )  # fmt: skip
+    root = tmp_path_factory.mktemp("load")
+    random_checkpoint.write(root / "hf", Config.from_dict(tiny.to_dict() | sizes), "nvfp4")
+    convert.convert(root / "hf", root / "out", group_bytes=200_000)
+    return root / "out"
+
+
+@pytest.fixture
+def copy(folder, tmp_path) -> Path:
+    """A checkpoint that may be damaged."""
+    return shutil.copytree(folder, tmp_path / "copy")
+
+
+def weights(model) -> dict[str, jax.Array]:
+    """The arrays of a model by their paths, each once."""
+    found = {jax.tree_util.keystr(path): array for path, array in jax.tree_util.tree_leaves_with_path(model)}
+    return dict({id(array): (path, array) for path, array in found.items()}.values())
+
+
+def mapped_file(pointer: int) -> str:
+    """The file that memory of this process is a map of, empty where it is none."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        start, stop = (int(text, 16) for text in line.split()[0].split("-"))
+        if start <= pointer < stop:
+            return line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
+    return ""
+
+
+def files_of(array: jax.Array) -> set[str]:
+    """The files that the shards of `array` are maps of."""
+    return {mapped_file(shard.data.unsafe_buffer_pointer()) for shard in array.addressable_shards}
+
+
+def test_weights_are_maps_of_the_files(folder):
+    """All but W^UK and W^UV, which are computed: at the very addresses."""
+    for path, array in weights(ds.load(folder)).items():
+        (file,) = files_of(array)
+        if any(name in path for name in ABSORBED):
+            assert not file.startswith(str(folder))
+        else:
+            assert file.startswith(str(folder / "weights")) and Path(file).read_bytes() == np.asarray(array).tobytes()
+
+
+def test_copies_have_the_same_bits(folder):
+    mapped, copied = weights(ds.load(folder)), weights(ds.load(folder, mapped=False))
+    assert mapped.keys() == copied.keys() and len(mapped) > 60
+    for path, array in mapped.items():
+        assert array.dtype == copied[path].dtype and np.asarray(array).tobytes() == np.asarray(copied[path]).tobytes()
+        assert not any(file.startswith(str(folder)) for file in files_of(copied[path]))
+
+
+@pytest.mark.parametrize("ahead", [0, 1 << 16])
+def test_arrays_are_read_ahead_of_their_devices(ahead, folder, monkeypatch):
+    """About AHEAD_BYTES, or one array; each byte once."""
+    monkeypatch.setattr(loading, "AHEAD_BYTES", ahead)
+    monkeypatch.setattr(loading, "SLAB_BYTES", 3000)
+    begun, finished, most, read = [0], [0], [0], [0]
+    lock = threading.Lock()
+    start, result, preadv = loading._Copy.__init__, loading._Copy.result, os.preadv
+
+    def starting(self, *arguments):
+        start(self, *arguments)
+        begun[0] += self.nbytes
+        most[0] = max(most[0], begun[0] - finished[0])
+
+    def finishing(self):
+        array = result(self)
+        finished[0] += self.nbytes
+        return array
+
+    def counted(descriptor, buffers, offset):
+        done = preadv(descriptor, buffers, offset)
+        with lock:
+            read[0] += done
+        return done
+
+    monkeypatch.setattr(loading._Copy, "__init__", starting)
+    monkeypatch.setattr(loading._Copy, "result", finishing)
+    monkeypatch.setattr(os, "preadv", counted)
+    copied = weights(ds.load(folder, mapped=False))
+    arrays = [array.nbytes for leaf in Manifest.read(folder).leaves.values() for array in leaf.arrays.values()]
+    assert most[0] <= max(ahead, max(arrays)) + max(arrays)
+    assert begun[0] == finished[0] == read[0] == sum(arrays)
+    monkeypatch.undo()
+    for path, array in weights(ds.load(folder)).items():
+        assert np.asarray(array).tobytes() == np.asarray(copied[path]).tobytes()
+
+
+@pytest.mark.parametrize("laid_out_for", ["", "expert=4,model=2", "expert=2"])
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("sizes", ["expert=4", "expert=2,model=2"])
+def test_any_mesh_slices_any_checkpoint(sizes, mapped, laid_out_for, folder, tmp_path):
+    """Cut along their first axis, or as they lie, shards are maps; others are copied."""
+    source = folder
+    if laid_out_for:
+        reshard(folder, source := tmp_path / "out", laid_out_for)
+    whole, found = weights(ds.load(folder)), weights(ds.load(source, mesh=ds.mesh(sizes), mapped=mapped))
+    maps = 0
+    for path, array in found.items():
+        assert np.asarray(array).tobytes() == np.asarray(whole[path]).tobytes()
+        for shard in array.addressable_shards:
+            assert np.asarray(shard.data).tobytes() == np.asarray(whole[path])[shard.index].tobytes()
+            maps += mapped_file(shard.data.unsafe_buffer_pointer()).startswith(str(source))
+        if mapped and "w_gate_EMD.codes" in path and sizes == "expert=4" and not laid_out_for.endswith("model=2"):
+            assert all(file.startswith(str(source)) for file in files_of(array))
+        if mapped and "w_down_EDM.codes" in path and sizes == "expert=2,model=2" and laid_out_for.endswith("model=2"):
+            assert len(files_of(array)) == 2
+    assert bool(maps) == mapped
+
+
+def test_devices_of_one_part_share_its_memory(folder):
+    array = ds.load(folder, mesh=ds.mesh("expert=4")).head_VD
+    assert len(array.addressable_shards) == 4
+    assert len({shard.data.unsafe_buffer_pointer() for shard in array.addressable_shards}) == 1
+
+
+def test_files_are_never_written(folder):
+    """A program that may reuse its arguments' memory takes other memory than a map's."""
+    before = {file: file.read_bytes() for file in folder.rglob("c.*")}
+    model = ds.load(folder)
+    doubled = jax.jit(lambda array: array * 2, donate_argnums=0)(model.norm_D)
+    assert float(jnp.abs(doubled).sum()) > 0
+    assert before == {file: file.read_bytes() for file in before}
+
+
+def test_several_load_at_once(folder):
+    """In threads; with a converter that finds its work done."""
+    with ThreadPoolExecutor(4) as pool:
+        done = pool.submit(convert.convert, folder.parent / "hf", folder, group_bytes=200_000)
+        models = list(pool.map(lambda mapped: weights(ds.load(folder, mapped=mapped)), (True, False, True)))
+        assert done.result() == Manifest.read(folder)
+    for model in models[1:]:
+        assert all(np.array_equal(np.asarray(array), np.asarray(models[0][path])) for path, array in model.items())
+
+
+def test_a_load_leaves_everything_as_it_was(folder, copy, capfd):
+    """Hooks, loggers, standard error; after a load that fails too."""
+
+    def state():
+        return sys.unraisablehook, sys.excepthook, logging.getLogger("absl").level, list(logging.root.handlers)
+
+    before = state()
+    ds.load(folder)
+    next(copy.rglob("c.*")).unlink()
+    with pytest.raises(CheckpointError):
+        ds.load(copy)
+    assert state() == before and capfd.readouterr() == ("", "")
+
+
+DAMAGE = ("short", "long", "missing", "link", "folder", "pipe")
+
+
+@pytest.mark.parametrize("mapped", [True, False])
+@pytest.mark.parametrize("how", DAMAGE)
+def test_damage_is_told_before_anything_is_loaded(how, mapped, copy, tmp_path):
+    file = max(copy.rglob("c.*"), key=lambda file: file.stat().st_size)
+    content = file.read_bytes()
+    file.unlink()
+    if how == "short":
+        file.write_bytes(content[:-1])
+    elif how == "long":
+        file.write_bytes(content + b"0")
+    elif how == "link":
+        (tmp_path / "elsewhere").write_bytes(content)
+        file.symlink_to(tmp_path / "elsewhere")
+    elif how == "folder":
+        file.mkdir()
+    elif how == "pipe":
+        os.mkfifo(file)
+    name = re.escape(str(file.relative_to(copy)))
+    with pytest.raises(CheckpointError, match=f"^1 file of .* is not as written; nothing was loaded: {name} "):
+        ds.load(copy, mapped=mapped)
+    for level in ("quick", "full"):
+        with pytest.raises(VerificationError, match=f"nothing was loaded: {name} "):
+            ds.load(copy, mapped=mapped, verify=level)
+
+
+def test_a_manifest_that_leads_elsewhere_is_refused(copy):
+    text = (copy / "manifest.json").read_text()
+    (copy / "manifest.json").write_text(text.replace("weights/00000/", "weights/../../", 1))
+    with pytest.raises(CheckpointError, match="malformed"):
+        ds.load(copy)
+
+
+SHARED = """
+import re, sys, jax, numpy as np, dsv32_jax as ds
+model = ds.load(sys.argv[1])
+total = sum(int(np.asarray(array).view(np.uint8).sum()) for array in jax.tree.leaves(model))
+text = open("/proc/self/smaps").read()
+blocks = re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", text)
+ours = [block for block in blocks if sys.argv[1] in block.split("\\n")[0]]
+size = lambda name: sum(int(re.search(rf"^{name}:\\s+(\\d+)", block, re.M)[1]) for block in ours) * 1024
+print(size("Rss"), size("Private_Dirty"), size("Anonymous"))
+"""
+
+
+def test_memory_is_that_of_the_page_cache(folder):
+    """Another process maps the same pages: none of its own."""
+    command = [sys.executable, "-c", SHARED, str(folder)]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    resident, dirty, anonymous = map(int, done.stdout.split())
+    arrays = [array.nbytes for leaf in Manifest.read(folder).leaves.values() for array in leaf.arrays.values()]
+    assert resident > 0.8 * sum(arrays) and dirty == anonymous == 0
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("after, terminal", [(0, True), (1e9, True), (0, False)])
+def test_a_slow_load_shows_a_bar_on_a_terminal(after, terminal, folder, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
+    monkeypatch.setattr(loading, "show_slow", lambda total: progress.show_slow(total, after))
+    ds.load(folder, mapped=False)
+    shown = sys.stderr.getvalue()
+    assert bool(shown) == (terminal and not after)
