@@ -132,9 +132,13 @@ def test_the_command_runs_the_sections_that_are_asked_for(monkeypatch, capsys):
     assert cli.main(["bench", "context"]) == 0
     assert cli.main(["bench", "context", "--section", "prefill", "--prefill", "32768", "--layers", "4"]) == 0
     assert ran == [4, (8192, 1), (32768, 4)]
-    for wrong in (["--prefill", "1000"], ["--prefill", "0"], ["--layers", "0"]):
-        assert cli.main(["bench", "context", *wrong]) == 2
-        assert "--prefill must be a multiple of 2048" in capsys.readouterr().err
+    for option, value, rule in (
+        ("--prefill", "1000", "a multiple of 2048"),
+        ("--prefill", "0", "a multiple of 2048"),
+        ("--layers", "0", "an integer from 1 to 1000"),
+    ):
+        assert cli.main(["bench", "context", option, value]) == 2
+        assert f"{option} must be {rule}" in capsys.readouterr().err
     assert len(ran) == 3
 
 

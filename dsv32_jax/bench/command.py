@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from functools import partial
 from typing import Any
 
 
@@ -9,10 +10,10 @@ def add(commands: Any) -> None:
     """Add `bench` to the subparsers `commands`; each of its commands sets `run`, which takes the parsed arguments."""
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
     layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
-    layer.set_defaults(run=_run_layer)
+    layer.set_defaults(run=partial(_run, "layer"))
     load = bench.add_parser("load", help="loading a checkpoint, beside a plain read of its bytes")
     load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
-    load.set_defaults(run=_run_load)
+    load.set_defaults(run=partial(_run, "load"))
     _add_context(bench)
     _add_model(bench)
     _add_kernels(bench)
@@ -25,7 +26,7 @@ def _add_context(bench: Any) -> None:
     add("--section", choices=("decode", "prefill"), action="append", help="what to measure (default: both)")
     add("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (default: 8192)")
     add("--layers", type=int, default=1, metavar="N", help="layers that read it (default: 1)")
-    context.set_defaults(run=_run_context)
+    context.set_defaults(run=partial(_run, "context"))
 
 
 def _add_convert(bench: Any) -> None:
@@ -35,7 +36,7 @@ def _add_convert(bench: Any) -> None:
     add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
     add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
     add("--folder", help="where the checkpoints are written (default: the temporary folder)")
-    convert.set_defaults(run=_run_convert)
+    convert.set_defaults(run=partial(_run, "convert"))
 
 
 def _add_model(bench: Any) -> None:
@@ -49,7 +50,7 @@ def _add_model(bench: Any) -> None:
     add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
     add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
     add("--json", action="store_true", help="print one JSON object a line")
-    model.set_defaults(run=_run_model)
+    model.set_defaults(run=partial(_run, "model"))
 
 
 def _add_kernels(bench: Any) -> None:
@@ -59,45 +60,9 @@ def _add_kernels(bench: Any) -> None:
     add("--rows", type=int, action="append", metavar="M", help="activation rows (default: 1, 2, 4, 8, 16, 64, 256)")
     add("--weight", action="append", metavar="NAME", help="a weight of the first column (default: all)")
     add("--by", choices=("auto", "xla"), action="append", help="implementation (default: both)")
-    kernels.set_defaults(run=_run_kernels)
+    kernels.set_defaults(run=partial(_run, "kernels"))
 
 
-def _import(name: str) -> Any:
-    return importlib.import_module(f".{name}", __package__)
-
-
-def _run_layer(_: argparse.Namespace) -> int:
-    _import("layer").print_layer()
-    return 0
-
-
-def _run_load(arguments: argparse.Namespace) -> int:
-    _import("load").print_load(arguments.checkpoint)
-    return 0
-
-
-def _run_context(arguments: argparse.Namespace) -> int:
-    context = _import("context")
-    context.print_context(arguments.section or context.SECTIONS, arguments.prefill, arguments.layers)
-    return 0
-
-
-def _run_convert(arguments: argparse.Namespace) -> int:
-    sources = arguments.source or ["fp8", "nvfp4"]
-    _import("convert").print_convert(arguments.layers, sources, arguments.max_memory, arguments.folder)
-    return 0
-
-
-def _run_model(arguments: argparse.Namespace) -> int:
-    model = _import("model")
-    where = (arguments.config, arguments.layers, arguments.mesh)
-    sizes = (arguments.batch or model.BATCHES, arguments.context or model.CONTEXTS)
-    model.print_model(model.make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps), arguments.json)
-    return 0
-
-
-def _run_kernels(arguments: argparse.Namespace) -> int:
-    kernels = _import("kernels")
-    formats, rows = arguments.format or ["nvfp4"], arguments.rows or kernels.ROWS
-    kernels.print_kernels(formats, rows, arguments.weight or [], arguments.by or kernels.IMPLEMENTATIONS)
+def _run(name: str, arguments: argparse.Namespace) -> int:
+    importlib.import_module(f".{name}", __package__).run(arguments)
     return 0

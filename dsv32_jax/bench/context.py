@@ -4,6 +4,7 @@ Each part of a step is a program of its own on the arrays of the step: queries m
 of synthetic values.
 """
 
+import argparse
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ import numpy as np
 
 from ..checkpoint.random_weights import uniform
 from ..config import Config
-from ..errors import UsageError
+from ..errors import UsageError, require_integer
 from ..generation.engine import WHOLE
 from ..generation.prefill_decode import empty_caches, new_state
 from ..generation.request import CHUNK
@@ -73,11 +74,13 @@ PREFILL_COLUMNS = (
 )
 
 
-def print_context(sections: Sequence[str], tokens: int, layers: int) -> None:
-    """Print the tables of `sections`; prompts have `tokens` tokens and `layers` layers. Raises UsageError."""
-    if tokens < 4 * CHUNK or tokens % (4 * CHUNK) or layers < 1:
-        raise UsageError(f"--prefill must be a multiple of {4 * CHUNK}, not {tokens}, and --layers at least 1")
-    for section in sections:
+def run(arguments: argparse.Namespace) -> None:
+    """Print the tables of the sections that are asked for. Raises UsageError, CapacityError."""
+    tokens, layers = arguments.prefill, arguments.layers
+    if tokens < 4 * CHUNK or tokens % (4 * CHUNK):
+        raise UsageError(f"--prefill must be a multiple of {4 * CHUNK}, not {tokens}")
+    require_integer("layers", layers, 1, 1000)
+    for section in arguments.section or SECTIONS:
         cfg = make_config(WIDE, LAYERS if section == "decode" else layers)
         sizes = {"layers": cfg.num_hidden_layers, "hidden": cfg.hidden_size, "experts": cfg.n_routed_experts}
         longest = max(CONTEXTS) if section == "decode" else tokens

@@ -1,5 +1,6 @@
 """`dsv32 bench convert`: a conversion at the true dimensions, beside `cp` of the same bytes in the same run."""
 
+import argparse
 import dataclasses
 import importlib
 import multiprocessing
@@ -49,11 +50,12 @@ COLUMNS = (
 )
 
 
-def print_convert(layers: str, storages: list[str], max_memory: str, folder: str | None) -> None:
-    """Print the table for sources in each of `storages`."""
-    cfg = make_config(layers)
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table for a source in each format."""
+    cfg, limit = make_config(arguments.layers), arguments.max_memory
     print(EXPLANATION)
-    rows = (row for storage in storages for row in measure_convert(cfg, storage, max_memory, folder))
+    storages = arguments.source or list(wide_source.SUFFIXES)
+    rows = (row for storage in storages for row in measure_convert(cfg, storage, limit, arguments.folder))
     for line in format_table(COLUMNS, rows):
         print(line, flush=True)
 

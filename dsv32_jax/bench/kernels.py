@@ -3,6 +3,7 @@
 A time is that of one matrix of a bank larger than caches, beside a plain read of memory (on a GPU: a copy).
 """
 
+import argparse
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -66,13 +67,14 @@ COLUMNS = (
 )
 
 
-def print_kernels(formats: Sequence[str], counts: Sequence[int], only: Sequence[str], by: Sequence[str]) -> None:
-    """Print the table for the weights named in `only` (default: all)."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table for the weights, formats, rows and implementations that are asked for."""
     from .. import configs
 
     require_device()
     shapes = list_shapes(Config.from_json(configs.path("deepseek_v32")))
-    chosen = [shape for shape in shapes if not only or shape.name in only]
+    chosen = [shape for shape in shapes if not arguments.weight or shape.name in arguments.weight]
+    formats, counts, by = arguments.format or ["nvfp4"], arguments.rows or ROWS, arguments.by or IMPLEMENTATIONS
     print(EXPLANATION.format(verb="copied" if jax.default_backend() == "gpu" else "read"))
     for line in format_table(COLUMNS, measure_kernels(chosen, formats, counts, by)):
         print(line, flush=True)

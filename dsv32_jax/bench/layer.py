@@ -4,6 +4,7 @@ Weights are random NVFP4. A block can be no faster than its weights can be read,
 of as many bytes.
 """
 
+import argparse
 import dataclasses
 import sys
 import time
@@ -46,7 +47,7 @@ COLUMNS = (
 )
 
 
-def print_layer() -> None:
+def run(_: argparse.Namespace) -> None:
     """Print the table for DeepSeek-V3.2."""
     from .. import configs
 

@@ -1,5 +1,6 @@
 """`dsv32 bench load`: loading a converted checkpoint, against a plain read of the bytes of its files."""
 
+import argparse
 import contextlib
 import dataclasses
 import multiprocessing
@@ -52,10 +53,10 @@ SIZES = {
 """What differs from DeepSeek-V3.2 in the random checkpoint of about 1 GB."""
 
 
-def print_load(checkpoint: str | None) -> None:
-    """`dsv32 bench load [CHECKPOINT]`."""
+def run(arguments: argparse.Namespace) -> None:
+    """Print the table for a checkpoint."""
     print(EXPLANATION)
-    for line in format_table(COLUMNS, load(checkpoint)):
+    for line in format_table(COLUMNS, load(arguments.checkpoint)):
         print(line, flush=True)
 
 

@@ -4,6 +4,7 @@ Each device makes its own weights: there is no file and no copy on the host. Cac
 share one capacity, so a batch size takes one program.
 """
 
+import argparse
 import dataclasses
 import json
 import time
@@ -169,12 +170,15 @@ def _get_device_peak(mesh: Mesh | None) -> int:
     return stats["peak_bytes_in_use"] if stats and "peak_bytes_in_use" in stats else get_peak_memory()
 
 
-def print_model(plan: Plan, as_json: bool) -> None:
+def run(arguments: argparse.Namespace) -> None:
     """Print the rows as they come, as lines or as JSON."""
-    if not as_json:
+    sizes = arguments.batch or BATCHES, arguments.context or CONTEXTS
+    where = arguments.config, arguments.layers, arguments.mesh
+    plan = make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps)
+    if not arguments.json:
         print(EXPLANATION, flush=True)
     for row in measure_model(plan):
-        print(json.dumps(row) if as_json else format_row(row), flush=True)
+        print(json.dumps(row) if arguments.json else format_row(row), flush=True)
 
 
 def format_row(row: Row) -> str:
