@@ -130,6 +130,11 @@ class Tokenizer:
         return [int(i) for i in ids]
 
     @property
+    def id_count(self) -> int:
+        """How many ids there are, counted up to the largest."""
+        return max(self._token_bytes) + 1
+
+    @property
     def unused(self) -> list[int]:
         """The ids that have an embedding row but no token."""
         return [i for i in range(self.vocab_size) if i not in self._token_bytes]

@@ -3,14 +3,13 @@
 import argparse
 import collections
 import dataclasses
-import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.engine import LAYERWISE, WHOLE, Engine
-from ..generation.result import Stats, Token
+from ..generation.result import Row, Stats, Token
 from ..parallel.multihost import asking
 from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .answer_view import describe_stats
@@ -18,9 +17,6 @@ from .open_checkpoint import OpenedCheckpoint
 from .parsers import BATCH, CACHE, LENGTH, collect_options
 from .prompt_input import PromptInput, PromptReader
 from .screen import Screen, json_line
-
-STATUS_SECONDS = 0.2
-"""Time between two updates of the status line."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -33,10 +29,11 @@ def run(arguments: argparse.Namespace) -> int:
     samples, as_json = options.get("n", 1), arguments.json or reader.is_batch
     if len(inputs) * samples != 1 and not as_json:
         raise UsageError(f"--n {samples} makes {samples} texts: add --json, which writes one result per line")
-    results = _Results(screen, opened, inputs, samples, as_json, arguments.stream)
     prompts, samplings = [one.ids for one in inputs], [one.sampling for one in inputs]
-    options |= {"tokenizer": opened.tokenizer, "progress": results.show_prefill}
+    options["tokenizer"] = opened.tokenizer
+    options["progress"] = lambda read, tokens: screen.status(f"read {read} of {tokens} tokens")
     request = opened.validate(arguments.dtype, prompts, samplings, **options)
+    results = _Results(screen, opened.cfg.eos_token_id, inputs, samples, as_json, arguments.stream)
     with screen.show_log():
         model = opened.load(arguments, screen)
         screen.note(_describe_inputs(inputs))
@@ -57,98 +54,89 @@ def _describe_inputs(inputs: Sequence[PromptInput]) -> str:
     return f"{len(inputs)} prompts: {', '.join(f'{count} x {path}' for path, count in paths.items())}; {tokens}"
 
 
+@dataclasses.dataclass
 class _Results:
-    """Write each row's continuation, as text or JSON, at its end or token by token."""
+    """Writes each row's continuation, as text or JSON, at its end or token by token."""
 
-    def __init__(
-        self,
-        screen: Screen,
-        opened: OpenedCheckpoint,
-        inputs: Sequence[PromptInput],
-        samples: int,
-        as_json: bool,
-        stream: bool,
-    ):
-        self._screen, self._opened, self._inputs, self._samples = screen, opened, inputs, samples
-        self._as_json, self._stream = as_json, stream
-        self._written: set[int] = set()
-        self._tokens = self._streamed = 0
-        self._last_status = 0.0
-
-    def show_prefill(self, read: int, tokens: int) -> None:
-        """Show how much of the prompts was read."""
-        self._screen.status(f"reading: {read} of {tokens} tokens")
+    screen: Screen
+    end_ids: Collection[int]
+    inputs: Sequence[PromptInput]
+    samples: int
+    as_json: bool
+    stream: bool
+    tokens: int = 0
+    streamed: int = 0
+    """Characters of the text that were written."""
 
     def write(self, engine: Engine) -> int:
         """Generate, write all results and return the exit code."""
+        written = 0
         with defer_interrupt() as is_interrupted:
             must_stop = asking(engine.model.mesh, is_interrupted)
             for batch in engine.batches:
-                for row, token in engine.run(batch, 1 if self._stream else None, must_stop):
+                for row, token in engine.run(batch, 1 if self.stream else None, must_stop):
                     self._write_token(row, token)
                 for row in sorted(batch):
-                    one = engine.rows[row]
-                    one.interrupt()
-                    self._write_row(row, one.tokens, one.logprobs, one.finish_reason, one.text, one.top)
+                    engine.rows[row].interrupt()
+                    self._write_row(row, engine.rows[row])
+                written += len(batch)
                 if must_stop():
                     break
-        made = engine.result()
-        for row, reason in enumerate(made.finish_reason):
-            if row not in self._written and reason != "interrupted":
-                self._write_row(row, made.tokens[row], made.logprobs[row], reason, made.text and made.text[row], [])
-        self._summarize(made.stats)
-        if "interrupted" not in made.finish_reason:
+        if not engine.batches:
+            for row, one in enumerate(engine.rows):
+                self._write_row(row, one)
+        gen, rows = engine.result(), len(engine.rows)
+        self.screen.note(self._describe_stats(gen.stats))
+        if "interrupted" not in gen.finish_reason:
             return 0
-        rows = len(made.finish_reason)
-        unstarted = rows - len(self._written)
-        self._screen.note("interrupted" + (f"; {unstarted} of {rows} rows were not started" if unstarted else ""))
+        unstarted = f"; {rows - written} of {rows} rows were not started" if written < rows else ""
+        self.screen.note("interrupted" + unstarted)
         return EXIT_CODE
 
     def _write_token(self, row: int, token: Token) -> None:
-        self._tokens += 1
-        if self._stream and self._as_json:
+        self.tokens += 1
+        if self.stream and self.as_json:
             event = {"token": token.token, "text": token.text, "logprob": token.logprob, "top_logprobs": token.top}
             self._write_json({**self._label(row), **event, "finish_reason": token.finish_reason})
-        elif self._stream:
-            self._write_text(f"{' ' if self._streamed else ''}{token.token}" if token.text is None else token.text)
-        elif time.monotonic() - self._last_status > STATUS_SECONDS:
-            self._last_status = time.monotonic()
-            self._screen.status(f"generated {pluralize(self._tokens, 'token')}")
+        elif self.stream:
+            self._write_text(f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text)
+        else:
+            self.screen.status(f"generated {pluralize(self.tokens, 'token')}")
 
-    def _write_row(self, row: int, tokens: list[int], logprobs: list[float], reason: Any, text: Any, top: list) -> None:
+    def _write_row(self, row: int, one: Row) -> None:
         """Write a complete row, or what was not streamed of it."""
-        self._written.add(row)
-        if not self._as_json:
-            whole = " ".join(map(str, tokens)) if text is None else text
-            self._write_text(whole[self._streamed :] + "\n")
-        elif not self._stream:
-            texts = {} if text is None else {"text": text, **self._parse_message(row, tokens, text)}
-            likeliest = {"top_logprobs": top} if any(top) else {}
-            result = {"tokens": tokens, "logprobs": logprobs, **likeliest, "finish_reason": reason}
-            self._write_json({**self._label(row), **texts, **result})
+        if not self.as_json:
+            whole = " ".join(map(str, one.tokens)) if one.text is None else one.text
+            self._write_text(whole[self.streamed :] + "\n")
+        elif not self.stream:
+            text = {} if one.text is None else {"text": one.text, **self._parse_message(row, one)}
+            top = {"top_logprobs": one.top} if any(one.top) else {}
+            result = {"tokens": one.tokens, "logprobs": one.logprobs, **top, "finish_reason": one.finish_reason}
+            self._write_json({**self._label(row), **text, **result})
 
     def _write_text(self, text: str) -> None:
-        self._streamed += len(text)
-        self._screen.result(text)
+        self.streamed += len(text)
+        self.screen.result(text)
 
     def _write_json(self, value: dict[str, Any]) -> None:
-        self._screen.result(json_line(value) + "\n")
+        self.screen.result(json_line(value) + "\n")
 
     def _label(self, row: int) -> dict[str, Any]:
-        one = self._inputs[row // self._samples]
-        sample = {"sample": row % self._samples} if self._samples > 1 else {}
+        one = self.inputs[row // self.samples]
+        sample = {"sample": row % self.samples} if self.samples > 1 else {}
         return {**one.labels, **sample, "read_as": one.path, "prompt_tokens": len(one.ids)}
 
-    def _parse_message(self, row: int, tokens: list[int], text: str) -> dict[str, Any]:
+    def _parse_message(self, row: int, one: Row) -> dict[str, Any]:
         """Return the assistant message in the text, where the prompt was made of messages."""
-        thinking = self._inputs[row // self._samples].thinking
+        thinking = self.inputs[row // self.samples].thinking
         if thinking is None:
             return {}
-        ended = bool(tokens) and tokens[-1] in self._opened.cfg.eos_token_id
-        message, warnings = parse_lenient(text + template.EOS if ended else text, thinking=thinking)
+        ended = bool(one.tokens) and one.tokens[-1] in self.end_ids
+        message, warnings = parse_lenient(f"{one.text}{template.EOS if ended else ''}", thinking=thinking)
         return {"message": message, "parse_warnings": warnings}
 
-    def _summarize(self, stats: Stats) -> None:
+    def _describe_stats(self, stats: Stats) -> str:
+        if not self.as_json:
+            return describe_stats(stats)
         rates = {name: getattr(stats, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
-        as_json = json_line({"stats": {**dataclasses.asdict(stats), **rates}})
-        self._screen.note(as_json if self._as_json else describe_stats(stats))
+        return json_line({"stats": {**dataclasses.asdict(stats), **rates}})

@@ -5,7 +5,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ..errors import printable
@@ -49,17 +49,8 @@ class Screen:
         """Write lines about the result: dim and silent if quiet, or `important`."""
         if important or not self._quiet:
             self._finish_line()
-            self._print(printable(text), style="bold" if important else "dim")
-
-    def table(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Write two columns about the result."""
-        from rich.table import Table
-
-        grid = Table.grid(padding=(0, 2))
-        for row in rows:
-            grid.add_row(*map(printable, row))
-        self._finish_line()
-        self._print(grid, style="dim")
+            style = "bold" if important else "dim"
+            self._err.print(printable(text), style=style, soft_wrap=not self._err.is_terminal)
 
     def aside(self, text: str) -> None:
         """Write a part of such lines at once."""
@@ -97,9 +88,6 @@ class Screen:
             self.status("")
             log.removeHandler(handler)
             log.propagate = propagate
-
-    def _print(self, content: Any, style: str) -> None:
-        self._err.print(content, style=style, soft_wrap=isinstance(content, str) and not self._err.is_terminal)
 
     def _finish_line(self) -> None:
         """Clear the status, and end a line of results that stands unfinished on the terminal."""

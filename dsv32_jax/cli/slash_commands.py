@@ -45,8 +45,8 @@ class SlashCommands:
         return True
 
     def help(self, _: str) -> None:
-        rows = [(f"{name} {command.usage}", command.help) for name, command in COMMANDS.items()]
-        self._screen.table([*rows, *KEYS])
+        rows = [*((f"{name} {command.usage}", command.help) for name, command in COMMANDS.items()), *KEYS]
+        self._screen.note("\n".join(f"{usage:<24} {help}" for usage, help in rows))
 
     def reset(self, _: str) -> None:
         self._chat.update(messages=())
@@ -145,16 +145,16 @@ COMMANDS = {
     "/help": Command("", "this list", SlashCommands.help),
     "/reset": Command("", "start a new conversation", SlashCommands.reset),
     "/undo": Command("", "remove your last turn and its answer", SlashCommands.undo),
-    "/system": Command("TEXT", "set the system text; - removes it; alone: show it", SlashCommands.system),
-    "/think": Command("on|off|hide|show", "think first; hide it; show the last reasoning", SlashCommands.think),
-    "/set": Command("NAME VALUE", "for example /set temperature 0.6; alone: show changes", SlashCommands.set),
+    "/system": Command("TEXT", "set the system text; - removes, alone shows it", SlashCommands.system),
+    "/think": Command("on|off|hide|show", "think first; hide or show the reasoning", SlashCommands.think),
+    "/set": Command("NAME VALUE", "as /set temperature 0.6; alone: show changes", SlashCommands.set),
     "/save": Command("FILE", "write FILE.json and FILE.safetensors", SlashCommands.save),
     "/load": Command("FILE", "continue a saved conversation", SlashCommands.load),
     "/quit": Command("", "leave", SlashCommands.quit),
 }
 KEYS = (
     ("/file FILE", "send the text in a file"),
-    ('"""', "starts and ends a text of several lines; or end lines with \\"),
+    ('"""', "starts and ends several lines; or end them with \\"),
     ("Ctrl-C", "stops the answer"),
     ("Ctrl-D", "leaves"),
 )

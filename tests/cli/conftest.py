@@ -14,6 +14,15 @@ from dsv32_jax.chat.tokenizer import BYTE_LETTERS
 from dsv32_jax.checkpoint import random_checkpoint
 
 
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
 def byte_tokenizer() -> dict:
     """A tokenizer.json with the special tokens and a token for each byte."""
     specials = [*template.SPECIAL, template.DSML]
