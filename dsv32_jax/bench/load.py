@@ -91,7 +91,7 @@ def _load_twice(folder: Path) -> tuple[float, float, dict[str, int]]:
 
     jnp.zeros(()).block_until_ready()
     before = get_resident_memory()
-    first, model = _timed(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
+    first, model = _time_run(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
     whole, largest = _sizes(model)
     memory = {
         "peak_over_baseline": get_peak_memory() - before,
@@ -99,7 +99,7 @@ def _load_twice(folder: Path) -> tuple[float, float, dict[str, int]]:
         "largest_leaf_bytes": largest,
     }
     del model
-    again, _ = _timed(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
+    again, _ = _time_run(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
     return first, again, memory
 
 
@@ -109,15 +109,15 @@ def _sizes(model: Any) -> tuple[int, int]:
 
     from ..quantization.formats import NVFP4, Fp8Block
 
-    def quantized(node) -> bool:
+    def is_quantized(node) -> bool:
         return isinstance(node, NVFP4 | Fp8Block)
 
-    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(model, is_leaf=quantized)}
+    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(model, is_leaf=is_quantized)}
     sizes = [sum(array.nbytes for array in jax.tree.leaves(leaf)) for leaf in leaves.values()]
     return sum(sizes), max(sizes)
 
 
-def _timed(run) -> tuple[float, Any]:
+def _time_run(run) -> tuple[float, Any]:
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
