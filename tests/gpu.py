@@ -14,8 +14,7 @@ import numpy as np
 import dsv32_jax as ds
 from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.random_weights import leaf_maker
-from dsv32_jax.kernels import dispatch, gpu_attention
-from dsv32_jax.kernels.variable import VARIABLE
+from dsv32_jax.kernels import VARIABLE, dispatch, gpu_attention
 from dsv32_jax.model import indexer, mla
 from dsv32_jax.model.model import build
 from dsv32_jax.quantization import cache_formats, quantize
@@ -49,15 +48,15 @@ def kernels() -> None:
         for n, b, out, size in SIZES:
             size = -(-size // 128) * 128 if kind == "fp8" else size
             w, plain = bank(kind, rng, 3, out, size)
-            assert "cuda" in dispatch.kernels(w, 1), dispatch.description()
+            assert "cuda" in dispatch.find_kernels(w, 1), dispatch.describe()
             expert = rng.integers(-1, 4, n).astype(np.int32)
             matrices = np.stack([plain[e] if 0 <= e < 3 else 0 * plain[0] for e in expert]).astype(np.float64)
             for dtype in (jnp.bfloat16, jnp.float32):
                 x = jnp.asarray(rng.standard_normal((n, b, size)), dtype)
-                got = np.asarray(jax.jit(dispatch.blocks)(x, expert, w), np.float64)
+                got = np.asarray(jax.jit(dispatch.multiply_blocks)(x, expert, w), np.float64)
                 of = np.asarray(x, np.float64)
-                want = np.einsum("nbk,nok->nbo", of, matrices)
-                most = np.einsum("nbk,nok->nbo", abs(of), abs(matrices)).max(axis=-1, keepdims=True)
+                want = np.einsum("nbz,noz->nbo", of, matrices)
+                most = np.einsum("nbz,noz->nbo", abs(of), abs(matrices)).max(axis=-1, keepdims=True)
                 error = (np.abs(got - want) / (most + 1e-30)).max()
                 print(f"{kind} {np.dtype(dtype)} {n} x {b} rows, {size} -> {out}: {error:.1e}", flush=True)
                 assert error < (5e-6 if b > 128 else 1e-6)
@@ -129,7 +128,7 @@ def models(mesh: str | None) -> None:
 
 if __name__ == "__main__":
     assert jax.default_backend() == "gpu"
-    print(dispatch.description())
+    print(dispatch.describe())
     kernels()
     attention()
     if jax.device_count() == 1:

@@ -18,15 +18,14 @@ from hypothesis import strategies as st
 
 import dsv32_jax as ds
 from dsv32_jax.cli import demo
-from dsv32_jax.errors import UsageError
-from dsv32_jax.kernels import cpu, dispatch, launch, reference
-from dsv32_jax.kernels.variable import VARIABLE
+from dsv32_jax.errors import DsvError, UsageError
+from dsv32_jax.kernels import VARIABLE, cpu, dispatch, launch, reference
 from dsv32_jax.model import experts, ops
 from dsv32_jax.quantization import quantize
 from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.system import compilation, host
 
-compiled = pytest.mark.skipif(bool(cpu.missing()), reason=cpu.missing())
+compiled = pytest.mark.skipif(bool(cpu.find_obstacle()), reason=cpu.find_obstacle())
 toolchain = pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++")
 FORMATS = ("nvfp4", "fp8", "bf16")
 TOLERANCE = 1e-6
@@ -87,7 +86,7 @@ def test_blocks(kind, dtype, shape, seed):
     w = bank(kind, rng, many, out, 16 * size)
     x = jnp.asarray(rng.standard_normal((count, rows, 16 * size)), dtype)
     expert = jnp.asarray(rng.integers(-1, many + 1, count), jnp.int32)
-    close(dispatch._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+    close(dispatch._apply_tensor_scale(cpu.multiply_blocks)(x, expert, w), x, expert, w)
 
 
 @compiled
@@ -99,8 +98,8 @@ def test_true_sizes(kind, rows, out, size):
     w = bank(kind, rng, 2, out, size)
     x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
     expert = jnp.asarray([1, 0], jnp.int32)
-    close(dispatch.blocks(x, expert, w), x, expert, w)
-    close(reference.blocks(x, expert, w), x, expert, w)
+    close(dispatch.multiply_blocks(x, expert, w), x, expert, w)
+    close(reference.multiply_blocks(x, expert, w), x, expert, w)
 
 
 @compiled
@@ -111,12 +110,12 @@ def test_every_byte():
     one = jnp.zeros(1, jnp.int32)
     w = NVFP4(codes, scales, jnp.ones((1, 1, 1)))
     each = jnp.eye(16, dtype=jnp.float32)[None]
-    np.testing.assert_array_equal(cpu.blocks(each, one, w)[0].T, dequantize(w, jnp.float32)[0])
+    np.testing.assert_array_equal(cpu.multiply_blocks(each, one, w)[0].T, dequantize(w, jnp.float32)[0])
     values = jax.lax.bitcast_convert_type(jnp.arange(256, dtype=jnp.uint8).reshape(2, 128), jnp.float8_e4m3fn)
     for scale in (1.0, 0.37):
         w = Fp8Block(values[None], jnp.full((1, 2, 1), scale))
         each = jnp.eye(128, dtype=jnp.float32)[None]
-        got, want = np.asarray(cpu.blocks(each, one, w)[0].T), np.asarray(dequantize(w, jnp.float32)[0])
+        got, want = np.asarray(cpu.multiply_blocks(each, one, w)[0].T), np.asarray(dequantize(w, jnp.float32)[0])
         np.testing.assert_array_equal(np.isnan(got).any(axis=1), np.isnan(want).any(axis=1))
         numbers = ~np.isnan(want).any(axis=1)
         np.testing.assert_array_equal(got[numbers], want[numbers])
@@ -130,10 +129,10 @@ def test_wider_scales(width, size):
     w = bank("nvfp4", rng, 2, 9, size)
     w = NVFP4(w.codes, w.block_scale[..., : size // width], w.tensor_scale)
     expert = jnp.asarray([1, 0], jnp.int32)
-    assert dispatch.kernels(w, 1)
+    assert dispatch.find_kernels(w, 1)
     for rows in (1, 3, 8):
         x = jnp.asarray(rng.standard_normal((2, rows, size)), jnp.bfloat16)
-        close(dispatch.blocks(x, expert, w), x, expert, w)
+        close(dispatch.multiply_blocks(x, expert, w), x, expert, w)
 
 
 @compiled
@@ -146,7 +145,7 @@ def test_columns(dtype, shape, seed):
     rng = np.random.default_rng(seed)
     w = jnp.asarray(rng.standard_normal((many, size, out)), jnp.bfloat16)
     x = jnp.asarray(rng.standard_normal((many, rows, size)), dtype)
-    close(cpu.columns(x, w), x, range(many), jnp.swapaxes(w, 1, 2))
+    close(cpu.multiply_columns(x, w), x, range(many), jnp.swapaxes(w, 1, 2))
 
 
 @compiled
@@ -179,7 +178,7 @@ def test_derivatives_are_those_of_the_reference(kind):
     x, expert = jnp.asarray(rng.standard_normal((4, 2, 128)), jnp.float32), jnp.asarray([0, 3, 2, 1], jnp.int32)
     got, want = (
         jax.grad(lambda x, f=f: jnp.sum(jnp.sin(f(x, expert, w) * 1e-3)))(x)
-        for f in (dispatch.blocks, reference.blocks)
+        for f in (dispatch.multiply_blocks, reference.multiply_blocks)
     )
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
@@ -188,10 +187,10 @@ def test_the_environment_chooses(monkeypatch):
     """ "xla" takes the reference, whatever is there; another word is refused."""
     w = bank("nvfp4", np.random.default_rng(0), 1, 4, 32)
     monkeypatch.setenv(VARIABLE, "xla")
-    assert dispatch.kernels(w, 1) == {}
+    assert dispatch.find_kernels(w, 1) == {}
     monkeypatch.setenv(VARIABLE, "fast")
-    with pytest.raises(UsageError, match="DSV32_KERNELS is one of auto, xla, not 'fast'"):
-        dispatch.kernels(w, 1)
+    with pytest.raises(UsageError, match="DSV32_KERNELS must be one of auto, xla, not 'fast'"):
+        dispatch.find_kernels(w, 1)
     with pytest.raises(UsageError, match="nothing was run"):
         ds.load("nowhere")
     with pytest.raises(UsageError, match="nothing was run"):
@@ -203,13 +202,13 @@ def test_without_kernels(monkeypatch, caplog):
     rng = np.random.default_rng(3)
     w = bank("nvfp4", rng, 2, 5, 48)
     x, expert = jnp.asarray(rng.standard_normal((3, 2, 48)), jnp.float32), jnp.asarray([1, 2, 0], jnp.int32)
-    monkeypatch.setattr(cpu, "missing", lambda: "it was built without a compiler")
-    dispatch._say.cache_clear()
+    monkeypatch.setattr(cpu, "find_obstacle", lambda: "it was built without a compiler")
+    dispatch._warn_slow.cache_clear()
     with caplog.at_level(logging.WARNING, "dsv32_jax"):
-        close(dispatch.blocks(x, expert, w), x, expert, w)
-        close(dispatch.blocks(x, expert, w), x, expert, w)
+        close(dispatch.multiply_blocks(x, expert, w), x, expert, w)
+        close(dispatch.multiply_blocks(x, expert, w), x, expert, w)
     assert [record.getMessage() for record in caplog.records] == [
-        "products with stored weights are slow here, without kernels: it was built without a compiler"
+        "products with stored weights are slow without kernels: it was built without a compiler"
     ]
 
 
@@ -234,15 +233,15 @@ def test_without_vector_instructions(tmp_path):
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
 from dsv32_jax.kernels import cpu, dispatch
-cpu.compiled = lambda: Path({str(library)!r})
-assert not cpu.missing()
+cpu.find_library = lambda: Path({str(library)!r})
+assert not cpu.find_obstacle()
 from tests import test_kernels as tests
 for kind in tests.FORMATS:
     for dtype in (jnp.float32, jnp.bfloat16):
         rng = np.random.default_rng(7)
         w = tests.bank(kind, rng, 2, 37, 16 * 21)
         x, expert = jnp.asarray(rng.standard_normal((3, 11, 16 * 21)), dtype), jnp.asarray([1, 2, 0], jnp.int32)
-        tests.close(dispatch._scaled(cpu.blocks)(x, expert, w), x, expert, w)
+        tests.close(dispatch._apply_tensor_scale(cpu.multiply_blocks)(x, expert, w), x, expert, w)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -271,7 +270,7 @@ def test_blocks_with_room(monkeypatch, tokens):
     chosen = jnp.asarray(np.argsort(rng.random((tokens, 9)))[:, :3].astype(np.int32))
     gates = jnp.asarray(rng.random((tokens, 3), np.float32))
     want = experts.apply_experts(h, chosen, gates, w, w, down)
-    monkeypatch.setattr(dispatch, "smallest_block", lambda: 8)
+    monkeypatch.setattr(dispatch, "min_block", lambda: 8)
     assert experts.in_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
     np.testing.assert_allclose(
         experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
@@ -286,9 +285,9 @@ def test_a_row_is_alone(kind, dtype):
     rng = np.random.default_rng(4)
     w = bank(kind, rng, 1, 33, 7168)
     x, one = jnp.asarray(rng.standard_normal((1, 15, 7168)), dtype), jnp.zeros(1, jnp.int32)
-    together = np.asarray(dispatch.blocks(x, one, w))
+    together = np.asarray(dispatch.multiply_blocks(x, one, w))
     for first, last in ((0, 1), (3, 5), (2, 9), (14, 15)):
-        np.testing.assert_array_equal(dispatch.blocks(x[:, first:last], one, w), together[:, first:last])
+        np.testing.assert_array_equal(dispatch.multiply_blocks(x[:, first:last], one, w), together[:, first:last])
 
 
 def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
@@ -302,7 +301,7 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
         return jax.ffi.ffi_call("triton_kernel_call", out_shape, **old)(*operands)
 
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
-    launch._compiled.cache_clear()
+    launch._compile.cache_clear()
     out, x = jax.ShapeDtypeStruct((4, 5), np.float32), np.zeros((4, 3), np.float32)
 
     def twice(x):
@@ -314,12 +313,28 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
     assert 0.2 < meter.seconds < time.perf_counter() - start
     assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
     assert traced == [("kernel", (1, 2, 3), {"WIDTH": 7})]
-    launch._compiled.cache_clear()
+    launch._compile.cache_clear()
+
+
+@pytest.mark.parametrize("calls", [0, 2])
+def test_a_program_of_jax_triton_without_its_kernel_is_refused(monkeypatch, calls):
+    """Another version of jax_triton may call it in another way: the error says so and what to do."""
+
+    def triton_call(*operands, kernel, out_shape, grid, **constants):
+        call = jax.ffi.ffi_call("triton_kernel_call", out_shape)
+        return sum((call(*operands) for _ in range(calls)), jnp.zeros(out_shape.shape))
+
+    monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
+    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "1.2.3")
+    launch._compile.cache_clear()
+    out, x = jax.ShapeDtypeStruct((4, 5), np.float32), np.zeros((4, 3), np.float32)
+    with pytest.raises(DsvError, match=f"{calls} custom calls.*jax-triton 1.2.3 do not work.*{VARIABLE}=xla"):
+        jax.jit(lambda x: launch.launch("kernel", out, x, grid=(1, 2, 3))).lower(x)
 
 
 PRODUCTS = (
     "BTHN,BSHN->BTHS BTHS,BSHP->BTHP BTHC,BSC->BTHS BTHS,BSC->BTHC BTkC,BTHC->BTkH BTHk,BTkC->BTHC BTiJ,BSJ->BTiS "
-    "BSC,HNC->BSHN BTD,FD->BTF BTHN,HNC->BTHC BTHC,HPC->BTHP nbk,nko->nbo bk,ok->bo"
+    "BSC,HNC->BSHN BTD,FD->BTF BTHN,HNC->BTHC BTHC,HPC->BTHP nbz,nzo->nbo bz,oz->bo"
 ).split()
 
 

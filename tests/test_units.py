@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax.model import cache, indexer, mla, ops
+from dsv32_jax.kernels import cpu, reference
+from dsv32_jax.model import cache, mla, ops
 from dsv32_jax.model.cache import LayerCache
 from dsv32_jax.model.indexer import index_scores, select, select_all
 from dsv32_jax.model.moe import gate
@@ -130,11 +131,11 @@ def test_hadamard_is_byte_exact(units):
     np.testing.assert_allclose(ops.hadamard(ops.hadamard(x32)), x32, atol=1e-5)
 
 
-@pytest.mark.parametrize("matches", [indexer.MATCHES, 0])
+@pytest.mark.parametrize("matches", [cpu.MAX_INDEX_MATCHES, 0])
 def test_indexer_scores(units, monkeypatch, matches):
     """64 heads of 128 over 192 keys: the scores of the reference and its 64 best visible keys, all heads at once and
     some at a time."""
-    monkeypatch.setattr(indexer, "MATCHES", matches)
+    monkeypatch.setattr(cpu, "MAX_INDEX_MATCHES", matches)
     query = _fp8(units, "index.q_fp8_u8") * units["index.q_scale"][..., None]
     key = _fp8(units, "index.k_fp8_u8") * units["index.k_scale"][:, None]
     weight = units["index.weights_proj_out_f32"] * np.float32((64 * 128) ** -0.5)
@@ -153,8 +154,8 @@ def test_heads_some_at_a_time(heads):
     query = jnp.asarray(rng.standard_normal((2, 7, heads, 16)), jnp.bfloat16)
     weight = jnp.asarray(rng.standard_normal((2, 7, heads)), jnp.float32)
     key = jnp.asarray(rng.standard_normal((2, 33, 16)), jnp.bfloat16)
-    want = np.asarray(indexer.all_heads(query, weight, key))
-    np.testing.assert_allclose(indexer.some_heads(query, weight, key), want, atol=1e-6 * abs(want).max())
+    want = np.asarray(reference.index_scores(query, weight, key))
+    np.testing.assert_allclose(cpu.index_scores(query, weight, key), want, atol=1e-6 * abs(want).max())
 
 
 def test_index_inputs_of_the_reference(units):

@@ -15,8 +15,7 @@ import numpy as np
 
 from ..checkpoint.random_weights import random_bank, uniform
 from ..config import Config
-from ..kernels import dispatch
-from ..kernels.variable import VARIABLE
+from ..kernels import VARIABLE, dispatch
 from ..quantization.formats import Weight, dequantize
 from ..system.compilation import require_device
 from .limits import make_copy
@@ -133,10 +132,10 @@ def _measure(weight: str, by: str, bank: Any, counts: Sequence[int]) -> Iterator
 
 
 def _make_product(by: str, x: jax.Array, bank: Weight) -> tuple[Callable[[], Any], np.ndarray]:
-    """Return a function that multiplies x [n, b, k] with a bank of n matrices REPEATS times, and the first result."""
+    """Return a function that multiplies x [n, b, z] with a bank of n matrices REPEATS times, and the first result."""
     with _set_variable(by):
         expert = jnp.arange(len(x), dtype=jnp.int32)
-        program = jax.jit(lambda *operands: dispatch.blocks(*operands)).lower(x, expert, bank).compile()
+        program = jax.jit(lambda *operands: dispatch.multiply_blocks(*operands)).lower(x, expert, bank).compile()
     repeats = range(REPEATS[jax.default_backend()])
     run = lambda: jax.block_until_ready([program(x, expert, bank) for _ in repeats])  # noqa: E731
     return run, np.asarray(program(x, expert, bank)[0])

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
-from ..kernels import variable
+from ..kernels import read_choice
 from ..layout import Leaf, leaves
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
@@ -53,7 +53,7 @@ def load(
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
     """
     initialize()
-    variable.asked()
+    read_choice()
     if (compute := _dtype_name(dtype)) not in ("bfloat16", "float32"):
         raise UsageError(f"dtype must be bfloat16 or float32, not {compute}; weights keep their own formats")
     if verify not in LEVELS:

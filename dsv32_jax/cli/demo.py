@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..errors import UsageError
-from ..kernels import variable
+from ..kernels import read_choice
 from ..system.progress import format_size
 
 CHECKPOINT = Path(__file__).parents[1] / "demo_checkpoint"
@@ -25,7 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert, load, generate, and measure the perplexity of a held-out paragraph; print each step and its time."""
     from .. import convert
 
-    variable.asked()
+    read_choice()
     if arguments.new_tokens < 1:
         raise UsageError(f"--new-tokens must be 1 or more, not {arguments.new_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:

@@ -133,7 +133,7 @@ def _find_backends(_: Problems) -> Facts:
     from ..system.compilation import initialize, is_cache_enabled
 
     initialize()
-    found: Facts = {"kernels": dispatch.description(), "arithmetic": "bfloat16 (--dtype float32 for parity)"}
+    found: Facts = {"kernels": dispatch.describe(), "arithmetic": "bfloat16 (--dtype float32 for parity)"}
     if not is_cache_enabled():
         return {**found, "compiled programs": "not cached: JAX's compilation cache is off"}
     folder = jax.config.values["jax_compilation_cache_dir"]

@@ -1,10 +1,11 @@
-"""The kernels of src/, which the package build compiled, called through XLA's foreign function interface.
+"""Kernels for CPUs: C++ of src/, compiled with the package and called through XLA's foreign function interface.
 
-They read weights as the checkpoint stores them and multiply in float32 (with AVX-512 in bfloat16, where activations
-are); an installation without a compiler has none.
+They read weights as the checkpoint stores them and multiply in float32, with AVX-512 BF16 in bfloat16 where activations
+are. A package that was installed without a compiler has none.
 """
 
 import ctypes
+import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -13,75 +14,91 @@ import jax
 import jax.numpy as jnp
 
 from ..quantization.formats import NVFP4, Fp8Block, Weight
-from ..quantization.quantize import FP8_BLOCK
+from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
+from . import reference
 
 NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS = "dsv32_nvfp4_dot", "dsv32_fp8_dot", "dsv32_bf16_dot", "dsv32_bf16_columns"
 
-SMALLEST_BLOCK = 1
+MIN_BLOCK = 1
 """Rows that are multiplied in the time of one."""
 
-SMALLEST_WIDTH = 16
-"""Inputs that share a block scale; other formats have multiples of it."""
+MAX_ROWS, MAX_ROWS_FP8 = 128, 64
+"""With more rows it is faster to dequantize a matrix once to memory, as XLA does, than for every eight rows."""
 
-MOST_ROWS, MOST_ROWS_FP8 = 128, 64
-"""Beyond, decoding a matrix again for every eight rows costs more than XLA's dequantizing it once to memory."""
+MAX_INDEX_MATCHES, INDEX_HEADS = 1 << 21, 4
+"""With more products of query heads and keys, index scores are summed over INDEX_HEADS heads at a time."""
 
 
-def compiled() -> Path | None:
-    """The library that the package build made."""
-    found = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
-    return next((file for file in found if file.exists()), None)
+def find_library() -> Path | None:
+    """Return the library that the package build made."""
+    candidates = (Path(__file__).with_name("_cpu" + suffix) for suffix in EXTENSION_SUFFIXES)
+    return next((file for file in candidates if file.exists()), None)
 
 
 @cache
-def missing() -> str:
-    """Why there are no kernels; nothing where there are, which are then registered with XLA."""
-    file = compiled()
+def find_obstacle() -> str:
+    """Return why there are no kernels, or "" after registering them with XLA."""
+    file = find_library()
     if file is None:
-        return "the package was built without a C++ compiler; install it again where there is one (g++ or clang)"
+        return "the package was built without a C++ compiler; reinstall it where there is one (g++ or clang)"
     try:
         library = ctypes.CDLL(str(file))
         for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
-        return f"{file.name} does not load ({error}); build the package again for this Python and JAX"
+        return f"{file.name} does not load ({error}); rebuild the package for this Python and JAX"
     return ""
 
 
-def description() -> str:
-    """Which instructions the kernels use here."""
-    library = ctypes.CDLL(str(compiled()))
+def describe() -> str:
+    """Describe the instructions that the kernels use on this machine."""
+    library = ctypes.CDLL(str(find_library()))
     library.dsv32_instructions.restype = ctypes.c_char_p
     return f"C++ with {library.dsv32_instructions().decode()}, XLA for the rest"
 
 
-def serves(w: Weight, rows: int) -> bool:
-    """Whether there is a kernel for `rows` rows and the format of `w` [..., o, z] that is faster than XLA's product."""
+def supports(w: Weight, rows: int) -> bool:
+    """Return whether a kernel is faster than XLA's product for `rows` rows and the weight `w` [..., o, z]."""
     match w:
         case NVFP4():
-            return w.shape[-1] % (SMALLEST_WIDTH * w.block_scale.shape[-1]) == 0 and rows <= MOST_ROWS
+            return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0 and rows <= MAX_ROWS
         case Fp8Block():
-            return w.shape[-1] % FP8_BLOCK == 0 and rows <= MOST_ROWS_FP8
+            return w.shape[-1] % FP8_BLOCK == 0 and rows <= MAX_ROWS_FP8
         case _:
-            return w.dtype == jnp.bfloat16 and rows <= MOST_ROWS
+            return w.dtype == jnp.bfloat16 and rows <= MAX_ROWS
 
 
-def blocks(x: jax.Array, expert: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
-    """`reference.blocks` without the tensor scale; it makes no difference over how many devices experts are spread."""
+def multiply_blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight, devices: int = 1) -> jax.Array:
+    """`reference.multiply_blocks` without the tensor scale; the number of devices makes no difference."""
     match bank:
         case NVFP4():
-            return _call(NVFP4_DOT, bank.shape[1], x, expert, bank.codes, bank.block_scale)
+            return _call(NVFP4_DOT, bank.shape[1], x_nbz, expert_n, bank.codes, bank.block_scale)
         case Fp8Block():
-            return _call(FP8_DOT, bank.shape[1], x, expert, bank.values, bank.block_scale)
+            return _call(FP8_DOT, bank.shape[1], x_nbz, expert_n, bank.values, bank.block_scale)
         case _:
-            return _call(BF16_DOT, bank.shape[1], x, expert, bank)
+            return _call(BF16_DOT, bank.shape[1], x_nbz, expert_n, bank)
 
 
-def columns(x: jax.Array, bank: jax.Array) -> jax.Array:
-    """`reference.columns`."""
-    return _call(BF16_COLUMNS, bank.shape[-1], x, jnp.arange(len(bank)), bank)
+def multiply_columns(x_nbz: jax.Array, bank_nzo: jax.Array) -> jax.Array:
+    """`reference.multiply_columns`."""
+    return _call(BF16_COLUMNS, bank_nzo.shape[-1], x_nbz, jnp.arange(len(bank_nzo)), bank_nzo)
 
 
-def _call(symbol: str, outputs: int, x: jax.Array, expert: jax.Array, *parts: jax.Array) -> jax.Array:
-    result = jax.ShapeDtypeStruct((*x.shape[:2], outputs), jnp.float32)
-    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(x, expert.astype(jnp.int32), *parts)
+def _call(symbol: str, outputs: int, x_nbz: jax.Array, expert_n: jax.Array, *parts: jax.Array) -> jax.Array:
+    result = jax.ShapeDtypeStruct((*x_nbz.shape[:2], outputs), jnp.float32)
+    return jax.ffi.ffi_call(symbol, result, vmap_method="sequential")(x_nbz, expert_n.astype(jnp.int32), *parts)
+
+
+def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Array:
+    """`reference.index_scores`, a few heads at a time: products that stay in the CPU's caches take half the time."""
+    *before, heads = w_BTI.shape
+    at_once = math.gcd(heads, INDEX_HEADS)
+    q_gBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
+    w_gBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
+
+    def add(score_BTS, group):
+        q_BTiJ, w_BTi = group
+        return score_BTS + reference.index_scores(q_BTiJ, w_BTi, k_BSJ), None
+
+    zero_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
+    return jax.lax.scan(add, zero_BTS, (q_gBTiJ, w_gBTi))[0]

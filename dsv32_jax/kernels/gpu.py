@@ -1,7 +1,4 @@
-"""Products with quantized weights on NVIDIA GPUs: how the kernels of `triton_kernels` are launched, with jax_triton.
-
-Letters: n blocks of b rows of x; E matrices [o, z], one of which multiplies each block.
-"""
+"""Kernels for NVIDIA GPUs: how the products of `triton_kernels` are launched."""
 
 import importlib
 import importlib.util
@@ -15,7 +12,7 @@ from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from .launch import launch
 
-SMALLEST_BLOCK = 8
+MIN_BLOCK = 8
 """Rows that are multiplied in the time of one."""
 
 CAPABILITY = "9.0"
@@ -23,7 +20,7 @@ CAPABILITY = "9.0"
 
 
 class Tile(NamedTuple):
-    """A program computes `out` x `rows` of y; it reads `columns` of the weight at a time, `stages` - 1 times ahead."""
+    """A program computes `out` x `rows` of y. It loads `columns` of the weight at a time, `stages` - 1 times ahead."""
 
     out: int
     columns: int
@@ -40,7 +37,7 @@ NVFP4_TILES = (
     Tile(64, 16, 128, 4, 3),
     Tile(128, 16, 256, 8, 3),
 )
-"""The fastest of those measured on an H100, by rows. A column is a word of 8 codes."""
+"""The fastest measured on an H100 for each number of rows. A column is a word of 8 codes."""
 
 FP8_TILES = (
     Tile(16, 128, 8, 1, 4),
@@ -50,34 +47,36 @@ FP8_TILES = (
     Tile(64, 128, 128, 4, 2),
     Tile(128, 64, 256, 8, 4),
 )
-"""Likewise. A column is a value."""
+"""The same. A column is a value."""
 
-MOST_ROWS_FLOAT32 = 64
-LARGEST_WIDTH = 128
-"""Elements of a block scale, in a tile of 16 words."""
+MAX_ROWS_FLOAT32 = 64
+"""Rows of the largest tile whose float32 activations, in three parts, fit in a program."""
+
+MAX_SCALE_WIDTH = 128
+"""Elements that share a block scale in a tile of 16 words."""
 
 SCHEDULERS = 132 * 4
-"""Of warps, on an H100 or H200."""
+"""Warp schedulers of an H100 or H200."""
 
 
 @cache
-def missing() -> str:
-    """Why there are no kernels; nothing where there are."""
+def find_obstacle() -> str:
+    """Return why there are no kernels, or ""."""
     if absent := [name for name in ("jax_triton", "triton") if importlib.util.find_spec(name) is None]:
         return f"{' and '.join(absent)} not installed (pip install 'dsv32-jax[gpu]')"
     found = getattr(jax.local_devices()[0], "compute_capability", None)
     if found != CAPABILITY:
-        return f"they are made for GPUs of compute capability {CAPABILITY} (H100, H200), and this one's is {found}"
+        return f"they need a GPU of compute capability {CAPABILITY} (H100, H200), and this one has {found}"
     return ""
 
 
-def description() -> str:
-    """Which kernels are used here."""
+def describe() -> str:
+    """Describe the kernels."""
     return "Triton for quantized weights, XLA for the rest"
 
 
-def serves(w: Weight, rows: int) -> bool:
-    """Whether there is a kernel for the format of `w` [..., o, z]; any number of rows will do."""
+def supports(w: Weight, rows: int) -> bool:
+    """Return whether there is a kernel for the format of `w` [..., o, z], for any number of rows."""
     match w:
         case NVFP4():
             return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0
@@ -87,38 +86,40 @@ def serves(w: Weight, rows: int) -> bool:
             return False
 
 
-def blocks(x: jax.Array, expert: jax.Array, bank: Any, devices: int) -> jax.Array:
-    """`reference.blocks` without the tensor scale. The experts of the blocks are spread over `devices`."""
+def multiply_blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Any, devices: int) -> jax.Array:
+    """`reference.multiply_blocks` without the tensor scale. The experts of the blocks are spread over `devices`."""
     triton_kernels: Any = importlib.import_module(".triton_kernels", __package__)
     if isinstance(bank, Fp8Block):
-        return _dot(triton_kernels.fp8_kernel, FP8_TILES, 1, x, expert, bank.values, bank.block_scale, devices)
-    width, scale = x.shape[-1] // bank.block_scale.shape[-1], bank.block_scale
-    if width > LARGEST_WIDTH or width & (width - 1):
+        return _multiply(
+            triton_kernels.fp8_kernel, FP8_TILES, 1, x_nbz, expert_n, bank.values, bank.block_scale, devices
+        )
+    width, scale = x_nbz.shape[-1] // bank.block_scale.shape[-1], bank.block_scale
+    if width > MAX_SCALE_WIDTH or width & (width - 1):
         scale = jnp.repeat(scale, width // NVFP4_BLOCK, axis=-1)
-    return _dot(triton_kernels.nvfp4_kernel, NVFP4_TILES, 8, x, expert, bank.codes, scale, devices)
+    return _multiply(triton_kernels.nvfp4_kernel, NVFP4_TILES, 8, x_nbz, expert_n, bank.codes, scale, devices)
 
 
-def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -> jax.Array:
-    """Launch `kernel`, a column of which has so many elements."""
-    if x.dtype == jnp.float32:
-        tiles = [tile for tile in tiles if tile.rows <= MOST_ROWS_FLOAT32]
-        parts = jnp.concatenate(_bfloat16_parts(x), axis=1)
+def _multiply(kernel, tiles, elements: int, x_nbz, expert_n, values, scale, devices: int) -> jax.Array:
+    """Launch `kernel`, whose columns have that many elements, on tiles that fit the rows."""
+    if x_nbz.dtype == jnp.float32:
+        tiles = [tile for tile in tiles if tile.rows <= MAX_ROWS_FLOAT32]
+        parts_nbz = jnp.concatenate(_split_float32(x_nbz), axis=1)
         first, second, third = jnp.split(
-            _dot(kernel, tiles, elements, parts, expert, values, scale, devices), 3, axis=1
+            _multiply(kernel, tiles, elements, parts_nbz, expert_n, values, scale, devices), 3, axis=1
         )
         return first + second + third
-    n, b, z = x.shape
+    n, b, z = x_nbz.shape
     matrices, o, _ = values.shape
     tile = next((tile for tile in tiles if tile.rows >= b), tiles[-1])
     programs = -(-b // tile.rows) * -(-o // tile.out)
     steps = -(-z // (elements * tile.columns))
-    each = -(-steps // _parts(programs * -(-n // devices) * tile.warps, steps, min(13 * b, 800) / z))
+    each = -(-steps // _count_parts(programs * -(-n // devices) * tile.warps, steps, min(13 * b, 800) / z))
     parts = -(-steps // each)
     y_pnbo = launch(
         kernel,
         jax.ShapeDtypeStruct((parts, n, b, o), jnp.float32),
-        _in_planes(x, tile.columns) if elements == 8 else x,
-        expert.astype(jnp.int32),
+        _interleave(x_nbz, tile.columns) if elements == 8 else x_nbz,
+        expert_n.astype(jnp.int32),
         values,
         scale,
         grid=(programs, n, parts),
@@ -138,10 +139,11 @@ def _dot(kernel, tiles, elements: int, x, expert, values, scale, devices: int) -
     return jnp.sum(y_pnbo, axis=0)
 
 
-def _parts(warps: int, steps: int, writing: float) -> int:
-    """In how many parts the sum over z is cut: two warps keep a scheduler busy, and none should get one more than most.
+def _count_parts(warps: int, steps: int, writing: float) -> int:
+    """Return the number of parts in which to cut the sum over z.
 
-    `writing` is the time to write and read y, as a share of that for all products where every scheduler is busy.
+    Two warps keep a scheduler busy, and none should get one more than most. `writing` is the time to write and read y
+    as a share of that for all products when every scheduler is busy.
     """
 
     def cost(parts: int) -> float:
@@ -151,8 +153,8 @@ def _parts(warps: int, steps: int, writing: float) -> int:
     return min(range(1, max(2, steps // 2 + 1)), key=cost)
 
 
-def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
-    """Three bfloat16 arrays whose sum is the float32 array `x`."""
+def _split_float32(x: jax.Array) -> list[jax.Array]:
+    """Return three bfloat16 arrays whose sum is the float32 array `x`."""
     parts = []
     for _ in range(3):
         part = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
@@ -161,8 +163,8 @@ def _bfloat16_parts(x: jax.Array) -> list[jax.Array]:
     return parts
 
 
-def _in_planes(x: jax.Array, columns: int) -> jax.Array:
-    """x in chunks of `columns` words of 8 elements: the elements 0 of the words, then the elements 1, and so on."""
-    n, b, z = x.shape
-    padded = jnp.pad(x, [(0, 0), (0, 0), (0, -z % (8 * columns))])
+def _interleave(x_nbz: jax.Array, columns: int) -> jax.Array:
+    """Reorder x in chunks of `columns` words of 8 elements: element 0 of each word, then element 1, and so on."""
+    n, b, z = x_nbz.shape
+    padded = jnp.pad(x_nbz, [(0, 0), (0, 0), (0, -z % (8 * columns))])
     return padded.reshape(n, b, -1, columns, 8).swapaxes(-1, -2).reshape(n, b, -1)

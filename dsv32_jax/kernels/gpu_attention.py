@@ -23,7 +23,7 @@ FEW_ROWS, LONG = 2, 65536
 """Up to so many rows of at least so many scores are left to XLA, whose sort uses all multiprocessors for a row."""
 
 
-def serves(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> bool:
+def supports(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> bool:
     """Whether there are kernels for these cache rows and vectors of these `sizes`: bfloat16 queries over bfloat16 or
     FP8 rows, sizes that are powers of two."""
     stored = all(isinstance(one, Bf16Rows | Fp8Rows) for one in rows)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ..kernels import dispatch as kernels
+from ..kernels import dispatch
 from ..parallel.partition import axes_of
 from ..quantization.formats import Weight
 from .ops import einsum32, swiglu
@@ -71,10 +71,10 @@ def each_expert(
     devices: int = 1,
 ) -> jax.Array:
     """expert[t, k](h[t]), in float32 [t, X, D]: what each of a token's experts makes of it."""
-    blocks = in_blocks(expert_tX, w_gate_EMD.shape[0], kernels.smallest_block())
+    blocks = in_blocks(expert_tX, w_gate_EMD.shape[0], dispatch.min_block())
 
     def product(x_nbz, bank):
-        return kernels.blocks(x_nbz, blocks.expert_n, bank, devices)
+        return dispatch.multiply_blocks(x_nbz, blocks.expert_n, bank, devices)
 
     y_nbD = swiglu(h_tD[blocks.token_nb], w_gate_EMD, w_up_EMD, w_down_EDM, product, product)
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)

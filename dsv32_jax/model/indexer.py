@@ -8,7 +8,6 @@ and attention sees only the index_topk tokens with the largest score. One key a 
 """
 
 import dataclasses
-import math
 from functools import partial
 
 import jax
@@ -21,18 +20,13 @@ from ..parallel.sharding import over_rows
 from ..quantization.cache_formats import Rows, read
 from ..quantization.formats import Weight
 from .cache import LayerCache
-from .ops import dot, einsum32, hadamard, layer_norm, rotate_halves
+from .ops import einsum32, hadamard, layer_norm, rotate_halves
 from .summary import Module
 
 LAYER_NORM_EPS = 1e-6
 
 KEYS = 4096
 """Slots of a long cache that are scored at once."""
-
-MATCHES = 1 << 21
-"""Of queries' heads with keys: with more of them a CPU takes HEADS heads at a time."""
-
-HEADS = 4
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -66,38 +60,14 @@ class Indexer(Module):
 
 
 def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """I [B, T, S] in float32; -inf where a token is not visible to the query."""
-    sums = all_heads
-    if w_BTI.size * k_BSJ.shape[1] > MATCHES:
-        sums = partial(jax.lax.platform_dependent, cpu=some_heads, default=all_heads)
-    return jnp.where(visible_BTS, sums(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
-
-
-def all_heads(q_BTiJ: jax.Array, w_BTi: jax.Array, k_BSJ: jax.Array) -> jax.Array:
-    """The sum over these heads [B, T, S], as the paper states it."""
-    match_BTiS = jax.nn.relu(dot("BTiJ,BSJ->BTiS", q_BTiJ, k_BSJ))
-    return dot("BTi,BTiS->BTS", w_BTi, match_BTiS)
-
-
-def some_heads(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.Array:
-    """The same, HEADS heads after the other: the matches stay in a CPU's caches, and it takes half the time."""
-    *before, heads = w_BTI.shape
-    at_once = math.gcd(heads, HEADS)
-    q_gBTiJ = jnp.moveaxis(q_BTIJ.reshape(*before, -1, at_once, q_BTIJ.shape[-1]), 2, 0)
-    w_gBTi = jnp.moveaxis(w_BTI.reshape(*before, -1, at_once), 2, 0)
-
-    def add(score_BTS, group):
-        q_BTiJ, w_BTi = group
-        return score_BTS + all_heads(q_BTiJ, w_BTi, k_BSJ), None
-
-    nothing_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
-    return jax.lax.scan(add, nothing_BTS, (q_gBTiJ, w_gBTi))[0]
+    """Return I [B, T, S] in float32; -inf where a token is not visible to the query."""
+    return jnp.where(visible_BTS, dispatch.index_scores(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
 
 
 @jax.named_scope("index scores")
 def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
     """Return `index_scores` [B, T, S] over all slots of the cache for queries at `position_BT`."""
-    kernels = dispatch.sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
+    kernels = dispatch.find_sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
     score = dispatch.differentiable(scores_of_rows, {"cuda": kernels.index_scores}) if kernels else scores_of_rows
     return over_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
 
@@ -128,7 +98,7 @@ def scores_of_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT
 @jax.named_scope("top-k")
 def select_of_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
     """Return `select` of scores that are -inf behind each query's position."""
-    kernels = dispatch.sparse_attention(jnp.bfloat16, (), ())
+    kernels = dispatch.find_sparse_attention(jnp.bfloat16, (), ())
     if kernels is None or not kernels.selects(score_BTS.shape):
         return over_rows(partial(select, topk=topk))(score_BTS)
     return over_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)

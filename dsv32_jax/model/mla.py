@@ -122,7 +122,9 @@ def sparse(
 
 def sparse_kernels(cfg: Config, dtype, cache: LayerCache):
     """Return the kernels that attend over this cache, if there are any."""
-    return dispatch.sparse_attention(dtype, (cache.c_kv_BSC, cache.k_r_BSR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
+    return dispatch.find_sparse_attention(
+        dtype, (cache.c_kv_BSC, cache.k_r_BSR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
+    )
 
 
 def attend_selected(

@@ -12,57 +12,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..kernels.dispatch import blocks, columns, kernels
-from ..kernels.reference import contracted, dot, product
-from ..parallel.sharding import over_letters
+from ..kernels import dispatch
+from ..kernels.reference import dot
+from ..parallel.sharding import shard_product
 from ..quantization.formats import Weight
 
 
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
-    """The product of `x` with a weight in any format, multiplied in x's dtype, accumulated and returned in float32.
+    """Return the product of `x` with a weight in any format: multiplied in x's dtype, accumulated in float32.
 
     A norm, rotation or activation that follows is computed in float32 too, and rounded once, at its end. The letters
-    of `spec` are those of the arrays' names; on a mesh they say how it is spread.
+    of `spec` are those of the arrays' names; on a mesh they say how it is sharded.
     """
-    left, right, out = spec.replace("->", ",").split(",")
-    count = contracted(left, right, out)
-    rows = math.prod(size for letter, size in zip(left, x.shape, strict=True) if letter not in right)
-    if not kernels(w, rows):
-        multiply = partial(product, spec)
-    elif count and left[:-count] + right[:-count] == out:
-        multiply = partial(_linear, count)
-    else:
-        multiply = _of_heads if count else _of_heads_columns
-    return over_letters(left, right, out, multiply)(x, w)
-
-
-def _linear(count: int, x: jax.Array, w: Weight) -> jax.Array:
-    """[..., out...]: the last `count` axes of `x` and of `w` contracted, all rows of `x` in one block."""
-    before = x.shape[:-count]
-    bank = jax.tree.map(lambda part: part.reshape(1, -1, math.prod(part.shape[-count:])), w)
-    y_1bo = blocks(x.reshape(1, math.prod(before), -1), jnp.zeros(1, jnp.int32), bank)
-    return y_1bo.reshape(*before, *w.shape[:-count])
-
-
-def _of_heads(x: jax.Array, w: Weight) -> jax.Array:
-    """[..., H, out]: the rows of each head of `x` [..., H, in] times the head's own matrix [out, in]."""
-    rows = _by_head(x)
-    return _by_row(blocks(rows, jnp.arange(len(rows), dtype=jnp.int32), w), x)
-
-
-def _of_heads_columns(x: jax.Array, w: jax.Array) -> jax.Array:
-    """The same with matrices that lie the other way, [in, out]."""
-    return _by_row(columns(_by_head(x), w), x)
-
-
-def _by_head(x: jax.Array) -> jax.Array:
-    *before, heads, size = x.shape
-    return jnp.moveaxis(x, -2, 0).reshape(heads, math.prod(before), size)
-
-
-def _by_row(y: jax.Array, x: jax.Array) -> jax.Array:
-    *before, heads, _ = x.shape
-    return jnp.moveaxis(y.reshape(heads, *before, -1), 0, -2)
+    return shard_product(spec, partial(dispatch.einsum, spec))(x, w)
 
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
@@ -84,7 +46,7 @@ def rows_of(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
         there = embed_vD.at[token_BT - first]
         return there.get(mode="fill", fill_value=0, wrap_negative_indices=False).astype(jnp.float32)
 
-    return over_letters("BT", "VD", "BTD", local)(token_BT, embed_VD)
+    return shard_product("BT,VD->BTD", local)(token_BT, embed_VD)
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:

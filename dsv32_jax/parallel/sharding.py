@@ -123,17 +123,18 @@ def groups(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
 
 
 def on(mesh: Mesh | None) -> AbstractContextManager:
-    """Inside the `with`, `over_letters` and `over_rows` spread their work over `mesh`."""
+    """Inside the `with`, `shard_product` and `over_rows` spread their work over `mesh`."""
     return nullcontext() if mesh is None else jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
-def over_letters(left: str, right: str, out: str, product: Callable[[jax.Array, Any], jax.Array]):
+def shard_product(spec: str, product: Callable[[jax.Array, Any], jax.Array]):
     """`product` of an array with axes `left` and a weight with axes `right`, each device multiplying the parts it has.
 
     Where a letter that is summed over is split, the parts are added up over the devices; inside a shard_map that is its
     own affair. Experts are `experts`' affair: the one weight here that has their letter is the router, and every device
     routes alike.
     """
+    left, right, out = spec.replace("->", ",").split(",")
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
         return product

@@ -22,7 +22,7 @@ def test_for_people(dsv32, checkpoint):
     for wanted in (jax.__version__, "free memory", "free disk, here", "device 7", "kernels", "fits on one device"):
         assert wanted in out
     assert out.endswith("no problems found\n") and "yes, " in out
-    assert dispatch.description() in out
+    assert dispatch.describe() in out
 
 
 def test_for_programs(dsv32, checkpoint):
