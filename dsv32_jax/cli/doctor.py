@@ -1,6 +1,7 @@
 """`dsv32 doctor`: what is installed, what is missing, and what would run. Nothing that is missing makes it fail."""
 
 import argparse
+import functools
 import importlib.metadata
 import os
 import platform
@@ -8,7 +9,6 @@ import resource
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections: dict[str, Facts] = {}
     problems: Problems = []
-    examinations: dict[str, Callable[[Problems], Facts]] = {
-        "versions": _find_versions,
-        "machine": _examine_machine,
-        "devices": _find_devices,
-        "runs": _find_backends,
-    }
+    examinations = {"versions": _find_versions, "machine": _examine_machine}
+    examinations |= {"devices": _find_devices, "runs": _find_backends}
     if arguments.checkpoint is not None:
-        examinations["checkpoint"] = lambda problems: _examine_checkpoint(problems, expand_path(arguments.checkpoint))
+        examinations["checkpoint"] = functools.partial(_examine_checkpoint, folder=arguments.checkpoint)
     for name, examine in examinations.items():
         try:
             sections[name] = examine(problems)
@@ -116,7 +112,7 @@ def _find_devices(problems: Problems) -> Facts:
 
 
 def _list_gpu_processes() -> list[str] | None:
-    """Return process id, memory and name of each process on an NVIDIA GPU; None without such a GPU."""
+    """Return each process on an NVIDIA GPU; None without such a GPU."""
     command = ["nvidia-smi", "--query-compute-apps=pid,used_memory,process_name", "--format=csv,noheader"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
@@ -151,6 +147,7 @@ def _examine_checkpoint(problems: Problems, folder: Path) -> Facts:
     from ..generation.weight_shapes import read_weight_shapes
     from ..model.cache import dtype_of
 
+    folder = expand_path(folder)
     found = read_weight_shapes(folder)
     problems += [f"{folder}: {damage}" for damage in checksums.damaged_files(folder, Manifest.read(folder))]
     cfg, context = found.cfg, min(CONTEXT, found.cfg.max_position_embeddings)

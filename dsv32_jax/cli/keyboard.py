@@ -25,7 +25,10 @@ class Keyboard:
     def __init__(self, screen: Screen):
         self._screen = screen
         self.interactive = sys.stdin.isatty() and sys.stdout.isatty()
-        self._readline = _import_readline() if self.interactive else None
+        self._readline: ModuleType | None = None
+        if self.interactive:
+            with contextlib.suppress(ImportError):
+                self._readline = importlib.import_module("readline")
 
     def read_turn(self, prompt: str) -> str:
         """Return one turn, which becomes one entry of the history. Raises EOFError at the end of the input,
@@ -40,18 +43,14 @@ class Keyboard:
 
     def _read_lines(self, prompt: str) -> str:
         line = self._read_line(prompt)
-        if line.lstrip().startswith(FENCE):
-            return self._read_fenced(line.lstrip().removeprefix(FENCE))
-        while line.endswith("\\") and self.interactive:
-            line = line[:-1] + "\n" + self._read_line("... ")
-        return line
-
-    def _read_fenced(self, line: str) -> str:
-        lines = []
-        while FENCE not in line:
-            lines.append(line)
-            line = self._read_line("... ")
-        lines.append(line[: line.index(FENCE)])
+        if not line.lstrip().startswith(FENCE):
+            while line.endswith("\\") and self.interactive:
+                line = line[:-1] + "\n" + self._read_line("... ")
+            return line
+        lines = [line.lstrip().removeprefix(FENCE)]
+        while FENCE not in lines[-1]:
+            lines.append(self._read_line("... "))
+        lines[-1] = lines[-1][: lines[-1].index(FENCE)]
         first, last = lines[0] == "" and len(lines) > 1, lines[-1] == "" and len(lines) > 2
         return "\n".join(lines[first : len(lines) - last])
 
@@ -90,7 +89,9 @@ class Keyboard:
             yield
             return
         readline, folder = self._readline, find_user_folder("XDG_STATE_HOME", ".local/state")
-        readline.set_completer(lambda text, i: [*_complete(commands, text), None][i])
+        readline.set_completer(
+            lambda text, i: [*(name for name in commands if text[:1] == "/" and name.startswith(text)), None][i]
+        )
         readline.set_completer_delims("")
         readline.parse_and_bind("tab: complete")
         readline.parse_and_bind("set enable-bracketed-paste on")
@@ -111,14 +112,3 @@ class Keyboard:
             readline.write_history_file(file)
         except OSError as error:
             self._screen.note(f"history was not saved: {error}")
-
-
-def _complete(commands: Sequence[str], text: str) -> list[str]:
-    return [name for name in commands if text.startswith("/") and name.startswith(text)]
-
-
-def _import_readline() -> ModuleType | None:
-    try:
-        return importlib.import_module("readline")
-    except ImportError:
-        return None

@@ -47,11 +47,11 @@ class PromptReader:
 
     def read(self) -> list[PromptInput]:
         """Return all prompts. Raises UsageError that lists every invalid one."""
-        arguments = self._arguments
-        if self._file is not None and arguments.prompt is not None:
+        arguments, file = self._arguments, self._file
+        if file is not None and arguments.prompt is not None:
             raise UsageError("PROMPT and --file exclude each other")
-        if self._file is not None and self.is_batch:
-            return self._read_lines(read_text(self._file))
+        if file is not None and self.is_batch:
+            return self._read_lines(read_text(file))
         if arguments.thinking and not arguments.chat:
             raise UsageError("--thinking applies to messages: add --chat, or use a .jsonl file")
         text = _read_prompt(arguments)

@@ -65,10 +65,8 @@ class SlashCommands:
             self._screen.note(f"system text: {self._chat.conversation.system or 'none'}")
             return
         self._chat.update(system=None if text == "-" else text)
-        if self._chat.conversation.messages:
-            self._screen.note("system text set; the conversation is read again with it (/reset starts a new one)")
-        else:
-            self._screen.note("system text set")
+        again = "; the conversation is read again with it (/reset starts a new one)"
+        self._screen.note("system text set" + again * bool(self._chat.conversation.messages))
 
     def think(self, mode: str) -> None:
         if mode == "show":
@@ -83,12 +81,15 @@ class SlashCommands:
 
     def set(self, text: str) -> None:
         name, _, value = text.partition(" ")
-        if not name:
-            changed = self._describe_sampling()
-            self._screen.note(changed if changed != "{}" else f"all defaults; options: {', '.join(FIELDS)}")
-            return
-        if name not in FIELDS:
+        if name and name not in FIELDS:
             raise UsageError(f"unknown option {one_line(name, 40)!r}; options: {', '.join(FIELDS)}")
+        if name:
+            self._change_sampling(name, value)
+        default, chosen = vars(Sampling()), vars(self._chat.sampling)
+        changed = {name: value for name, value in chosen.items() if value != default[name]}
+        self._screen.note(json.dumps(changed) if changed else f"all defaults; options: {', '.join(FIELDS)}")
+
+    def _change_sampling(self, name: str, value: str) -> None:
         try:
             parsed = json.loads(value)
         except (ValueError, RecursionError):
@@ -97,12 +98,11 @@ class SlashCommands:
         model = self._chat.session.model
         bias_row(sampling, model.cfg.vocab_size, model.origin.tokens or model.cfg.vocab_size)
         self._chat.sampling = sampling
-        self._screen.note(self._describe_sampling())
 
     def save(self, name: str) -> None:
-        file, chat = _parse_path(name), self._chat
-        messages, cache = conversation_file.file_names(file)
-        conversation_file.save(file, chat.conversation, chat.session, replace=messages in self._saved)
+        messages, cache = conversation_file.file_names(_parse_path(name))
+        replace = messages in self._saved
+        conversation_file.save(messages, self._chat.conversation, self._chat.session, replace=replace)
         self._saved.add(messages)
         self._screen.note(f"saved {messages} (messages) and {cache} (KV cache)")
 
@@ -120,11 +120,6 @@ class SlashCommands:
 
     def quit(self, _: str) -> None:
         raise Quit
-
-    def _describe_sampling(self) -> str:
-        """Return the sampling parameters that differ from their defaults, as JSON."""
-        default, chosen = vars(Sampling()), vars(self._chat.sampling)
-        return json.dumps({name: value for name, value in chosen.items() if value != default[name]})
 
 
 def _parse_path(text: str) -> Path:

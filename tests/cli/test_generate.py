@@ -157,6 +157,7 @@ def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
         and "loaded" not in err
         and "\x1b" not in err
     )
+    assert "line 10: temperature must be" in err, "options are spelled as the keys of the file"
     for number, why in enumerate(BAD_LINES.values(), 2):
         assert f"line {number}: " in err and why in err, why
 
