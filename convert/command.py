@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import Manifest, is_complete
-from dsv32_jax.errors import CapacityError, DsvError, StorageError
+from dsv32_jax.errors import COMMAND_LINE, CapacityError, DsvError, StorageError
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.argument_parser import Parser
 from dsv32_jax.system.progress import Reporter, make_reporter
@@ -42,7 +42,14 @@ def main(argv: list[str] | None = None) -> int:
 
     The result goes to stdout, everything else to stderr. A signal ends the process.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    spelling = COMMAND_LINE.set(True)
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        COMMAND_LINE.reset(spelling)
+
+
+def _main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     reporter = make_reporter(options.log_format == "json")
     command = f"{NAME} {shlex.join(argv)}"
