@@ -214,7 +214,7 @@ def test_damage_is_told_before_anything_is_loaded(how, mapped, copy, tmp_path):
 def test_a_manifest_that_leads_elsewhere_is_refused(copy):
     text = (copy / "manifest.json").read_text()
     (copy / "manifest.json").write_text(text.replace("weights/00000/", "weights/../../", 1))
-    with pytest.raises(CheckpointError, match="malformed"):
+    with pytest.raises(CheckpointError, match="is invalid .* Convert the original checkpoint again"):
         ds.load(copy)
 
 

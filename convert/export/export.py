@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.checkpoint.manifest import digest, sync_folder
+from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
-from dsv32_jax.system.files import expand_path, is_abandoned, read_json
+from dsv32_jax.system.files import expand_path, is_abandoned, read_json, sync
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_names
@@ -191,4 +191,4 @@ def _publish(aside: Path, out: Path) -> None:
             f"{out} was made by something else meanwhile and was not touched. The export stays in {aside} until "
             f"one of the same name is made; export to a new folder ({error.strerror})"
         ) from error
-    sync_folder(out.parent)
+    sync(out.parent)

@@ -43,7 +43,7 @@ def reshard(
     converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
-    if damaged := converted.arrays.problems():
+    if damaged := converted.arrays.find_problems():
         text = "\n  ".join(damaged)
         raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
     require_apart(converted.folder, out)

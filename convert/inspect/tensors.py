@@ -69,7 +69,7 @@ def _list_converted(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
     for key, entry in converted.expected.items():
         name = ".".join(key)
         if fnmatch.fnmatchcase(name, pattern) or fnmatch.fnmatchcase(key[0], pattern):
-            place = "missing" if converted.arrays.problems([key]) else f"{WEIGHTS}/{entry.part}"
+            place = "missing" if converted.arrays.find_problems([key]) else f"{WEIGHTS}/{entry.part}"
             yield _row(name, entry.dtype, entry.shape, entry.nbytes, place)
 
 

@@ -113,7 +113,7 @@ class Converted:
 
     def is_readable(self, group: Group) -> bool:
         """Whether all arrays of `group` exist with the recorded sizes."""
-        return not self.arrays.problems(self.keys(group))
+        return not self.arrays.find_problems(self.keys(group))
 
     def read(self, group: Group, on_damage: Callable[[str], None]) -> Iterator[tuple[Weight, list[Components]]]:
         """Read each weight of `group`, with the components of its parameters (of its expert).

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv32_jax.checkpoint.checksums import damaged_files, require_manifest
+from dsv32_jax.checkpoint.checksums import find_damaged_files, require_manifest
 from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import raw
@@ -70,7 +70,7 @@ def verify(
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
     converted = _open(expand_path(folder).absolute())
-    damaged = damaged_files(converted.folder, converted.manifest)
+    damaged = find_damaged_files(converted.folder, converted.manifest)
     source = None if against is None else Source(expand_path(against).absolute())
     proof = _Proof(converted, source, progress)
     if level == "full":

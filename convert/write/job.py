@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Unpack
 
-from dsv32_jax.checkpoint.checksums import changed_files, list_files
+from dsv32_jax.checkpoint.checksums import find_changed_files, list_files
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.errors import CheckpointError, OutputExistsError, VerificationError, listing, writing_failed
@@ -67,7 +67,7 @@ def _read_finished(prepared: Prepared) -> Manifest:
             f"yourself. The differences: {listing(changed)}"
         )
     require_same_bytes(prepared.source, manifest.leaves.values())
-    if damaged := changed_files(dst, manifest):
+    if damaged := find_changed_files(dst, manifest):
         raise VerificationError(
             f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
             "folder and convert again, or convert to another one"

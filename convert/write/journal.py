@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.checkpoint.checksums import STRAYS, require_written
-from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest, leaf_dict, parse_leaf
+from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest
 from dsv32_jax.checkpoint.writer import UNFINISHED
 from dsv32_jax.errors import OutputExistsError, listing
 from dsv32_jax.system.files import hash_chunks, remove_abandoned, write_file
@@ -68,7 +68,7 @@ class Journal:
         self._begun = {line["begin"] for line in lines if "begin" in line}
         for line in lines:
             if "begin" not in line:
-                entries = {path: parse_leaf(leaf) for path, leaf in line["leaves"].items()}
+                entries = {path: LeafEntry.from_json(leaf) for path, leaf in line["leaves"].items()}
                 outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
                 self.parts[line["part"]] = Part(line["part"], entries, line["facts"], outcomes)
 
@@ -125,7 +125,7 @@ class Journal:
 
     def add(self, part: Part) -> None:
         """Record that `part` is on disk; durable when this returns."""
-        leaves = {path: leaf_dict(entry) for path, entry in part.entries.items()}
+        leaves = {path: entry.to_json() for path, entry in part.entries.items()}
         self._append({"part": part.name, "leaves": leaves, "facts": part.counts, "outcomes": part.outcomes})
         self.parts[part.name] = part
 

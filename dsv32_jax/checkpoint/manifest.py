@@ -1,6 +1,6 @@
-"""The manifest of a converted checkpoint: FOLDER/manifest.json, written last. Reading it needs neither JAX nor NumPy.
+"""The manifest of a converted checkpoint, FOLDER/manifest.json: every weight, its files and its checksums.
 
-A folder with a manifest is complete; one without is unfinished or something else.
+It is written last, so a folder with a manifest is complete. Reading it needs neither JAX nor NumPy.
 """
 
 import collections
@@ -9,41 +9,39 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..errors import CheckpointError, listing
-from ..system.files import expand_path, write_file
+from ..errors import CheckpointError, listing, pluralize
+from ..system.files import expand_path, read_regular, write_file
 from .provenance import Passport
 
 FILE = "manifest.json"
 WEIGHTS = "weights"
-"""The folder of the arrays, below that of the manifest."""
+"""The folder with the files of all arrays, beside the manifest."""
 
 JOURNAL = "journal.jsonl"
-"""The record of a conversion in progress; `convert` removes it when the manifest stands."""
+"""The record of an unfinished conversion, which `convert` removes once the manifest is written."""
 
 FORMAT_VERSION = 2
 LARGEST = 1 << 30
-"""The largest manifest that is read, in bytes; that of the real model in NVFP4 has about 40 MB."""
+"""Size limit of a manifest in bytes. The real model's has 20 MB in NVFP4."""
 
 COMPONENTS = {
     "dense": {"values"},
     "nvfp4": {"codes", "block_scale", "tensor_scale"},
     "fp8_block": {"values", "block_scale"},
 }
-"""The arrays of a weight in each storage format; all of them have the rank of the weight."""
+"""The arrays that store a weight in each format. They all have the weight's rank."""
 
 ITEM_BYTES = {"uint8": 1, "float8_e4m3fn": 1, "float32": 4, "bfloat16": 2, "float16": 2}
-"""The dtypes of stored arrays, as NumPy names them, and their sizes."""
+"""Item sizes of the dtypes that arrays are stored in, by NumPy name."""
 
 
 class Place(NamedTuple):
-    """The files that hold an array, relative to the checkpoint's folder. More than one are equal pieces of `axis`."""
+    """The files that hold an array, relative to the checkpoint. Several files are equal slices along `axis`."""
 
     files: tuple[str, ...] = ()
     axis: int = 0
@@ -51,9 +49,9 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:
-    """One stored array: NumPy dtype name, shape, SHA-256 of its bytes in C order, and where these lie.
+    """One stored array: NumPy dtype name, shape, SHA-256 of its bytes in C order, and location.
 
-    Arrays of the same content are equal wherever they lie.
+    Entries of equal content compare equal wherever they are stored.
     """
 
     dtype: str
@@ -63,26 +61,48 @@ class ArrayEntry:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the array."""
+        """Size of the whole array."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
     @property
     def piece(self) -> tuple[int, ...]:
-        """The shape of what one file holds."""
+        """Shape of the slice in one file."""
         axis, count = self.place.axis, len(self.place.files)
         return tuple(size // count if i == axis else size for i, size in enumerate(self.shape))
 
     @property
     def part(self) -> str:
-        """The part of the checkpoint that holds it."""
+        """Name of the part, a folder in WEIGHTS, that the files are in."""
         return self.place.files[0].split("/")[1]
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Self:
+        """Parse the output of `to_json`. Raise CheckpointError for anything else."""
+        try:
+            place = Place(tuple(raw["files"]), raw.get("axis", 0))
+            entry = cls(raw["dtype"], tuple(raw["shape"]), raw["sha256"], place)
+            sizes = all(type(size) is int and size >= 0 for size in (*entry.shape, place.axis))
+            count, named = len(place.files), all(map(_is_array_file, place.files))
+            even = place.axis == 0 if count == 1 else place.axis > 0 and entry.shape[place.axis] % count == 0
+            if sizes and count and named and even and re.fullmatch("[0-9a-f]{64}", entry.sha256):
+                if raw["nbytes"] == entry.nbytes:
+                    return entry
+        except (KeyError, TypeError, AttributeError, IndexError):
+            pass
+        raise CheckpointError(f"invalid array {raw!r:.400}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON. `nbytes` follows from dtype and shape; it is there for other readers."""
+        known = {"dtype": self.dtype, "shape": list(self.shape), "nbytes": self.nbytes, "sha256": self.sha256}
+        axis = {"axis": self.place.axis} if self.place.axis else {}
+        return {**known, "files": list(self.place.files), **axis}
 
 
 @dataclasses.dataclass(frozen=True)
 class LeafEntry:
-    """One weight: its storage format and arrays, or (`same_as`) the weight whose arrays it shares.
+    """One weight: its format and arrays, or (`same_as`) the weight whose arrays it shares.
 
-    `origin` is the JSON of its passport. Weights of the same content are equal wherever they come from.
+    `origin` is the JSON of its passport. Weights of equal content compare equal whatever their origin.
     """
 
     format: str
@@ -92,21 +112,48 @@ class LeafEntry:
 
     @functools.cached_property
     def passport(self) -> Passport | None:
-        """Its provenance, parsed when it is asked for: of the real model that takes longer than everything else."""
+        """Provenance of the weight, parsed on first use: for the real model that takes longer than a load."""
         return None if self.origin is None else Passport.from_json(self.origin)
 
     def at(self, path: str, places: Mapping[tuple[str, str], Place]) -> Self:
-        """Return the entry with its arrays in `places`, by the `path` of the weight and the name of the component."""
-        arrays = {name: dataclasses.replace(a, place=places[path, name]) for name, a in self.arrays.items()}
+        """Return this entry with its arrays at `places`, which are keyed by the weight's `path` and component."""
+        arrays = {name: dataclasses.replace(array, place=places[path, name]) for name, array in self.arrays.items()}
         return dataclasses.replace(self, arrays=arrays)
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The part of the entry that the manifest's digest covers, as JSON."""
+        arrays = {name: [a.dtype, list(a.shape), a.sha256] for name, a in self.arrays.items()}
+        shared = {} if self.same_as is None else {"same_as": self.same_as}
+        return {"format": self.format, "arrays": arrays, **shared}
+
+    @classmethod
+    def from_json(cls, raw: Any) -> Self:
+        """Parse the output of `to_json`. Raise CheckpointError for anything else."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("arrays"), dict):
+            raise CheckpointError("not an object with arrays")
+        format, same_as = raw.get("format"), raw.get("same_as")
+        if not isinstance(format, str) or format not in COMPONENTS:
+            raise CheckpointError(f"unknown format {format!r:.200}")
+        if same_as is not None and not isinstance(same_as, str):
+            raise CheckpointError(f"same_as is {same_as!r:.200}")
+        if set(raw["arrays"]) != (COMPONENTS[format] if same_as is None else set()):
+            raise CheckpointError(f"{format} with the arrays {listing(sorted(raw['arrays'])) or 'none'}")
+        arrays = {name: ArrayEntry.from_json(array) for name, array in raw["arrays"].items()}
+        return cls(format, arrays, same_as, raw.get("passport"))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the entry as JSON."""
+        arrays = {name: array.to_json() for name, array in self.arrays.items()}
+        return {**self.content, "arrays": arrays, **({} if self.origin is None else {"passport": self.origin})}
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """A converted checkpoint: the model's config.json, its weights, and where they came from.
+    """A converted checkpoint: config.json of the model, its weights, and where they came from.
 
-    `source`, `report` and `versions` are for people. `storage` lists the files that hold no array ("files": size and
-    SHA-256 by path) and the mesh that the arrays are laid out for ("mesh"). None of these is part of the digest.
+    `source`, `report` and `versions` are informative. `storage` has the size and SHA-256 of every file that holds no
+    array ("files") and the mesh the arrays are laid out for ("mesh"). None of these is part of the digest.
     """
 
     config: dict[str, Any]
@@ -119,78 +166,45 @@ class Manifest:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over config and weights: the same for the same content, wherever and whenever it was made."""
-        return digest({"config": self.config, "leaves": {path: _content(leaf) for path, leaf in self.leaves.items()}})
+        """SHA-256 of config and weights: equal for equal content, wherever and whenever it was converted."""
+        return digest({"config": self.config, "leaves": {path: leaf.content for path, leaf in self.leaves.items()}})
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Return the manifest of the converted checkpoint `folder`. Raises CheckpointError that says what is there."""
-        file = Path(folder) / FILE
+        """Read the manifest of the converted checkpoint `folder`. Raise CheckpointError if it is something else."""
+        file = Path(folder, FILE)
         try:
-            status = file.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST:
-                raise ValueError(f"not a regular file of at most {LARGEST} bytes")
-            raw = json.loads(file.read_text(encoding="utf-8"))
+            raw = json.loads(read_regular(file, LARGEST))
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(_explain_absence(Path(folder))) from None
         except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} cannot be read: {error}") from error
-        return cls._parse(raw, file)
-
-    @classmethod
-    def _parse(cls, raw: Any, file: Path) -> Self:
-        version = raw.get("format_version") if isinstance(raw, dict) else None
-        if type(version) is int and version > FORMAT_VERSION:
-            raise CheckpointError(
-                f"{file} has format_version {version}, and this version of dsv32_jax reads {FORMAT_VERSION}. "
-                "Update dsv32_jax, or convert the original checkpoint again"
-            )
-        if version == 1:
-            raise CheckpointError(
-                f"{file} was written by an earlier version of dsv32_jax (format_version 1), whose files are no longer "
-                "read. Convert the original checkpoint again, to a new folder: `dsv32 convert SRC DST`"
-            )
-        leaves, problems = _parse_leaves(raw)
+        leaves, problems = _parse(raw)
         if not problems:
             manifest = cls(raw["config"], leaves, *(raw[key] for key in ("source", "report", "versions", "storage")))
             if raw.get("digest") == manifest.digest:
                 return manifest
-            problems = ["its digest does not match config and weights, so it was edited or damaged"]
-        count = f"{len(problems)} problem{'s' * (len(problems) > 1)}"
+            problems = ["its digest does not match config and weights: it was edited or damaged"]
         raise CheckpointError(
-            f"{file} is malformed ({count}): {listing(problems, 20)}. Convert the original checkpoint again"
+            f"{file} is invalid ({pluralize(len(problems), 'problem')}): {listing(problems, 20)}. {_advise(raw)}"
         )
 
     def write(self, folder: str | Path) -> None:
-        """Write FOLDER/manifest.json, whole or not at all; durable on return."""
-        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        raw["leaves"] = {path: leaf_dict(leaf) for path, leaf in self.leaves.items()}
-        raw["digest"] = self.digest
-        write_file(Path(folder, FILE), _seal(_body(raw)).encode())
+        """Write FOLDER/manifest.json atomically: one weight per line, and first the SHA-256 of everything below it."""
+        raw = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name != "leaves"}
+        short = json.dumps(raw | {"digest": self.digest}, indent=1).removeprefix("{\n").removesuffix("\n}")
+        lines = (f"  {json.dumps(path)}: {json.dumps(leaf.to_json())}" for path, leaf in self.leaves.items())
+        text = short + ',\n "leaves": {\n' + ",\n".join(lines) + "\n }\n}\n"
+        write_file(Path(folder, FILE), _seal(text).encode())
 
 
-def sync_folder(folder: str | Path) -> None:
-    """Make the names in `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _seal(rest: str) -> str:
+    return f'{{\n "sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
 
 
-def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` has a manifest, which is written last."""
-    return (expand_path(folder) / FILE).exists()
-
-
-def is_converted(folder: Path) -> bool:
-    """Whether `folder` is a converted checkpoint, or one in the making."""
-    return (folder / FILE).exists() or (folder / JOURNAL).exists()
-
-
-def is_inside(name: str) -> bool:
-    """Whether `name`, a path that a file gives, stays below the folder of that file. (Links are refused on opening.)"""
-    return 0 < len(name) < 1024 and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+def is_sealed(text: str) -> bool:
+    """Whether the `text` of a manifest.json is what was written, byte for byte."""
+    return text == _seal(text.partition(",\n")[2])
 
 
 def digest(content: Any) -> str:
@@ -199,111 +213,63 @@ def digest(content: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def is_sealed(text: str) -> bool:
-    """Whether the `text` of a manifest.json is, byte for byte, as it was written."""
-    return text == _seal(text[len(_SEAL) + 64 + 3 :])
+def is_complete(folder: str | Path) -> bool:
+    """Whether `folder` has a manifest."""
+    return (expand_path(folder) / FILE).exists()
 
 
-_SEAL = '{\n "sha256": "'
+def is_converted(folder: Path) -> bool:
+    """Whether `folder` is a converted checkpoint, finished or not."""
+    return (folder / FILE).exists() or (folder / JOURNAL).exists()
 
 
-def _seal(rest: str) -> str:
-    """Return the text of the file: in its first line the SHA-256 of the `rest`, then the rest."""
-    return f'{_SEAL}{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+def is_inside(name: str) -> bool:
+    """Whether `name` is a relative path that does not leave its folder. Links are rejected when a file is opened."""
+    return 0 < len(name) < 1024 and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
-def _body(raw: dict[str, Any]) -> str:
-    """Return `raw` as JSON without its opening brace, one weight a line."""
-    lines = [f"  {json.dumps(path)}: {json.dumps(leaf)}" for path, leaf in raw["leaves"].items()]
-    short = {key: value for key, value in raw.items() if key not in ("leaves", "storage")}
-    text = json.dumps(short, indent=1).removeprefix("{\n").removesuffix("\n}")
-    leaves = ",\n".join(lines)
-    return f'{text},\n "storage": {json.dumps(raw["storage"])},\n "leaves": {{\n{leaves}\n }}\n}}\n'
+def _is_array_file(name: str) -> bool:
+    return name.startswith(WEIGHTS + "/") and name.count("/") == 3 and is_inside(name)
 
 
-def leaf_dict(leaf: LeafEntry) -> dict[str, Any]:
-    """Return `leaf` as JSON; `parse_leaf` reads it back."""
-    raw = _content(leaf)
-    for name, array in leaf.arrays.items():
-        where = {"files": list(array.place.files), **({"axis": array.place.axis} if array.place.axis else {})}
-        known = {"dtype": array.dtype, "shape": list(array.shape), "nbytes": array.nbytes, "sha256": array.sha256}
-        raw["arrays"][name] = known | where
-    return raw if leaf.origin is None else raw | {"passport": leaf.origin}
-
-
-def parse_leaf(raw: Any) -> LeafEntry:
-    """Return the entry that `leaf_dict` wrote. Raises ValueError that says what else it is."""
-    if not isinstance(raw, dict) or not isinstance(raw.get("arrays"), dict):
-        raise ValueError("not an object with arrays")
-    format, same_as = raw.get("format"), raw.get("same_as")
-    if not isinstance(format, str) or format not in COMPONENTS:
-        raise ValueError(f"format {format!r} is unknown")
-    if same_as is not None and not isinstance(same_as, str):
-        raise ValueError(f"same_as is {same_as!r:.200}")
-    if set(raw["arrays"]) != (COMPONENTS[format] if same_as is None else set()):
-        raise ValueError(f"{format} with the arrays {listing(sorted(raw['arrays'])) or 'none'}")
-    arrays = {name: _parse_array(name, array) for name, array in raw["arrays"].items()}
-    return LeafEntry(format, arrays, same_as, raw.get("passport"))
-
-
-def _parse_array(name: str, raw: Any) -> ArrayEntry:
-    try:
-        place = Place(tuple(raw["files"]), raw.get("axis", 0))
-        entry = ArrayEntry(raw["dtype"], tuple(raw["shape"]), raw["sha256"], place)
-        sizes = all(type(size) is int and size >= 0 for size in (*entry.shape, place.axis))
-        whole = len(place.files) == 1 and place.axis == 0
-        cut = len(place.files) > 1 and place.axis > 0 and entry.shape[place.axis] % len(place.files) == 0
-        named = all(file.startswith(WEIGHTS + "/") and file.count("/") == 3 and is_inside(file) for file in place.files)
-        if sizes and (whole or cut) and named and re.fullmatch("[0-9a-f]{64}", entry.sha256):
-            if raw["nbytes"] == entry.nbytes:
-                return entry
-    except (KeyError, TypeError, AttributeError, IndexError):
-        pass
-    raise ValueError(f"array {name} is {raw!r:.400}")
-
-
-def _parse_leaves(raw: Any) -> tuple[dict[str, LeafEntry], list[str]]:
-    """Return the weights of a manifest's JSON, and everything that is wrong with it."""
+def _parse(raw: Any) -> tuple[dict[str, LeafEntry], list[str]]:
+    """Return the weights in the JSON of a manifest, and everything that is wrong with it."""
     if not isinstance(raw, dict):
         return {}, ["not a JSON object"]
     if raw.get("format_version") != FORMAT_VERSION:
-        return {}, [f"format_version is {raw.get('format_version')!r}, not {FORMAT_VERSION}"]
+        return {}, [f"format_version is {raw.get('format_version')!r:.200}, not {FORMAT_VERSION}"]
     keys = ("config", "leaves", "source", "report", "versions", "storage")
     if problems := [f"{key} is not an object" for key in keys if not isinstance(raw.get(key), dict)]:
         return {}, problems
     leaves: dict[str, LeafEntry] = {}
     for path, leaf in raw["leaves"].items():
         try:
-            leaves[path] = parse_leaf(leaf)
-        except ValueError as error:
+            leaves[path] = LeafEntry.from_json(leaf)
+        except CheckpointError as error:
             problems.append(f"leaf {path}: {error}")
     for path, leaf in leaves.items():
         if leaf.same_as is not None and (leaf.same_as not in leaves or leaves[leaf.same_as].same_as is not None):
             problems.append(f"leaf {path}: same_as {leaf.same_as!r} is not a stored leaf")
     arrays = [array for leaf in leaves.values() for array in leaf.arrays.values()]
-    files = collections.Counter(file for array in arrays for file in array.place.files)
-    problems += [f"{file} holds {count} arrays" for file, count in files.items() if count > 1]
-    listed = raw["storage"].get("files", {})
-    if not isinstance(listed, dict):
-        return leaves, [*problems, f"storage of files is {listed!r:.200}"]
-    return leaves, problems + [
-        f"storage of {name} is {file!r}" for name, file in listed.items() if not _is_file(name, file)
-    ]
+    counts = collections.Counter(file for array in arrays for file in array.place.files)
+    problems += [f"{file} holds {count} arrays" for file, count in counts.items() if count > 1]
+    files = raw["storage"].get("files", {})
+    for name, file in files.items() if isinstance(files, dict) else [("files", files)]:
+        if not is_inside(name) or not isinstance(file, list) or [type(value) for value in file] != [int, str]:
+            problems.append(f"storage of {name} is {file!r:.200}")
+    return leaves, problems
 
 
-def _is_file(name: str, file: Any) -> bool:
-    return is_inside(name) and isinstance(file, list) and [type(value) for value in file] == [int, str]
-
-
-def _content(leaf: LeafEntry) -> dict[str, Any]:
-    """Return the part of `leaf` that the digest covers."""
-    arrays = {name: [a.dtype, list(a.shape), a.sha256] for name, a in leaf.arrays.items()}
-    shared = {} if leaf.same_as is None else {"same_as": leaf.same_as}
-    return {"format": leaf.format, "arrays": arrays, **shared}
+def _advise(raw: Any) -> str:
+    version = raw.get("format_version") if isinstance(raw, dict) else None
+    if type(version) is int and version > FORMAT_VERSION:
+        return "Update dsv32_jax, or convert the original checkpoint again"
+    if version == 1:
+        return "An earlier version wrote it: convert the original checkpoint again with `dsv32 convert SRC NEW_FOLDER`"
+    return "Convert the original checkpoint again"
 
 
 def _explain_absence(folder: Path) -> str:
-    """Return why there is no manifest in `folder`, and the way on."""
     if not folder.is_dir():
         return f"{folder} is not a folder; nothing was read"
     if (folder / JOURNAL).exists():

@@ -1,7 +1,7 @@
-"""The arrays of a converted checkpoint as NumPy arrays: maps of their files, or copies. Needs neither JAX nor Orbax.
+"""Read the arrays of a converted checkpoint with NumPy: maps of their files, or copies. Imports neither JAX nor Orbax.
 
-The manifest says which files hold an array; its bytes are all that is in them. Every file is opened here, and only as
-what the manifest says it is: a regular file of that size, inside the folder, reached through no link.
+The manifest names the files of an array, which hold its bytes and nothing else. All files of a checkpoint are opened
+here, and only if they are what the manifest says: regular, of that size, in the folder, and not behind a link.
 """
 
 import ctypes
@@ -18,28 +18,28 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError, StorageError, listing
+from ..errors import CheckpointError, StorageError, listing, pluralize
 from .manifest import ITEM_BYTES, ArrayEntry, LeafEntry, is_inside
 
 SLAB_BYTES = 8 << 20
-"""Bytes read together. Measured on NVFP4 codes: 5.4 GB/s in slabs of 8 MB, whose memory is used again, 2.1 of 64 MB."""
+"""Bytes read at a time. Measured on NVFP4 codes: 5.4 GB/s in slabs of 8 MB, whose memory is reused, 2.1 in 64 MB."""
 
 ALIGNMENT = 64
-"""JAX takes memory on a CPU as it is where it begins at a multiple of this, and copies it elsewhere."""
+"""On a CPU, JAX uses memory in place that begins at a multiple of this, and copies other memory."""
 
 HUGE_PAGE = 2 << 20
 
 Key = tuple[str, str]
-"""Path of a weight, name of a component."""
+"""Path of a weight and name of a component."""
 
 Index = tuple[slice, ...]
-"""A part of an array: a slice with start and stop for each axis."""
+"""A block of an array: for each axis a slice with start and stop."""
 
 
 class Reader:
     """Reads the arrays of `leaves` in the checkpoint `folder`. Threads may share it.
 
-    Of the folder's own entries one may be a link, so that weights can lie on another disk; nothing below may.
+    An entry of the folder itself may be a link, so that the weights can be on another disk; nothing below may.
     """
 
     def __init__(self, folder: str | Path, leaves: Mapping[str, LeafEntry]):
@@ -47,15 +47,17 @@ class Reader:
         self.entries: dict[Key, ArrayEntry] = {
             (path, name): entry for path, leaf in leaves.items() for name, entry in leaf.arrays.items()
         }
-        self._folders: set[str] = set()
+        self._checked: set[str] = set()
 
     def open_file(self, name: str, nbytes: int | None = None) -> int:
-        """Return a descriptor of the file `name`, a path below the folder. Raises CheckpointError where it is not a
-        file of `nbytes` bytes in there, StorageError where it cannot be read."""
+        """Return a descriptor of the file `name`, a path relative to the folder.
+
+        Raises CheckpointError if it is not a regular file of `nbytes` bytes in there, StorageError if it is unreadable.
+        """
         if not is_inside(name):
             raise CheckpointError(f"{name!r} is outside of the checkpoint")
         try:
-            self._require_folders(name.split("/")[:-1])
+            self._require_no_links(name.split("/")[:-1])
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if "/" in name else 0)
             descriptor = os.open(self.folder / name, flags)
         except (FileNotFoundError, NotADirectoryError):
@@ -71,16 +73,16 @@ class Reader:
         found = f"has {status.st_size} bytes instead of {nbytes}" if stat.S_ISREG(status.st_mode) else "is not a file"
         raise CheckpointError(f"{name} {found}")
 
-    def _require_folders(self, parents: list[str]) -> None:
-        """Raise CheckpointError where one of the folders on the way to a file, but the first, is a link."""
-        for depth in range(2, len(parents) + 1):
-            if (path := "/".join(parents[:depth])) not in self._folders:
+    def _require_no_links(self, folders: list[str]) -> None:
+        """Raise CheckpointError if a folder on the way to a file, except the first, is a link."""
+        for depth in range(2, len(folders) + 1):
+            if (path := "/".join(folders[:depth])) not in self._checked:
                 if stat.S_ISLNK(os.lstat(self.folder / path).st_mode):
                     raise CheckpointError(f"{path} is a link")
-                self._folders.add(path)
+                self._checked.add(path)
 
-    def problems(self, keys: Iterable[Key] | None = None) -> list[str]:
-        """Return what is wrong with the files of `keys`, by default of all arrays; reads no data."""
+    def find_problems(self, keys: Iterable[Key] | None = None) -> list[str]:
+        """Return what is wrong with the files of `keys`, by default of all arrays. Reads no data."""
         found = []
         for key in self.entries if keys is None else keys:
             for name, nbytes in self._files(key):
@@ -91,22 +93,21 @@ class Reader:
         return found
 
     def require_files(self) -> None:
-        """Raise CheckpointError that lists every file of an array which is missing or has another size."""
-        if problems := self.problems():
+        """Raise CheckpointError that lists every array file which is missing or of another size."""
+        if problems := self.find_problems():
             raise CheckpointError(
-                f"{len(problems)} file{'s' * (len(problems) > 1)} of {self.folder} "
-                f"{'are' if len(problems) > 1 else 'is'} not as written; nothing was loaded: {listing(problems)}. "
-                "Copy the folder again, or convert again"
+                f"{pluralize(len(problems), 'file')} of {self.folder} {'are' if len(problems) > 1 else 'is'} not as "
+                f"written; nothing was loaded: {listing(problems)}. Copy the folder again, or convert again"
             )
 
     def where(self, key: Key) -> str:
-        """Return the name of an array and the part that holds it, for messages."""
+        """Return the name and the part of an array, for messages."""
         return f"{'.'.join(key)} (weights/{self.entries[key].part})"
 
     def map(self, key: Key, index: Index | None = None) -> np.ndarray:
-        """Return an array, or the part `index` of it, as a read-only map of its file; as a copy where it spans several.
+        """Return a block of an array, by default all of it: a read-only map, or a copy if it spans several files.
 
-        A file that is cut short while it is mapped ends the process with SIGBUS when its bytes are used.
+        If a file is cut short while it is mapped, using its bytes ends the process with SIGBUS.
         """
         entry = self.entries[key]
         index = tuple(slice(0, size) for size in entry.shape) if index is None else index
@@ -120,7 +121,7 @@ class Reader:
         return self._map(key, number)[(*index[:axis], within, *index[axis + 1 :])]
 
     def read(self, key: Key, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows start..stop-1 of the first axis, in fresh memory. Raises CheckpointError or StorageError."""
+        """Return rows start..stop-1 of the first axis as a copy. Raises CheckpointError or StorageError."""
         entry = self.entries[key]
         stop = entry.shape[0] if stop is None else stop
         found = np.empty((stop - start, *entry.shape[1:]), dtype_of(entry.dtype))
@@ -128,9 +129,10 @@ class Reader:
         return found
 
     def copy(self, key: Key, out: np.ndarray, index: Index) -> None:
-        """Copy the part `index` of an array into `out`, which has its shape. Raises as `read` does."""
+        """Copy a block of an array into `out`, which has its shape. Raises CheckpointError or StorageError."""
         entry = self.entries[key]
         axis, width = entry.place.axis, entry.piece[entry.place.axis]
+        whole_rows = tuple(slice(0, size) for size in entry.piece[1:])
         for number, (name, nbytes) in enumerate(self._files(key)):
             first = number * width
             start, stop = max(index[axis].start - first, 0), min(index[axis].stop - first, width)
@@ -139,19 +141,19 @@ class Reader:
             begin = first + start - index[axis].start
             target = out[(slice(None),) * axis + (slice(begin, begin + stop - start),)]
             source = (*index[:axis], slice(start, stop), *index[axis + 1 :])
-            if target.flags.c_contiguous and source[1:] == tuple(slice(0, size) for size in entry.piece[1:]):
-                self._read_into(name, nbytes, target, source[0].start * math.prod(entry.piece[1:]) * target.itemsize)
+            if target.flags.c_contiguous and source[1:] == whole_rows:
+                self._read_into(target, name, nbytes, source[0].start * nbytes // entry.shape[0])
             else:
                 np.copyto(target, self._map(key, number)[source])
 
     def slabs(self, key: Key) -> Iterator[np.ndarray]:
-        """Yield an array in runs of its first axis of about SLAB_BYTES."""
+        """Yield an array in runs of rows of about SLAB_BYTES."""
         rows, count = self.slab_rows(key), self.entries[key].shape[0]
         for start in range(0, count, rows):
             yield self.read(key, start, min(start + rows, count))
 
     def slab_rows(self, key: Key) -> int:
-        """Return how many rows of the first axis a slab has."""
+        """Return the number of rows in a slab."""
         entry = self.entries[key]
         return max(1, SLAB_BYTES * entry.shape[0] // max(1, entry.nbytes))
 
@@ -159,13 +161,13 @@ class Reader:
         entry = self.entries[key]
         return ((name, entry.nbytes // len(entry.place.files)) for name in entry.place.files)
 
-    def _read_into(self, name: str, nbytes: int, target: np.ndarray, offset: int) -> None:
+    def _read_into(self, target: np.ndarray, name: str, nbytes: int, offset: int) -> None:
         descriptor, view = self.open_file(name, nbytes), raw(target)
         try:
             while view:
                 count = os.preadv(descriptor, [view], offset)
                 if not count:
-                    raise OSError("it ended while it was read")
+                    raise OSError("unexpected end of file")
                 view, offset = view[count:], offset + count
         except OSError as error:
             raise StorageError(f"{name} cannot be read: {error.strerror or error}") from error
@@ -173,9 +175,8 @@ class Reader:
             os.close(descriptor)
 
     def _map(self, key: Key, number: int) -> np.ndarray:
-        """Return a map of one of the files of an array."""
         entry = self.entries[key]
-        name, nbytes = entry.place.files[number], entry.nbytes // len(entry.place.files)
+        name, nbytes = list(self._files(key))[number]
         descriptor = self.open_file(name, nbytes)
         try:
             return map_file(descriptor, nbytes).view(dtype_of(entry.dtype)).reshape(entry.piece)
@@ -186,18 +187,17 @@ class Reader:
 
 
 def raw(array: np.ndarray) -> memoryview:
-    """Return the bytes of `array` in C order; a copy only where they do not lie so."""
+    """Return the bytes of `array` in C order, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
 
 def dtype_of(dtype: Any) -> np.dtype:
-    """Return the NumPy dtype of a name, also of one that NumPy alone does not know, or of what already is one."""
+    """Return the NumPy dtype of `dtype` or of its name, including those of ml_dtypes."""
     return np.dtype(getattr(ml_dtypes, dtype, dtype) if isinstance(dtype, str) else dtype)
 
 
 def allocate(shape: Sequence[int], dtype: str) -> np.ndarray:
-    """Return uninitialized memory for an array, at a multiple of ALIGNMENT; in huge pages where it is large and the
-    system has them, which take a third of the time to fill."""
+    """Return an uninitialized array aligned to ALIGNMENT, in huge pages if it is large: filling these is faster."""
     nbytes = math.prod(shape) * ITEM_BYTES[dtype]
     if nbytes < HUGE_PAGE:
         memory = np.empty(nbytes + ALIGNMENT, np.uint8)
@@ -217,13 +217,15 @@ _LIBC.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def map_file(descriptor: int, nbytes: int) -> np.ndarray:
-    """Return a read-only map of a file, uint8, which does not hold the descriptor as Python's mmap does: thousands of
-    files are mapped. It lasts as long as anything refers to it."""
+    """Return a read-only map of a file, uint8. It is unmapped when nothing refers to it any more.
+
+    Python's mmap keeps a duplicate of the descriptor open, and a checkpoint has thousands of files.
+    """
     address = _LIBC.mmap(None, nbytes, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
     if address == ctypes.c_void_p(-1).value:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     buffer = (ctypes.c_uint8 * nbytes).from_address(address)
     weakref.finalize(buffer, _LIBC.munmap, address, nbytes).atexit = False
-    found = np.frombuffer(memoryview(buffer), np.uint8)
-    found.flags.writeable = False
-    return found
+    array = np.frombuffer(memoryview(buffer), np.uint8)
+    array.flags.writeable = False
+    return array

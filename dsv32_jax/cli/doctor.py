@@ -149,7 +149,7 @@ def _examine_checkpoint(problems: Problems, folder: Path) -> Facts:
 
     folder = expand_path(folder)
     found = read_weight_shapes(folder)
-    problems += [f"{folder}: {damage}" for damage in checksums.damaged_files(folder, Manifest.read(folder))]
+    problems += [f"{folder}: {damage}" for damage in checksums.find_damaged_files(folder, Manifest.read(folder))]
     cfg, context = found.cfg, min(CONTEXT, found.cfg.max_position_embeddings)
     weights = sum(found.device_bytes({}, "bfloat16"))
     cache = memory.compute_row_bytes(cfg, context, dtype_of("bfloat16", None), 0)

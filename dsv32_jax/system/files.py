@@ -118,9 +118,9 @@ def replace_file(file: Path) -> Iterator[Path]:
     os.close(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666))
     try:
         yield new
-        _sync(new)
+        sync(new)
         os.replace(new, file)
-        _sync(file.parent)
+        sync(file.parent)
     except BaseException:
         new.unlink(missing_ok=True)
         raise
@@ -145,7 +145,8 @@ def remove_abandoned(folder: Path) -> None:
             os.unlink(entry.path)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

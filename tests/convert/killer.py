@@ -112,7 +112,7 @@ def run(job: str, src: str, dst: str, options: dict) -> None:
 
 def digest(job: str, dst: str) -> str:
     """What tells one output from another."""
-    from dsv32_jax.checkpoint.checksums import damaged_files
+    from dsv32_jax.checkpoint.checksums import find_damaged_files
     from dsv32_jax.checkpoint.manifest import Manifest
     from dsv32_jax.checkpoint.reader import Reader
 
@@ -121,7 +121,7 @@ def digest(job: str, dst: str) -> str:
         return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
     manifest = Manifest.read(dst)
     reader = Reader(dst, manifest.leaves)
-    assert not damaged_files(dst, manifest), damaged_files(dst, manifest)
+    assert not find_damaged_files(dst, manifest), find_damaged_files(dst, manifest)
     for key, entry in reader.entries.items():
         assert hashlib.sha256(reader.read(key).tobytes()).hexdigest() == entry.sha256, key
     return manifest.digest

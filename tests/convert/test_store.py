@@ -147,7 +147,7 @@ def test_a_write_that_was_lost_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", lose)
     with pytest.raises(
-        StorageError, match=r"norm_D.values .weights/00000. was written and reads back as something els"
+        StorageError, match=r"norm_D.values .weights/00000. was written but reads back as something els"
     ):
         Writer(tmp_path).save("00000", OTHER)
 
@@ -195,7 +195,7 @@ def test_what_is_not_the_file_that_was_written_is_refused(how, tmp_path):
     reader = write(tmp_path / "out", OTHER)
     _, said = damage(reader, how, tmp_path)
     reader = Reader(reader.folder, {"norm_D": LeafEntry("", {"values": reader.entries["norm_D", "values"]})})
-    (problem,) = reader.problems()
+    (problem,) = reader.find_problems()
     assert problem.startswith(said)
     for call in (
         reader.require_files,
