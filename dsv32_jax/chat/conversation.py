@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
-from ..errors import UsageError, pluralize
+from ..errors import UsageError, pluralize, require
 from ..generation.text_stream import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
@@ -75,8 +75,7 @@ class Conversation:
     messages: tuple[Mapping[str, Any], ...] = ()
 
     def __post_init__(self):
-        if self.system is not None:
-            _require_text(self.system, "the system text")
+        require(self.system, (str, type(None)), "the system text must be a string")
         object.__setattr__(self, "tools", tuple(self.tools))
         object.__setattr__(self, "messages", tuple(self.messages))
         encode([self._head], thinking=False)
@@ -84,7 +83,7 @@ class Conversation:
 
     def user(self, text: str) -> Self:
         """Add a user's turn. Raises UsageError while tool calls are pending."""
-        _require_text(text, "a user's turn")
+        require(text, str, "a user's turn must be a string")
         self._require_no_pending()
         return self._add({"role": "user", "content": text})
 
@@ -107,7 +106,7 @@ class Conversation:
             count = "one string" if isinstance(texts, str) else pluralize(len(texts), "result")
             raise UsageError(f"{pluralize(len(pending), 'pending tool call')} ({', '.join(pending)}), but {count}")
         for text in texts:
-            _require_text(text, "a tool's result")
+            require(text, str, "a tool's result must be a string")
         return self._add(*({"role": "tool", "content": text} for text in texts))
 
     def reset(self) -> Self:
@@ -151,8 +150,3 @@ class Conversation:
     def _require_no_pending(self) -> None:
         if pending := self.pending:
             raise UsageError(f"add the results of pending tool calls first: {', '.join(pending)}")
-
-
-def _require_text(text: Any, name: str) -> None:
-    if not isinstance(text, str):
-        raise UsageError(f"{name} must be a string, not {text!r}")

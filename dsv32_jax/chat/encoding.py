@@ -20,6 +20,7 @@ from .template import Mark
 
 ROLES = ("system", "user", "developer", "assistant", "tool")
 
+UNKNOWN_ROLE = f"unknown role {{!r}}; the roles are {', '.join(ROLES)}"
 MISPLACED_DEVELOPER = (
     "a thinking prompt cannot hold a developer message before a later user or developer message; "
     "pass drop_thinking=False, or use chat mode"
@@ -85,7 +86,8 @@ def encode_pieces(messages, *, thinking, tools=None, context=(), drop_thinking=T
         except InvalidMessage as error:
             index = position - first if position >= first else None
             name = "tools" if index is None else f"message {index} ({encoder.roles[position]:.40})"
-            faults.append(Fault(error.code, index, f"{name}: {error}"))
+            code, text = error.args
+            faults.append(Fault(code, index, f"{name}: {text}"))
     if drop_thinking and new:
         faults += [encoder.describe_drop(i, first) for i in range(len(turns)) if encoder.drops(i)]
     if faults:
@@ -126,7 +128,7 @@ class _Encoder:
             case "tool":
                 return self._encode_result(position)
             case role:
-                raise InvalidMessage("unknown_role", _describe_unknown(role))
+                raise InvalidMessage("unknown_role", UNKNOWN_ROLE.format(role[:40]))
 
     def _open_turn(self, thinks: bool) -> Mark:
         return template.THINK if thinks and self.thinking else template.THINK_END
@@ -159,12 +161,8 @@ class _Encoder:
         """Return the fault of a message that `drops`; `earlier` messages come before the first that has an index."""
         index, role = position - earlier if position >= earlier else None, self.roles[position]
         name = f"context message {position}" if index is None else f"message {index}"
-        reason = MISPLACED_DEVELOPER if role == "developer" else _describe_unknown(role)
+        reason = MISPLACED_DEVELOPER if role == "developer" else UNKNOWN_ROLE.format(role[:40])
         return Fault("index_out_of_range", index, f"{name}: {reason}")
-
-
-def _describe_unknown(role: str) -> str:
-    return f"unknown role {role[:40]!r}; the roles are {', '.join(ROLES)}"
 
 
 def _encode_tools(message: Message) -> list[str]:

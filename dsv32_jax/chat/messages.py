@@ -39,11 +39,7 @@ class EncodingError(UsageError):
 
 
 class InvalidMessage(Exception):
-    """Abort the encoding of one message; `encode` collects these into one EncodingError."""
-
-    def __init__(self, code: str, text: str):
-        super().__init__(text)
-        self.code = code
+    """Aborts the encoding of one message: a code and a sentence. `encode` collects these into one EncodingError."""
 
 
 def describe_type(value: Any) -> str:

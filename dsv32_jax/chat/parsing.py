@@ -55,7 +55,7 @@ def parse_strictly(text: str, thinking: bool, to_value: Callable[[str, str], str
         calls = _parse_calls(cursor)
         if cursor.read_to(template.EOS)[0]:
             raise cursor.error("content_after_tool_calls", "text follows the tool calls")
-    if not cursor.at_end:
+    if cursor.has_text():
         raise cursor.error("content_at_end", f"text follows {template.EOS}")
     for part, offset in ((reasoning, 0), (content, start)):
         for mark in template.SCREENED:
@@ -65,7 +65,6 @@ def parse_strictly(text: str, thinking: bool, to_value: Callable[[str, str], str
 
 
 def require_completion(text: str, thinking: bool) -> None:
-    """Raise UsageError unless the arguments are a string and a bool."""
     if not isinstance(text, str):
         raise UsageError(f"the completion must be a string, not a {type(text).__name__}; decode token ids first")
     if type(thinking) is not bool:
@@ -75,12 +74,8 @@ def require_completion(text: str, thinking: bool) -> None:
 def build_message(content: str, reasoning: str, calls: list[tuple[str, str]]) -> dict[str, Any]:
     """Return an assistant message; `calls` are pairs of a name and the JSON text of its arguments."""
     functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
-    return {
-        "role": "assistant",
-        "content": content,
-        "reasoning_content": reasoning,
-        "tool_calls": [{"type": "function", "function": function} for function in functions],
-    }
+    tool_calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": tool_calls}
 
 
 def join_arguments(values: dict[str, str]) -> str:
@@ -94,9 +89,8 @@ class _Cursor:
     def __init__(self, text: str, to_value: Callable[[str, str], str]):
         self.text, self.to_value, self.position = text, to_value, 0
 
-    @property
-    def at_end(self) -> bool:
-        return self.position >= len(self.text)
+    def has_text(self) -> bool:
+        return self.position < len(self.text)
 
     def read_to(self, *stops: str) -> tuple[str, str | None]:
         """Return the text up to the first of `stops`, and that stop; the rest and None where there is none."""
@@ -111,7 +105,7 @@ class _Cursor:
 
 def _parse_calls(cursor: _Cursor) -> list[tuple[str, str]]:
     calls = []
-    while not cursor.at_end:
+    while cursor.has_text():
         between, stop = cursor.read_to(template.READ_INVOKE, template.READ_CALLS_END)
         if between != SEPARATOR:
             raise cursor.error("tool_call_format", "expected > and a line break after a tag of the tool calls")

@@ -97,7 +97,6 @@ class Tokenizer:
         return ids
 
     def _encode_plain(self, text: str) -> list[int]:
-        """Encode text without special tokens, and check that the ids decode to it."""
         try:
             expected = text.encode("utf-8")
         except UnicodeEncodeError as error:
