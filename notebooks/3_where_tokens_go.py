@@ -84,8 +84,8 @@ for i, layer in enumerate(groups):
     print(f"layer {cfg.first_k_dense_replace + i}: of {cfg.n_group} groups of {size} experts, {use}")
 shares = np.sort(gate, axis=-1)[..., ::-1].mean(axis=1) / cfg.routed_scaling_factor
 names = [f"layer {cfg.first_k_dense_replace + i}" for i in range(len(shares))]
-choices = ("first choice", "second choice", "third choice", *(f"choice {k}" for k in range(4, 99)))
-places = {choices[k]: shares[:, k] for k in range(cfg.num_experts_per_tok)}
+choices = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
+places = {f"{choices[k]} choice": shares[:, k] for k in range(cfg.num_experts_per_tok)}
 inspect.plots.stacks(
     {name: {place: values[i] for place, values in places.items()} for i, name in enumerate(names)},
     "share of a token's gates",

@@ -82,7 +82,7 @@ inspect.plots.attention_mass_by_position(mass)
 # %% [markdown]
 # The trace has a measure that needs no dense attention: the spread (entropy) of the weights on selected positions. Its
 # exponential is the effective number of positions a head attends to (here averaged over 16 tokens). Layers 2 to 4
-# attend to ten or twenty and lose little; layer 0 attends to nearly all it is given, and would use more.
+# attend to ten or twenty and lose little; layer 0 attends to about 80 of 128, and would use more.
 
 # %%
 effective = np.exp(trace["spread"][:, 0])
@@ -95,7 +95,7 @@ inspect.plots.lines(smooth, "position", "effective number of positions")
 # One important line is at the start, then unrelated code follows, then the beginning of the same line. How does the
 # position that holds the answer rank among the index scores of the last tokens? Above the dashed line attention sees
 # it. The axis shows the tokens of the question; the answer comes after the last one. In the small model layer 0 selects
-# it early on, most layers have lost it by the end, and the last layer finds it just in time.
+# the needle in the middle of the question, layers 1 to 3 never do, and the last layer finds it just in time.
 
 # %%
 needle = "MAGIC_TIMEOUT = 4711\n\n"

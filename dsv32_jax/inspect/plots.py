@@ -40,6 +40,10 @@ class Picture:
         """Write the figure to a file, in the format of its suffix."""
         self.figure.savefig(file, format=format)
 
+    def __repr__(self) -> str:
+        title, x, y = self.axes.get_title(), self.axes.get_xlabel(), self.axes.get_ylabel()
+        return f"Picture{title and f' of {title}'}: {y}{x and f' by {x}'}"
+
     def _repr_png_(self) -> bytes:
         file = io.BytesIO()
         self.save(file, "png")
@@ -125,12 +129,13 @@ def heat(
     if it is given."""
     picture = Picture(7, 1.7 + 0.25 * min(len(values), 10))
     axes = picture.axes
-    limits: dict[str, float] = {}
+    colours: dict[str, Any] = {"cmap": "cividis"}
     if centre is not None:
-        reach = float(np.nanmax(np.abs(values - centre)))
-        limits = {"vmin": centre - reach, "vmax": centre + reach}
-    colours = "cividis" if centre is None else "coolwarm"
-    image = axes.imshow(values, cmap=colours, aspect="auto", interpolation="nearest", **limits)
+        from matplotlib.colors import TwoSlopeNorm
+
+        low, high = (reach(values, initial=centre) for reach in (np.nanmin, np.nanmax))
+        colours = {"cmap": "coolwarm", "norm": TwoSlopeNorm(centre, low - 1e-9, high + 1e-9)}
+    image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
     for names, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if len(names):
             axis.set_ticks(range(len(names)), list(map(str, names)))

@@ -133,7 +133,7 @@ class Trace(Mapping[str, np.ndarray]):
             raise CheckpointError(f"{file} is not a trace of this version ({FORMAT}): {about.get('kind')!r}")
         if problems := _find_problems(kinds, facts, arrays):
             raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
-        return cls(tuple(kinds), arrays, facts)
+        return cls(tuple(kinds), {name: arrays[name] for name in names_of(kinds)}, facts)
 
 
 def check_kinds(keep: Any) -> tuple[str, ...]:
