@@ -16,10 +16,9 @@ from dsv32_jax.system.progress import Reporter, make_reporter
 from . import report, signals
 from .plan import dry_run
 from .plan.policy import PRESETS, TENSOR_SCALES
-from .plan.prepare import Options, prepare
 from .read.weights import TARGETS
 from .subcommands import report_to
-from .write.job import convert
+from .write.job import Options, convert, prepare
 
 NAME = "python -m convert" if __package__ == "convert" else "dsv32 convert"
 
@@ -53,6 +52,7 @@ def _main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     reporter = make_reporter(options.log_format == "json")
     command = f"{NAME} {shlex.join(argv)}"
+    spelling = COMMAND_LINE.set(True)
     with report_to(reporter, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
         try:
             _run(options, reporter)
@@ -66,6 +66,8 @@ def _main(argv: list[str]) -> int:
             message, code = f"{error}; {CONTINUE} to continue", StorageError.exit_code
         except MemoryError:
             message, code = f"out of memory; {CONTINUE} with a smaller --max-memory", CapacityError.exit_code
+        finally:
+            COMMAND_LINE.reset(spelling)
         reporter.error(message, code)
         return code
 
@@ -76,8 +78,8 @@ def _run(options: argparse.Namespace, reporter: Reporter) -> None:
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
     if options.dry_run:
         prepared = prepare(options.src, options.dst, how)
-        print(show(dry_run.estimate(prepared)), flush=True)
-        dry_run.require_room(prepared)
+        print(show(dry_run.estimate(*prepared)), flush=True)
+        dry_run.require_room(*prepared)
         return
     reporter.event("start", source=options.src, output=options.dst)
     complete = is_complete(options.dst)

@@ -33,7 +33,7 @@ floor do not import each other."""
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 WITHOUT_JAX = (
-    "errors system.host config quantization.quantize layout checkpoint.vocabulary quantization.scale_search "
+    "errors system.host config quantization.quantize layout checkpoint.companions quantization.scale_search "
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.reader checkpoint.writer "
     "checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.placements bench.measure chat.encoding "

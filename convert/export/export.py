@@ -11,14 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.checkpoint.companions import COMPANIONS, copy_companions
 from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
-from dsv32_jax.system.files import expand_path, is_abandoned, read_json, sync
+from dsv32_jax.system.files import LOCK, expand_path, is_abandoned, lock_folder, read_json, require_apart, sync
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..names import fold_names
 from ..plan.limits import require_disk_space
-from ..plan.output import COMPANIONS, LOCK, copy_companions, lock_folder, require_apart
 from ..read.source import CONFIG, INDEX, QUANTIZATION
 from ..verify.converted import Converted, Group, raise_damaged
 from .quantization import compressed_tensors_config, modelopt_config

@@ -10,19 +10,19 @@ from pathlib import Path
 import numpy as np
 
 from dsv32_jax.checkpoint.checksums import list_files
+from dsv32_jax.checkpoint.companions import copy_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, Manifest, digest, is_complete
 from dsv32_jax.checkpoint.reader import Key
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.errors import OutputExistsError, VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
-from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.files import expand_path, lock_folder, require_apart
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.limits import require_disk_space
-from ..plan.output import copy_companions, lock_folder, require_apart, require_ours
 from ..verify.converted import Converted
-from ..write.journal import Journal, Part, manifest_basis
+from ..write.journal import Journal, Part, manifest_basis, require_ours
 from ..write.provenance import describe_array
 
 

@@ -12,9 +12,10 @@ from dsv32_jax.system.progress import format_size
 
 from .. import report
 from ..read.source import Source
+from ..transform.cut import PlannedLeaf
 from . import limits
-from .plan import PlannedLeaf
-from .prepare import Prepared
+from .limits import Budget
+from .plan import Plan
 
 CHUNK_BYTES = 8 << 20
 MOST_BYTES = 256 << 20
@@ -22,41 +23,40 @@ SECONDS = 0.5
 """Limits of each measurement of a disk."""
 
 
-def estimate(prepared: Prepared) -> dict[str, Any]:
+def estimate(plan: Plan, budget: Budget, dst: Path) -> dict[str, Any]:
     """Return bytes, memory, disk time, and every leaf with its format, shapes and shards on the mesh.
 
     Takes about a second to measure the disks; what it writes for that has no name and is gone afterwards.
     """
-    planned, budget = prepared.plan, prepared.budget
-    tensors = {tensor.name: tensor.nbytes for p in planned.leaves for s in p.sources for tensor in s.tensors}
-    folder = _find_existing(prepared.dst)
-    read_speed, write_speed = _measure_read_speed(prepared.source), _measure_write_speed(folder)
+    tensors = {tensor.name: tensor.nbytes for p in plan.leaves for s in p.sources for tensor in s.tensors}
+    folder = _find_existing(dst)
+    read_speed, write_speed = _measure_read_speed(plan.source), _measure_write_speed(folder)
     to_read = sum(tensors.values())
     return {
         "would_read": to_read,
-        "would_write": planned.nbytes,
-        "peak_memory": prepared.peak,
+        "would_write": plan.nbytes,
+        "peak_memory": limits.peak_memory(plan.leaves, budget),
         "memory_limit": budget.limit,
         "memory_free": limits.get_free_memory(),
-        "largest_leaf": max(leaf.nbytes for leaf in planned.leaves),
+        "largest_leaf": max(leaf.nbytes for leaf in plan.leaves),
         "workers": budget.workers,
         "disk_free": shutil.disk_usage(folder).free,
         "read_speed": round(read_speed),
         "write_speed": write_speed and round(write_speed),
-        "disk_seconds": write_speed and round(to_read / read_speed + planned.nbytes / write_speed, 1),
-        "mesh": prepared.mesh,
-        **report.summarize_model(planned.config, planned.formats, list(planned.notes), planned.ignored),
-        "conversions": planned.conversions,
-        "leaves": {leaf.leaf.path: _describe_arrays(leaf, prepared.mesh) for leaf in planned.leaves},
+        "disk_seconds": write_speed and round(to_read / read_speed + plan.nbytes / write_speed, 1),
+        "mesh": plan.mesh,
+        **report.summarize_model(plan.config, plan.formats, list(plan.notes), plan.ignored),
+        "conversions": plan.conversions,
+        "leaves": {leaf.leaf.path: _describe_arrays(leaf, plan.mesh) for leaf in plan.leaves},
     }
 
 
-def require_room(prepared: Prepared) -> None:
+def require_room(plan: Plan, budget: Budget, dst: Path) -> None:
     """Raise CapacityError if there is too little memory, or too little disk space for what is not yet written."""
-    limits.require_free_memory(prepared.peak)
-    files = (os.path.join(root, name) for root, _, names in os.walk(prepared.dst) for name in names)
+    limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
+    files = (os.path.join(root, name) for root, _, names in os.walk(dst) for name in names)
     written = sum(map(os.path.getsize, files))
-    limits.require_disk_space(_find_existing(prepared.dst), max(0, prepared.plan.nbytes - written))
+    limits.require_disk_space(_find_existing(dst), max(0, plan.nbytes - written))
 
 
 def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:

@@ -19,13 +19,13 @@ from dsv32_jax.system.host import count_cores, get_free_memory
 from dsv32_jax.system.progress import format_size, parse_size
 
 from ..read.weights import StoredWeight
-from .plan import PlannedLeaf
+from ..transform.cut import PlannedLeaf
 
-PROGRAM = 240 << 20
-"""Bytes of Python, NumPy, the plan, and what malloc keeps (measured for the tensors of the real model: 0.2 GB)."""
+PROGRAM_BYTES = 128 << 20
+"""Python, NumPy, and what malloc keeps (measured: up to 75 MB)."""
 
-FIXED = PROGRAM + 4 * SLAB_BYTES
-"""Bytes that every conversion needs."""
+TENSOR_BYTES = 2048
+"""Memory per source tensor: its header entry, its provenance in the journal and the manifest (measured: 1.7 kB)."""
 
 GROUP_BYTES = 256 << 20
 """Small leaves are saved together: a save costs 0.1 s whatever its size."""
@@ -44,10 +44,13 @@ Group = tuple[PlannedLeaf, ...]
 
 
 class Budget(NamedTuple):
-    """At most `limit` bytes of memory, and as many workers as fit into it, up to `workers`."""
+    """At most `limit` bytes of memory, of which `fixed` are needed throughout; as many workers as fit into it, up to
+    `workers`; about `group_bytes` of leaves saved together."""
 
     limit: int
     workers: int
+    group_bytes: int = GROUP_BYTES
+    fixed: int = PROGRAM_BYTES + 4 * SLAB_BYTES
 
     def count_workers(self, leaves: Iterable[PlannedLeaf], resident: int) -> int:
         """Return how many workers can work on `leaves` while `resident` bytes are taken, at least 1."""
@@ -55,10 +58,17 @@ class Budget(NamedTuple):
         return max(1, min(self.workers, (self.limit - resident) // max(1, working)))
 
 
-def make_budget(max_memory: str | int | None, workers: int | None) -> Budget:
+def make_budget(max_memory: str | int | None, workers: int | None, group_bytes: int | None = None) -> Budget:
     """Return what the user allows; by default 80 % of free memory and a worker per core. Raises UsageError."""
     limit = int(get_free_memory() * SHARE) if max_memory is None else parse_size(max_memory)
-    return Budget(limit, count_cores() if workers is None else require_integer("workers", workers, 1))
+    workers = count_cores() if workers is None else require_integer("workers", workers, 1)
+    return Budget(limit, workers, GROUP_BYTES if group_bytes is None else group_bytes)
+
+
+def fixed_bytes(leaves: Iterable[PlannedLeaf]) -> int:
+    """Return the memory that a conversion needs throughout."""
+    tensors = {stored.name: len(stored.tensors) for leaf in leaves for stored in leaf.sources}
+    return PROGRAM_BYTES + 4 * SLAB_BYTES + TENSOR_BYTES * sum(tensors.values())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -84,18 +94,13 @@ def _loading_bytes(stored: StoredWeight) -> int:
     return read + elements * (exact * folded + 2) + row_scales
 
 
-def smallest_limit(leaf: PlannedLeaf) -> int:
-    """Return the least memory in which `leaf` can be converted: by one worker, with nothing else in memory."""
-    return FIXED + leaf.nbytes + working_bytes(leaf)
-
-
-def require_limit(leaves: Iterable[PlannedLeaf], limit: int) -> None:
-    """Raise CapacityError if a leaf cannot be converted within `limit` bytes."""
-    largest = max(leaves, key=smallest_limit)
-    if (needed := smallest_limit(largest)) > limit:
+def require_limit(leaves: Iterable[PlannedLeaf], budget: Budget) -> None:
+    """Raise CapacityError if a leaf cannot be converted within the limit, even by one worker and all by itself."""
+    largest = max(leaves, key=lambda leaf: leaf.nbytes + working_bytes(leaf))
+    if (needed := budget.fixed + largest.nbytes + working_bytes(largest)) > budget.limit:
         raise CapacityError(
-            f"a memory limit of {format_size(limit)} is too small: {format_size(needed)} needed "
-            f"({format_size(FIXED)} fixed) for {largest.leaf.path} ({format_size(largest.nbytes)}, "
+            f"a memory limit of {format_size(budget.limit)} is too small: {format_size(needed)} needed "
+            f"({format_size(budget.fixed)} fixed) for {largest.leaf.path} ({format_size(largest.nbytes)}, "
             f"{largest.form.format}). Nothing was written; "
             f"the smallest limit that works is {argument('max_memory', f'{-(-needed >> 20)}MiB')}"
         )
@@ -112,10 +117,10 @@ def require_free_memory(peak: int) -> None:
         )
 
 
-def group_leaves(leaves: Sequence[PlannedLeaf], limit: int, most: int = GROUP_BYTES) -> Iterator[Group]:
-    """Yield runs of consecutive leaves of at most `most` bytes (fewer if `limit` requires it), or one larger leaf."""
-    spare = limit - max((smallest_limit(leaf) - leaf.nbytes for leaf in leaves), default=0)
-    most = min(most, max(spare, 0))
+def group_leaves(leaves: Sequence[PlannedLeaf], budget: Budget) -> Iterator[Group]:
+    """Yield runs of consecutive leaves of at most `group_bytes` (fewer if memory requires it), or one larger leaf."""
+    spare = budget.limit - budget.fixed - max(map(working_bytes, leaves), default=0)
+    most = min(budget.group_bytes, max(spare, 0))
     group: list[PlannedLeaf] = []
     size = 0
     for leaf in leaves:
@@ -133,16 +138,16 @@ def size_of(group: Iterable[PlannedLeaf]) -> int:
     return sum(leaf.nbytes for leaf in group)
 
 
-def fits_beside(group: Group, writing: int, limit: int) -> bool:
+def fits_beside(group: Group, writing: int, budget: Budget) -> bool:
     """Return whether `group` can be built while `writing` bytes are still being written."""
-    return FIXED + writing + size_of(group) + max(map(working_bytes, group), default=0) <= limit
+    return budget.fixed + writing + size_of(group) + max(map(working_bytes, group), default=0) <= budget.limit
 
 
-def peak_memory(groups: Iterable[Group], budget: Budget) -> int:
-    """Return the most memory that a conversion of `groups` takes."""
+def peak_memory(leaves: Sequence[PlannedLeaf], budget: Budget) -> int:
+    """Return the most memory that a conversion of `leaves` takes."""
     most = writing = 0
-    for group in groups:
-        resident = FIXED + size_of(group) + (writing if fits_beside(group, writing, budget.limit) else 0)
+    for group in group_leaves(leaves, budget):
+        resident = budget.fixed + size_of(group) + (writing if fits_beside(group, writing, budget) else 0)
         working = max(map(working_bytes, group), default=0)
         most = max(most, resident + budget.count_workers(group, resident) * working)
         writing = size_of(group)

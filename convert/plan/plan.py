@@ -4,26 +4,27 @@ Everything that is missing, unknown, mismatched or unsupported is collected and 
 """
 
 import collections
+import copy
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import FORMAT_VERSION, digest
 from dsv32_jax.config import Config, find_assumptions
-from dsv32_jax.errors import CheckpointError, UsageError, listing, pluralize
+from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
 
-from ..names import fold_details, fold_names
-from ..read.safetensors import NUMPY_DTYPES
-from ..read.source import Source
+from ..names import fold_details
+from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
-from ..transform.cut import LeafFormat, choose_format, list_arrays
+from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays
 from .policy import FormatChooser, Recipe
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""
+
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 NOT_NEEDED = (
     (r".*\.input_scale", "activation scales: activations are not quantized"),
@@ -34,36 +35,17 @@ NOT_NEEDED = (
 """Tensors that a checkpoint may have and the model does not need: pattern, reason."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class PlannedLeaf:
-    """One leaf of the model: its source weights and how it is stored.
-
-    `arrays`: dtype name and shape of each component. `same_as`: the source leaves this copy out, nothing is stored.
-    `copy_of`: the source has the copy, which is stored only if it differs.
-    """
-
-    leaf: Leaf
-    sources: tuple[StoredWeight, ...]
-    form: LeafFormat
-    arrays: dict[str, tuple[str, tuple[int, ...]]]
-    same_as: str | None = None
-    copy_of: str | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all components."""
-        return sum(math.prod(shape) * NUMPY_DTYPES[name].itemsize for name, shape in self.arrays.values())
-
-
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A whole conversion: `leaves` in the order in which they are saved, and the `config` of the manifest.
+    """A whole conversion: `leaves` in the order in which they are saved, `config` as the manifest will have it.
 
     `digest` covers everything that decides which bytes are written, `basis` the part of it that a user can change.
     """
 
+    source: Source
     config: dict[str, Any]
     recipe: Recipe
+    mesh: dict[str, int]
     leaves: tuple[PlannedLeaf, ...]
     notes: tuple[str, ...]
     ignored: dict[str, int]
@@ -89,14 +71,14 @@ class Plan:
         return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
 
 
-def plan(source: Source, recipe: Recipe | None = None) -> Plan:
-    """Plan the conversion of `source`; by default weights keep their formats.
+def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int] | None = None) -> Plan:
+    """Plan the conversion of `source`; by default weights keep their formats, and arrays are laid out for one device.
 
     Raises ConfigError, CheckpointError listing every missing, unknown and mismatched tensor, or UsageError listing
     every weight that cannot be stored as the recipe says.
     """
     recipe = recipe or Recipe()
-    cfg = Config.from_dict(source.config, str(source.folder / "config.json"))
+    cfg = Config.from_dict(source.config, str(source.folder / CONFIG))
     config = {key: value for key, value in source.config.items() if key != "quantization_config"}
     notes = [*source.notes, *find_assumptions(source.config)]
     mtp_layer = cfg.num_hidden_layers
@@ -136,7 +118,18 @@ def plan(source: Source, recipe: Recipe | None = None) -> Plan:
         "recipe": _describe_effect(recipe, planned),
         "leaves": [[leaf.leaf.path, leaf.form.format, leaf.arrays, leaf.same_as] for leaf in planned],
     }
-    return Plan(config, recipe, planned, tuple(notes), ignored, basis, digest(content))
+    mesh, plan_digest = mesh or {}, digest(content)
+    return Plan(
+        source=source,
+        config=config,
+        recipe=recipe,
+        mesh=mesh,
+        leaves=planned,
+        notes=tuple(notes),
+        ignored=ignored,
+        basis={**basis, "mesh": mesh},
+        digest=digest([plan_digest, mesh]) if mesh else plan_digest,
+    )
 
 
 def _describe_change(stored: StoredWeight, form: LeafFormat) -> str:
@@ -207,14 +200,20 @@ class _Survey:
 
     def raise_problems(self, folder: str) -> None:
         """Raise CheckpointError with everything that was found, or UsageError if only the policy is to blame."""
-        unknown = [name for name in self._tensors if name not in self._claimed]
-        sections = [
-            ("missing {}", "tensor", len(self._missing), "; ".join(fold_names(self._missing))),
-            ("wrong shape of {}", "tensor", len(self._mismatched), "; ".join(fold_details(self._mismatched))),
-            ("unsupported format of {}", "weight", len(self._unsupported), listing(self._unsupported)),
-            ("{}, which may change the model", "unknown tensor", len(unknown), "; ".join(fold_names(unknown))),
+        unknown = [(name, "") for name in self._tensors if name not in self._claimed]
+        problems = (
+            ("missing {}", "tensor", [(name, "") for name in self._missing]),
+            ("wrong shape of {}", "tensor", self._mismatched),
+            ("{}, which may change the model", "unknown tensor", unknown),
+        )
+        lines = [
+            f"{text.format(pluralize(len(items), noun))}: {'; '.join(fold_details(items))}"
+            for text, noun, items in problems
+            if items
         ]
-        lines = [f"{text.format(pluralize(count, noun))}: {names}" for text, noun, count, names in sections if count]
+        if self._unsupported:
+            count = pluralize(len(self._unsupported), "weight")
+            lines.append(f"unsupported format of {count}: {listing(self._unsupported)}")
         if lines:
             raise CheckpointError(f"{folder} cannot be converted; nothing was written.\n  " + "\n  ".join(lines))
         if impossible := self._chooser.impossible:
@@ -222,6 +221,38 @@ class _Survey:
                 f"{pluralize(len(impossible), 'weight')} cannot be stored as the policy says; nothing was written. "
                 "Give them another format in a policy file: " + "; ".join(fold_details(impossible))
             )
+
+
+def select_first_layers(source: Source, layers: str) -> Source:
+    """Return `source` as a smaller model: only the first `layers` ("0-3": the first four) and no MTP layer.
+
+    The layers must begin with 0, since each computes on the output of those before it. Raises UsageError.
+    """
+    cfg = Config.from_dict(source.config, str(source.folder / CONFIG))
+    match, given = re.fullmatch(r"0(?:-(\d{1,9}))?", str(layers).strip()), argument("layers", layers)
+    if match is None:
+        raise UsageError(f"invalid {given}: write 0-N for the first N + 1 layers. Nothing was written")
+    count = int(match[1] or 0) + 1
+    if count > cfg.num_hidden_layers:
+        raise UsageError(f"{given} is out of range; layers are 0-{cfg.num_hidden_layers - 1}. Nothing was written")
+    small = copy.copy(source)
+    small.tensors = {
+        name: tensor
+        for name, tensor in source.tensors.items()
+        if (match := LAYER.match(name)) is None or int(match[1]) < count
+    }
+    small.config = {
+        **source.config,
+        "num_hidden_layers": count,
+        "num_nextn_predict_layers": 0,
+        "first_k_dense_replace": min(count, cfg.first_k_dense_replace),
+    }
+    left_out = pluralize(len(source.tensors) - len(small.tensors), "tensor")
+    small.notes = [
+        *source.notes,
+        f"converted only the first {count} of {cfg.num_hidden_layers} layers, without MTP: {left_out} left out",
+    ]
+    return small
 
 
 def compare_declared(config: Mapping[str, Any], beside: Any, weights: Iterable[StoredWeight]) -> Iterator[str]:

@@ -7,6 +7,7 @@ holds, the leaf cannot keep its format and is stored as bfloat16.
 
 import collections
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -26,6 +27,27 @@ class LeafFormat(NamedTuple):
     block: int
     dtype: str
     dequantized: str | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlannedLeaf:
+    """One leaf of the model: its source weights and how it is stored.
+
+    `arrays`: dtype name and shape of each component. `same_as`: the source leaves this copy out, nothing is stored.
+    `copy_of`: the source has the copy, which is stored only if it differs.
+    """
+
+    leaf: Leaf
+    sources: tuple[StoredWeight, ...]
+    form: LeafFormat
+    arrays: dict[str, tuple[str, tuple[int, ...]]]
+    same_as: str | None = None
+    copy_of: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all components."""
+        return sum(math.prod(shape) * NUMPY_DTYPES[name].itemsize for name, shape in self.arrays.values())
 
 
 def choose_format(leaf: Leaf, sources: Sequence[StoredWeight]) -> LeafFormat:

@@ -6,26 +6,89 @@ import importlib.metadata
 import platform
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, TypedDict, Unpack
 
 from dsv32_jax.checkpoint.checksums import find_changed_files, list_files
+from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions, require_readable_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer
-from dsv32_jax.errors import CheckpointError, OutputExistsError, VerificationError, listing, writing_failed
+from dsv32_jax.config import Config
+from dsv32_jax.errors import (
+    CheckpointError,
+    OutputExistsError,
+    UsageError,
+    VerificationError,
+    argument,
+    listing,
+    unknown,
+    writing_failed,
+)
 from dsv32_jax.parallel import partition
 from dsv32_jax.quantization.scale_search import SCALINGS
+from dsv32_jax.system.files import expand_path, lock_folder, require_apart
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
-from ..plan.limits import raise_open_file_limit, require_disk_space, require_free_memory, size_of
-from ..plan.output import copy_companions, lock_folder, require_ours
-from ..plan.plan import Plan, PlannedLeaf
-from ..plan.prepare import Options, Prepared, prepare
-from ..read.source import Source, verify_downloads
+from ..plan import limits
+from ..plan.limits import Budget, size_of
+from ..plan.plan import Plan, make_plan, select_first_layers
+from ..plan.policy import make_recipe
+from ..read.source import CONFIG, Source, verify_downloads
 from ..read.weights import read_tensor_scale
+from ..transform.cut import PlannedLeaf
 from ..transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
-from .journal import Journal, describe_differences, manifest_basis, require_same_bytes
+from .journal import Journal, describe_differences, manifest_basis, require_ours, require_same_bytes
 from .pipeline import Pipeline
 from .provenance import HashingReader
+
+
+class Options(TypedDict, total=False):
+    """How to convert; all options have defaults."""
+
+    to: str | None  # "nvfp4", "fp8" or "bf16"; by default weights keep their format
+    policy: str | Path | None  # the weights to convert: a preset or a file (policy.py)
+    scales: str  # how NVFP4 block scales are chosen: "rtn", "mse" or "four-over-six"
+    tensor_scales: str  # each matrix's "own", or "shared" by gate and up and by q_a and kv_a
+    layers: str | None  # "0-3": only the first layers, as a model of its own without the MTP layer
+    mesh: str | Mapping[str, int] | None  # "expert=8,model=2" or a dict: a device can read its own bytes
+    max_memory: str | int | None  # bytes, or "8GiB"; by default 80 % of free memory
+    workers: int | None  # threads that read and convert; by default one per core
+    strict_index: bool  # refuse a source whose index does not list every tensor of its shards
+    verify_source: bool  # first compare every shard with the SHA-256 that `hf download` recorded
+    group_bytes: int  # small leaves are saved together, about so many bytes at a time
+
+
+def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, Budget, Path]:
+    """Check the options and plan the conversion: return the plan, the limits, and the absolute path of `dst`.
+
+    Only headers are read and nothing is written. Raises UsageError, ConfigError, CheckpointError, or CapacityError if
+    the memory or the mesh does not suffice.
+    """
+    if wrong := unknown(options, Options.__annotations__):
+        raise UsageError(f"unknown {'option' if len(wrong) == 1 else 'options'}: {listing(wrong)}. Nothing was read")
+    source_folder, dst = expand_path(src).absolute(), expand_path(dst).absolute()
+    to, policy = options.get("to"), options.get("policy")
+    scales, tensor_scales = options.get("scales", "rtn"), options.get("tensor_scales", "own")
+    if (scales, tensor_scales) != ("rtn", "own") and to != "nvfp4" and policy is None:
+        raise UsageError(
+            f"{argument('scales')} and {argument('tensor_scales')} apply to weights that become NVFP4, and none does: "
+            f"add {argument('to', 'nvfp4')}. Nothing was read"
+        )
+    recipe = make_recipe(to, policy, scales, tensor_scales)
+    budget = limits.make_budget(options.get("max_memory"), options.get("workers"), options.get("group_bytes"))
+    mesh = partition.optional(options.get("mesh"))
+    require_apart(source_folder, dst)
+    source = Source(source_folder)
+    require_readable_companions(source.folder)
+    if options.get("strict_index"):
+        source.require_complete_index()
+    if (layers := options.get("layers")) is not None:
+        source = select_first_layers(source, layers)
+    plan = make_plan(source, recipe, mesh)
+    check_tokenizer(source.folder, Config.from_dict(source.config, str(source.folder / CONFIG)))
+    partition.check(mesh, [(leaf.leaf, shape) for leaf in plan.leaves for _, shape in leaf.arrays.values()])
+    budget = budget._replace(fixed=limits.fixed_bytes(plan.leaves))
+    limits.require_limit(plan.leaves, budget)
+    return plan, budget, dst
 
 
 def convert(
@@ -41,32 +104,31 @@ def convert(
     nothing is deleted in `dst` but parts that this conversion began. Raises CheckpointError, ConfigError, UsageError,
     OutputExistsError, CapacityError or StorageError.
     """
-    prepared = prepare(src, dst, options)
-    require_ours(prepared.dst)
-    with lock_folder(prepared.dst):
-        if is_complete(prepared.dst):
-            return _read_finished(prepared)
-        require_free_memory(prepared.peak)
+    plan, budget, dst = prepare(src, dst, options)
+    require_ours(dst)
+    with lock_folder(dst):
+        if is_complete(dst):
+            return _read_finished(plan, dst)
+        limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
         if options.get("verify_source"):
-            verify_downloads(prepared.source.files, prepared.budget.workers, progress)
-        journal = _begin_or_resume(prepared)
-        with _storage_errors(prepared.dst):
-            _write_parts(prepared, journal, progress)
-            return _finish(prepared, journal)
+            verify_downloads(plan.source.files, budget.workers, progress)
+        journal = _begin_or_resume(plan, dst)
+        with _storage_errors(dst):
+            _write_parts(plan, dst, budget, journal, progress)
+            return _finish(plan, dst, journal)
 
 
-def _read_finished(prepared: Prepared) -> Manifest:
+def _read_finished(plan: Plan, dst: Path) -> Manifest:
     """The manifest of a finished output. Raises OutputExistsError where it is another conversion's."""
-    dst = prepared.dst
     manifest = Manifest.read(dst)
-    if manifest.source.get("plan") != prepared.digest:
-        changed = describe_differences(manifest_basis(manifest), prepared.basis)
+    if manifest.source.get("plan") != plan.digest:
+        changed = describe_differences(manifest_basis(manifest), plan.basis)
         raise OutputExistsError(
             f"{dst} holds a converted checkpoint (of {manifest.source.get('folder')!r}) that was made from other "
             f"files or with other options; nothing was touched. Convert to another folder, or delete this one "
             f"yourself. The differences: {listing(changed)}"
         )
-    require_same_bytes(prepared.source, manifest.leaves.values())
+    require_same_bytes(plan.source, manifest.leaves.values())
     if damaged := find_changed_files(dst, manifest):
         raise VerificationError(
             f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
@@ -76,33 +138,32 @@ def _read_finished(prepared: Prepared) -> Manifest:
     return manifest
 
 
-def _begin_or_resume(prepared: Prepared) -> Journal:
+def _begin_or_resume(plan: Plan, dst: Path) -> Journal:
     """The journal of the output, once its parts are known to come from the source as it is now."""
-    source, dst = prepared.source, prepared.dst
-    journal = Journal(dst, prepared.digest, source.folder.name, prepared.basis, source.stamps)
+    source = plan.source
+    journal = Journal(dst, plan.digest, source.folder.name, plan.basis, source.stamps)
     touched = [name for name, stamp in source.stamps.items() if journal.stamps.get(name) != stamp]
     require_same_bytes(source, journal.entries.values(), touched)
     journal.reconcile(dst / WEIGHTS)
     return journal
 
 
-def _write_parts(prepared: Prepared, journal: Journal, progress: Callable[[Progress], None]) -> None:
+def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progress: Callable[[Progress], None]) -> None:
     """Write every parameter that is not on disk yet: read, cut, hash, save, and note each part in the journal."""
-    source, dst, planned = prepared.source, prepared.dst, prepared.plan
     done = journal.entries
-    missing = [leaf for leaf in planned.leaves if leaf.leaf.path not in done]
+    missing = [leaf for leaf in plan.leaves if leaf.leaf.path not in done]
     nbytes = size_of(missing)
-    require_disk_space(dst, nbytes)
-    raise_open_file_limit(prepared.budget.workers)
-    _require_tensor_scales(source, missing)
-    meter = ByteMeter(progress, planned.nbytes, planned.nbytes - nbytes)
+    limits.require_disk_space(dst, nbytes)
+    limits.raise_open_file_limit(budget.workers)
+    _require_tensor_scales(plan.source, missing)
+    meter = ByteMeter(progress, plan.nbytes, plan.nbytes - nbytes)
     meter.report()
 
     journal.start()
-    writer = Writer(dst, partition.by_mesh(prepared.mesh, [leaf.leaf for leaf in planned.leaves]))
-    read = HashingReader(source.read)
-    pipeline = Pipeline(read, _requantizer(planned), writer, prepared.budget, done.get, meter.add_read)
-    groups = zip(prepared.group_leaves(missing), journal.begin_new(), strict=False)
+    writer = Writer(dst, partition.by_mesh(plan.mesh, [leaf.leaf for leaf in plan.leaves]))
+    read = HashingReader(plan.source.read)
+    pipeline = Pipeline(read, _requantizer(plan), writer, budget, done.get, meter.add_read)
+    groups = zip(limits.group_leaves(missing, budget), journal.begin_new(), strict=False)
     with contextlib.closing(pipeline.run(groups)) as parts:
         for part, nbytes in parts:
             journal.add(part)
@@ -111,12 +172,12 @@ def _write_parts(prepared: Prepared, journal: Journal, progress: Callable[[Progr
     writer.finish()
 
 
-def _requantizer(planned: Plan) -> Requantizer:
+def _requantizer(plan: Plan) -> Requantizer:
     """The quantizer for the plan's recipe."""
     together = {}
-    if planned.recipe.tensor_scales == "shared":
-        together = find_partners(s for leaf in planned.leaves for s in leaf.sources if s.wanted == "nvfp4")
-    return Requantizer(SCALINGS[planned.recipe.scales], together)
+    if plan.recipe.tensor_scales == "shared":
+        together = find_partners(s for leaf in plan.leaves for s in leaf.sources if s.wanted == "nvfp4")
+    return Requantizer(SCALINGS[plan.recipe.scales], together)
 
 
 def _require_tensor_scales(source: Source, leaves: list[PlannedLeaf]) -> None:
@@ -134,60 +195,59 @@ def _require_tensor_scales(source: Source, leaves: list[PlannedLeaf]) -> None:
         )
 
 
-def _finish(prepared: Prepared, journal: Journal) -> Manifest:
+def _finish(plan: Plan, dst: Path, journal: Journal) -> Manifest:
     """Read back what was written, then write the manifest, which makes the folder a converted checkpoint."""
-    planned, source, dst = prepared.plan, prepared.source, prepared.dst
     written = journal.entries
-    entries = {leaf.leaf.path: written[leaf.leaf.path] for leaf in planned.leaves}
-    companions = copy_companions(source.folder, dst)
+    entries = {leaf.leaf.path: written[leaf.leaf.path] for leaf in plan.leaves}
+    companions = copy_companions(plan.source.folder, dst)
     manifest = Manifest(
-        config=planned.config,
+        config=plan.config,
         leaves=entries,
-        source=_describe_source(prepared),
-        report=_report(planned, journal, entries, companions),
+        source=_describe_source(plan),
+        report=_report(plan, journal, entries, companions),
         versions=_versions(),
-        storage={"files": list_files(dst, companions, entries), "mesh": prepared.mesh},
+        storage={"files": list_files(dst, companions, entries), "mesh": plan.mesh},
     )
     journal.complete(manifest)
     return manifest
 
 
-def _report(planned: Plan, journal: Journal, entries: Mapping[str, LeafEntry], companions: list[str]) -> dict[str, Any]:
+def _report(plan: Plan, journal: Journal, entries: Mapping[str, LeafEntry], companions: list[str]) -> dict[str, Any]:
     outcomes = {name: outcome for part in journal.parts.values() for name, outcome in part.outcomes.items()}
     counts: collections.Counter[str] = collections.Counter({"nan_scale_bytes": 0, "zero_blocks": 0})
     for found in (*(part.counts for part in journal.parts.values()), sum_odd_scales(outcomes)):
         counts.update(found)
     return {
-        "formats": planned.formats,
-        "notes": list(planned.notes),
-        "ignored": planned.ignored,
-        "conversions": planned.conversions,
+        "formats": plan.formats,
+        "notes": list(plan.notes),
+        "ignored": plan.ignored,
+        "conversions": plan.conversions,
         "errors": summarize_errors(outcomes),
-        "dequantized": {p.leaf.path: p.form.dequantized for p in planned.leaves if p.form.dequantized},
-        "pairs_of_different_tensor_scales": _count_differing_pairs(planned, entries),
+        "dequantized": {p.leaf.path: p.form.dequantized for p in plan.leaves if p.form.dequantized},
+        "pairs_of_different_tensor_scales": _count_differing_pairs(plan, entries),
         "companions": companions,
         **counts,
     }
 
 
-def _count_differing_pairs(planned: Plan, entries: Mapping[str, LeafEntry]) -> int:
+def _count_differing_pairs(plan: Plan, entries: Mapping[str, LeafEntry]) -> int:
     """How many pairs of gate and up, or q_a and kv_a, have different tensor scales in the source."""
     digests = {t.name: t.sha256 for entry in entries.values() if entry.passport for t in entry.passport.sources}
-    stored = {s.name: s for leaf in planned.leaves for s in leaf.sources if s.tensor_scale is not None}
+    stored = {s.name: s for leaf in plan.leaves for s in leaf.sources if s.tensor_scale is not None}
     scales = {name: digests[s.tensor_scale.name] for name, s in stored.items() if s.tensor_scale is not None}
     pairs = {frozenset((name, s.name)) for name, others in find_partners(stored.values()).items() for s in others}
     return sum(len({scales[name] for name in pair}) > 1 for pair in pairs)
 
 
-def _describe_source(prepared: Prepared) -> dict[str, Any]:
-    kinds = {s.values.name: s.kind for leaf in prepared.plan.leaves for s in leaf.sources}
+def _describe_source(plan: Plan) -> dict[str, Any]:
+    kinds = {s.values.name: s.kind for leaf in plan.leaves for s in leaf.sources}
     return {
-        "folder": prepared.source.folder.name,
-        "files": prepared.basis["files"],
-        "quantization_config": prepared.source.config.get("quantization_config"),
+        "folder": plan.source.folder.name,
+        "files": plan.basis["files"],
+        "quantization_config": plan.source.config.get("quantization_config"),
         "stored": dict(sorted(collections.Counter(kinds.values()).items())),
-        "recipe": prepared.basis["recipe"],
-        "plan": prepared.digest,
+        "recipe": plan.basis["recipe"],
+        "plan": plan.digest,
     }
 
 

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.checkpoint.checksums import STRAYS, require_written
-from dsv32_jax.checkpoint.manifest import JOURNAL, LeafEntry, Manifest
+from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
 from dsv32_jax.checkpoint.writer import UNFINISHED
-from dsv32_jax.errors import OutputExistsError, listing
-from dsv32_jax.system.files import hash_chunks, remove_abandoned, write_file
+from dsv32_jax.errors import OutputExistsError, listing, pluralize
+from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, remove_abandoned, write_file
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
@@ -29,6 +29,22 @@ PROBE_BYTES = 16 << 20
 
 RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
 """Names of the parts of a plan's recipe, for messages."""
+
+
+def require_ours(dst: Path) -> None:
+    """Raise OutputExistsError if `dst` exists and holds anything but a conversion, finished or not."""
+    try:
+        names = set(os.listdir(dst)) - {LOCK}
+    except FileNotFoundError:
+        return
+    except NotADirectoryError:
+        raise OutputExistsError(f"{dst} is a file; nothing was touched. Write to another folder") from None
+    if not names & {FILE, JOURNAL} and not all(is_abandoned(name, JOURNAL) for name in names):
+        entries = pluralize(len(names), "entry", "entries")
+        raise OutputExistsError(
+            f"{dst} holds something else ({entries}: {listing(sorted(names))}); nothing was touched. "
+            "Write to another folder, or empty this one yourself"
+        )
 
 
 class Part(NamedTuple):

@@ -13,9 +13,9 @@ import numpy as np
 
 from dsv32_jax.checkpoint.manifest import LeafEntry, Place
 
-from ..plan.limits import FIXED, Budget, Group, fits_beside, size_of
-from ..plan.plan import PlannedLeaf
+from ..plan.limits import Budget, Group, fits_beside, size_of
 from ..transform import cut
+from ..transform.cut import PlannedLeaf
 from ..transform.requantize import ErrorStats, Requantizer
 from .journal import Part
 from .provenance import HashingReader, describe
@@ -85,7 +85,7 @@ class Pipeline:
         before: _Write | None = None
         for group, name in groups:
             copies = any(leaf.copy_of is not None for leaf in group)
-            if before is not None and (copies or not fits_beside(group, before.nbytes, self._budget.limit)):
+            if before is not None and (copies or not fits_beside(group, before.nbytes, self._budget)):
                 yield before.result()
                 before = None
             arrays = self._build(group, before.nbytes if before is not None else 0)
@@ -99,7 +99,7 @@ class Pipeline:
 
     def _build(self, group: Group, before: int) -> dict[str, Components]:
         """Read, convert and cut: the components of each parameter of `group`."""
-        resident = FIXED + before + size_of(group)
+        resident = self._budget.fixed + before + size_of(group)
         window = self._budget.count_workers(group, resident)
 
         def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:

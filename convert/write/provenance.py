@@ -10,9 +10,9 @@ from dsv32_jax.checkpoint.provenance import Passport, SourceTensor
 from dsv32_jax.errors import CheckpointError, listing, pluralize
 from dsv32_jax.quantization.quantize import E2M1, E4M3, E4M3_AS_SCALE, FP8_BLOCK
 
-from ..plan.plan import PlannedLeaf
 from ..read.safetensors import DTYPES, Tensor
 from ..read.weights import Read, StoredWeight
+from ..transform.cut import PlannedLeaf
 from ..transform.requantize import count_odd_scales
 
 SCALAR_BYTES = 8

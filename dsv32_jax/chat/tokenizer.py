@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.vocabulary import read_tokenizer
+from ..checkpoint.companions import read_tokenizer
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, require
 from ..system.files import expand_path

@@ -24,7 +24,8 @@ from ..system import host
 from ..system.compilation import initialize
 from ..system.files import expand_path
 from ..system.progress import show_slow
-from . import checksums, vocabulary
+from . import checksums
+from .companions import check_tokenizer
 from .manifest import LeafEntry, Manifest
 from .reader import SLAB_BYTES, Index, Key, Reader, allocate
 
@@ -59,7 +60,7 @@ def load(
     if verify not in LEVELS:
         raise UsageError(f"verify must be one of {listing(LEVELS)}, not {verify!r}")
     stored = Checkpoint.open(folder, verify)
-    origin = Origin(stored.manifest.digest, vocabulary.check(stored.folder, stored.cfg))
+    origin = Origin(stored.manifest.digest, check_tokenizer(stored.folder, stored.cfg))
     if mesh is not None:
         sharding.check(mesh, stored.shapes())
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]

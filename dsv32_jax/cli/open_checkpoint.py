@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from ..chat import Tokenizer
-from ..checkpoint import vocabulary
+from ..checkpoint.companions import check_tokenizer
 from ..checkpoint.load import load
 from ..checkpoint.manifest import Manifest
 from ..config import Config
@@ -47,7 +47,7 @@ class OpenedCheckpoint:
 
     def validate(self, dtype: str, prompts: Any, sampling: Any = None, **options: Any) -> Request:
         """Validate a request, and that its cache fits in memory, before weights are read."""
-        tokens = self.tokenizer.id_count if self.tokenizer else vocabulary.check(self.folder, self.cfg)
+        tokens = self.tokenizer.id_count if self.tokenizer else check_tokenizer(self.folder, self.cfg)
         request = validate(self.cfg, prompts, sampling, dtype=jnp.dtype(dtype), tokens=tokens, **options)
         plan_batches(self.cfg, request)
         return request

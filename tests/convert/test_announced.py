@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.plan.plan import compare_declared, plan
+from convert.plan.plan import compare_declared, make_plan
 from convert.read.source import Source
 from convert.read.weights import detect
 
@@ -19,7 +19,7 @@ GROUPS = {"config_groups": {"group_0": {"weights": {"group_size": 16}, "input_ac
 
 
 def notes(folder: Path) -> list[str]:
-    return [note for note in plan(Source(folder)).notes if "declared" in note]
+    return [note for note in make_plan(Source(folder)).notes if "declared" in note]
 
 
 @pytest.mark.parametrize("folder", sorted(DATA.glob("golden_nvfp4/v*")), ids=lambda folder: folder.name)

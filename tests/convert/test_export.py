@@ -21,7 +21,6 @@ from convert.export.export import export
 from convert.export.quantization import list_globs, list_regexes
 from convert.export.shards import ShardsWriter
 from convert.export.shared_scales import rescale_bytes
-from convert.plan.output import LOCK
 from convert.read import weights
 from convert.read.safetensors import DTYPES
 from convert.read.source import Source
@@ -32,6 +31,7 @@ from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
+from dsv32_jax.system.files import LOCK
 from dsv32_jax.system.progress import ignore_progress
 
 from . import fakes

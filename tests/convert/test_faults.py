@@ -132,7 +132,7 @@ def nothing(folder: Path):
 ROWS = {
     "F01": (truncated, [], 3, [SHARD, "truncated: 4096 of", "download it again", "nothing was written"]),
     "F02": (lambda f: (f / SHARD).unlink(), [], 3, [f"shard {SHARD} is missing", "tensors", "nothing was written"]),
-    "F04": (nothing, ["--max-memory", "300MB"], 5, ["embed_VD", "300.00 MB", "--max-memory", "Nothing was written"]),
+    "F04": (nothing, ["--max-memory", "100MB"], 5, ["embed_VD", "100.00 MB", "--max-memory", "Nothing was written"]),
     "F09": (
         changed_json(INDEX, lambda raw: raw["weight_map"].pop(NAME + "_scale")),
         ["--strict-index"],
@@ -215,12 +215,12 @@ def _text(folder: Path, name: str) -> str:
 
 
 def test_f04_too_little_memory_for_what_is_allowed(folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(limits, "get_free_memory", lambda: 400 << 20)
+    monkeypatch.setattr(limits, "get_free_memory", lambda: 100 << 20)
     for options in (["--max-memory", "1GiB", "--dry-run"], ["--max-memory", "1GiB"]):
         assert run(folder, tmp_path / "out", *options) == 5
         printed = capsys.readouterr()
-        assert "419.43 MB free" in printed.err and "--max-memory 320MiB" in printed.err
-        assert ("memory free: 419.43 MB" in printed.out) == ("--dry-run" in options)
+        assert "104.86 MB free" in printed.err and "--max-memory 80MiB" in printed.err
+        assert ("memory free: 104.86 MB" in printed.out) == ("--dry-run" in options)
 
 
 def test_f05_a_disk_that_fills_up(folder, tmp_path, capsys):

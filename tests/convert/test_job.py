@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import convert
-from convert.plan import limits, output
+from convert.plan import limits
 from convert.read.safetensors import Tensor
 from convert.read.weights import StoredWeight
 from convert.transform import cut
@@ -24,6 +24,7 @@ from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
+from dsv32_jax.system.files import LOCK
 
 from . import fakes
 from .conftest import STORAGES
@@ -170,12 +171,12 @@ def test_inverted_scales_are_all_told_before_anything_is_written(checkpoints, tm
         CheckpointError, match=f"{len(names)} unusable tensor scales.*weight_global_scale, which divides"
     ):
         convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == [output.LOCK]
+    assert [file.name for file in (tmp_path / "out").iterdir()] == [LOCK]
 
 
 def test_a_finished_folder_is_left_as_it_is(checkpoints, converted, tmp_path):
     def files() -> dict[Path, tuple[int, int]]:
-        found = {file: file.stat() for file in converted["fp8"].rglob("*") if file.name != output.LOCK}
+        found = {file: file.stat() for file in converted["fp8"].rglob("*") if file.name != LOCK}
         return {file: (status.st_ino, status.st_mtime_ns) for file, status in found.items()}
 
     before = files()

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from convert.plan import limits
-from convert.plan.plan import PlannedLeaf
-from convert.plan.prepare import prepare
 from convert.read.weights import detect
 from convert.transform import cut
+from convert.transform.cut import PlannedLeaf
+from convert.write.job import prepare
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import CapacityError
 from dsv32_jax.layout import leaves
@@ -51,36 +51,32 @@ def wide(tmp_path_factory, tiny):
 
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
     with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*max_memory=\"\d+MiB\"") as caught:
-        prepare(wide, tmp_path / "out", {"max_memory": "300MB"})
+        prepare(wide, tmp_path / "out", {"max_memory": "150MB"})
     smallest = str(caught.value).split('"')[-2]
-    prepared = prepare(wide, tmp_path / "out", {"max_memory": smallest})
-    assert limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget) <= parse_size(
-        smallest
-    )
+    plan, budget, _ = prepare(wide, tmp_path / "out", {"max_memory": smallest})
+    assert limits.peak_memory(plan.leaves, budget) <= parse_size(smallest)
     with pytest.raises(CapacityError):
         prepare(wide, tmp_path / "out", {"max_memory": parse_size(smallest) - (1 << 20)})
 
 
 def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):
     def peak(**options):
-        prepared = prepare(wide, tmp_path / "out", options)
-        return limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget)
+        plan, budget, _ = prepare(wide, tmp_path / "out", options)
+        return limits.peak_memory(plan.leaves, budget)
 
-    roomy, tight = peak(max_memory="8GiB", workers=64), peak(max_memory="480MiB", workers=64)
-    assert tight <= 480 << 20 < roomy < 8 << 30
+    roomy, tight = peak(max_memory="8GiB", workers=64), peak(max_memory="380MiB", workers=64)
+    assert tight <= 380 << 20 < roomy < 8 << 30
     assert peak(max_memory="8GiB", workers=1) < roomy
 
 
-@pytest.mark.parametrize("options", [{"max_memory": "480MiB"}, {"max_memory": "8GiB", "to": "nvfp4"}])
+@pytest.mark.parametrize("options", [{"max_memory": "380MiB"}, {"max_memory": "8GiB", "to": "nvfp4"}])
 def test_what_is_taken_is_what_was_predicted(options, wide, tmp_path):
-    prepared = prepare(wide, tmp_path / "out", {**options, "workers": 2})
-    predicted = limits.peak_memory(prepared.group_leaves(list(prepared.plan.leaves)), prepared.budget)
+    plan, budget, _ = prepare(wide, tmp_path / "out", {**options, "workers": 2})
+    predicted = limits.peak_memory(plan.leaves, budget)
     command = [sys.executable, "-c", MEASURED, str(wide), str(tmp_path / "out"), json.dumps({**options, "workers": 2})]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     taken = int(done.stdout)
-    assert predicted * 0.4 < taken <= predicted <= prepared.budget.limit, (
-        f"{taken / 1e6:.0f} of {predicted / 1e6:.0f} MB"
-    )
+    assert predicted * 0.4 < taken <= predicted <= budget.limit, f"{taken / 1e6:.0f} of {predicted / 1e6:.0f} MB"
 
 
 @pytest.mark.parametrize("most, one", [("nvfp4", "bf16"), ("fp8", "bf16"), ("nvfp4", "fp8"), ("fp8", "nvfp4")])
@@ -100,7 +96,7 @@ def test_experts_of_mixed_formats_take_what_dequantizing_takes(most, one, tiny):
     found = tuple(detect(name, fakes.tensors(arrays)) for name in experts)
     form = cut.choose_format(leaf, found)
     planned = PlannedLeaf(leaf, found, form, cut.list_arrays(leaf, form))
-    predicted = limits.peak_memory([(planned,)], limits.Budget(8 << 30, 1)) - limits.FIXED
+    predicted = limits.peak_memory([planned], limits.Budget(8 << 30, 1, fixed=0))
     tracemalloc.start()
     cut.build(leaf, found, form, lambda tensor: arrays[tensor.name].copy())
     _, taken = tracemalloc.get_traced_memory()

@@ -10,7 +10,7 @@ import pytest
 
 from convert.names import fold_names
 from convert.plan import limits
-from convert.plan.plan import plan
+from convert.plan.plan import make_plan
 from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError
@@ -27,7 +27,7 @@ def original(checkpoints):
 
 
 def planned(folder, config, arrays):
-    return plan(Source(fakes.write_checkpoint(folder, config, arrays)))
+    return make_plan(Source(fakes.write_checkpoint(folder, config, arrays)))
 
 
 def refused(folder, config, arrays) -> str:
@@ -43,7 +43,7 @@ def without(arrays, *parts):
 
 @pytest.mark.parametrize("storage, format", [("bf16", "dense"), ("fp8", "fp8_block"), ("nvfp4", "nvfp4")])
 def test_every_leaf_is_planned_in_its_own_format(storage, format, checkpoints, tiny):
-    whole = plan(Source(checkpoints[storage]))
+    whole = make_plan(Source(checkpoints[storage]))
     assert [leaf.leaf.path for leaf in whole.leaves] == [leaf.path for leaf in leaves(tiny)]
     assert {leaf.form.format for leaf in whole.leaves} == {"dense", format}
     assert all(leaf.arrays and leaf.same_as is None for leaf in whole.leaves)
@@ -131,8 +131,8 @@ def test_a_wrong_config_is_told_before_the_tensors(original, tmp_path):
 
 
 def test_groups_are_runs_of_leaves_of_limited_size(checkpoints):
-    whole = plan(Source(checkpoints["bf16"])).leaves
-    cut = list(limits.group_leaves(whole, 1 << 40, 50_000))
+    whole = make_plan(Source(checkpoints["bf16"])).leaves
+    cut = list(limits.group_leaves(whole, limits.Budget(1 << 40, 1, 50_000)))
     assert tuple(leaf for group in cut for leaf in group) == whole
     assert len(cut) > 5
     assert all(len(group) == 1 or sum(leaf.nbytes for leaf in group) <= 50_000 for group in cut)
@@ -140,12 +140,12 @@ def test_groups_are_runs_of_leaves_of_limited_size(checkpoints):
 
 def test_the_digest_depends_on_the_files_and_not_on_where_they_lie(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["bf16"], tmp_path / "a")
-    before = plan(Source(checkpoints["bf16"])).digest
+    before = make_plan(Source(checkpoints["bf16"])).digest
     os.utime(folder / "model-00002-of-00003.safetensors", (1, 1))
-    assert plan(Source(folder)).digest == before
+    assert make_plan(Source(folder)).digest == before
     (folder / "model-00002-of-00003.safetensors").rename(folder / "model-00004-of-00003.safetensors")
     (folder / "model.safetensors.index.json").unlink()
-    assert plan(Source(folder)).digest != before
+    assert make_plan(Source(folder)).digest != before
 
 
 def test_names_are_folded_by_layer_and_expert():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from convert.plan.plan import plan
+from convert.plan.plan import make_plan
 from convert.plan.policy import DEFAULTS, LINEARS, PRESETS, FormatChooser, Policy, make_policy, make_recipe
 from convert.read.safetensors import Tensor
 from convert.read.weights import StoredWeight
@@ -58,7 +58,7 @@ PUBLISHED = {"full": (45_932, 0, 391.2), "nvidia": (MLP_AND_O_PROJ, 45_932 - MLP
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_presets_give_the_checkpoints_that_are_published(preset, shipped):
     quantized, dequantized, size = PUBLISHED[preset]
-    whole = plan(shipped, recipe=make_recipe("nvfp4", preset, "rtn", "own"))
+    whole = make_plan(shipped, recipe=make_recipe("nvfp4", preset, "rtn", "own"))
     assert whole.conversions["fp8 -> nvfp4"] == quantized
     assert whole.conversions.get("fp8 -> bf16", 0) == dequantized
     assert whole.nbytes / 1e9 == pytest.approx(size, rel=0.001)
@@ -158,7 +158,7 @@ def test_what_cannot_be_is_collected_with_its_reason(name, shape, format, reason
 def test_all_impossible_weights_are_listed_before_anything_is_written(tiny):
     odd = dataclasses.replace(tiny, moe_intermediate_size=40, q_lora_rank=24)
     with pytest.raises(UsageError, match="nothing was written") as caught:
-        plan(as_shipped(odd), recipe=make_recipe("nvfp4", "full", "rtn", "own"))
+        make_plan(as_shipped(odd), recipe=make_recipe("nvfp4", "full", "rtn", "own"))
     text = str(caught.value)
     assert f"{3 * 13 + 4 * 2} weights cannot be stored as the policy says" in text
     assert "36 x mlp.experts.*.down_proj.weight (layers 1-3): its 40 inputs are not a multiple of 16" in text
@@ -208,7 +208,7 @@ def test_patterns_of_no_use_are_noted_for_files_only(tiny, written):
     """Those that match nothing, those that come too late, and those that mean no weight that is quantized."""
     patterns = {"*.experts.*": "keep", "*.typo_proj.weight": "nvfp4", "*.experts.1.*": "nvfp4", "*.gate.*": "fp8"}
     file = written({"formats": patterns})
-    whole = plan(as_shipped(tiny), recipe=make_recipe("nvfp4", file, "rtn", "own"))
+    whole = make_plan(as_shipped(tiny), recipe=make_recipe("nvfp4", file, "rtn", "own"))
     notes = [note for note in whole.notes if "policy.json" in note]
     assert [note.split(":")[1].split(" has no effect")[0] for note in notes] == [
         " no weight matches *.typo_proj.weight",
@@ -216,14 +216,14 @@ def test_patterns_of_no_use_are_noted_for_files_only(tiny, written):
         " *.gate.*",
     ]
     without_mtp = dataclasses.replace(tiny, num_nextn_predict_layers=0)
-    assert not plan(as_shipped(without_mtp), recipe=make_recipe("nvfp4", "default", "rtn", "own")).notes
+    assert not make_plan(as_shipped(without_mtp), recipe=make_recipe("nvfp4", "default", "rtn", "own")).notes
 
 
 def test_the_digest_covers_what_the_recipe_does(tiny, written):
     source = as_shipped(tiny)
 
     def digest(*words: str | Path | None) -> str:
-        return plan(source, recipe=make_recipe(*words)).digest
+        return make_plan(source, recipe=make_recipe(*words)).digest
 
     usual = digest("nvfp4", None, "rtn", "own")
     others = [

@@ -1,15 +1,23 @@
-"""Whether a checkpoint's tokenizer.json belongs to its model: read as plain JSON, no tokenizer is built."""
+"""The files beside the weights that a converted checkpoint keeps: the tokenizer's, and generation_config.json.
+
+tokenizer.json is read as plain JSON; no tokenizer is built.
+"""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 from ..config import Config
-from ..errors import CheckpointError
+from ..errors import CheckpointError, listing
+from ..system.files import replace_file
+
+COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 LARGEST_FILE = 64 << 20
 
 
-def check(folder: Path, cfg: Config) -> int | None:
+def check_tokenizer(folder: Path, cfg: Config) -> int | None:
     """Compare the ids of `folder`/tokenizer.json, where there is one, with the config. Raises CheckpointError.
 
     Returns how many ids it has, counted up to the largest; None without a tokenizer.
@@ -56,3 +64,21 @@ def read_tokenizer(folder: Path, cfg: Config) -> tuple[dict, int] | None:
 def _why(error: Exception) -> str:
     """What Python says of content that is not as expected."""
     return f"it has no {error}" if isinstance(error, KeyError) else str(error)
+
+
+def require_readable_companions(src: Path) -> None:
+    """Raise CheckpointError if one of COMPANIONS is there but is no regular file: a dangling link, a pipe."""
+    if wrong := [name for name in COMPANIONS if os.path.lexists(src / name) and not (src / name).is_file()]:
+        raise CheckpointError(
+            f"{src}: not regular files: {listing(wrong)} (dangling links?). Nothing was written; "
+            "download them again, or remove them"
+        )
+
+
+def copy_companions(src: Path, dst: Path) -> list[str]:
+    """Copy COMPANIONS, which the tokenizer and the chat need; return the names of those that exist."""
+    found = [name for name in COMPANIONS if (src / name).is_file()]
+    for name in found:
+        with replace_file(dst / name) as new, open(src / name, "rb") as source, open(new, "wb") as target:
+            shutil.copyfileobj(source, target)
+    return found
