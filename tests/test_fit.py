@@ -25,7 +25,7 @@ from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
 from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state
-from dsv32_jax.generation.request import CHUNK
+from dsv32_jax.generation.request import chunk_size
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
 from dsv32_jax.system import host
@@ -395,6 +395,6 @@ def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     """Prompts of a short context are read at once."""
     seen = []
     monkeypatch.setattr(fitting, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
-    for capacity in (32, 4 * CHUNK):
+    for capacity in (32, 4 * chunk_size()):
         measure_prefill(Setup(read_weight_shapes(single), BF16, BF16, 0), 1, capacity)
-    assert {arguments[2].shape for arguments, _ in seen} == {(1, 32), (1, CHUNK)}
+    assert {arguments[2].shape for arguments, _ in seen} == {(1, 32), (1, chunk_size())}

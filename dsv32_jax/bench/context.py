@@ -20,7 +20,7 @@ from ..config import Config
 from ..errors import UsageError, require_integer
 from ..generation.engine import WHOLE
 from ..generation.prefill_decode import empty_caches, new_state
-from ..generation.request import CHUNK
+from ..generation.request import chunk_size
 from ..model import mla
 from ..model.cache import Cache, dtype_of
 from ..model.indexer import scores_of_cache, select
@@ -77,8 +77,8 @@ PREFILL_COLUMNS = (
 def run(arguments: argparse.Namespace) -> None:
     """Print the tables of the sections that are asked for. Raises UsageError, CapacityError."""
     tokens, layers = arguments.prefill, arguments.layers
-    if tokens < 4 * CHUNK or tokens % (4 * CHUNK):
-        raise UsageError(f"--prefill must be a multiple of {4 * CHUNK}, not {tokens}")
+    if tokens < 4 * chunk_size() or tokens % (4 * chunk_size()):
+        raise UsageError(f"--prefill must be a multiple of {4 * chunk_size()}, not {tokens}")
     require_integer("layers", layers, 1, 1000)
     for section in arguments.section or SECTIONS:
         cfg = make_config(WIDE, LAYERS if section == "decode" else layers)
@@ -89,8 +89,8 @@ def run(arguments: argparse.Namespace) -> None:
             print(DECODE.format(topk=cfg.index_topk, **sizes))
             lines = format_table(DECODE_COLUMNS, decode_rows(cfg, CONTEXTS, CACHES))
         else:
-            print(PREFILL.format(chunk=CHUNK, **sizes))
-            lines = format_table(PREFILL_COLUMNS, prefill_rows(cfg, tokens, CHUNK))
+            print(PREFILL.format(chunk=chunk_size(), **sizes))
+            lines = format_table(PREFILL_COLUMNS, prefill_rows(cfg, tokens, chunk_size()))
         for line in lines:
             print(line, flush=True)
 

@@ -20,7 +20,7 @@ from ..config import Config
 from ..errors import UsageError, listing
 from ..generation.engine import WHOLE
 from ..generation.prefill_decode import new_state
-from ..generation.request import CHUNK, bucket
+from ..generation.request import bucket, chunk_size
 from ..layout import leaves
 from ..model.cache import dtype_of
 from ..model.model import Model
@@ -62,7 +62,7 @@ class Plan:
     @property
     def capacity(self) -> int:
         """Slots of every row."""
-        return bucket(max(self.contexts) + max(self.steps, CHUNK))
+        return bucket(max(self.contexts) + max(self.steps, chunk_size()))
 
 
 def make_plan(
@@ -149,8 +149,8 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
 
 def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
     """Yield the seconds of one row's chunk behind each context."""
-    cfg, count = plan.cfg, np.full(1, CHUNK, np.int32)
-    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, CHUNK), np.int32)
+    cfg, count = plan.cfg, np.full(1, chunk_size(), np.int32)
+    tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, chunk_size()), np.int32)
     for length in plan.contexts:
         cache = fill_cache(cfg, plan.capacity, plan.cache_dtype, 1, length, plan.mesh)
         state, lengths = new_state(model, (cache, None), [], 0), np.asarray(cache.length_B)
@@ -190,8 +190,8 @@ def format_row(row: Row) -> str:
             f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{HEADINGS}"
         )
     if row["kind"] == "read":
-        speed = f"{CHUNK / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
-        return f"prefill of {CHUNK} tokens after {row['context']}: {speed}"
+        speed = f"{chunk_size() / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
+        return f"prefill of {chunk_size()} tokens after {row['context']}: {speed}"
     compiled = f"{row['compile']:.1f}" if row["compile"] > 1 else ""
     parts = sorted(row["parts"].items(), key=lambda part: -part[1])
     return (

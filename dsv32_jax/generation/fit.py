@@ -27,7 +27,7 @@ from . import memory
 from .engine import WHOLE
 from .options import MAX_DRAFTS
 from .prefill_decode import empty_caches, new_state
-from .request import CHUNK, capacity_for
+from .request import capacity_for, chunk_size
 from .weight_shapes import WeightShapes, read_weight_shapes
 
 COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
@@ -186,7 +186,7 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
     def measure(model: Model) -> int:
         caches = partial(empty_caches, model.cfg, rows, capacity, setup.cache_dtype, setup.draft)
         state = jax.eval_shape(lambda: new_state(model, caches(), [], setup.draft))
-        tokens = jax.ShapeDtypeStruct((rows, min(CHUNK, capacity)), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((rows, min(chunk_size(), capacity)), jnp.int32)
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count))
 

@@ -12,7 +12,7 @@ import numpy as np
 from ..config import Config
 from ..errors import CapacityError
 from ..generation import memory
-from ..generation.request import CHUNK, capacity_for
+from ..generation.request import capacity_for, chunk_size
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
 from ..model import mla, validation
@@ -59,7 +59,7 @@ def trace(
     for b, row in enumerate(rows):
         arrays["tokens"][b, : len(row)], arrays["length"][b] = row, len(row)
     capacity = capacity_for(cfg, longest)
-    extra = nbytes(cfg, kinds, 1, capacity) * min(CHUNK, capacity) // capacity
+    extra = nbytes(cfg, kinds, 1, capacity) * min(chunk_size(), capacity) // capacity
     step = partial(_observe_jit, kinds)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
         _copy(chunk, arrays)
