@@ -46,7 +46,7 @@ def rows(generated):
 def trace(model, rows):
     """All kinds; the longest row is read in three chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request, "chunk_size", lambda: 16)
+        patch.setattr(request, "chunk_size", lambda rows=1: 16)
         return ds.inspect.trace(model, rows, traces.KINDS)
 
 

@@ -186,7 +186,7 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
     def measure(model: Model) -> int:
         caches = partial(empty_caches, model.cfg, rows, capacity, setup.cache_dtype, setup.draft)
         state = jax.eval_shape(lambda: new_state(model, caches(), [], setup.draft))
-        tokens = jax.ShapeDtypeStruct((rows, min(chunk_size(), capacity)), jnp.int32)
+        tokens = jax.ShapeDtypeStruct((rows, min(chunk_size(rows), capacity)), jnp.int32)
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count))
 

@@ -342,7 +342,7 @@ def test_the_likeliest_tokens(model, greedy):
 def test_chunks_are_the_whole(model, greedy, monkeypatch):
     """A prompt read four tokens at a time, rows ending in different chunks; progress is told after each."""
     told = []
-    monkeypatch.setattr(request, "chunk_size", lambda: 4)
+    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 4)
     got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda done, total: told.append((done, total)))
     assert got.tokens == greedy.tokens
     assert told == [(11, 23), (18, 23), (22, 23), (23, 23)]
@@ -387,7 +387,7 @@ def test_ctrl_c_returns_what_is_there(model, greedy, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
     assert got.tokens == [tokens[:4] for tokens in greedy.tokens] and got.finish_reason == ["interrupted"] * 3
 
-    monkeypatch.setattr(request, "chunk_size", lambda: 4)
+    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 4)
     got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda *_: signal.raise_signal(signal.SIGINT))
     assert got.tokens == [[], [], []] and got.finish_reason == ["interrupted"] * 3
 
