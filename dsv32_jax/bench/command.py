@@ -13,6 +13,7 @@ def add(commands: Any) -> None:
     layer.set_defaults(run=partial(_run, "layer"))
     load = bench.add_parser("load", help="loading a checkpoint, beside a plain read of its bytes")
     load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
+    load.add_argument("--json", action="store_true", help="print one JSON object")
     load.set_defaults(run=partial(_run, "load"))
     _add_context(bench)
     _add_model(bench)

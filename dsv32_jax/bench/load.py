@@ -1,40 +1,42 @@
-"""`dsv32 bench load`: loading a converted checkpoint, against a plain read of the bytes of its files."""
+"""`dsv32 bench load`: loading a converted checkpoint, copied and mapped, beside a plain read of its bytes."""
 
 import argparse
 import contextlib
 import dataclasses
+import json
 import multiprocessing
+import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import random_checkpoint
 from ..checkpoint.manifest import Manifest
+from ..checkpoint.reader import SLAB_BYTES, Reader, allocate
 from ..config import Config
 from ..system.files import expand_path
-from ..system.host import get_resident_memory
-from .measure import Row, format_table, get_peak_memory, measure_median
+from ..system.host import count_cores, get_resident_memory
+from .measure import Row, format_table, get_peak_memory
 
-BUFFER_BYTES = 8 << 20
+ROUNDS = 3
 
 EXPLANATION = """\
-All files are in the page cache, so this is the cost of the software, not of the disk. read: one thread reads the files
-into one buffer of 8 MiB. ratio: time / that. over: the most memory held during the first load beyond what the process
-held before, in a process of its own. model, leaf: what the loaded model holds, and its largest leaf."""
+The files are in the page cache, so these are the costs of software, not of a disk. plain read: as many threads as cores
+read the files into fresh memory. copied: onto the device. mapped: on a CPU, used where they are; elsewhere the same as
+copied. first token: of a prompt of 8 tokens after a mapped load, with compiled programs. ratio: GB/s beside the plain
+read. Medians of three rounds, in a process of its own; its memory is that of the first copied load."""
 
 COLUMNS = (
-    ("part", 26, lambda row: row["part"]),
-    ("time s", 8, lambda row: f"{row['seconds']:.3f}"),
-    ("file MB", 9, lambda row: f"{row['bytes'] / 1e6:.1f}"),
-    ("MB/s", 8, lambda row: f"{row['bytes'] / row['seconds'] / 1e6:.0f}"),
-    ("ratio", 6, lambda row: f"{row['seconds'] / row['read_seconds']:.2f}"),
-    ("over MB", 9, lambda row: _megabytes(row["peak_over_baseline"])),
-    ("model MB", 9, lambda row: _megabytes(row["model_bytes"])),
-    ("leaf MB", 8, lambda row: _megabytes(row["largest_leaf_bytes"])),
+    ("part", 14, lambda row: row["part"]),
+    ("time s", 9, lambda row: f"{row['seconds']:.3f}"),
+    ("GB", 8, lambda row: f"{row['bytes'] / 1e9:.3f}"),
+    ("GB/s", 8, lambda row: f"{row['bytes'] / row['seconds'] / 1e9:.2f}"),
+    ("ratio", 8, lambda row: f"{row['read_seconds'] / row['seconds']:.2f}"),
 )
 
 SIZES = {
@@ -54,83 +56,114 @@ SIZES = {
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the table for a checkpoint."""
+    """Print a table, or one JSON object, for a checkpoint."""
+    found = measure_load(arguments.checkpoint)
+    if arguments.json:
+        print(json.dumps(found))
+        return
     print(EXPLANATION)
-    for line in format_table(COLUMNS, load(arguments.checkpoint)):
-        print(line, flush=True)
+    for line in format_table(COLUMNS, list_rows(found)):
+        print(line)
+    print(f"host memory beyond the model: {found['peak_over_model_bytes'] / 1e9:.3f} GB at most")
 
 
-def load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> Iterator[Row]:
-    """A row for the plain read and two for loading `checkpoint`, as they are made; times in seconds, sizes in bytes.
+def measure_load(checkpoint: str | Path | None = None, cfg: Config | None = None) -> dict[str, Any]:
+    """Measure loading `checkpoint`, or one with random weights of the model `cfg` (default: about 1 GB).
 
-    Without a checkpoint, one of the model `cfg` (default: about 1 GB) with random weights is written and converted.
     Raises CheckpointError where the folder holds no converted checkpoint.
     """
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-bench-")))
-            checkpoint = _random(scratch, cfg or _about_1_gb())
+            checkpoint = _write_random(scratch, cfg or _configure())
         folder = expand_path(checkpoint).resolve()
         Manifest.read(folder)
-        files = [file for file in folder.rglob("*") if file.is_file()]
-        size = sum(file.stat().st_size for file in files)
-        seconds = measure_median(lambda: _read(files), 0).wall
-        yield _row("plain read", seconds, size, seconds)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
-            first, again, memory = fresh.submit(_load_twice, folder).result()
-        yield _row("load, first in a process", first, size, seconds, **memory)
-        yield _row("load again", again, size, seconds)
+            return fresh.submit(_measure, folder).result()
 
 
-def _load_twice(folder: Path) -> tuple[float, float, dict[str, int]]:
-    """Seconds of two loads, and the memory of the first. Runs in a process that has done nothing else."""
+def list_rows(found: dict[str, Any]) -> list[Row]:
+    """Return the measured parts as rows of a table."""
+    nbytes = found["bytes"]
+    read = nbytes / found["plain_read_gbps"] / 1e9
+    seconds = {
+        "plain read": read,
+        "copied": nbytes / found["copied_gbps"] / 1e9,
+        "mapped": found["mapped_seconds"],
+        "first token": found["first_token_seconds"],
+    }
+    return [{"part": part, "seconds": time, "bytes": nbytes, "read_seconds": read} for part, time in seconds.items()]
+
+
+def _measure(folder: Path) -> dict[str, Any]:
     import jax
     import jax.numpy as jnp
 
     from ..checkpoint.load import load
+    from ..generation.generate import generate
 
+    manifest, device = Manifest.read(folder), jax.devices()[0]
+    reader, prompt = Reader(folder, manifest.leaves), [list(range(8))]
+    nbytes = sum(entry.nbytes for entry in reader.entries.values())
     jnp.zeros(()).block_until_ready()
     before = get_resident_memory()
-    first, model = _time_run(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
-    whole, largest = _sizes(model)
-    memory = {
-        "peak_over_baseline": get_peak_memory() - before,
-        "model_bytes": whole,
-        "largest_leaf_bytes": largest,
-    }
+    _, model = _time(lambda: jax.block_until_ready(load(folder, mapped=False)))
+    on_host = sum(array.nbytes for array in _arrays(model)) if device.platform == "cpu" else 0
+    peak = get_peak_memory() - before - on_host
+    generate(model, prompt, max_new_tokens=1)
     del model
-    again, _ = _time_run(lambda: jax.block_until_ready(load(folder, dtype=jnp.bfloat16)))
-    return first, again, memory
+    times: dict[str, list[float]] = {"read": [], "copied": [], "mapped": [], "token": []}
+    for _ in range(ROUNDS):
+        times["read"].append(_time(lambda: _read(reader))[0])
+        times["copied"].append(_time(lambda: jax.block_until_ready(load(folder, mapped=False)))[0])
+        seconds, model = _time(lambda: jax.block_until_ready(load(folder)))
+        times["mapped"].append(seconds)
+        times["token"].append(_time(partial(generate, model, prompt, max_new_tokens=1))[0])
+        del model
+    median = {part: statistics.median(seconds) for part, seconds in times.items()}
+    return {
+        "device": device.device_kind,
+        "bytes": nbytes,
+        "plain_read_gbps": nbytes / median["read"] / 1e9,
+        "copied_gbps": nbytes / median["copied"] / 1e9,
+        "mapped_seconds": median["mapped"],
+        "first_token_seconds": median["token"],
+        "peak_over_model_bytes": max(0, peak),
+    }
 
 
-def _sizes(model: Any) -> tuple[int, int]:
-    """Bytes of all leaves, each once, and of the largest, a quantized one with all of its components."""
+def _arrays(model: Any) -> list[Any]:
     import jax
 
-    from ..quantization.formats import NVFP4, Fp8Block
-
-    def is_quantized(node) -> bool:
-        return isinstance(node, NVFP4 | Fp8Block)
-
-    leaves = {id(leaf): leaf for leaf in jax.tree.leaves(model, is_leaf=is_quantized)}
-    sizes = [sum(array.nbytes for array in jax.tree.leaves(leaf)) for leaf in leaves.values()]
-    return sum(sizes), max(sizes)
+    return list({id(array): array for array in jax.tree.leaves(model)}.values())
 
 
-def _time_run(run) -> tuple[float, Any]:
+def _time(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = run()
     return time.perf_counter() - start, result
 
 
-def _about_1_gb() -> Config:
+def _read(reader: Reader) -> None:
+    """Read all arrays into memory of their own, in slabs, by a thread per core."""
+    with ThreadPoolExecutor(count_cores()) as pool:
+        for key, entry in reader.entries.items():
+            memory = allocate(entry.shape, entry.dtype)
+            rows = max(1, SLAB_BYTES * len(memory) // max(1, memory.nbytes))
+            rest = tuple(slice(0, size) for size in entry.shape[1:])
+            for start in range(0, len(memory), rows):
+                block = memory[start : start + rows]
+                pool.submit(reader.copy, key, block, (slice(start, start + len(block)), *rest))
+
+
+def _configure() -> Config:
     from .. import configs
 
     return dataclasses.replace(Config.from_json(configs.path("deepseek_v32")), **SIZES)
 
 
-def _random(scratch: Path, cfg: Config) -> Path:
-    """A converted checkpoint of `cfg` with random NVFP4 weights."""
+def _write_random(scratch: Path, cfg: Config) -> Path:
+    """Write and convert a checkpoint of `cfg` with random NVFP4 weights."""
     from .. import convert
 
     print("writing a random checkpoint", file=sys.stderr, flush=True)
@@ -138,22 +171,3 @@ def _random(scratch: Path, cfg: Config) -> Path:
     print("converting it", file=sys.stderr, flush=True)
     convert.convert(scratch / "source", scratch / "converted")
     return scratch / "converted"
-
-
-def _read(files: list[Path]) -> None:
-    """Read `files` from start to end into the same memory."""
-    buffer = bytearray(BUFFER_BYTES)
-    for file in files:
-        with open(file, "rb", buffering=0) as stream:
-            while stream.readinto(buffer):
-                pass
-
-
-def _row(part: str, seconds: float, size: int, read_seconds: float, **memory: int) -> Row:
-    columns = ("peak_over_baseline", "model_bytes", "largest_leaf_bytes")
-    row = {"part": part, "seconds": seconds, "bytes": size, "read_seconds": read_seconds}
-    return row | {column: memory.get(column) for column in columns}
-
-
-def _megabytes(size: int | None) -> str:
-    return "-" if size is None else f"{size / 1e6:.1f}"
