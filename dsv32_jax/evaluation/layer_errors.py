@@ -166,14 +166,12 @@ def compare_blocks(
 
 
 def _expert_outputs(moe: MoE, h_BTD: jax.Array, routing: Routing) -> jax.Array:
-    """Return the output of each expert of each token, [t, X, D]."""
     h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
     expert_tX = routing.expert_BTX.reshape(len(h_tD), -1)
     return each_expert(h_tD, expert_tX, moe.w_gate_EMD, moe.w_up_EMD, moe.w_down_EDM)
 
 
 def _sum_by_expert(y_tXD: jax.Array, routing: Routing, cfg: Config) -> jax.Array:
-    """Return the sum of squares [E] of each expert's outputs."""
     square_tX = jnp.square(y_tXD).sum(axis=-1)
     return jax.ops.segment_sum(square_tX.reshape(-1), routing.expert_BTX.reshape(-1), cfg.n_routed_experts)
 
@@ -189,7 +187,6 @@ def mtp_block_input(
 
 @jax.jit
 def _compare_heads(a: dict[str, Any], b: dict[str, Any], x_BTD: jax.Array, eps: float) -> tuple[jax.Array, Squares]:
-    """Return A's normed hidden states, and the squares of the logits."""
     h_BTD, other_BTD = (rms_norm(x_BTD, one["norm_D"], eps) for one in (a, b))
     mine_BTV = einsum32("BTD,VD->BTV", h_BTD, a["head_VD"])
     other_BTV = einsum32("BTD,VD->BTV", other_BTD, b["head_VD"])

@@ -49,8 +49,8 @@ def format_layers(found: Iterable[LayerError]) -> Iterator[str]:
         known = {path: value for path, value in error.weights.items() if value is not None}
         path = max(known, key=known.__getitem__)
         outputs = ", ".join(f"{name} {_percent(value)}" for name, value in error.outputs.items())
-        experts = "  ".join(map(_median_and_worst, (error.expert_weights, error.expert_outputs)))
-        experts = experts if error.expert_weights else ""
+        by_expert = error.expert_weights, error.expert_outputs
+        experts = "  ".join(_median_and_worst(errors) for errors in by_expert if errors)
         yield f"{error.part:10} {path:28} {_percent(known[path]):>7}  {outputs:34} {experts}".rstrip()
 
 
@@ -64,7 +64,6 @@ def _percent(value: float | None) -> str:
 
 
 def _median_and_worst(values: list[float | None]) -> str:
-    """Return the median, the worst value with its index, and the number of experts without a value."""
     known = [value for value in values if value is not None]
     if not known:
         return "-"
