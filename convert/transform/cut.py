@@ -5,10 +5,10 @@ Every component is cut like the weight itself. A component has one element per `
 holds, the leaf cannot keep its format and is stored as bfloat16.
 """
 
-import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -84,32 +84,38 @@ def list_arrays(leaf: Leaf, form: LeafFormat) -> dict[str, tuple[str, tuple[int,
 
 
 def build(
-    leaf: Leaf,
-    sources: Sequence[StoredWeight],
-    form: LeafFormat,
-    read: Read,
-    requantizer: Requantizer | None = None,
-    map_experts: Callable[..., Iterable] = map,
+    leaf: Leaf, sources: Sequence[StoredWeight], form: LeafFormat, read: Read, requantizer: Requantizer | None = None
 ) -> dict[str, np.ndarray]:
-    """Return the components of `leaf`, C-contiguous. Peak memory: the leaf, and the experts in work if it is stacked.
+    """Return the components of `leaf`, C-contiguous. `requantizer` quantizes and dequantizes (default: rounding to
+    nearest)."""
+    components, steps = plan_build(leaf, sources, form, read, requantizer or Requantizer())
+    for step in steps:
+        step()
+    return components
 
-    `requantizer` quantizes and dequantizes (default: rounding to nearest); `map_experts` is a `map` that may use
-    threads.
+
+def plan_build(
+    leaf: Leaf, sources: Sequence[StoredWeight], form: LeafFormat, read: Read, requantizer: Requantizer
+) -> tuple[dict[str, np.ndarray], list[Callable[[], None]]]:
+    """Return a dict for the components of `leaf`, and the steps that fill it: one per source, for any thread.
+
+    Peak memory: the leaf, and the sources in work.
     """
-    requantizer = requantizer or Requantizer()
-    if not leaf.stacked:
-        components = _build_one(leaf, sources[0], form, read, requantizer)
-        return {name: np.ascontiguousarray(array) for name, array in components.items()}
-    stacked = {name: np.empty(shape, NUMPY_DTYPES[dtype]) for name, (dtype, shape) in list_arrays(leaf, form).items()}
+    components: dict[str, np.ndarray] = {}
+    if leaf.stacked:
+        arrays = list_arrays(leaf, form).items()
+        components |= {name: np.empty(shape, NUMPY_DTYPES[dtype]) for name, (dtype, shape) in arrays}
 
     def fill(expert: int, stored: StoredWeight) -> None:
         for name, array in _build_one(leaf, stored, form, read, requantizer).items():
-            whole = stacked[name]
+            if not leaf.stacked:
+                components[name] = np.ascontiguousarray(array)
+                continue
+            whole = components[name]
             assert (array.dtype, array.shape) == (whole.dtype, whole.shape[1:]), f"{stored.name} has another format"
             whole[expert] = array
 
-    collections.deque(map_experts(lambda item: fill(*item), enumerate(sources)), maxlen=0)
-    return stacked
+    return components, [functools.partial(fill, expert, stored) for expert, stored in enumerate(sources)]
 
 
 def _build_one(

@@ -4,32 +4,24 @@ The first exception of any thread ends everything; parts that were yielded befor
 """
 
 import collections
-import itertools
+import dataclasses
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import LeafEntry, Place
+from dsv32_jax.checkpoint.reader import Key
+from dsv32_jax.checkpoint.writer import Writer
 
 from ..plan.limits import Budget, Group, fits_beside, size_of
 from ..transform import cut
-from ..transform.cut import PlannedLeaf
 from ..transform.requantize import ErrorStats, Requantizer
 from .journal import Part
 from .provenance import HashingReader, describe
 
 Components = dict[str, np.ndarray]
-T = TypeVar("T")
-R = TypeVar("R")
-
-
-class Writer(Protocol):
-    """Writes the arrays of a part, by parameter and component, and returns where they lie
-    (`dsv32_jax.checkpoint.writer.Writer`)."""
-
-    def save(self, part: str, arrays: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], Place]: ...
 
 
 class _Write(NamedTuple):
@@ -37,7 +29,7 @@ class _Write(NamedTuple):
 
     name: str
     nbytes: int
-    saved: Future[dict[tuple[str, str], Place]]
+    saved: Future[dict[Key, Place]]
     described: dict[str, Future[tuple[LeafEntry, dict[str, int]]]]
     outcomes: dict[str, ErrorStats]
 
@@ -52,114 +44,87 @@ class _Write(NamedTuple):
         return Part(self.name, entries, dict(counts), self.outcomes), self.nbytes
 
 
+@dataclasses.dataclass
 class Pipeline:
-    """Converts groups of parameters. `entries` finds the entry of a parameter in an earlier part; `on_read` is called
-    with the path and bytes of every weight that was read."""
+    """Converts groups of parameters. `find_entry` returns the entry of a parameter in an earlier part; `on_read` is
+    called with the path and bytes of every weight that was read."""
 
-    def __init__(
-        self,
-        read: HashingReader,
-        requantizer: Requantizer,
-        writer: Writer,
-        budget: Budget,
-        entries: Callable[[str], LeafEntry | None],
-        on_read: Callable[[str, int], None],
-    ):
-        self._read, self._requantizer, self._writer, self._budget = read, requantizer, writer, budget
-        self._entries, self._on_read = entries, on_read
-        self._workers: ThreadPoolExecutor
-        self._disk: ThreadPoolExecutor
+    read: HashingReader
+    requantizer: Requantizer
+    writer: Writer
+    budget: Budget
+    find_entry: Callable[[str], LeafEntry | None]
+    on_read: Callable[[str, int], None]
 
     def run(self, groups: Iterable[tuple[Group, str]]) -> Generator[tuple[Part, int]]:
         """Convert `groups` with the names of their parts, at most two at a time, and yield each part, with its bytes,
         once it is on disk."""
-        with ThreadPoolExecutor(self._budget.workers) as self._workers, ThreadPoolExecutor(1) as self._disk:
+        with ThreadPoolExecutor(self.budget.workers) as workers, ThreadPoolExecutor(1) as disk:
             try:
-                yield from self._run(groups)
+                yield from self._run(groups, workers, disk)
             except BaseException:
-                self._workers.shutdown(wait=False, cancel_futures=True)
-                self._disk.shutdown(wait=False, cancel_futures=True)
+                workers.shutdown(wait=False, cancel_futures=True)
+                disk.shutdown(wait=False, cancel_futures=True)
                 raise
 
-    def _run(self, groups: Iterable[tuple[Group, str]]) -> Iterator[tuple[Part, int]]:
+    def _run(
+        self, groups: Iterable[tuple[Group, str]], workers: ThreadPoolExecutor, disk: ThreadPoolExecutor
+    ) -> Iterator[tuple[Part, int]]:
         before: _Write | None = None
         for group, name in groups:
             copies = any(leaf.copy_of is not None for leaf in group)
-            if before is not None and (copies or not fits_beside(group, before.nbytes, self._budget)):
+            if before is not None and (copies or not fits_beside(group, before.nbytes, self.budget)):
                 yield before.result()
                 before = None
-            arrays = self._build(group, before.nbytes if before is not None else 0)
-            after = self._write(name, group, arrays)
-            del arrays
+            built = self._build(group, before.nbytes if before is not None else 0, workers)
+            after = self._write(name, group, built, workers, disk)
+            del built
             if before is not None:
                 yield before.result()
             before = after
         if before is not None:
             yield before.result()
 
-    def _build(self, group: Group, before: int) -> dict[str, Components]:
-        """Read, convert and cut: the components of each parameter of `group`."""
-        resident = self._budget.fixed + before + size_of(group)
-        window = self._budget.count_workers(group, resident)
+    def _build(self, group: Group, writing: int, workers: ThreadPoolExecutor) -> dict[str, Components]:
+        """Read, convert and cut: the components of each parameter of `group`, while `writing` bytes are written."""
+        built: dict[str, Components] = {}
+        steps: collections.deque[tuple[Callable[[], None], str, int]] = collections.deque()
+        for leaf in group:
+            path = leaf.leaf.path
+            built[path], found = cut.plan_build(leaf.leaf, leaf.sources, leaf.form, self.read, self.requantizer)
+            steps.extend((step, path, leaf.nbytes // len(found)) for step in found)
+        window = self.budget.count_workers(group, self.budget.fixed + writing + size_of(group))
+        pending: collections.deque[tuple[Future[None], str, int]] = collections.deque()
+        while steps or pending:
+            while steps and len(pending) < window:
+                step, path, nbytes = steps.popleft()
+                pending.append((workers.submit(step), path, nbytes))
+            future, path, nbytes = pending.popleft()
+            future.result()
+            self.on_read(path, nbytes)
+        for leaf in group:
+            arrays = {name: (array.dtype.name, array.shape) for name, array in built[leaf.leaf.path].items()}
+            assert arrays == leaf.arrays, f"{leaf.leaf.path}: {arrays} was built, {leaf.arrays} was planned"
+        return built
 
-        def spread(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-            return _map_bounded(self._workers, window, function, items)
-
-        found: dict[str, Components] = {leaf.leaf.path: {} for leaf in group}
-        stored = [leaf for leaf in group if leaf.same_as is None]
-        for stacked, run in itertools.groupby(stored, key=lambda leaf: leaf.leaf.stacked):
-            leaves = list(run)
-            built = (
-                (self._build_stack(leaf, spread) for leaf in leaves) if stacked else self._build_each(leaves, spread)
-            )
-            for leaf, components in zip(leaves, built, strict=True):
-                arrays = {name: (array.dtype.name, array.shape) for name, array in components.items()}
-                assert arrays == leaf.arrays, f"{leaf.leaf.path}: {arrays} was built, {leaf.arrays} was planned"
-                found[leaf.leaf.path] = components
-        return found
-
-    def _build_stack(self, leaf: PlannedLeaf, spread: Callable[..., Iterator]) -> Components:
-        """A parameter of many experts, a thread per expert."""
-
-        def spread_experts(function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-            for result in spread(function, items):
-                self._on_read(leaf.leaf.path, leaf.nbytes // len(leaf.sources))
-                yield result
-
-        return cut.build(leaf.leaf, leaf.sources, leaf.form, self._read, self._requantizer, spread_experts)
-
-    def _build_each(self, leaves: list[PlannedLeaf], spread: Callable[..., Iterator]) -> Iterator[Components]:
-        """Parameters of one weight each, a thread per parameter."""
-        built = spread(lambda p: cut.build(p.leaf, p.sources, p.form, self._read, self._requantizer), leaves)
-        for leaf, components in zip(leaves, built, strict=True):
-            self._on_read(leaf.leaf.path, leaf.nbytes)
-            yield components
-
-    def _write(self, name: str, group: Group, built: dict[str, Components]) -> _Write:
+    def _write(
+        self,
+        name: str,
+        group: Group,
+        built: dict[str, Components],
+        workers: ThreadPoolExecutor,
+        disk: ThreadPoolExecutor,
+    ) -> _Write:
         """Begin to hash and to save a group. A copy with its original's bytes is not saved."""
         described: dict[str, Future[tuple[LeafEntry, dict[str, int]]]] = {}
-        arrays: dict[tuple[str, str], np.ndarray] = {}
+        arrays: dict[Key, np.ndarray] = {}
         for leaf in group:
             path, original = leaf.leaf.path, None
             if leaf.copy_of is not None:
                 earlier = described.get(leaf.copy_of)
-                original = self._entries(leaf.copy_of) if earlier is None else earlier.result()[0]
-            described[path] = self._workers.submit(describe, leaf, built[path], original, self._read)
+                original = self.find_entry(leaf.copy_of) if earlier is None else earlier.result()[0]
+            described[path] = workers.submit(describe, leaf, built[path], original, self.read)
             if original is None or described[path].result()[0].same_as is None:
                 arrays |= {(path, component): array for component, array in built[path].items()}
-        saved = self._disk.submit(self._save, name, arrays)
-        return _Write(name, size_of(group), saved, described, self._requantizer.take_errors())
-
-    def _save(self, name: str, arrays: dict[tuple[str, str], np.ndarray]) -> dict[tuple[str, str], Place]:
-        return self._writer.save(name, arrays) if arrays else {}
-
-
-def _map_bounded(pool: ThreadPoolExecutor, window: int, function: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`map` by the threads of `pool`, never more than `window` results ahead."""
-    pending: collections.deque[Future[R]] = collections.deque()
-    for item in items:
-        if len(pending) >= window:
-            yield pending.popleft().result()
-        pending.append(pool.submit(function, item))
-    while pending:
-        yield pending.popleft().result()
+        saved = disk.submit(lambda: self.writer.save(name, arrays) if arrays else {})
+        return _Write(name, size_of(group), saved, described, self.requantizer.take_errors())

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from convert.export.sharing_scales import rescaled
 
 import convert
+from convert.export.shared_scales import rescale_bytes
 from convert.read.source import Source
 from convert.read.weights import detect
 from convert.transform import cut
@@ -94,7 +94,7 @@ OTHER = [{}, {"to": "bf16"}, {"to": "nvfp4", "policy": "full"}, {"to": "nvfp4", 
 def unfinished(checkpoints, tmp_path_factory) -> Path:
     """A conversion to NVFP4 that stopped half way."""
     out = tmp_path_factory.mktemp("stopped") / "out"
-    original, calls = cut.build, []
+    original, calls = cut.plan_build, []
 
     def build(*rest):
         calls.append(rest)
@@ -103,7 +103,7 @@ def unfinished(checkpoints, tmp_path_factory) -> Path:
         return original(*rest)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(cut, "build", build)
+        patch.setattr(cut, "plan_build", build)
         convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
     return out
 
@@ -117,7 +117,7 @@ def test_scales_without_nvfp4_are_refused(checkpoints, tmp_path):
 
 def test_nan_scales_are_shared_as_what_they_stand_for():
     """Both NaN bytes mean 448, neither is negative."""
-    table = rescaled([0x7F, 0xFF, 0xB8], np.float32(1), np.float32(2))
+    table = rescale_bytes([0x7F, 0xFF, 0xB8], np.float32(1), np.float32(2))
     assert table is not None and table[0x7F] == table[0xFF] == 0x76 and table[0xB8] == 0xB0
 
 
