@@ -137,14 +137,14 @@ def test_misuse(folders, tmp_path, monkeypatch):
         (lambda: inspect.expert_errors("a", folder), "two inspect.Folder, not 'a'"),
         (lambda: inspect.expert_errors(folder, folder, 1), "a list of layers, not 1"),
         (lambda: inspect.parameters_per_device(folder, "expert=2"), "model.cfg"),
-        (lambda: inspect.parameters_per_device(folder.config, 4), "a mesh is written as"),
+        (lambda: inspect.parameters_per_device(folder.config, 4), "a mesh must be like"),
         (lambda: inspect.placement(None, BANK, "expert=2"), "model.cfg"),
         (lambda: folder.layer(7), "no layer 7; layers are 0 to 1"),
         (lambda: folder.weight("norm_D").error(folder.weight(BANK, 0)), "shapes must be equal"),
         (lambda: inspect.expert_errors(folder, folder, [0]), "no routed experts in layers 0; 1 to 1 have"),
         (lambda: inspect.tree(folder.config), "a folder, a config.json or a Model, not Config"),
         (lambda: inspect.placement(folder.config, "nothing", "expert=2"), "no weight 'nothing'"),
-        (lambda: inspect.placement(folder.config, BANK, "rows=2"), "not understood"),
+        (lambda: inspect.placement(folder.config, BANK, "rows=2"), "invalid mesh"),
     ):
         with pytest.raises(UsageError, match=text):
             call()
@@ -188,7 +188,7 @@ def test_placement_is_that_of_jax(small, path):
     placed = inspect.placement(cfg, path, "expert=4,model=2")
     (leaf,) = (leaf for leaf in leaves(cfg) if leaf.path == path)
     mesh = ds.mesh("expert=4,model=2")
-    indices = sharding.of_leaf(mesh, leaf, leaf.shape).devices_indices_map(leaf.shape)
+    indices = sharding.leaf_sharding(mesh, leaf, leaf.shape).devices_indices_map(leaf.shape)
     for device, part in zip(mesh.devices.flat, placed.shards, strict=True):
         assert part == tuple(s.indices(n)[:2] for s, n in zip(indices[device], leaf.shape, strict=True))
     assert placed.copies * len(set(placed.shards)) == 8

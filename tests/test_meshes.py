@@ -16,10 +16,10 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.generation import inventory
 from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state, sample_first, step
 from dsv32_jax.generation.sampler import make_params
+from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.experts import mixture, over_mesh, shared_expert
 from dsv32_jax.parallel import partition
@@ -74,7 +74,7 @@ def test_a_device_holds_its_part(checkpoint, sharded):
     assert moe.w_gate_EMD.codes.sharding.spec == jax.sharding.PartitionSpec(
         *(axis if axis in mesh else None for axis in ("expert", "model", None))
     )
-    assert expected == sum(inventory.read(checkpoint.converted).device_bytes(dict(mesh), jnp.float32))
+    assert expected == sum(read_weight_shapes(checkpoint.converted).device_bytes(dict(mesh), jnp.float32))
     whole = sum(part.nbytes for part in jax.tree.leaves(checkpoint.model))
     assert expected < whole or not {"expert", "model"} & {axis for axis, size in mesh.items() if size > 1}
 
@@ -133,9 +133,9 @@ def test_fp8_blocks_are_not_cut(tiny, size):
     blocks = (*leaf.shape[:2], -(-size // 128))
     if size in (192, 320):
         with pytest.raises(CapacityError, match=rf"M {size} in {blocks[2]} blocks over model=2 \(possible: 1\)"):
-            partition.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
+            partition.check_divisible({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
     else:
-        partition.check({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
+        partition.check_divisible({"model": 2}, [(leaf, leaf.shape), (leaf, blocks)])
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_fp8_blocks_are_not_cut(tiny, size):
         ("expert=16", CapacityError, "needs 16 devices, but there are 8"),
         ("experts=2", UsageError, "experts=2"),
         ("expert=0", UsageError, "expert=0"),
-        ("", UsageError, "not understood"),
+        ("", UsageError, "invalid mesh"),
         ({"tensor": 2}, UsageError, "tensor=2"),
     ],
     ids=str,
@@ -171,6 +171,6 @@ def test_g19_rows_that_do_not_divide(checkpoint, sharded):
 def test_letters_and_components():
     """An axis that a component does not have is never cut."""
     mesh = {"expert": 2, "model": 2}
-    assert partition.axes_of(mesh, "EMD", (8, 1, 1)) == ("expert", None, None)
-    assert partition.axes_of(mesh, "EDM", (8, 32, 4)) == ("expert", None, "model")
-    assert partition.axes_of({"data": 2}, "EDM", (8, 32, 4)) == (None, None, None)
+    assert partition.find_axes(mesh, "EMD", (8, 1, 1)) == ("expert", None, None)
+    assert partition.find_axes(mesh, "EDM", (8, 32, 4)) == ("expert", None, "model")
+    assert partition.find_axes({"data": 2}, "EDM", (8, 32, 4)) == (None, None, None)

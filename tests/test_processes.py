@@ -106,4 +106,4 @@ def test_processes_that_were_asked_different_things(folder):
     with Started(folder, "--max-new-tokens", "8", differing="--temperature=0.5") as started:
         ends = started.ends()
     assert [code for code, _, _ in ends] == [2, 2]
-    assert all("1 of 2 processes were asked something else than process 0: 1" in err for _, _, err in ends)
+    assert all("1 process of 2 got another request than process 0: 1" in err for _, _, err in ends)

@@ -39,10 +39,10 @@ def reshard(
     continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is read;
     VerificationError where an array has changed; OutputExistsError, UsageError, StorageError.
     """
-    sizes = partition.optional(mesh)
+    sizes = partition.parse_optional_mesh(mesh)
     converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
-    partition.check(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
+    partition.check_divisible(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
     if damaged := converted.arrays.find_problems():
         text = "\n  ".join(damaged)
         raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
@@ -89,7 +89,7 @@ def _write_parts(
     require_disk_space(out, converted.nbytes - done)
     progress(Progress(done, converted.nbytes, ""))
     journal.start()
-    writer = Writer(out, partition.by_mesh(mesh, leaves(converted.config)))
+    writer = Writer(out, partition.make_shard_shape(mesh, leaves(converted.config)))
     for part in sorted(parts.keys() - journal.parts.keys()):
         journal.begin(part)
         places = writer.save(part, {key: _read(converted, key) for key in parts[part]})

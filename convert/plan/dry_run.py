@@ -65,7 +65,7 @@ def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
         return f"= {leaf.same_as}"
     texts = []
     for name, (dtype, shape) in leaf.arrays.items():
-        shard = partition.split(mesh, leaf.leaf, shape)
+        shard = partition.shard_shape(mesh, leaf.leaf, shape)
         texts.append(f"{name} {dtype} {list(shape)}" + (f" in shards of {list(shard)}" if shard != shape else ""))
     return f"{leaf.form.format}, {format_size(leaf.nbytes)}: {', '.join(texts)}"
 

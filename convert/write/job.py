@@ -75,7 +75,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
         )
     recipe = make_recipe(to, policy, scales, tensor_scales)
     budget = limits.make_budget(options.get("max_memory"), options.get("workers"), options.get("group_bytes"))
-    mesh = partition.optional(options.get("mesh"))
+    mesh = partition.parse_optional_mesh(options.get("mesh"))
     require_apart(source_folder, dst)
     source = Source(source_folder)
     require_readable_companions(source.folder)
@@ -85,7 +85,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
         source = select_first_layers(source, layers)
     plan = make_plan(source, recipe, mesh)
     check_tokenizer(source.folder, Config.from_dict(source.config, str(source.folder / CONFIG)))
-    partition.check(mesh, [(leaf.leaf, shape) for leaf in plan.leaves for _, shape in leaf.arrays.values()])
+    partition.check_divisible(mesh, [(leaf.leaf, shape) for leaf in plan.leaves for _, shape in leaf.arrays.values()])
     budget = budget._replace(fixed=limits.fixed_bytes(plan.leaves))
     limits.require_limit(plan.leaves, budget)
     return plan, budget, dst
@@ -160,7 +160,7 @@ def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progre
     meter.report()
 
     journal.start()
-    writer = Writer(dst, partition.by_mesh(plan.mesh, [leaf.leaf for leaf in plan.leaves]))
+    writer = Writer(dst, partition.make_shard_shape(plan.mesh, [leaf.leaf for leaf in plan.leaves]))
     read = HashingReader(plan.source.read)
     pipeline = Pipeline(read, _requantizer(plan), writer, budget, done.get, meter.add_read)
     groups = zip(limits.group_leaves(missing, budget), journal.begin_new(), strict=False)

@@ -24,7 +24,7 @@ from ..layout import leaves
 from ..model.cache import Cache, LayerCache, empty_layer
 from ..model.model import Model, build
 from ..parallel import partition
-from ..parallel.sharding import by_rows
+from ..parallel.sharding import shard_rows
 
 DTYPE = np.dtype(jnp.bfloat16)
 """The compute dtype."""
@@ -39,9 +39,9 @@ def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes of every parameter of `make_model` on each device, by path."""
     sizes = {} if mesh is None else dict(mesh.shape)
     shapes = {leaf: jax.tree.leaves(shape_weight(leaf, storage(leaf, DTYPE))) for leaf in leaves(cfg)}
-    partition.check(sizes, [(leaf, array.shape) for leaf, arrays in shapes.items() for array in arrays])
+    partition.check_divisible(sizes, [(leaf, array.shape) for leaf, arrays in shapes.items() for array in arrays])
     return {
-        leaf.path: sum(math.prod(partition.split(sizes, leaf, a.shape)) * a.dtype.itemsize for a in arrays)
+        leaf.path: sum(math.prod(partition.shard_shape(sizes, leaf, a.shape)) * a.dtype.itemsize for a in arrays)
         for leaf, arrays in shapes.items()
     }
 
@@ -68,7 +68,7 @@ def fill_cache(
     """Return a cache of random values of standard deviation 1, of `length` tokens a row (default: one slot is free)."""
     layers = tuple(_fill_layer(cfg, batch, capacity, dtype, mesh, np.uint32(i)) for i in range(cfg.num_hidden_layers))
     lengths = jnp.full(batch, capacity - 1 if length is None else length, jnp.int32)
-    return jax.block_until_ready(Cache(layers, by_rows(mesh, lengths)))
+    return jax.block_until_ready(Cache(layers, shard_rows(mesh, lengths)))
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
@@ -78,7 +78,7 @@ def _fill_layer(
     sizes = (cfg.kv_lora_rank, cfg.qk_rope_head_dim, cfg.index_head_dim)
     new = [uniform((batch, capacity, size), DTYPE.name, seed * 3 + i, 0.0, 1.0) for i, size in enumerate(sizes)]
     slots = jnp.broadcast_to(jnp.arange(capacity), (batch, capacity))
-    return by_rows(mesh, empty_layer(cfg, batch, capacity, dtype).write(slots, *new))
+    return shard_rows(mesh, empty_layer(cfg, batch, capacity, dtype).write(slots, *new))
 
 
 class DecodeStep:
@@ -92,9 +92,9 @@ class DecodeStep:
         self._lengths = np.asarray(cache.length_B)
         batch, size = len(self._lengths), model.cfg.vocab_size
         params = make_params([Sampling()] * batch, size, size, max_new=np.iinfo(np.int32).max)
-        self._params = by_rows(model.mesh, params)
+        self._params = shard_rows(model.mesh, params)
         hidden = uniform((batch, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0)
-        state = dataclasses.replace(new_state(model, (cache, None), [], 0), hidden_BuD=by_rows(model.mesh, hidden))
+        state = dataclasses.replace(new_state(model, (cache, None), [], 0), hidden_BuD=shard_rows(model.mesh, hidden))
         self.state, _ = sample_first(model, self._params, state, 0)
         self.program: Any = self._compile({}) if program is None else program
 
@@ -110,7 +110,7 @@ class DecodeStep:
         return self._compile({"xla_gpu_graph_min_graph_size": 1 << 20})
 
     def _rewind(self) -> State:
-        cache = dataclasses.replace(self.state.cache, length_B=by_rows(self._model.mesh, self._lengths))
+        cache = dataclasses.replace(self.state.cache, length_B=shard_rows(self._model.mesh, self._lengths))
         return dataclasses.replace(self.state, cache=cache)
 
     def _compile(self, options: dict[str, Any]) -> Any:

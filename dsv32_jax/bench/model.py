@@ -102,7 +102,7 @@ def measure_expert_share(model: Model, tokens: jax.Array) -> float:
     """Return the share of experts that the rows of a device choose together for these tokens after a short context:
     the mean over layers and devices."""
     cache = fill_cache(model.cfg, SHORT, DTYPE, len(tokens), None, model.mesh)
-    groups = sharding.groups(model.mesh, len(tokens))
+    groups = sharding.count_row_groups(model.mesh, len(tokens))
     _, _, seen = model.observe(tokens[:, None], cache, jnp.ones(len(tokens), jnp.int32))
     chosen = [np.asarray(layer.routing.expert_BTX) for layer in seen if layer.routing is not None]
     counts = [len(np.unique(rows)) for experts in chosen for rows in np.split(experts, groups)]
@@ -157,7 +157,7 @@ def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
 
         def run(lengths=lengths) -> Any:
             nonlocal state
-            cache = dataclasses.replace(state.cache, length_B=sharding.by_rows(plan.mesh, jnp.asarray(lengths)))
+            cache = dataclasses.replace(state.cache, length_B=sharding.shard_rows(plan.mesh, jnp.asarray(lengths)))
             state = WHOLE.prefill(model, dataclasses.replace(state, cache=cache), tokens, tokens, count)
             return jax.block_until_ready(state.hidden_BuD)
 

@@ -62,7 +62,7 @@ def load(
     stored = Checkpoint.open(folder, verify)
     origin = Origin(stored.manifest.digest, check_tokenizer(stored.folder, stored.cfg))
     if mesh is not None:
-        sharding.check(mesh, stored.shapes())
+        sharding.check_mesh(mesh, stored.shapes())
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
     weights = stored.weights(own, dtype, mesh, mapped)
     return build(stored.cfg, dtype, lambda path: weights[stored.home(path)], origin, mesh)
@@ -126,7 +126,7 @@ class Checkpoint:
     def _target(self, mesh: Mesh | None, path: str, shape: tuple[int, ...]) -> Sharding:
         if mesh is None:
             return SingleDeviceSharding(jax.local_devices()[0])
-        return sharding.of_leaf(mesh, self.table[path], shape)
+        return sharding.leaf_sharding(mesh, self.table[path], shape)
 
 
 def _map_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from ..config import Config
 from ..layout import Leaf, leaves
-from ..parallel.sharding import of_leaf
+from ..parallel.sharding import leaf_sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
 
@@ -65,7 +65,7 @@ def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -
     *out, size = leaf.shape
     scalars = (leaf.shape[0] if leaf.stacked else 1, *[1] * len(out))
     parts = [(*out, size // 2), (*out, size // NVFP4_BLOCK), scalars] if storage == "nvfp4" else [leaf.shape]
-    spread = tuple(None if mesh is None else of_leaf(mesh, leaf, shape) for shape in parts)
+    spread = tuple(None if mesh is None else leaf_sharding(mesh, leaf, shape) for shape in parts)
     if len(leaf.source_shape) == 1:
         return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1, *spread)
     deviation = leaf.source_shape[-1] ** -0.5

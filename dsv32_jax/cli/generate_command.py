@@ -10,7 +10,7 @@ from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.engine import LAYERWISE, WHOLE, Engine
 from ..generation.result import Row, Stats, Token
-from ..parallel.multihost import asking
+from ..parallel.multihost import make_agreed
 from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .answer_view import describe_stats
 from .open_checkpoint import OpenedCheckpoint
@@ -72,7 +72,7 @@ class _Results:
         """Generate, write all results and return the exit code."""
         written = 0
         with defer_interrupt() as is_interrupted:
-            must_stop = asking(engine.model.mesh, is_interrupted)
+            must_stop = make_agreed(engine.model.mesh, is_interrupted)
             for batch in engine.batches:
                 for row, token in engine.run(batch, 1 if self.stream else None, must_stop):
                     self._write_token(row, token)

@@ -218,7 +218,7 @@ class Engine:
             self._programs.decode(step, self.model, self._params, state, take, SEGMENT_TOKENS, self._width)
         )
         if steps is None:
-            slow = multihost.any_of(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
+            slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
             longer = min(self._segment * 2, SEGMENT_TOKENS // (1 + draft))
             self._segment = max(1, self._segment // 2) if slow else longer
         return generated

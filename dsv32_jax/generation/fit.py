@@ -94,7 +94,7 @@ def fit(
     loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError if the mesh does not divide the model.
     """
     initialize()
-    sizes = partition.optional(mesh)
+    sizes = partition.parse_optional_mesh(mesh)
     compute = _parse_dtype("dtype", dtype, COMPUTE_DTYPES)
     stored = compute if cache_dtype is None else _parse_dtype("cache dtype", cache_dtype, CACHE_DTYPES)
     shapes = read_weight_shapes(path, format)

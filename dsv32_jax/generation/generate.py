@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from ..errors import UsageError, argument, pluralize
 from ..model.model import Model
-from ..parallel.multihost import asking
+from ..parallel.multihost import make_agreed
 from ..system.interrupts import defer_interrupt
 from .engine import LAYERWISE, WHOLE, Engine, Programs
 from .options import Sampling, accepts_options
@@ -52,7 +52,7 @@ generate.layerwise = _layerwise
 def _generate(programs: Programs, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
     engine = Engine(model, validate_for(model, prompts, sampling, **options), programs)
     with defer_interrupt() as asked:
-        should_stop = asking(model.mesh, asked)
+        should_stop = make_agreed(model.mesh, asked)
         for batch in engine.batches:
             for _ in engine.run(batch, should_stop=should_stop):
                 pass

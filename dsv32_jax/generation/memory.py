@@ -62,7 +62,7 @@ def plan_batch(
     """
     data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
     row_bytes = compute_row_bytes(cfg, capacity, dtype, drafts) + extra
-    free = multihost.least(mesh, get_free_memory(devices))
+    free = multihost.agree_on_minimum(mesh, get_free_memory(devices))
     batches = [1 << power for power in range((smallest - 1).bit_length(), (rows - 1).bit_length() + 1)]
     fitting = [batch for batch in batches if count_local_rows(batch, data) * row_bytes <= free * CACHE_SHARE]
     if not fitting:

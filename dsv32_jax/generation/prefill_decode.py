@@ -17,7 +17,7 @@ import numpy as np
 from ..config import Config
 from ..model.cache import Cache, LayerCache, empty, empty_layer
 from ..model.model import Model
-from ..parallel.sharding import by_rows
+from ..parallel.sharding import shard_rows
 from .sampler import SamplerParams, process_logits, sample
 
 Tree = TypeVar("Tree")
@@ -117,7 +117,7 @@ def place(model: Model, tree: Tree) -> Tree:
     bound, so a second chunk or turn does not compile `prefill` again.
     """
     if model.mesh is not None:
-        return by_rows(model.mesh, tree)
+        return shard_rows(model.mesh, tree)
     return jax.device_put(tree, jax.tree.leaves(model)[0].sharding)
 
 
@@ -134,7 +134,7 @@ def prefill(model: Model, state: State, tokens_BT: jax.Array, next_BT: jax.Array
     state = dataclasses.replace(
         state, cache=cache, draft_cache=draft_cache, hidden_BuD=state.hidden_BuD.at[:, 0].set(last_BD)
     )
-    return by_rows(model.mesh, state)
+    return shard_rows(model.mesh, state)
 
 
 @jax.jit
@@ -147,12 +147,12 @@ def take_rows(state: State, row_B: jax.Array) -> State:
 def sample_first(model: Model, params: SamplerParams, state: State, width: int) -> tuple[State, Generated]:
     """Sample each row's first token, after its prompt."""
     state = dataclasses.replace(state, done_B=params.max_new_B == 0)
-    logit_BV = by_rows(model.mesh, model.logits(state.hidden_BuD[:, :1])[:, 0])
+    logit_BV = shard_rows(model.mesh, model.logits(state.hidden_BuD[:, :1])[:, 0])
     generated = nothing_generated(len(logit_BV), 1, width)
     state, generated = advance(params, state, generated, logit_BV, state.cache.length_B, ~state.done_B)
     next_Bu = state.next_Bu.at[:, 0].set(state.token_B)
     state = dataclasses.replace(state, next_Bu=next_Bu, unread_B=jnp.ones_like(state.unread_B))
-    return by_rows(model.mesh, (state, generated))
+    return shard_rows(model.mesh, (state, generated))
 
 
 def step(model: Model, params: SamplerParams, state: State, generated: Generated) -> tuple[State, Generated]:
@@ -160,7 +160,7 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
     active_B = ~state.done_B
     h_B1D, cache = model(state.token_B[:, None], state.cache, active_B.astype(jnp.int32))
     state = dataclasses.replace(state, cache=cache, step_B=state.step_B + active_B.astype(jnp.int32))
-    logit_BV = by_rows(model.mesh, model.logits(h_B1D)[:, 0])
+    logit_BV = shard_rows(model.mesh, model.logits(h_B1D)[:, 0])
     return advance(params, state, generated, logit_BV, cache.length_B, active_B)
 
 
@@ -181,8 +181,8 @@ def decode(
         here, state = jax.lax.optimization_barrier((model, state))
         return taken + 1, *step(here, params, state, generated)
 
-    generated = by_rows(model.mesh, nothing_generated(len(state.token_B), slots, width))
-    return by_rows(model.mesh, jax.lax.while_loop(unfinished, take_step, (jnp.int32(0), state, generated))[1:])
+    generated = shard_rows(model.mesh, nothing_generated(len(state.token_B), slots, width))
+    return shard_rows(model.mesh, jax.lax.while_loop(unfinished, take_step, (jnp.int32(0), state, generated))[1:])
 
 
 def nothing_generated(batch: int, slots: int, width: int) -> Generated:

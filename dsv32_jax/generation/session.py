@@ -15,7 +15,7 @@ from ..errors import UsageError, argument, pluralize
 from ..model import validation
 from ..model.cache import dtype_of
 from ..model.model import Model
-from ..parallel.multihost import asking, fetch
+from ..parallel.multihost import fetch, make_agreed
 from ..system.files import expand_file_path
 from ..system.interrupts import defer_interrupt
 from ..system.progress import format_size
@@ -53,7 +53,7 @@ class Session:
         """Continue the conversation, as `generate` continues a prompt. The session then holds prompt and answer."""
         engine = self._engine(tokens, sampling, options)
         with defer_interrupt() as asked:
-            for _ in self._run(engine, None, asking(self.model.mesh, asked)):
+            for _ in self._run(engine, None, make_agreed(self.model.mesh, asked)):
                 pass
         return engine.result()
 

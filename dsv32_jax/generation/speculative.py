@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from ..model.cache import LayerCache
 from ..model.model import Model
-from ..parallel.sharding import by_rows
+from ..parallel.sharding import shard_rows
 from .prefill_decode import Generated, State, advance
 from .sampler import SamplerParams, process_logits, sample
 
@@ -23,7 +23,7 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
     drafts, draft_cache = _draft(model, params, state)
     tokens_Bu = jnp.stack([state.token_B, *drafts], axis=1)
     h_BuD, cache = model(tokens_Bu, state.cache, jnp.zeros_like(length_B))
-    logit_BuV = by_rows(model.mesh, model.logits(h_BuD))
+    logit_BuV = shard_rows(model.mesh, model.logits(h_BuD))
 
     state = dataclasses.replace(state, step_B=state.step_B + active_B.astype(jnp.int32))
     sampled = []
@@ -58,7 +58,7 @@ def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.
     for u in range(state.next_Bu.shape[1] - 1):
         if u:
             z_B1D, cache = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + u)[:, None])
-        logit_BV = by_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
+        logit_BV = shard_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
         logit_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
         drafts.append(sample(params, logit_BV, length_B + 1 + u))
     return drafts, cache

@@ -48,17 +48,17 @@ class WeightShapes(NamedTuple):
             return jax.ShapeDtypeStruct(self.table[path].shape, dtype)
         return self.weights[self.homes.get(path, path)]
 
-    def device_bytes(self, mesh: partition.Mesh, dtype) -> tuple[int, int]:
+    def device_bytes(self, mesh: partition.MeshShape, dtype) -> tuple[int, int]:
         """Return the bytes that one device of `mesh` holds of weights as stored, and of those that `load` dequantizes.
 
         Raises CapacityError if the mesh does not divide them.
         """
         stored = [(self.table[path], array.shape) for path, w in self.weights.items() for array in jax.tree.leaves(w)]
-        partition.check(mesh, stored)
+        partition.check_divisible(mesh, stored)
         nbytes = {False: 0, True: 0}
         for path in self.weights:
             for array in jax.tree.leaves(self.get_loaded(path, dtype_of(dtype))):
-                local = partition.split(mesh, self.table[path], array.shape)
+                local = partition.shard_shape(mesh, self.table[path], array.shape)
                 nbytes[path.endswith(ABSORBED)] += math.prod(local) * array.dtype.itemsize
         return nbytes[False], nbytes[True]
 

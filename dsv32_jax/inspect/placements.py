@@ -47,9 +47,9 @@ def placement(cfg: Config, path: str, mesh: str) -> Placement:
     leaf = next((leaf for leaf in leaves(cfg) if leaf.path == path), None)
     if leaf is None:
         raise UsageError(f"the model has no weight {path!r}")
-    sizes = partition.parse(mesh)
-    partition.check(sizes, [(leaf, leaf.shape)])
-    split = partition.axes(sizes, leaf, leaf.shape)
+    sizes = partition.parse_mesh(mesh)
+    partition.check_divisible(sizes, [(leaf, leaf.shape)])
+    split = partition.find_leaf_axes(sizes, leaf, leaf.shape)
     shards = []
     for coordinates in itertools.product(*(range(size) for size in sizes.values())):
         at = dict(zip(sizes, coordinates, strict=True))
@@ -63,13 +63,13 @@ def parameters_per_device(cfg: Config, mesh: str) -> dict[str, int]:
     """Return the number of parameters that one device of `mesh` holds, by kind, including the MTP layer; shared copies
     count once. Raises CapacityError if the mesh does not divide the weights evenly."""
     require(cfg, Config, "cfg must be a Config, such as model.cfg")
-    sizes = partition.parse(mesh)
+    sizes = partition.parse_mesh(mesh)
     counts: dict[str, int] = dict.fromkeys(("embedding, head", "attention", "indexer", "dense, shared", "experts"), 0)
     own = [leaf for leaf in leaves(cfg) if leaf.path not in COPIES]
-    partition.check(sizes, [(leaf, leaf.shape) for leaf in own])
+    partition.check_divisible(sizes, [(leaf, leaf.shape) for leaf in own])
     for leaf in own:
         kind = "embedding, head"
         for mark, name in ((".mla.", "attention"), (".indexer.", "indexer"), (".ffn.", "dense, shared")):
             kind = name if mark in leaf.path else kind
-        counts["experts" if leaf.stacked else kind] += math.prod(partition.split(sizes, leaf, leaf.shape))
+        counts["experts" if leaf.stacked else kind] += math.prod(partition.shard_shape(sizes, leaf, leaf.shape))
     return counts

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from ..kernels import dispatch
-from ..parallel.partition import axes_of
+from ..parallel.partition import find_axes
 from ..quantization.formats import Weight
 from .ops import einsum32, swiglu
 
@@ -101,7 +101,7 @@ def over_mesh(
 
     def specs(matrices: Matrices, *letters: str) -> tuple:
         return tuple(
-            jax.tree.map(lambda part, of=of: PartitionSpec(*axes_of(mesh.shape, of, part.shape)), matrix)
+            jax.tree.map(lambda part, of=of: PartitionSpec(*find_axes(mesh.shape, of, part.shape)), matrix)
             for matrix, of in zip(matrices, letters, strict=True)
         )
 

@@ -16,7 +16,7 @@ from flax import nnx
 
 from ..config import Config
 from ..kernels import dispatch
-from ..parallel.sharding import over_rows
+from ..parallel.sharding import map_rows
 from ..quantization.cache_formats import Rows, read
 from ..quantization.formats import Weight
 from .cache import LayerCache
@@ -69,7 +69,7 @@ def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, posi
     """Return `index_scores` [B, T, S] over all slots of the cache for queries at `position_BT`."""
     kernels = dispatch.find_sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
     score = dispatch.differentiable(scores_of_rows, {"cuda": kernels.index_scores}) if kernels else scores_of_rows
-    return over_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
+    return map_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
 
 
 def scores_of_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
@@ -100,8 +100,8 @@ def select_of_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> 
     """Return `select` of scores that are -inf behind each query's position."""
     kernels = dispatch.find_sparse_attention(jnp.bfloat16, (), ())
     if kernels is None or not kernels.selects(score_BTS.shape):
-        return over_rows(partial(select, topk=topk))(score_BTS)
-    return over_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
+        return map_rows(partial(select, topk=topk))(score_BTS)
+    return map_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
 
 
 def select(score_BTS: jax.Array, topk: int) -> jax.Array:

@@ -15,7 +15,7 @@ from flax import nnx
 
 from ..config import Config
 from ..kernels import dispatch
-from ..parallel.sharding import over_rows_and_heads
+from ..parallel.sharding import map_rows_and_heads
 from ..quantization.cache_formats import Rows, read_at
 from ..quantization.formats import Weight
 from .cache import LayerCache
@@ -115,7 +115,7 @@ def sparse(
     if kernels:
         fast = partial(kernels.attend, mla.cfg.softmax_scale)
         operands = ("BTH", "BTH", "BS", "BS", "BT", "BT")
-        attend = over_rows_and_heads(dispatch.differentiable(attend, {"cuda": fast}), operands, "BTH")
+        attend = map_rows_and_heads(dispatch.differentiable(attend, {"cuda": fast}), operands, "BTH")
     o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk, position_BT)
     return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
 

@@ -67,12 +67,12 @@ class Model(Module):
         self, run_block: Callable, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
     ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             x_BTD = rows_of(tokens_BT, self.embed_VD)
         caches: list[LayerCache] = []
         seen: list[Seen] = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
-            with sharding.on(self.mesh):
+            with sharding.use_mesh(self.mesh):
                 x_BTD, layer_cache, *layer_seen = run_block(layer, x_BTD, layer_cache, position_BT)
             caches.append(layer_cache)
             seen.extend(layer_seen)
@@ -91,7 +91,7 @@ class Model(Module):
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
 
 

@@ -9,7 +9,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from ..config import Config
-from ..parallel.sharding import over_rows
+from ..parallel.sharding import map_rows
 from ..quantization.formats import Weight
 from .experts import Matrices, mixture, over_mesh
 from .ops import einsum32, swiglu
@@ -77,7 +77,7 @@ class MoE(Module):
     def route(self, h_BTD: jax.Array) -> Routing:
         """Affinities in float32 from whatever precision the activations have."""
         logit_BTE = einsum32("BTD,ED->BTE", h_BTD.astype(jnp.float32), self.router_ED)
-        return over_rows(partial(gate, bias_E=self.bias_E, cfg=self.cfg))(logit_BTE)
+        return map_rows(partial(gate, bias_E=self.bias_E, cfg=self.cfg))(logit_BTE)
 
 
 def gate(logit_BTE: jax.Array, bias_E: jax.Array, cfg: Config) -> Routing:

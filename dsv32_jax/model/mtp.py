@@ -63,7 +63,7 @@ class MTP(Module):
         halves."""
         eps = self.cfg.rms_norm_eps
         normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             e_BTD = rms_norm(rows_of(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
             u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
             z_BTD, cache, *seen = run_block(self.block, u_BTA, cache, position_BT)
@@ -72,5 +72,5 @@ class MTP(Module):
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
         """float32 [B, T, V] of normed hidden vectors."""
-        with sharding.on(self.mesh):
+        with sharding.use_mesh(self.mesh):
             return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

@@ -1,7 +1,7 @@
-"""One program over several processes, each with devices of its own (JAX's multi-controller runtime).
+"""One program in several processes, each with its own devices (JAX's multi-controller runtime).
 
-All of them run the same Python and must take the same turns. Where a turn depends on the clock, on free memory or on
-Ctrl-C they agree here; for a mesh within one process that costs nothing.
+All processes run the same Python and must take the same branches. Where a branch depends on the clock, on free memory
+or on Ctrl-C, they agree here. For a mesh within one process that costs nothing.
 """
 
 import hashlib
@@ -13,47 +13,47 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from ..errors import UsageError
+from ..errors import UsageError, listing, pluralize
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """All of `x`, wherever its pieces are; where they are in several processes, all of them must ask."""
+    """Return the whole array on the host. If it is spread over several processes, all of them must call this."""
     if x.is_fully_addressable or x.is_fully_replicated:
         return np.asarray(x)
     return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
-def least(mesh: Mesh | None, nbytes: int) -> int:
-    """The smallest of the byte counts that the processes of `mesh` give, in whole MiB where there are several."""
+def agree_on_minimum(mesh: Mesh | None, nbytes: int) -> int:
+    """Return the smallest of the processes' byte counts, in whole MiB if there are several."""
     if mesh is None or not mesh.is_multi_process:
         return nbytes
-    return int(_of_all(np.int32(nbytes >> 20)).min()) << 20
+    return int(_gather(np.int32(nbytes >> 20)).min()) << 20
 
 
-def any_of(mesh: Mesh | None, answer: bool) -> bool:
-    """Whether the answer of any process of `mesh` is yes."""
+def agree_on_any(mesh: Mesh | None, answer: bool) -> bool:
+    """Return whether the answer of any process is True."""
     if mesh is None or not mesh.is_multi_process:
         return answer
-    return bool(_of_all(np.int32(answer)).any())
+    return bool(_gather(np.int32(answer)).any())
 
 
-def asking(mesh: Mesh | None, ask: Callable[[], bool]) -> Callable[[], bool]:
-    """`ask`, answered alike in every process: yes where one of them says so."""
-    return lambda: any_of(mesh, ask())
+def make_agreed(mesh: Mesh | None, ask: Callable[[], bool]) -> Callable[[], bool]:
+    """Return `ask` as a function that is True in every process if it is in any."""
+    return lambda: agree_on_any(mesh, ask())
 
 
 def require_same(mesh: Mesh | None, request: Any) -> None:
-    """Raise UsageError in every process where they were not all asked the same."""
+    """Raise UsageError in every process unless all have equal requests, as their `repr` tells."""
     if mesh is None or not mesh.is_multi_process:
         return
-    digests = _of_all(np.frombuffer(hashlib.sha256(repr(request).encode()).digest(), np.uint8))
+    digests = _gather(np.frombuffer(hashlib.sha256(repr(request).encode()).digest(), np.uint8))
     differing = [i for i, digest in enumerate(digests) if (digest != digests[0]).any()]
     if differing:
         raise UsageError(
-            f"{len(differing)} of {len(digests)} processes were asked something else than process 0: "
-            f"{', '.join(map(str, differing[:8]))}; give all the same prompts and options. Nothing was run"
+            f"{pluralize(len(differing), 'process', 'processes')} of {len(digests)} got another request than process "
+            f"0: {listing(differing)}; give all the same prompts and options. Nothing was run"
         )
 
 
-def _of_all(value: Any) -> np.ndarray:
+def _gather(value: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(value))

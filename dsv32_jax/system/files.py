@@ -60,9 +60,7 @@ def require_apart(first: Path, second: Path) -> None:
     """Raise UsageError if the folders are the same, or one is inside the other."""
     a, b = first.resolve(), second.resolve()
     if a == b or a in b.parents or b in a.parents:
-        raise UsageError(
-            f"{first} and {second} must be separate folders, none inside the other; nothing was written"
-        )
+        raise UsageError(f"{first} and {second} must be separate folders, none inside the other; nothing was written")
 
 
 def open_regular(file: Path) -> int:

@@ -183,7 +183,7 @@ MISUSE = {
     "drafts without the layer": (("a", "--draft", "1"), 2, "does not have"),
     "g29 too many likeliest": (("a", "--top-logprobs", "21"), 2, "from 0 to 20"),
     "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "--cache-dtype must be"),
-    "an unknown mesh": (("a", "--mesh", "rows=2"), 2, "is not understood"),
+    "an unknown mesh": (("a", "--mesh", "rows=2"), 2, "invalid mesh"),
     "g20 more devices than there are": (("a", "--mesh", "expert=64"), 5, "needs 64 devices"),
     "an unknown option": (("a", "--nonsense"), 2, "unrecognized arguments"),
     "more texts than one": (("a", "--n", "2"), 2, "add --json"),

@@ -57,7 +57,7 @@ def test_the_content_is_the_same_and_the_files_are_not(converted, resharded, sma
     cut = 0
     for path, leaf in after.leaves.items():
         for name, array in leaf.arrays.items():
-            device = partition.split(MESH, table[path], array.shape)
+            device = partition.shard_shape(MESH, table[path], array.shape)
             assert array.piece == (array.shape[0], *device[1:]), (path, name)
             cut += len(array.place.files) > 1
     assert cut > 15
@@ -81,7 +81,7 @@ def test_a_device_reads_its_own_bytes_and_no_others(axis, small, tmp_path, monke
 
     def read(folder: str, mesh: dict[str, int]) -> int:
         (tmp_path / folder).mkdir()
-        writer = Writer(tmp_path / folder, partition.by_mesh(mesh, [leaf]))
+        writer = Writer(tmp_path / folder, partition.make_shard_shape(mesh, [leaf]))
         entry = ArrayEntry("uint8", codes.shape, "", writer.save("00000", {key: codes})[key])
         reader, out = (
             Reader(tmp_path / folder, {leaf.path: LeafEntry("", {"codes": entry})}),
@@ -174,7 +174,7 @@ def test_a_mesh_that_does_not_divide_is_a_table_before_anything_is_read(converte
     assert "the mesh expert=3, model=4 does not divide" in err and "Nothing was read" in err
     assert "   1 x layers.*.ffn.w_gate_EMD: E 8 over expert=3 (possible: 1, 2, 4, 8)\n" in err
     assert "   1 x layers.*.ffn.w_down_DF: F 160 in 10 blocks over model=4 (possible: 1, 2, 5, 10)\n" in err
-    assert "does not divide 7 leaves evenly" in err and "w_o_DHP" not in err
+    assert "does not divide 7 parameters evenly" in err and "w_o_DHP" not in err
     with pytest.raises(CapacityError, match=r"   2 x layers.\*.mla.w_uk_HNC: H 4 over model=8 \(possible: 1, 2, 4\)"):
         reshard(converted["fp8"], tmp_path / "out", {"model": 8})
     with pytest.raises(CapacityError, match=r"ffn.w_down_EDM: M 64 in 4 blocks over model=8"):
@@ -184,12 +184,12 @@ def test_a_mesh_that_does_not_divide_is_a_table_before_anything_is_read(converte
 @pytest.mark.parametrize("text", ["", "expert", "expert=0", "expert=2,expert=2", "modle=2", "model=-1", "model=1e3"])
 def test_a_mesh_that_is_not_understood_is_refused(text):
     with pytest.raises(UsageError, match="write for example expert=8,model=2"):
-        partition.parse(text)
+        partition.parse_mesh(text)
 
 
 def test_a_mesh_as_people_write_it():
-    assert partition.parse("expert=8, model=2") == {"expert": 8, "model": 2}
-    assert partition.parse("data=1") == {"data": 1}
+    assert partition.parse_mesh("expert=8, model=2") == {"expert": 8, "model": 2}
+    assert partition.parse_mesh("data=1") == {"data": 1}
 
 
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):
@@ -254,6 +254,6 @@ def test_real_experts_are_files_of_all_of_them(real):
     table = {leaf.path: leaf for leaf in leaves(real)}
     leaf = table["layers.3.ffn.w_down_EDM"]
     for mesh, piece in (({}, (256, 7168, 1024)), ({"expert": 8}, (32, 7168, 1024)), (MESH, (64, 7168, 512))):
-        assert partition.split(mesh, leaf, (256, 7168, 1024)) == piece
+        assert partition.shard_shape(mesh, leaf, (256, 7168, 1024)) == piece
     stored = [(leaf, leaf.shape) for leaf in table.values()]
-    partition.check({"expert": 8, "model": 16, "data": 4}, stored)
+    partition.check_divisible({"expert": 8, "model": 16, "data": 4}, stored)
