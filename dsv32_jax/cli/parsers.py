@@ -182,10 +182,13 @@ UNSET = object()
 
 
 def _parse_count_or(none: str) -> Callable[[str], Any]:
-    def parse_count(text: str) -> Any:
-        return UNSET if text == none else int(text)
+    def parse(text: str) -> Any:
+        try:
+            return UNSET if text == none else int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text[:60]!r} is neither a whole number nor {none!r}") from None
 
-    return parse_count
+    return parse
 
 
 def parse_token_ids(text: str) -> list[int]:

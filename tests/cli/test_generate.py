@@ -177,6 +177,7 @@ MISUSE = {
     "g35 an empty stop string": (("a", "--stop", ""), 2, "at least one character"),
     "stop strings among ids": (("0", "--ids", "--stop", "x"), 2, "give the tokenizer too"),
     "g07 temperature": (("a", "--temperature", "nan"), 2, "--temperature must be a number from 0 to 5"),
+    "neither a number nor all": (("a", "--max-new-tokens", "many"), 2, "neither a whole number nor 'all'"),
     "no number": (("a", "--top-k", "many"), 2, "invalid int value"),
     "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
     "g14 negative": (("a", "--max-new-tokens", "-3"), 2, "0 or more"),
