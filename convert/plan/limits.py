@@ -1,4 +1,4 @@
-"""Memory, disk and open files of a conversion: what the user allows, what the plan needs, what the machine has.
+"""Memory and disk of a conversion: what the user allows, what the plan needs, what the machine has.
 
 In memory are, beside the program: the group of leaves being built, the weights that workers have in hand, the previous
 group, which is still being written, and the chunk of it on its way to the disk.
@@ -7,7 +7,6 @@ group, which is still being written, and the chunk of it on its way to the disk.
 import dataclasses
 import functools
 import math
-import resource
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -35,9 +34,6 @@ SHARE = 0.8
 
 DISK_RESERVE = 64 << 20
 """Bytes of disk that a conversion leaves free, beside 2 % of what it writes."""
-
-OPEN_FILES = 192
-"""Files that Python, the journal and TensorStore's threads have open at most, beside one per worker."""
 
 Group = tuple[PlannedLeaf, ...]
 """Leaves that are saved together."""
@@ -163,16 +159,3 @@ def require_disk_space(folder: Path, needed: int) -> None:
             f"({format_size(reserve)} reserve), {format_size(free)} free. "
             "Nothing new was written; free some space or use another disk"
         )
-
-
-def raise_open_file_limit(workers: int) -> None:
-    """Allow this process the files that are open at the same time. Raises CapacityError if it may not have so many."""
-    needed = OPEN_FILES + workers
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard != resource.RLIM_INFINITY and hard < needed:
-        raise CapacityError(
-            f"up to {needed} files are open at the same time, but this process may open only {hard} (ulimit -Hn). "
-            "Nothing new was written; raise the limit"
-        )
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))

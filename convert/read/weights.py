@@ -154,6 +154,15 @@ def _require_matrix(tensor: Tensor) -> None:
         raise CheckpointError(f"{_describe(tensor)}: quantized weights are matrices")
 
 
+def _require_shape(scale: Tensor, weight: Tensor, allowed: list[tuple[int, ...]]) -> None:
+    if scale.shape not in allowed:
+        shapes = " or ".join(str(list(shape)) for shape in allowed) or "absent"
+        raise CheckpointError(
+            f"{scale.name} has shape {list(scale.shape)}; for {weight.name} {list(weight.shape)} it must be {shapes} "
+            "(scales that are padded or swizzled for a kernel are not supported)"
+        )
+
+
 def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
     is_deepseek = name + "_scale_inv" in tensors or name + "_scale" not in tensors
     if is_deepseek and name + "_scale" in tensors:
@@ -165,11 +174,7 @@ def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Sto
     out, width = weight.shape
     grid = (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK))
     allowed = [grid] if is_deepseek else [grid, (out, 1), (1,), (1, 1), ()]
-    if scale.shape not in allowed:
-        raise CheckpointError(
-            f"{scale.name} has shape {list(scale.shape)}; for {name} {list(weight.shape)} it must be "
-            + " or ".join(str(list(shape)) for shape in allowed)
-        )
+    _require_shape(scale, weight, allowed)
     kind = "deepseek-fp8" if is_deepseek else "fp8"
     return StoredWeight(kind, "fp8_block", weight.shape, FP8_BLOCK, weight, scale)
 
@@ -188,21 +193,11 @@ def _detect_nvfp4(kind: str, codes: Tensor, name: str, tensors: Mapping[str, Ten
     dtypes = ("F8_E4M3",) if is_packed else ("F8_E4M3", "U8")
     if scale.dtype not in dtypes:
         raise CheckpointError(f"{scale.name} is {scale.dtype}; NVFP4 block scales are {' or '.join(dtypes)}")
-    if len(scale.shape) != 2:
-        raise CheckpointError(
-            f"{scale.name} has shape {list(scale.shape)}: block scales that are swizzled for a kernel are not supported"
-        )
     out, width = codes.shape[0], 2 * codes.shape[1]
-    blocks = scale.shape[1]
-    if scale.shape[0] != out or not blocks or width % blocks or width // blocks not in BLOCK_SIZES:
-        allowed = " or ".join(f"[{out}, {width // block}]" for block in BLOCK_SIZES if width % block == 0)
-        raise CheckpointError(
-            f"{scale.name} has shape {list(scale.shape)}; for {codes.name} {list(codes.shape)} it must be "
-            f"{allowed or 'absent'} (padded and swizzled scales are not supported)"
-        )
+    _require_shape(scale, codes, [(out, width // block) for block in BLOCK_SIZES if width and width % block == 0])
     if math.prod(scalar.shape) != 1 or scalar.dtype not in FLOATS:
         raise CheckpointError(f"{_describe(scalar)}, not one floating-point number")
-    return StoredWeight(kind, "nvfp4", (out, width), width // blocks, codes, scale, scalar)
+    return StoredWeight(kind, "nvfp4", (out, width), width // scale.shape[1], codes, scale, scalar)
 
 
 def _add_factors(stored: StoredWeight, stem: str, tensors: Mapping[str, Tensor]) -> StoredWeight:

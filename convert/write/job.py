@@ -63,7 +63,8 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
     Only headers are read and nothing is written. Raises UsageError, ConfigError, CheckpointError, or CapacityError if
     the memory or the mesh does not suffice.
     """
-    if wrong := unknown(options, Options.__annotations__):
+    if not options.keys() <= Options.__annotations__.keys():
+        wrong = unknown(options, Options.__annotations__)
         raise UsageError(f"unknown {'option' if len(wrong) == 1 else 'options'}: {listing(wrong)}. Nothing was read")
     source_folder, dst = expand_path(src).absolute(), expand_path(dst).absolute()
     to, policy = options.get("to"), options.get("policy")
@@ -154,7 +155,6 @@ def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progre
     missing = [leaf for leaf in plan.leaves if leaf.leaf.path not in done]
     nbytes = size_of(missing)
     limits.require_disk_space(dst, nbytes)
-    limits.raise_open_file_limit(budget.workers)
     _require_tensor_scales(plan.source, missing)
     meter = ByteMeter(progress, plan.nbytes, plan.nbytes - nbytes)
     meter.report()
