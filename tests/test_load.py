@@ -1,6 +1,7 @@
 """Loading: on a CPU weights are maps of the files, elsewhere copies, and damage is told before it is used."""
 
 import io
+import json
 import logging
 import os
 import re
@@ -254,3 +255,20 @@ def test_a_slow_load_shows_a_bar_on_a_terminal(after, terminal, folder, monkeypa
     ds.load(folder, mapped=False)
     shown = sys.stderr.getvalue()
     assert bool(shown) == (terminal and not after)
+
+
+def test_a_tokenizer_is_read_again_where_it_was_replaced(copy, tiny):
+    """The count of its ids is recorded for the one that was converted."""
+    size = Manifest.read(copy).config["vocab_size"]
+    for count in (size, size + 1):
+        text = json.dumps({"model": {"vocab": {f"t{i}": i for i in range(count)}}})
+        (copy / "tokenizer.json").write_text(text)
+        if count > size:
+            with pytest.raises(CheckpointError, match="does not belong to this model: its largest id is"):
+                ds.load(copy)
+        else:
+            assert ds.load(copy).origin.tokens == size
+    (copy / "tokenizer.json").unlink()
+    os.mkfifo(copy / "tokenizer.json")
+    with pytest.raises(CheckpointError, match="not a regular file"):
+        ds.load(copy)

@@ -200,11 +200,12 @@ def _finish(plan: Plan, dst: Path, journal: Journal) -> Manifest:
     written = journal.entries
     entries = {leaf.leaf.path: written[leaf.leaf.path] for leaf in plan.leaves}
     companions = copy_companions(plan.source.folder, dst)
+    config = Config.from_dict(plan.config, f"the config of {dst.name}")
     manifest = Manifest(
         config=plan.config,
         leaves=entries,
         source=_describe_source(plan),
-        report=_report(plan, journal, entries, companions),
+        report=_report(plan, journal, entries, companions) | {"token_ids": check_tokenizer(dst, config)},
         versions=_versions(),
         storage={"files": list_files(dst, companions, entries), "mesh": plan.mesh},
     )

@@ -9,44 +9,41 @@ import shutil
 from pathlib import Path
 
 from ..config import Config
-from ..errors import CheckpointError, listing
-from ..system.files import replace_file
+from ..errors import CheckpointError, listing, pluralize
+from ..system.files import read_regular, replace_file
 
 COMPANIONS = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
-LARGEST_FILE = 64 << 20
+TOKENIZER = COMPANIONS[0]
+LARGEST_TOKENIZER = 64 << 20
 
 
 def check_tokenizer(folder: Path, cfg: Config) -> int | None:
-    """Compare the ids of `folder`/tokenizer.json, where there is one, with the config. Raises CheckpointError.
+    """Return the number of token ids, up to the largest, in the tokenizer of `folder`; None if it has none.
 
-    Returns how many ids it has, counted up to the largest; None without a tokenizer.
+    Raises CheckpointError if it cannot be read, or if its ids do not fit the config.
     """
     stored = read_tokenizer(folder, cfg)
     return stored and stored[1]
 
 
 def read_tokenizer(folder: Path, cfg: Config) -> tuple[dict, int] | None:
-    """Return the parsed `folder`/tokenizer.json and how many ids it has, counted up to the largest; None without one.
-
-    Raises CheckpointError where it cannot be read or its ids do not fit the config.
-    """
-    file = folder / "tokenizer.json"
+    """Return the parsed tokenizer.json of `folder` and the number that `check_tokenizer` returns."""
+    file = folder / TOKENIZER
     if not file.exists():
         return None
-    if file.stat().st_size > LARGEST_FILE:
-        raise CheckpointError(f"{file} has {file.stat().st_size} bytes; no tokenizer is larger than {LARGEST_FILE}")
     try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
+        raw = json.loads(read_regular(file, LARGEST_TOKENIZER))
         vocab = raw["model"]["vocab"]
         ids = set(vocab.values() if isinstance(vocab, dict) else range(len(vocab)))
         ids |= {token["id"] for token in raw.get("added_tokens", [])}
         if wrong := [i for i in ids if type(i) is not int]:
-            raise TypeError(f"{len(wrong)} ids are no whole numbers: {wrong[0]!r}")
+            raise TypeError(f"{pluralize(len(wrong), 'id')} not a whole number: {wrong[0]!r}")
         largest = max(ids)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        reason = f"it has no {error}" if isinstance(error, KeyError) else str(error)
         raise CheckpointError(
-            f"{file} is not a tokenizer ({_why(error)}). Replace it, or remove it to use token ids only"
+            f"{file} is not a tokenizer ({reason}). Replace it, or remove it to use token ids only"
         ) from error
     problems = []
     if largest >= cfg.vocab_size:
@@ -59,11 +56,6 @@ def read_tokenizer(folder: Path, cfg: Config) -> tuple[dict, int] | None:
             "there, or remove it to use token ids only"
         )
     return raw, largest + 1
-
-
-def _why(error: Exception) -> str:
-    """What Python says of content that is not as expected."""
-    return f"it has no {error}" if isinstance(error, KeyError) else str(error)
 
 
 def require_readable_companions(src: Path) -> None:

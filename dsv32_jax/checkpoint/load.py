@@ -22,10 +22,10 @@ from ..parallel import sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
 from ..system import host
 from ..system.compilation import initialize
-from ..system.files import expand_path
+from ..system.files import expand_path, hash_file
 from ..system.progress import show_slow
 from . import checksums
-from .companions import check_tokenizer
+from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest
 from .reader import SLAB_BYTES, Index, Key, Reader, allocate
 
@@ -60,7 +60,7 @@ def load(
     if verify not in LEVELS:
         raise UsageError(f"verify must be one of {listing(LEVELS)}, not {verify!r}")
     stored = Checkpoint.open(folder, verify)
-    origin = Origin(stored.manifest.digest, check_tokenizer(stored.folder, stored.cfg))
+    origin = Origin(stored.manifest.digest, stored.count_tokens())
     if mesh is not None:
         sharding.check_mesh(mesh, stored.shapes())
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
@@ -95,6 +95,14 @@ class Checkpoint:
     def reader(self) -> Reader:
         """The reader of its arrays."""
         return Reader(self.folder, self.manifest.leaves)
+
+    def count_tokens(self) -> int | None:
+        """Return what `check_tokenizer` does. The conversion recorded it for the tokenizer that it copied."""
+        recorded = self.manifest.storage.get("files", {}).get(TOKENIZER)
+        file, count = self.folder / TOKENIZER, self.manifest.report.get("token_ids")
+        if recorded and type(count) is int and file.is_file() and hash_file(file) == recorded[1]:
+            return count
+        return check_tokenizer(self.folder, self.cfg)
 
     def home(self, path: str) -> str:
         """Return the weight that holds the arrays of `path`: itself, or the one it is a copy of."""
