@@ -110,7 +110,7 @@ class Source:
             file = self.folder / name
             return read_json(file, MAX_HEADER_BYTES, JsonLimits()) if file.exists() else None
         except (OSError, CheckpointError) as error:
-            self._problems.append(f"cannot read {name}: {error}")
+            self._problems.append(f"cannot read {error}")
             return unreadable
 
     def _read_index(self) -> dict[str, str]:

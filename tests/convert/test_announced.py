@@ -56,5 +56,5 @@ def test_a_format_that_is_not_there_is_noted(checkpoints, tmp_path):
 def test_a_damaged_announcement_is_told(checkpoints, tmp_path):
     folder = shutil.copytree(checkpoints["bf16"], tmp_path / "hf")
     (folder / "hf_quant_config.json").write_bytes(fakes.file_bytes({}))
-    with pytest.raises(ValueError, match="cannot read hf_quant_config.json"):
+    with pytest.raises(ValueError, match="cannot read .*hf_quant_config.json"):
         Source(folder)

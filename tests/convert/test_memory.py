@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tracemalloc
@@ -47,6 +48,12 @@ def wide(tmp_path_factory, tiny):
     root = tmp_path_factory.mktemp("wide")
     random_checkpoint.write(root / "hf", cfg, "fp8")
     return root / "hf"
+
+
+def test_systems_without_affinity_have_cores(monkeypatch):
+    """macOS has no os.sched_getaffinity."""
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert limits.make_budget("8GiB", None).workers == os.cpu_count()
 
 
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):

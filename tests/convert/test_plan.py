@@ -117,6 +117,13 @@ def test_an_announced_mtp_layer_may_be_absent(original, tmp_path, tiny: Config):
     assert not any(leaf.leaf.path.startswith("mtp") for leaf in whole.leaves)
 
 
+def test_assumed_values_of_the_config_are_noted(original, tmp_path):
+    config, arrays = original
+    stated = {key: value for key, value in config.items() if key != "norm_topk_prob"}
+    whole = planned(tmp_path / "a", stated, arrays)
+    assert "config.json does not state norm_topk_prob; assumed to be true" in whole.notes
+
+
 def test_copies_that_are_left_out_are_shared(original, tmp_path):
     config, arrays = original
     whole = planned(tmp_path / "a", config, without(arrays, "layers.3.embed_tokens", "layers.3.shared_head.head"))

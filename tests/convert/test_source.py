@@ -277,6 +277,12 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(folder):
         source.read(tensor)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json", "hf_quant_config.json"])
+def test_foreign_content_is_recognized_in_every_kind_of_file(name, folder):
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n")
+    assert f"{name} is a git-lfs pointer" in problems(folder)
+
+
 def test_a_length_is_little_endian(tmp_path):
     (tmp_path / "a").write_bytes(struct.pack(">Q", 2) + b"{}")
     with pytest.raises(CheckpointError):
