@@ -4,8 +4,9 @@
 `program(argv)` the same for a process that ends with it. All are imported on first use.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from dsv32_jax.system.lazy import attach
 
 if TYPE_CHECKING:
     from dsv32_jax.system.progress import Progress as Progress
@@ -16,8 +17,4 @@ if TYPE_CHECKING:
 
 _HOME = {"main": ".command", "program": ".command", "Progress": "dsv32_jax.system.progress", "convert": ".write.job"}
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOME[name], __name__), name)
+__getattr__, __dir__ = attach(__name__, _HOME)

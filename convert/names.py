@@ -38,21 +38,6 @@ def fold_details(items: Iterable[tuple[str, str]]) -> list[str]:
     return lines
 
 
-def fold_lines(lines: Iterable[str]) -> list[str]:
-    """`lines` that begin with a parameter, one for all layers: "58 x layers.*.norm_D is missing (layers 3-60)"."""
-    groups: dict[str, list[tuple[str, int]]] = {}
-    for line in lines:
-        layer, rest = split_layer(line)
-        pattern = line if layer is None else f"layers.*.{rest}"
-        groups.setdefault(pattern, []).append((line, -1 if layer is None else layer))
-    return [
-        same[0][0]
-        if len(same) == 1
-        else f"{len(same)} x {pattern} (layers {format_ranges(sorted({layer for _, layer in same}))})"
-        for pattern, same in groups.items()
-    ]
-
-
 def format_ranges(numbers: list[int]) -> str:
     """Ascending numbers 3, 4, 5, 7 as "3-5, 7"."""
     spans: list[list[int]] = []

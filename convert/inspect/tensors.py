@@ -2,7 +2,7 @@
 
 import collections
 import fnmatch
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,12 +82,10 @@ def _source_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
     seen: set[str] = set()
     for name in source.tensors:
         stored = _find_weight(name, source.tensors) if fnmatch.fnmatchcase(name, pattern) else None
-        if stored is None or stored.name in seen:
-            continue
-        seen.add(stored.name)
-        statistics = Statistics()
-        statistics.add(weights.read_components(stored, source.read))
-        yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics.result()}
+        if stored is not None and stored.name not in seen:
+            seen.add(stored.name)
+            statistics = summarize_values([weights.read_components(stored, source.read)])
+            yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics}
 
 
 def _find_weight(name: str, tensors: dict[str, Tensor]) -> StoredWeight | None:
@@ -102,69 +100,41 @@ def _find_weight(name: str, tensors: dict[str, Tensor]) -> StoredWeight | None:
 def _converted_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
     converted = Converted(folder)
     for group in converted.groups:
-        matching = [i for i, leaf in enumerate(group.leaves) if _matches(converted, leaf.path, pattern)]
-        if not matching:
-            continue
-        statistics = {i: Statistics() for i in matching}
-        for _, parts in converted.read(group, raise_damaged):
-            for i in matching:
-                statistics[i].add({name: np.ascontiguousarray(array) for name, array in parts[i].items()})
-        for i in matching:
-            leaf, entry = group.leaves[i], group.weights[0].entries[i]
-            yield {"name": leaf.path, "format": entry.format, "shape": list(leaf.shape), **statistics[i].result()}
+        for i, leaf in enumerate(group.leaves):
+            entry = converted.manifest.leaves[leaf.path]
+            names = [leaf.path, *(f"{leaf.path}.{name}" for name in entry.arrays)]
+            if any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                matrices = (parts[i] for _, parts in converted.read(group, raise_damaged))
+                statistics = summarize_values(matrices)
+                yield {"name": leaf.path, "format": entry.format, "shape": list(leaf.shape), **statistics}
 
 
-def _matches(converted: Converted, path: str, pattern: str) -> bool:
-    names = [path, *(f"{path}.{name}" for name in converted.manifest.leaves[path].arrays)]
-    return any(fnmatch.fnmatchcase(name, pattern) for name in names)
+def summarize_values(matrices: Iterable[Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Statistics of one weight, from the components (manifest.COMPONENTS) of its matrices, one per expert.
 
-
-class Statistics:
-    """Accumulates the statistics of one weight, expert by expert."""
-
-    def __init__(self):
-        self._amax = 0.0
-        self._nan_scales = self._zero_blocks = self._zeros = self._not_finite = 0
-        self._codes: collections.Counter[str] = collections.Counter()
-        self._scale_exponents: collections.Counter[int] = collections.Counter()
-
-    def add(self, parts: Mapping[str, np.ndarray]) -> None:
-        """Count the components (manifest.COMPONENTS) of one matrix or vector."""
-        self._add_magnitude(dict(parts))
-        odd = count_odd_scales(dict(parts))
-        self._nan_scales += odd.get("nan_scale_bytes", 0)
-        self._zero_blocks += odd.get("zero_blocks", 0)
+    `amax` is that of finite values; `codes` are E2M1 values, or powers of two of FP8 values, with their counts.
+    """
+    largest, codes, exponents = 0.0, collections.Counter[str](), collections.Counter[int]()
+    totals = collections.Counter(not_finite=0, zeros=0, zero_blocks=0, nan_scales=0)
+    for matrix in matrices:
+        parts = {name: np.ascontiguousarray(array) for name, array in matrix.items()}
         if "codes" in parts:
-            counts = count_nibbles(count_bytes(parts["codes"]))
-            self._codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, counts, strict=True)})
-            self._zeros += int(counts[0] + counts[8])
-            self._scale_exponents.update(_count_e4m3_exponents(parts["block_scale"]))
-            return
-        self._zeros += int(np.count_nonzero(parts["values"] == 0))
-        if "block_scale" in parts:
-            self._codes.update({f"2^{e}": n for e, n in _count_e4m3_exponents(parts["values"]).items()})
-            self._scale_exponents.update(_count_exponents(parts["block_scale"]))
-
-    def _add_magnitude(self, parts: dict[str, np.ndarray]) -> None:
-        """Count NaN and infinity; amax is that of the finite values."""
-        if "values" in parts:
+            counts, odd = count_nibbles(count_bytes(parts["codes"])), count_odd_scales(parts)
+            codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, counts, strict=True)})
+            exponents.update(_count_e4m3_exponents(parts["block_scale"]))
+            zeros = int(counts[0] + counts[8])
+            totals.update(zeros=zeros, zero_blocks=odd["zero_blocks"], nan_scales=odd["nan_scale_bytes"])
+        else:
             values = parts["values"]
             finite = np.isfinite(values)
-            self._not_finite += int(finite.size - np.count_nonzero(finite))
-            parts = {**parts, "values": np.where(finite, values, np.zeros((), values.dtype))}
-        self._amax = max(self._amax, amax(parts))
-
-    def result(self) -> dict[str, Any]:
-        """The totals. `codes` are E2M1 values, or powers of two of FP8 values, with their counts."""
-        return {
-            "amax": self._amax,
-            "not_finite": self._not_finite,
-            "zeros": self._zeros,
-            "zero_blocks": self._zero_blocks,
-            "nan_scales": self._nan_scales,
-            "codes": dict(self._codes),
-            "scale_exponents": {str(exponent): count for exponent, count in sorted(self._scale_exponents.items())},
-        }
+            totals.update(zeros=int(np.count_nonzero(values == 0)), not_finite=int(np.count_nonzero(~finite)))
+            if "block_scale" in parts:
+                codes.update({f"2^{e}": n for e, n in _count_e4m3_exponents(values).items()})
+                exponents.update(_count_exponents(parts["block_scale"]))
+            parts["values"] = np.where(finite, values, np.zeros((), values.dtype))
+        largest = max(largest, amax(parts))
+    scale_exponents = {str(exponent): count for exponent, count in sorted(exponents.items())}
+    return {"amax": largest, **totals, "codes": dict(codes), "scale_exponents": scale_exponents}
 
 
 def count_bytes(array: np.ndarray) -> np.ndarray:

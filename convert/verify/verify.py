@@ -21,7 +21,7 @@ from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress, ignore_progress
 
-from ..names import fold_lines, fold_names
+from ..names import fold_names
 from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
 from . import inverse
@@ -111,7 +111,7 @@ def _open(folder: Path) -> Converted:
 def _describe_damage(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
     lines = [f"{folder} does not match what was converted"]
     if damaged:
-        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_lines(damaged))]
+        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_names(damaged))]
     if differing:
         lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in differing)]
     advice = "Copy the folder again, or convert to a new one"
