@@ -19,6 +19,7 @@ from ..generation.engine import plan_batches
 from ..generation.request import Request, validate
 from ..model.model import Model
 from ..parallel import sharding
+from ..system.compilation import require_device
 from ..system.files import expand_path
 from ..system.progress import format_size
 from .screen import Screen
@@ -47,6 +48,7 @@ class OpenedCheckpoint:
 
     def validate(self, dtype: str, prompts: Any, sampling: Any = None, **options: Any) -> Request:
         """Validate a request, and that its cache fits in memory, before weights are read."""
+        require_device()
         tokens = self.tokenizer.id_count if self.tokenizer else check_tokenizer(self.folder, self.cfg)
         request = validate(self.cfg, prompts, sampling, dtype=jnp.dtype(dtype), tokens=tokens, **options)
         plan_batches(self.cfg, request)
