@@ -1,1 +1,1 @@
-"""What a conversion will do, checked before a weight is read."""
+"""The plan of a conversion, checked against the machine, before a weight is read."""

@@ -1,1 +1,1 @@
-"""The source: safetensors headers, how each weight is stored, and its bytes."""
+"""Source checkpoints: safetensors files, the folder, and each weight as it is stored."""

@@ -1,1 +1,1 @@
-"""From the weights of the source to the leaves of the model."""
+"""From source weights to the leaves of the model: requantized, cut, stacked."""

@@ -131,12 +131,12 @@ def _build_one(
     assert elements is not None
     rank = len(leaf.shape) - leaf.stacked
     return {
-        name: array.reshape((1,) * rank) if name == "tensor_scale" else _cut(leaf, array, elements[name])
+        name: array.reshape((1,) * rank) if name == "tensor_scale" else _cut_array(leaf, array, elements[name])
         for name, array in components.items()
     }
 
 
-def _cut(leaf: Leaf, array: np.ndarray, elements: np.ndarray) -> np.ndarray:
+def _cut_array(leaf: Leaf, array: np.ndarray, elements: np.ndarray) -> np.ndarray:
     """Return the part of `array` [out, in'] that belongs to `leaf`, in the leaf's axes; `elements` [runs, width']."""
     if leaf.cut is not None and leaf.cut.axis == 0:
         runs = array.reshape(-1, leaf.cut.size, *array.shape[1:])

@@ -30,7 +30,7 @@ WORST = 5
 
 
 class ErrorStats(NamedTuple):
-    """What a conversion did to one matrix: squared error, squared norm, and the odd NVFP4 scales of the source."""
+    """The squared error that converting one matrix made, its squared norm, and the odd NVFP4 scales of the source."""
 
     squared_error: float
     squared_norm: float
