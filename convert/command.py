@@ -73,7 +73,6 @@ def _main(argv: list[str]) -> int:
 
 
 def _run(options: argparse.Namespace, reporter: Reporter) -> None:
-    """Convert, or predict for a dry run, and print the result."""
     show = json.dumps if options.log_format == "json" else report.format_facts
     how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
     if options.dry_run:

@@ -77,7 +77,6 @@ def compressed_tensors_config(targets: Targets) -> dict[str, Any] | None:
 
 
 def _strategy(target: Target) -> str:
-    """What shares one scale, in the words of compressed-tensors: tensor_group, block, channel or tensor."""
     if target.kind == "packed-nvfp4":
         return "tensor_group"
     (rows, width), shape = target.tensors[0].shape, target.tensors[1].shape

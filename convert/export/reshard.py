@@ -80,7 +80,6 @@ def _read_finished(out: Path, plan: str) -> Manifest:
 def _write_parts(
     converted: Converted, out: Path, mesh: dict[str, int], journal: Journal, progress: Callable[[Progress], None]
 ) -> None:
-    """Copy every part that is not on disk yet, under the same name."""
     parts: dict[str, list[Key]] = {}
     for key, entry in converted.expected.items():
         parts.setdefault(entry.part, []).append(key)

@@ -92,7 +92,6 @@ def choose_targets(converted: Converted, family: str, share: bool) -> tuple[dict
 
 
 def _is_left_out(weight: Weight) -> bool:
-    """Whether the weight is a shared copy that the source left out."""
     entry = weight.entries[0]
     return entry.same_as is not None and entry.passport is not None and not weight.sources
 
@@ -122,7 +121,6 @@ def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: boo
 def _find_obstacle(
     weight: Weight, family: str, stored: StoredWeight | None, kind: str, beside_nvfp4: bool
 ) -> str | None:
-    """Why a quantized weight has no place in the layout."""
     formats = " and ".join(sorted(set(weight.formats)))
     if family == "bf16":
         return f"{formats} was asked to become bf16"

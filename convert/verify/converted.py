@@ -138,7 +138,6 @@ class Converted:
             self._compare(key, digest.hexdigest(), on_damage)
 
     def _read_experts(self, key: Key, digests) -> Iterator[np.ndarray]:
-        """A stack expert by expert, read in slabs of whole chunks."""
         for slab in self.arrays.slabs(key):
             digests[key].update(raw(slab))
             yield from slab
@@ -184,5 +183,4 @@ def raise_damaged(message: str) -> None:
 
 
 def _module_of(name: str) -> str:
-    """The common beginning of the names of a weight and of its scales."""
     return name.rpartition(".")[0]

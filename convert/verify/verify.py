@@ -156,7 +156,6 @@ class _Proof:
                 raise
 
     def _check_group(self, group: Group) -> None:
-        """Check the arrays of one group and the tensors that follow from them."""
         keys = self._converted.keys(group)
         entries = [self._converted.expected[key] for key in keys]
         if not self._converted.is_readable(group):
@@ -174,7 +173,6 @@ class _Proof:
             self._progress(Progress(self._done, self._converted.nbytes, group.leaves[0].path))
 
     def _check_weight(self, weight: Weight, parts: list[Components]) -> None:
-        """Reconstruct the tensors of one weight and compare their digests with the recorded ones."""
         if weight.change:
             with self._lock:
                 self.changed[weight.change].append(weight.name)
@@ -197,7 +195,6 @@ class _Proof:
             self.proven += 1
 
     def _check_source(self, source: Source, recorded: SourceTensor) -> None:
-        """Compare one tensor of the source, as it is now, with what was recorded when it was converted."""
         tensor = source.tensors.get(recorded.name)
         if tensor is None:
             self.differing.append(f"{recorded.name} is not in {source.folder}")
@@ -208,7 +205,6 @@ class _Proof:
 
 
 def _is_copy(group: Group, entries: list[ArrayEntry]) -> bool:
-    """Whether the one array of `group` has the bytes of the one tensor it was made of."""
     weight = group.weights[0]
     if len(group.weights) != 1 or len(entries) != 1 or weight.change:
         return False

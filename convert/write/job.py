@@ -173,7 +173,6 @@ def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progre
 
 
 def _requantizer(plan: Plan) -> Requantizer:
-    """The quantizer for the plan's recipe."""
     together = {}
     if plan.recipe.tensor_scales == "shared":
         together = find_partners(s for leaf in plan.leaves for s in leaf.sources if s.wanted == "nvfp4")
@@ -253,7 +252,6 @@ def _describe_source(plan: Plan) -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of everything that decides about the bytes."""
     versions = {"python": platform.python_version()}
     for package in ("dsv32-jax", "numpy", "ml_dtypes", "orbax-checkpoint"):
         try:
@@ -265,7 +263,6 @@ def _versions() -> dict[str, str]:
 
 @contextlib.contextmanager
 def _storage_errors(dst: Path) -> Iterator[None]:
-    """Raise an OSError as the CapacityError or StorageError it means for `dst`."""
     try:
         yield
     except OSError as error:

@@ -118,7 +118,6 @@ class Journal:
             del self.parts[name]
 
     def _is_ours(self, entry: os.DirEntry) -> bool:
-        """Whether `entry` is the folder of a part of this job, finished or not."""
         part = entry.name.partition(UNFINISHED)[0]
         return entry.is_dir(follow_symlinks=False) and (part in self._begun or part in self.parts)
 
@@ -185,7 +184,6 @@ def _read_lines(file: Path) -> list[dict[str, Any]] | None:
 
 
 def _seal(line: dict[str, Any]) -> str:
-    """A line with the SHA-256 of its text."""
     text = json.dumps(line)
     return json.dumps({"line": line, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
 
