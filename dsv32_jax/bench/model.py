@@ -62,7 +62,7 @@ class Plan:
     @property
     def capacity(self) -> int:
         """Slots of every row."""
-        return bucket(max(self.contexts) + max(self.steps, chunk_size()))
+        return bucket(max(self.contexts) + max(self.steps, chunk_size(max(self.batches))))
 
 
 def make_plan(
@@ -149,10 +149,10 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
 
 def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
     """Yield the seconds of one row's chunk behind each context."""
-    cfg, count = plan.cfg, np.full(1, chunk_size(), np.int32)
+    cfg, count, capacity = plan.cfg, np.full(1, chunk_size(), np.int32), bucket(max(plan.contexts) + chunk_size())
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, chunk_size()), np.int32)
     for length in plan.contexts:
-        cache = fill_cache(cfg, plan.capacity, plan.cache_dtype, 1, length, plan.mesh)
+        cache = fill_cache(cfg, capacity, plan.cache_dtype, 1, length, plan.mesh)
         state, lengths = new_state(model, (cache, None), [], 0), np.asarray(cache.length_B)
 
         def run(lengths=lengths) -> Any:
