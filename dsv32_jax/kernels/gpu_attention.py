@@ -34,7 +34,7 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: 
     """Return the index scores [B, T, S] in float32, -inf behind each query's position."""
     batch, tokens, heads, width = q_BTIJ.shape
     slots, queries = k_BSJ.shape[1], min(tokens, QUERIES_SCORED)
-    values, scale, fp8 = _stored(k_BSJ, w_BTI)
+    values, scale, fp8 = _split(k_BSJ, w_BTI)
     return launch(
         _kernel("index_scores_kernel"),
         jax.ShapeDtypeStruct((batch, tokens, slots), jnp.float32),
@@ -89,14 +89,14 @@ def attend(
     programs = queries * -(-heads // HEADS)
     each = SLOTS * -(-count // (SLOTS * min(max(1, MULTIPROCESSORS // programs), -(-count // SLOTS))))
     parts = -(-count // each)
-    values, scale, fp8 = _stored(c_kv_BSC, q_r_BTHR)
+    values, scale, fp8 = _split(c_kv_BSC, q_r_BTHR)
     out, norm = launch(
         _kernel("sparse_attention_kernel"),
         (
             jax.ShapeDtypeStruct((parts, batch, tokens, heads, latent), jnp.float32),
             jax.ShapeDtypeStruct((parts, batch, tokens, heads), jnp.float32),
         ),
-        *(q_c_BTHC, q_r_BTHR, selected_BTk, position_BT, values, scale, _stored(k_r_BSR, q_r_BTHR)[0]),
+        *(q_c_BTHC, q_r_BTHR, selected_BTk, position_BT, values, scale, _split(k_r_BSR, q_r_BTHR)[0]),
         grid=(-(-heads // HEADS), queries, parts),
         num_warps=8,
         num_stages=2,
@@ -108,8 +108,8 @@ def attend(
     return out[0] if parts == 1 else jnp.sum(out * share[..., None], axis=0)
 
 
-def _stored(rows: Rows, unused: jax.Array) -> tuple[jax.Array, jax.Array, bool]:
-    """What a kernel reads of cache rows: bits, scales (or something that it does not touch), whether they are FP8."""
+def _split(rows: Rows, unused: jax.Array) -> tuple[jax.Array, jax.Array, bool]:
+    """Return the bits of cache rows, their scales (`unused` if there are none), and whether they are FP8."""
     if isinstance(rows, Fp8Rows):
         return rows.bits, rows.scale, True
     assert isinstance(rows, Bf16Rows)
