@@ -65,13 +65,13 @@ def compressed_tensors_config(targets: Targets) -> dict[str, Any] | None:
         }
     formats = {group["format"] for group in found.values()}
     dense = [name for name, target in targets.items() if target.kind == "dense"]
-    experts = [name for name in dense if (match := MODULE.fullmatch(name)) and match[4]]
+    experts = dict.fromkeys(name for name in dense if (match := MODULE.fullmatch(name)) and match[4])
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": found,
-        "ignore": [*(name for name in dense if name not in set(experts)), *list_regexes(experts)],
+        "ignore": [*(name for name in dense if name not in experts), *list_regexes(experts)],
         "kv_cache_scheme": None,
     }
 
@@ -92,11 +92,12 @@ def list_globs(chosen: set[str], modules: Iterable[str]) -> list[str]:
     for name in modules:
         for match in filter(None, (prefix.match(name) for prefix in PREFIXES)):
             members.setdefault(match[0], set()).add(name)
+    whole = {prefix: f"{prefix}*" if prefix.endswith(".experts") else f"{prefix}.*" for prefix in members}
+    whole = {prefix: pattern for prefix, pattern in whole.items() if members[prefix] <= chosen}
     found: dict[str, None] = {}
     for name in sorted(chosen):
         matches = filter(None, (prefix.match(name) for prefix in PREFIXES))
-        whole = next((match[0] for match in matches if members[match[0]] <= chosen), None)
-        found[name if whole is None else f"{whole}*" if whole.endswith(".experts") else f"{whole}.*"] = None
+        found[next((whole[match[0]] for match in matches if match[0] in whole), name)] = None
     return list(found)
 
 
