@@ -9,7 +9,8 @@ from typing import Any
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.engine import LAYERWISE, WHOLE, Engine
-from ..generation.result import Row, Stats, Token
+from ..generation.request import Row
+from ..generation.result import Stats, Token
 from ..parallel.multihost import make_agreed
 from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .answer_view import describe_stats

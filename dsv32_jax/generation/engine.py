@@ -1,7 +1,7 @@
 """The engine: prefills and decodes the rows of a request, batch by batch, and hands out their tokens.
 
-The device holds one `State`, which every program takes, donates and returns. The host reads the tokens of about half a
-second at a time.
+The device holds one `State`, which every program is given, donates and returns. The host reads the new tokens about
+twice a second.
 """
 
 import contextlib
@@ -9,7 +9,7 @@ import dataclasses
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,10 @@ from ..parallel.multihost import fetch
 from ..system.compilation import count_compilations, initialize, log_slow_compilation
 from . import memory, prefill_decode, speculative
 from .options import Sampling
-from .prefill_decode import Caches, Generated, State, Step, empty_caches, new_state, sample_first, take_rows
-from .request import Request, split_into_chunks
-from .result import Generation, Row, Stats, Token
-from .sampler import SamplerParams, make_params
+from .prefill_decode import Caches, Generated, State, empty_caches, new_state, sample_first, take_rows
+from .request import Request, Row, split_into_chunks
+from .result import Generation, Stats, Token
+from .sampler import make_params
 
 SEGMENT_SECONDS = 0.5
 """`decode` returns to the host about this often, so that Ctrl-C is noticed."""
@@ -46,7 +46,7 @@ options of the other."""
 
 
 def compiler_options(flags: str) -> dict[str, str]:
-    """Return the options for programs of the whole model, but those that the user's XLA_FLAGS set."""
+    """Return the compiler options of whole-model programs, except those that the user's XLA_FLAGS set."""
     return {name: value for name, value in DEFAULTS.items() if f"--{name}=" not in flags}
 
 
@@ -54,7 +54,7 @@ OPTIONS = compiler_options(os.environ.get("XLA_FLAGS", ""))
 
 
 class Programs(NamedTuple):
-    """The two programs that run the model: `prefill_decode.prefill` and `prefill_decode.decode`."""
+    """The functions `prefill` and `decode` of prefill_decode.py, as they are run."""
 
     prefill: Callable[..., State]
     decode: Callable[..., tuple[State, Generated]]
@@ -69,28 +69,15 @@ WHOLE = Programs(
         compiler_options=OPTIONS,
     ),
 )
-"""A program is the whole model, compiled once for each bucket of shapes."""
+"""The whole model is one program, compiled once for each bucket of shapes."""
 
-
-def decode_layerwise(
-    step: Step, model: Model, params: SamplerParams, state: State, steps: int, slots: int, width: int
-) -> tuple[State, Generated]:
-    """Run `prefill_decode.decode` from Python."""
-    generated = prefill_decode.nothing_generated(len(state.token_B), slots, width)
-    for _ in range(steps):
-        if fetch(state.done_B).all():
-            break
-        state, generated = step(model, params, state, generated)
-    return state, generated
-
-
-LAYERWISE = Programs(prefill_decode.prefill, decode_layerwise)
-"""A program is one kind of layer, called from Python: it compiles in seconds and runs slower."""
+LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise)
+"""Each kind of layer is one program, called from Python: compiles in seconds, runs slower."""
 
 
 def plan_batches(cfg: Config, request: Request, mesh: Mesh | None = None) -> list[list[int]]:
-    """Return the rows that run together: prompts alike in length, as many as fit in memory; none where no token is
-    wanted. Raises CapacityError where not even the rows of one prompt fit."""
+    """Return the rows that run together: prompts of similar lengths, as many as fit in memory; none if no new tokens
+    are wanted. Raises CapacityError if not even the rows of one prompt fit."""
     options, prompts = request.options, request.prompts
     size = options.batch_size or memory.plan_batch(
         cfg, len(request.samplings), options.n, request.capacity, request.cache_dtype, options.draft, mesh
@@ -104,23 +91,22 @@ def plan_batches(cfg: Config, request: Request, mesh: Mesh | None = None) -> lis
 class Engine:
     """Runs one request on a model.
 
-    `batches` lists the rows that run together; `rows` holds what each generated so far. `state` is the device state of
-    the batch that runs, None where a program was broken off. Raises CapacityError where not even the rows of one prompt
-    fit in memory.
+    batches  the rows that run together, by index
+    rows     the tokens generated so far, row by row
+    state    the device state of the current batch; None before prefill, and if a program was interrupted
     """
 
     def __init__(self, model: Model, request: Request, programs: Programs = WHOLE):
         initialize()
         multihost.require_same(model.mesh, request)
-        options = request.options
+        options, vocab_size = request.options, model.cfg.vocab_size
         self.model, self.request, self._programs = model, request, programs
-        self.rows = [
-            Row(request.end_ids, request.max_new_tokens, options.tokenizer, options.stop) for _ in request.samplings
-        ]
         self.batches = plan_batches(model.cfg, request, model.mesh)
+        self.rows = [Row(request) for _ in request.samplings]
         self.state: State | None = None
-        self._read = self._steps = self._accepted = self._compiles = 0
-        self._seconds = {"prefill": 0.0, "decode": 0.0, "compile": 0.0}
+        self._width = options.top_logprobs and min(memory.round_up_rows(options.top_logprobs), vocab_size)
+        seconds = dict.fromkeys(("prefill_seconds", "decode_seconds", "compile_seconds"), 0.0)
+        self._totals: dict[str, Any] = {"compiles": 0, "prompt_tokens": 0, "steps": 0, "accepted": 0, **seconds}
 
     def run(
         self,
@@ -130,10 +116,11 @@ class Engine:
         caches: Caches | None = None,
         known: int = 0,
     ) -> Generator[tuple[int, Token], None, None]:
-        """Prefill and decode a batch to its end, and yield (row, token) every `steps` steps, or every half second.
+        """Prefill and decode a batch, and yield (row, token) every `steps` steps, or about every half second.
 
-        `caches` may hold the first `known` tokens of the prompts already. The batch ends early where `should_stop`
-        returns True or the generator is closed; its `state` stays valid.
+        `caches` may already hold the first `known` tokens of the prompts. The batch ends early if `should_stop` returns
+        True or the generator is closed; `state` stays valid. Raises CapacityError if the device runs out of memory,
+        FloatingPointError if logits are not finite.
         """
         with self._measure("prefill", batch):
             generated = self._prefill(batch, should_stop, caches, known)
@@ -142,32 +129,28 @@ class Engine:
         self._segment = 1
         with contextlib.suppress(GeneratorExit):
             yield from self._collect(batch, generated)
-            while not (fetch(self._held.done_B).all() or should_stop()):
+            while not (fetch(self._current.done_B).all() or should_stop()):
                 with self._measure("decode", batch):
                     generated = self._decode(steps)
                 yield from self._collect(batch, generated)
-        steps_taken = int(fetch(self._held.step_B).sum())
-        self._steps += steps_taken
-        self._accepted += int(np.maximum(fetch(self._held.new_B) - 1, 0).sum()) - steps_taken
+        taken = int(fetch(self._current.step_B).sum())
+        self._totals["steps"] += taken
+        self._totals["accepted"] += int(np.maximum(fetch(self._current.new_B) - 1, 0).sum()) - taken
 
     @property
-    def _held(self) -> State:
+    def _current(self) -> State:
         assert self.state is not None
         return self.state
 
     def _take_state(self) -> State:
-        """Return the state for a program, which donates it. Until a new one is stored there is none."""
-        state, self.state = self._held, None
+        """Return the state for a program that donates it; until the program's result is stored there is none."""
+        state, self.state = self._current, None
         return state
 
     def _prefill(
-        self,
-        batch: Sequence[int],
-        should_stop: Callable[[], bool],
-        caches: Caches | None,
-        known: int,
+        self, batch: Sequence[int], should_stop: Callable[[], bool], caches: Caches | None, known: int
     ) -> Generated | None:
-        """Prefill the prompts and sample the first token of each row; None where that was stopped before."""
+        """Prefill the prompts and sample the first token of each row; return None if stopped before that."""
         model, request, options = self.model, self.request, self.request.options
         prompts = [request.prompts[row // options.n] for row in batch[:: options.n]]
         size = memory.round_up_rows(len(prompts))
@@ -178,58 +161,47 @@ class Engine:
                 return None
             state = self._programs.prefill(model, self._take_state(), tokens_BT, next_BT, count_B)
             self.state = jax.block_until_ready(state)
-            self._report(int(count_B.sum()))
+            self._totals["prompt_tokens"] += int(count_B.sum())
+            if options.progress is not None:
+                options.progress(self._totals["prompt_tokens"], sum(map(len, request.prompts)))
         if options.n > 1:
             size = memory.round_up_rows(len(batch))
             row_B = np.pad(np.repeat(np.arange(len(prompts), dtype=np.int32), options.n), (0, size - len(batch)))
-            self.state = take_rows(self._held, row_B)
-        self._params = self._sampler_params(batch, size)
-        self.state, generated = jax.block_until_ready(
-            sample_first(model, self._params, self._take_state(), self._width)
-        )
-        return generated
-
-    def _sampler_params(self, batch: Sequence[int], size: int) -> SamplerParams:
-        """Return the parameters of the rows of a batch, and of the padding, which has no tokens to generate."""
-        request, vocab_size = self.request, self.model.cfg.vocab_size
-        padding = size - len(batch)
-        return make_params(
+            self.state = take_rows(self._current, row_B)
+        padding, vocab_size = size - len(batch), model.cfg.vocab_size
+        self._params = make_params(
             [request.samplings[row] for row in batch] + [Sampling()] * padding,
             vocab_size,
-            self.model.origin.tokens or vocab_size,
+            model.origin.tokens or vocab_size,
             request.end_ids,
-            request.options.min_new_tokens,
+            options.min_new_tokens,
             [request.max_new_tokens] * len(batch) + [0] * padding,
         )
-
-    @property
-    def _width(self) -> int:
-        """How many of the most likely tokens programs report: a power of two, as far as there are tokens."""
-        wanted = self.request.options.top_logprobs
-        return wanted and min(memory.round_up_rows(wanted), self.model.cfg.vocab_size)
+        found = sample_first(model, self._params, self._take_state(), self._width)
+        self.state, generated = jax.block_until_ready(found)
+        return generated
 
     def _decode(self, steps: int | None) -> Generated:
         """Take `steps` steps, or as many as fit in SEGMENT_SECONDS."""
-        draft = self.request.options.draft
+        draft, mesh = self.request.options.draft, self.model.mesh
         step = speculative.step if draft else prefill_decode.step
-        take, state = steps or self._segment, self._take_state()
-        begun = time.perf_counter()
+        begun, state = time.perf_counter(), self._take_state()
         self.state, generated = jax.block_until_ready(
-            self._programs.decode(step, self.model, self._params, state, take, SEGMENT_TOKENS, self._width)
+            self._programs.decode(
+                step, self.model, self._params, state, steps or self._segment, SEGMENT_TOKENS, self._width
+            )
         )
         if steps is None:
-            slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
+            slow = multihost.agree_on_any(mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
             longer = min(self._segment * 2, SEGMENT_TOKENS // (1 + draft))
             self._segment = max(1, self._segment // 2) if slow else longer
         return generated
 
     def _collect(self, batch: Sequence[int], generated: Generated) -> Iterator[tuple[int, Token]]:
-        """Yield the tokens a program generated; a row that hits a stop string ends."""
-        count_B = fetch(generated.count_B)
-        self._require_finite(batch, generated, count_B)
-        if not count_B.any():
-            return
-        token_Bm, logprob_Bm = fetch(generated.token_Bm), fetch(generated.logprob_Bm)
+        """Yield the tokens that a program generated, and end the rows that hit a stop string."""
+        count_B, token_Bm = fetch(generated.count_B), fetch(generated.token_Bm)
+        self._require_finite(batch, count_B, token_Bm)
+        logprob_Bm = fetch(generated.logprob_Bm)
         top_id_Bmw, top_logprob_Bmw = fetch(generated.top_id_Bmw), fetch(generated.top_logprob_Bmw)
         for b, row in enumerate(batch):
             for i in range(count_B[b]):
@@ -238,87 +210,69 @@ class Engine:
                 top = zip(top_id_Bmw[b, i].tolist(), top_logprob_Bmw[b, i].tolist(), strict=True)
                 reported = tuple(top)[: self.request.options.top_logprobs]
                 yield row, self.rows[row].add(int(token_Bm[b, i]), float(logprob_Bm[b, i]), reported)
-        self._end_rows(np.array([bool(self.rows[row].finish_reason) for row in batch]))
-
-    def _end_rows(self, ended_b: np.ndarray) -> None:
-        """Tell the device which rows have ended: it does not know of stop strings."""
-        done_B = fetch(self._held.done_B)
-        ended_B = np.pad(ended_b, (0, len(done_B) - len(ended_b)))
+        done_B = fetch(self._current.done_B)
+        ended = [self.rows[row].finish_reason is not None for row in batch]
+        ended_B = np.pad(ended, (0, len(done_B) - len(ended)))
         if (ended_B & ~done_B).any():
-            device_done_B = jax.device_put(done_B | ended_B, self._held.done_B.sharding)
-            self.state = dataclasses.replace(self._held, done_B=device_done_B)
+            ended_B = jax.device_put(done_B | ended_B, self._current.done_B.sharding)
+            self.state = dataclasses.replace(self._current, done_B=ended_B)
 
-    def _require_finite(self, batch: Sequence[int], generated: Generated, count_B: np.ndarray) -> None:
-        """Raise FloatingPointError where logits are not finite."""
-        bad = np.flatnonzero(~fetch(self._held.finite_B))
-        if bad.size:
-            b = min(map(int, bad), key=lambda b: batch[b])
-            tokens = self.rows[batch[b]].tokens + fetch(generated.token_Bm)[b, : count_B[b] - 1].tolist()
-            prompt = self.request.prompts[batch[b] // self.request.options.n]
-            raise explain_nonfinite(self.model, sorted(batch[b] for b in bad.tolist()), prompt, tokens)
-
-    def _report(self, count: int) -> None:
-        self._read += count
-        if self.request.options.progress is not None:
-            self.request.options.progress(self._read, sum(map(len, self.request.prompts)))
+    def _require_finite(self, batch: Sequence[int], count_B: np.ndarray, token_Bm: np.ndarray) -> None:
+        """Raise FloatingPointError that names the first row with logits that are not finite, and where they began."""
+        if (finite_B := fetch(self._current.finite_B)).all():
+            return
+        bad = sorted(row for b, row in enumerate(batch) if not finite_B[b])
+        b = batch.index(bad[0])
+        tokens = self.rows[bad[0]].tokens + token_Bm[b, : count_B[b] - 1].tolist()
+        origin = find_nonfinite(self.model, self.request.prompts[bad[0] // self.request.options.n] + tokens)
+        raise FloatingPointError(
+            f"the logits of {pluralize(len(bad), 'row')} are not finite: row {bad[0]}, new token {len(tokens)}; the "
+            f"first output that is not finite is that of {origin}. Check the checkpoint's weights"
+        )
 
     @contextlib.contextmanager
     def _measure(self, part: str, batch: Sequence[int]) -> Iterator[None]:
-        """Add the seconds of the `with` block to `part`, but those of compilation to their own account.
-
-        Raises CapacityError where the device runs out of memory.
-        """
-        begun, what = time.perf_counter(), f"{part} (batch {len(batch)}, {self.request.capacity} tokens)"
-        with count_compilations() as compiled, log_slow_compilation(what, compiled):
+        """Add the seconds of the `with` to `part`, except those of compilation, which have an account of their own."""
+        request, begun = self.request, time.perf_counter()
+        program = f"{part} (batch {len(batch)}, {request.capacity} tokens)"
+        with count_compilations() as compiled, log_slow_compilation(program, compiled):
             try:
                 yield
             except jax.errors.JaxRuntimeError as error:
-                raise memory.explain_exhaustion(self.model, self._cache_bytes(len(batch)), error) from error
-        self._compiles += compiled.count
-        self._seconds["compile"] += compiled.seconds
-        self._seconds[part] += max(0.0, time.perf_counter() - begun - compiled.seconds)
-
-    def _cache_bytes(self, rows: int) -> int:
-        request = self.request
-        row = memory.compute_row_bytes(self.model.cfg, request.capacity, request.cache_dtype, request.options.draft)
-        return row * memory.round_up_rows(rows)
+                shape = (request.capacity, request.cache_dtype, request.options.draft)
+                row_bytes = memory.compute_row_bytes(self.model.cfg, *shape)
+                cache_bytes = row_bytes * memory.round_up_rows(len(batch))
+                raise memory.explain_exhaustion(self.model, cache_bytes, error) from error
+        self._totals["compiles"] += compiled.count
+        self._totals["compile_seconds"] += compiled.seconds
+        self._totals[f"{part}_seconds"] += max(0.0, time.perf_counter() - begun - compiled.seconds)
 
     def result(self) -> Generation:
-        """Return what was generated; rows that have not ended are interrupted."""
-        for row in self.rows:
+        """Return what was generated. Rows that have not ended are interrupted."""
+        rows, options = self.rows, self.request.options
+        for row in rows:
             row.interrupt()
         stats = Stats(
-            rows=len(self.rows),
-            compile_seconds=self._seconds["compile"],
-            compiles=self._compiles,
-            prefill_seconds=self._seconds["prefill"],
-            decode_seconds=self._seconds["decode"],
-            prompt_tokens=self._read,
-            new_tokens=sum(len(row.tokens) for row in self.rows),
+            rows=len(rows),
+            new_tokens=sum(len(row.tokens) for row in rows),
             capacity=self.request.capacity,
-            steps=self._steps,
-            drafts=self.request.options.draft,
-            accepted=self._accepted,
+            drafts=options.draft,
+            **self._totals,
         )
         return Generation(
-            [row.tokens for row in self.rows],
-            [row.logprobs for row in self.rows],
-            [str(row.finish_reason) for row in self.rows],
+            [row.tokens for row in rows],
+            [row.logprobs for row in rows],
+            [str(row.finish_reason) for row in rows],
             stats,
-            None if self.request.options.tokenizer is None else [str(row.text) for row in self.rows],
-            [row.top for row in self.rows] if self.request.options.top_logprobs else None,
+            None if options.tokenizer is None else [str(row.text) for row in rows],
+            [row.top for row in rows] if options.top_logprobs else None,
         )
 
 
-def explain_nonfinite(model: Model, rows: Sequence[int], prompt: Sequence[int], tokens: Sequence[int]) -> Exception:
-    """Return the error that names the first of the `rows`, whose logits are not finite after `prompt` and `tokens`, and
-    the first layer whose output is not."""
-    out = forward(model, [[*prompt, *tokens]], seen=True)
+def find_nonfinite(model: Model, tokens: Sequence[int]) -> str:
+    """Return the name of the first layer whose output for `tokens` is not finite."""
+    out = forward(model, [tokens], seen=True)
     assert out.seen is not None
     streams = [seen.x_BTD for seen in out.seen] + [out.hidden]
     names = ["the embedding", *(f"layer {i}" for i in range(len(out.seen) - 1)), "the last layer or the final norm"]
-    first = next((name for name, x in zip(names, streams, strict=True) if not jnp.isfinite(x).all()), "the head")
-    return FloatingPointError(
-        f"the logits of {pluralize(len(rows), 'row')} are not finite: row {rows[0]}, new token {len(tokens)}; the "
-        f"first output that is not finite is that of {first}. Check the checkpoint's weights"
-    )
+    return next((name for name, x in zip(names, streams, strict=True) if not jnp.isfinite(x).all()), "the head")

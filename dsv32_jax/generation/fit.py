@@ -25,7 +25,7 @@ from ..system.compilation import initialize
 from ..system.progress import parse_size
 from . import memory
 from .engine import WHOLE
-from .options import MAX_DRAFTS
+from .options import check_option
 from .prefill_decode import empty_caches, new_state
 from .request import capacity_for, chunk_size
 from .weight_shapes import WeightShapes, read_weight_shapes
@@ -101,7 +101,7 @@ def fit(
     cfg, longest = shapes.cfg, shapes.cfg.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
-    require_integer("draft", draft, 0, MAX_DRAFTS)
+    check_option("draft", draft)
     if draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
             f"{argument('draft', draft)} needs the MTP layer, which this model does not have; "

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, Self
 
-from ..errors import UsageError, argument, pluralize
+from ..errors import UsageError, argument
 from ..model.model import Model
+from ..model.summary import Summarized
 from ..parallel.multihost import make_agreed
 from ..system.interrupts import defer_interrupt
 from .engine import LAYERWISE, WHOLE, Engine, Programs
@@ -28,8 +29,8 @@ def generate(
 
     `sampling` is one for all prompts or a list with one each. The first Ctrl-C returns what was generated so far.
     `generate.layerwise` does the same without compiling the whole model; `inspect.trace` shows afterwards what the
-    layers computed. Raises UsageError for a request that makes no sense and CapacityError where its cache does not fit
-    in memory, before anything is compiled; FloatingPointError where logits are not finite.
+    layers computed. Raises UsageError for a request that makes no sense and CapacityError if its cache does not fit in
+    memory, both before anything is compiled, and FloatingPointError if logits are not finite.
     """
     return _generate(WHOLE, model, prompts, sampling, options)
 
@@ -51,8 +52,8 @@ generate.layerwise = _layerwise
 
 def _generate(programs: Programs, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
     engine = Engine(model, validate_for(model, prompts, sampling, **options), programs)
-    with defer_interrupt() as asked:
-        should_stop = make_agreed(model.mesh, asked)
+    with defer_interrupt() as is_interrupted:
+        should_stop = make_agreed(model.mesh, is_interrupted)
         for batch in engine.batches:
             for _ in engine.run(batch, should_stop=should_stop):
                 pass
@@ -72,22 +73,22 @@ def stream(model: Model, prompt: Sequence[int], *, sampling: Sampling | None = N
     if request.options.n != 1:
         raise UsageError(f"a stream has one row, not {argument('n', request.options.n)}; use generate")
     engine = Engine(model, request)
-    return Stream(engine, _tokens(engine))
+    return Stream(engine, _iterate(engine))
 
 
-def _tokens(engine: Engine) -> Generator[Token, None, None]:
+def _iterate(engine: Engine) -> Generator[Token, None, None]:
     for batch in engine.batches:
         with contextlib.closing(engine.run(batch, steps=1)) as tokens:
             yield from (token for _, token in tokens)
 
 
 astream = stream
-"""`stream`, by the name that event loops have had for it: `async for token in astream(...)`."""
+"""`stream`, by the name it has in event loops: `async for token in astream(...)`."""
 
 
-class Stream(Iterator[Token]):
-    """The tokens of one row as they are sampled. Under `async for` each step runs in a thread and the event loop is
-    free meanwhile. Any thread may close the stream: it waits for the step that runs."""
+class Stream(Summarized, Iterator[Token]):
+    """The tokens of one row as they are sampled. Under `async for` each step runs in a thread, and the event loop is
+    free meanwhile. Any thread may close the stream, which waits for the step that is running."""
 
     def __init__(self, engine: Engine, tokens: Generator[Token, None, None]):
         self._engine, self._tokens = engine, tokens
@@ -111,13 +112,13 @@ class Stream(Iterator[Token]):
             self._tokens.close()
 
     def result(self) -> Generation:
-        """Return what `generate` returns. A stream that has not ended is closed and its row "interrupted"."""
+        """Return what `generate` returns. A stream that has not ended is closed, and its row is "interrupted"."""
         with self._lock:
             self.close()
             return self._engine.result()
 
-    def __repr__(self) -> str:
-        (row,) = self._engine.rows
-        limit, capacity = self._engine.request.max_new_tokens, self._engine.request.capacity
-        tokens = pluralize(len(row.tokens), "token")
-        return f"Stream: {tokens} of at most {limit}, {row.finish_reason or 'not finished'}; capacity {capacity}"
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return how far the stream is."""
+        (row,), request = self._engine.rows, self._engine.request
+        tokens = f"{len(row.tokens)} of at most {request.max_new_tokens}"
+        return "Stream", {"tokens": tokens, "finished": row.finish_reason or "no", "capacity": str(request.capacity)}

@@ -12,15 +12,12 @@ import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Self, TypeVar
 
-from ..errors import COMMAND_LINE, UsageError, argument, listing, pluralize, to_integer, unknown
+from ..errors import COMMAND_LINE, UsageError, argument, listing, pluralize, unknown
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 MAX_BIAS = 1e30
 """Far beyond any logit; a larger bias could not be told from infinity."""
-
-MAX_TOP_LOGPROBS = 20
-MAX_DRAFTS = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +28,8 @@ class Spec:
              "object" cannot be given on a command line
     metavar  the placeholder in a usage line
     help     one line, in words that suit Python and the command line
-    low      the smallest value;  high: the largest one, where it does not depend on the model
-    unset    the meaning of None;  none: the word for None on a command line, where leaving it out means another default
+    low      the smallest value;  high: the largest one, if it does not depend on the model
+    unset    the meaning of None;  none: the word for None on a command line, if it is not the default
     group    "sampling", "length", "batch", "cache" or "python"
     """
 
@@ -87,16 +84,14 @@ class Sampling:
     logit_bias: Mapping[int, float] = option({}, "token_biases", "ID=X", "add X to the logit of a token")
     allowed_ids: Collection[int] | None = option(None, "token_ids", "IDS", "sample only these tokens", unset="all")
     forbidden_ids: Collection[int] = option((), "token_ids", "IDS", "never sample these tokens")
-    seed: int | Sequence[int] = option(
-        0, "seed", "N", "equal prompts with equal seeds give equal tokens", high=2**63 - 1
-    )
+    seed: int | Sequence[int] = option(0, "seed", "N", "equal prompts with equal seeds give equal tokens")
 
     def __post_init__(self):
         for name, spec in specs(Sampling).items():
             object.__setattr__(self, name, check(name, spec, getattr(self, name)))
         if self.top_p == 0:
             raise UsageError(
-                f"{argument('top_p')} must be above 0 and at most 1 (1 keeps all tokens), not {self.top_p!r}"
+                f"{argument('top_p')} must be above 0 and at most 1, where 1 keeps all tokens, not {self.top_p!r}"
             )
 
 
@@ -118,56 +113,40 @@ class Options:
         1, "count", "N", "continuations of each prompt, with consecutive seeds", low=1, high=1024, group="batch"
     )
     top_logprobs: int = option(
-        0, "count", "N", "report the N most likely tokens at each position", high=MAX_TOP_LOGPROBS, group="batch"
+        0, "count", "N", "report the N most likely tokens at each position", high=20, group="batch"
     )
     batch_size: int | None = option(
         None, "count", "N", "rows at once", low=1, high=1 << 20, unset="as many as fit in memory", group="batch"
     )
     capacity: int | None = option(
-        None,
-        "count",
-        "N",
-        "tokens a row's cache holds, prompt included",
-        low=1,
-        unset="what the request needs",
-        group="cache",
+        None, "count", "N", "cached tokens a row, prompt included", low=1, unset="what is needed", group="cache"
     )
     cache_dtype: Any = option(
         None, "dtype", "TYPE", "KV cache storage: bfloat16, float32 or fp8", unset="the compute dtype", group="cache"
     )
     draft: int = option(
-        0,
-        "count",
-        "K",
-        "draft K tokens a step with the MTP head; the tokens stay the same",
-        high=MAX_DRAFTS,
-        group="cache",
+        0, "count", "K", "draft K tokens a step with the MTP head; the result is the same", high=16, group="cache"
     )
     tokenizer: Any = option(
-        None,
-        "object",
-        "",
-        "a chat.Tokenizer or any object with its `bytes_of`; adds text",
-        unset="no text",
-        group="python",
+        None, "object", "", "a chat.Tokenizer, or an object with its bytes_of; adds text", unset="none", group="python"
     )
     progress: Callable[[int, int], object] | None = option(
-        None, "object", "", "called with (prompt tokens read, of all) during prefill", unset="no calls", group="python"
+        None, "object", "", "called with (prompt tokens read, of all) during prefill", unset="none", group="python"
     )
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> Self:
         """Return Options from keyword arguments. Raises UsageError that names the unknown ones."""
         sampling, known = specs(Sampling), specs(cls)
+        if given.keys() <= known.keys():
+            return cls(**given)
         wrong = [f"{name} (set it with sampling=Sampling({name}=...))" for name in given if name in sampling]
         wrong += unknown([name for name in given if name not in sampling], known)
-        if wrong:
-            raise UsageError(f"{pluralize(len(wrong), 'unknown option')}: {listing(wrong)}; nothing was run")
-        return cls(**given)
+        raise UsageError(f"{pluralize(len(wrong), 'unknown option')}: {listing(wrong)}; nothing was run")
 
 
 def check(name: str, spec: Spec, value: Any, low: float | None = None, high: float | None = None) -> Any:
-    """Return `value` as the option `name` takes it. `low` and `high`: the range, where the request narrows it.
+    """Return `value` in the form that the option `name` takes. `low` and `high` narrow the declared range.
 
     Raises UsageError that gives the range. Token ids are compared with the vocabulary later, where it is known.
     """
@@ -175,50 +154,48 @@ def check(name: str, spec: Spec, value: Any, low: float | None = None, high: flo
     if value is None and spec.unset:
         return None
     if spec.kind in ("count", "number"):
-        number = to_integer(value) if spec.kind == "count" else as_number(value)
+        number = as_number(value, numbers.Integral if spec.kind == "count" else numbers.Real)
         if number is None or not low <= number <= high:
             what = "an integer" if spec.kind == "count" else "a number"
-            raise UsageError(
-                f"{argument(name)} must be {what}{_range(spec, low, high)}, not {value!r}; nothing was run"
-            )
+            limits = f", {low} or more" if high == math.inf else f" from {low} to {high}"
+            none = f", or {spec.none if COMMAND_LINE.get() else None}" if spec.none else ""
+            raise UsageError(f"{argument(name)} must be {what}{limits}{none}, not {value!r}; nothing was run")
         return number
     if spec.kind == "token_ids" and (isinstance(value, str | bytes) or not isinstance(value, Collection)):
         raise UsageError(f"{argument(name)} must be a list of token ids, not {value!r}")
     if spec.kind == "token_biases" and not (isinstance(value, Mapping) and all(map(_is_bias, value.values()))):
-        raise UsageError(
-            f"{argument(name)} must map token ids to numbers from {-MAX_BIAS:g} to {MAX_BIAS:g}, not {value!r}"
-        )
+        limits = f"from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+        raise UsageError(f"{argument(name)} must map token ids to numbers {limits}, not {value!r}")
     return _check_seed(value) if spec.kind == "seed" else value
 
 
-def _range(spec: Spec, low: float, high: float) -> str:
-    text = f", {low} or more" if high == math.inf else f" from {low} to {high}"
-    none = spec.none if COMMAND_LINE.get() else "None"
-    return f"{text}, or {none}" if spec.none else text
+def check_option(name: str, value: Any, low: float | None = None, high: float | None = None) -> Any:
+    """Return `value` in the form that the field `name` of Options takes."""
+    return check(name, specs(Options)[name], value, low, high)
 
 
-def _check_seed(value: Any) -> int | tuple[int, ...]:
-    many = isinstance(value, Iterable) and not isinstance(value, str)
-    seeds = [to_integer(seed) for seed in (value if many else [value])]
-    found = tuple(seed for seed in seeds if seed is not None and 0 <= seed < 2**63)
-    if not seeds or len(found) < len(seeds):
-        raise UsageError(f"{argument('seed')} must be an integer below 2^63, or one for each prompt, not {value!r}")
-    return found if many else found[0]
-
-
-def as_number(value: Any) -> float | None:
-    """Return `value`, Python's or NumPy's, as a float; None where it is not a finite real number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def as_number(value: Any, kind: type = numbers.Real) -> Any:
+    """Return `value`, Python's or NumPy's, as an int or a float; None unless it is a finite number of this kind."""
+    if isinstance(value, bool) or not isinstance(value, kind):
         return None
     try:
-        return number if math.isfinite(number := float(value)) else None
+        number = int(value) if kind is numbers.Integral else float(value)
     except OverflowError:
         return None
+    return number if isinstance(number, int) or math.isfinite(number) else None
 
 
 def _is_bias(value: Any) -> bool:
     number = as_number(value)
     return number is not None and abs(number) <= MAX_BIAS
+
+
+def _check_seed(value: Any) -> int | tuple[int, ...]:
+    many = isinstance(value, Iterable) and not isinstance(value, str)
+    seeds = [as_number(seed, numbers.Integral) for seed in (value if many else [value])]
+    if not seeds or any(seed is None or not 0 <= seed < 2**63 for seed in seeds):
+        raise UsageError(f"{argument('seed')} must be an integer below 2^63, or one for each prompt, not {value!r}")
+    return tuple(seeds) if many else seeds[0]
 
 
 def explain(field: dataclasses.Field, none: str = "None", default: Any = None) -> str:

@@ -17,6 +17,8 @@ import numpy as np
 from ..config import Config
 from ..model.cache import Cache, LayerCache, empty, empty_layer
 from ..model.model import Model
+from ..model.summary import Summarized
+from ..parallel.multihost import fetch
 from ..parallel.sharding import shard_rows
 from .sampler import SamplerParams, process_logits, sample
 
@@ -26,8 +28,8 @@ Caches = tuple[Cache, LayerCache | None]
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class State:
+@dataclasses.dataclass(frozen=True, repr=False)
+class State(Summarized):
     """The device state of a batch: passed in, donated and returned by every program.
 
     cache         the KV cache of the tokens processed so far, and how many each row has
@@ -55,8 +57,8 @@ class State:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Generated:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Generated(Summarized):
     """The tokens of one call of `sample_first` or `decode`, the first `count_B` of each row, with their
     log-probabilities and the most likely tokens at their positions."""
 
@@ -148,7 +150,7 @@ def sample_first(model: Model, params: SamplerParams, state: State, width: int) 
     """Sample each row's first token, after its prompt."""
     state = dataclasses.replace(state, done_B=params.max_new_B == 0)
     logit_BV = shard_rows(model.mesh, model.logits(state.hidden_BuD[:, :1])[:, 0])
-    generated = nothing_generated(len(logit_BV), 1, width)
+    generated = _nothing_generated(len(logit_BV), 1, width)
     state, generated = advance(params, state, generated, logit_BV, state.cache.length_B, ~state.done_B)
     next_Bu = state.next_Bu.at[:, 0].set(state.token_B)
     state = dataclasses.replace(state, next_Bu=next_Bu, unread_B=jnp.ones_like(state.unread_B))
@@ -181,11 +183,23 @@ def decode(
         here, state = jax.lax.optimization_barrier((model, state))
         return taken + 1, *step(here, params, state, generated)
 
-    generated = shard_rows(model.mesh, nothing_generated(len(state.token_B), slots, width))
+    generated = shard_rows(model.mesh, _nothing_generated(len(state.token_B), slots, width))
     return shard_rows(model.mesh, jax.lax.while_loop(unfinished, take_step, (jnp.int32(0), state, generated))[1:])
 
 
-def nothing_generated(batch: int, slots: int, width: int) -> Generated:
+def decode_layerwise(
+    step: Step, model: Model, params: SamplerParams, state: State, steps: int, slots: int, width: int
+) -> tuple[State, Generated]:
+    """Do what `decode` does, calling each step from Python."""
+    generated = _nothing_generated(len(state.token_B), slots, width)
+    for _ in range(steps):
+        if fetch(state.done_B).all():
+            break
+        state, generated = step(model, params, state, generated)
+    return state, generated
+
+
+def _nothing_generated(batch: int, slots: int, width: int) -> Generated:
     return Generated(
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((batch, slots), jnp.int32),

@@ -1,4 +1,4 @@
-"""A generation request: validated on the host, once, from the model's config alone; and the shapes it is run in."""
+"""A generation request: validated once, on the host, from the model's config; its rows as they grow; its shapes."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,9 +11,10 @@ from ..config import Config
 from ..errors import UsageError, argument, pluralize
 from ..model import cache, validation
 from ..model.model import Model
-from .options import Options, Sampling, check, specs
+from .options import Options, Sampling, check_option
+from .result import Token, TopLogprobs
 from .sampler import bias_row, check_ids
-from .text_stream import StopStrings, require_tokenizer
+from .text_stream import StopStrings, TextStream, require_tokenizer
 
 SMALLEST_BUCKET = 16
 
@@ -22,8 +23,11 @@ SMALLEST_BUCKET = 16
 class Request:
     """A validated request.
 
-    `samplings` has one for each row: prompt 0 n times, prompt 1 n times, ... `options` are those given; of them the
-    number of new tokens, the end tokens, the capacity and the cache's dtype are resolved here.
+    prompts         lists of token ids
+    samplings       one for each row: prompt 0 n times, prompt 1 n times, ...
+    options         as given
+    max_new_tokens  the limit of every row;  end_ids: the tokens that end one
+    capacity        slots of a row's cache;  cache_dtype: their storage
     """
 
     prompts: list[list[int]]
@@ -35,6 +39,54 @@ class Request:
     cache_dtype: np.dtype
 
 
+class Row:
+    """The tokens of one row. `finish_reason` is "stop" after an end token or stop string, "length" at the limit,
+    "interrupted" if Ctrl-C came first, and None before."""
+
+    def __init__(self, request: Request):
+        options, self._request = request.options, request
+        self.tokens: list[int] = []
+        self.logprobs: list[float] = []
+        self.top: list[TopLogprobs] = []
+        self.finish_reason: str | None = None if request.max_new_tokens else "length"
+        self._stream = None if options.tokenizer is None else TextStream(options.tokenizer, options.stop)
+
+    @property
+    def text(self) -> str | None:
+        """The text so far, without end token and stop string; None without a tokenizer."""
+        return self._stream and self._stream.text
+
+    def add(self, token: int, logprob: float, top: TopLogprobs = ()) -> Token:
+        """Append a token and return it as a stream yields it."""
+        self.tokens.append(token)
+        self.logprobs.append(logprob)
+        self.top.append(top)
+        stream, is_end = self._stream, token in self._request.end_ids
+        text = stream and ("" if is_end else stream.add(token))
+        if is_end or (stream and stream.has_stopped):
+            self.finish_reason = "stop"
+        elif len(self.tokens) == self._request.max_new_tokens:
+            self.finish_reason = "length"
+        if stream and self.finish_reason:
+            text = (text or "") + stream.end()
+        return Token(token, logprob, self.finish_reason, text, top)
+
+    def interrupt(self) -> None:
+        """End the row where it is, unless it has ended."""
+        if self.finish_reason is None:
+            self.finish_reason = "interrupted"
+            if self._stream:
+                self._stream.end()
+
+
+def validate_for(
+    model: Model, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
+) -> Request:
+    """Validate a request for a loaded model. Raises UsageError."""
+    cfg = validation.config_of(model)
+    return validate(cfg, prompts, sampling, dtype=model.dtype, tokens=model.origin.tokens, **options)
+
+
 def validate(
     cfg: Config,
     prompts: Any,
@@ -44,44 +96,36 @@ def validate(
     tokens: int | None = None,
     **options: Any,
 ) -> Request:
-    """Validate a request for a model with this config, without its weights.
+    """Validate a request for a model with this config, which need not be loaded. Raises UsageError.
 
-    `dtype` is the compute dtype, `tokens` how many ids stand for a token (default: all of the vocabulary). Raises
-    UsageError.
+    `dtype` is the compute dtype; `tokens`, how many ids the tokenizer uses (default: the whole vocabulary).
     """
     given = Options.of(options)
     rows = validation.check_prompts(prompts, cfg.vocab_size)
-    limits = {
-        "capacity": (1, cfg.max_position_embeddings),
-        "top_logprobs": (0, min(specs(Options)["top_logprobs"].high, cfg.vocab_size)),
-    }
-    known = {
-        name: check(name, spec, getattr(given, name), *limits.get(name, ())) for name, spec in specs(Options).items()
-    }
-    given = dataclasses.replace(given, **known)
+    n = check_option("n", given.n)
+    given = dataclasses.replace(
+        given,
+        n=n,
+        max_new_tokens=check_option("max_new_tokens", given.max_new_tokens),
+        stop_token_ids=check_option("stop_token_ids", given.stop_token_ids),
+        top_logprobs=check_option("top_logprobs", given.top_logprobs, 0, min(20, cfg.vocab_size)),
+        batch_size=check_option("batch_size", given.batch_size, n),
+        capacity=check_option("capacity", given.capacity, 1, cfg.max_position_embeddings),
+        draft=check_option("draft", given.draft),
+    )
+    limit, capacity = _fit_context(cfg, max(map(len, rows)), given)
+    given = dataclasses.replace(given, min_new_tokens=check_option("min_new_tokens", given.min_new_tokens, 0, limit))
     if given.draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
             f"{argument('draft', given.draft)} needs the MTP head, which this checkpoint does not have; "
             f"use {argument('draft', 0)}"
         )
-    limit, capacity = _fit_context(cfg, max(map(len, rows)), given)
-    for name, low, high in (("min_new_tokens", 0, limit), ("batch_size", given.n, None)):
-        check(name, specs(Options)[name], getattr(given, name), low, high)
     end_ids = [*cfg.eos_token_id, *check_ids("stop_token_ids", given.stop_token_ids, cfg.vocab_size)]
-    samplings = expand_samplings(sampling, len(rows), given.n)
-    for one in samplings[:: given.n]:
+    samplings = expand_samplings(sampling, len(rows), n)
+    for one in samplings[::n]:
         _require_choice(bias_row(one, cfg.vocab_size, tokens or cfg.vocab_size), end_ids, given.min_new_tokens)
     _check_text(given)
-    stored = cache.dtype_of(given.cache_dtype, dtype)
-    return Request(rows, samplings, given, limit, end_ids, capacity, stored)
-
-
-def validate_for(
-    model: Model, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
-) -> Request:
-    """Validate a request for a loaded model."""
-    cfg = validation.config_of(model)
-    return validate(cfg, prompts, sampling, dtype=model.dtype, tokens=model.origin.tokens, **options)
+    return Request(rows, samplings, given, limit, end_ids, capacity, cache.dtype_of(given.cache_dtype, dtype))
 
 
 def _fit_context(cfg: Config, longest: int, options: Options) -> tuple[int, int]:
@@ -128,7 +172,7 @@ def _seed_of(one: Sampling, prompt: int, prompts: int) -> int:
 
 
 def _require_choice(bias_V: np.ndarray, end_ids: list[int], min_new_tokens: int) -> None:
-    """Raise UsageError where only end tokens may be sampled and a row may not end yet."""
+    """Raise UsageError if only end tokens may be sampled although a row may not end yet."""
     others_V = np.isfinite(bias_V)
     others_V[end_ids] = False
     if min_new_tokens and not others_V.any():
@@ -136,8 +180,9 @@ def _require_choice(bias_V: np.ndarray, end_ids: list[int], min_new_tokens: int)
 
 
 def _check_text(options: Options) -> None:
-    """Raise UsageError where the stop strings or the tokenizer are none."""
-    StopStrings(options.stop)
+    """Raise UsageError for stop strings or a tokenizer of the wrong kind, and for stop strings without a tokenizer."""
+    if options.stop != ():
+        StopStrings(options.stop)
     if options.tokenizer is not None:
         require_tokenizer(options.tokenizer)
     elif options.stop:
@@ -170,10 +215,10 @@ def chunk_size(rows: int = 1) -> int:
 
 
 def bucket(size: int) -> int:
-    """Return the next power of two, at least SMALLEST_BUCKET: many requests share a program of its shape."""
+    """Return the next power of two, at least SMALLEST_BUCKET: many requests share the programs of its shape."""
     return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
 
 
 def capacity_for(cfg: Config, tokens: int) -> int:
-    """Return the capacity of a cache for rows of `tokens` tokens: a bucket, and at most the model's longest context."""
+    """Return the capacity of a cache for rows of `tokens` tokens: a bucket, but no more than the longest context."""
     return min(bucket(tokens), cfg.max_position_embeddings)

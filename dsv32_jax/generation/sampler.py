@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UsageError, argument, listing, pluralize
+from ..model.summary import Summarized
 from .options import Sampling
 
 PRNG = "threefry2x32"
@@ -21,8 +22,8 @@ PRNG = "threefry2x32"
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SamplerParams:
+@dataclasses.dataclass(frozen=True, repr=False)
+class SamplerParams(Summarized):
     """How each row is sampled and when it ends: the fields of `Sampling`, and
 
     bias_BV      added to the logits, -inf where a token is forbidden

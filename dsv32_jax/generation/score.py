@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from ..errors import pluralize, require_integer
+from ..errors import pluralize
 from ..model import validation
 from ..model.attention import LARGEST_TEMPORARY
 from ..model.cache import Cache, dtype_of
@@ -17,7 +17,7 @@ from ..model.ops import over_tokens
 from ..parallel.multihost import fetch
 from ..system.compilation import initialize
 from . import memory
-from .options import MAX_TOP_LOGPROBS
+from .options import check_option
 from .prefill_decode import empty_caches, place
 from .request import capacity_for, split_into_chunks
 
@@ -50,7 +50,7 @@ def score(
     the same time. Raises UsageError, or CapacityError where not even one row fits in memory."""
     cfg = validation.config_of(model)
     rows = validation.check_prompts(tokens, cfg.vocab_size)
-    top_logprobs = require_integer("top_logprobs", top_logprobs, 0, min(MAX_TOP_LOGPROBS, cfg.vocab_size))
+    top_logprobs = check_option("top_logprobs", top_logprobs, 0, min(20, cfg.vocab_size))
     found = Score([[] for _ in rows], [[] for _ in rows])
     step = partial(_score_chunk_jit, width=top_logprobs)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):
@@ -89,8 +89,7 @@ def prefill_chunks(
     """
     initialize()
     cfg = model.cfg
-    if batch_size is not None:
-        batch_size = require_integer("batch_size", batch_size, 1, 1 << 20)
+    batch_size = check_option("batch_size", batch_size)
     stored = dtype_of(cache_dtype, model.dtype)
     capacity = capacity_for(cfg, validation.check_length(max(map(len, rows)), cfg.max_position_embeddings))
     each = batch_size or memory.plan_batch(cfg, len(rows), 1, capacity, stored, 0, model.mesh, extra)

@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UsageError, argument, pluralize
+from ..errors import UsageError, argument
 from ..model import validation
 from ..model.cache import dtype_of
 from ..model.model import Model
+from ..model.summary import Summarized
 from ..parallel.multihost import fetch, make_agreed
 from ..system.files import expand_file_path
 from ..system.interrupts import defer_interrupt
@@ -22,7 +23,7 @@ from ..system.progress import format_size
 from . import memory, session_file
 from .engine import Engine
 from .generate import Stream
-from .options import Options, Sampling, accepts_options, check, specs
+from .options import Options, Sampling, accepts_options, check_option, specs
 from .prefill_decode import Caches, empty_caches, fit_caches
 from .request import capacity_for, validate_for
 from .result import Generation, Token
@@ -33,7 +34,7 @@ OWN = tuple(name for name, spec in specs(Options).items() if spec.group == "cach
 BUSY = "this session is in the middle of a turn; wait for it, or close its stream"
 
 
-class Session:
+class Session(Summarized):
     """One row's cache over many turns. Made by `session`.
 
     A turn is given the whole conversation so far as token ids, as a chat template makes it. What it has in common with
@@ -52,8 +53,8 @@ class Session:
     def generate(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Generation:
         """Continue the conversation, as `generate` continues a prompt. The session then holds prompt and answer."""
         engine = self._engine(tokens, sampling, options)
-        with defer_interrupt() as asked:
-            for _ in self._run(engine, None, make_agreed(self.model.mesh, asked)):
+        with defer_interrupt() as is_interrupted:
+            for _ in self._run(engine, None, make_agreed(self.model.mesh, is_interrupted)):
                 pass
         return engine.result()
 
@@ -75,33 +76,30 @@ class Session:
     def save(self, file: str | Path) -> None:
         """Write the session to one safetensors file, from which `load_session` continues with the same model.
 
-        Raises UsageError during a turn or where `file` is a folder, StorageError where it cannot be written.
+        Raises UsageError during a turn or if `file` is a folder, StorageError if it cannot be written.
         """
         with self._between_turns():
             file = expand_file_path(file)
-            settings = {
-                "capacity": self.capacity,
-                "cache_dtype": self.cache_dtype.name,
-                "draft": self.draft,
-                "drafted": self._drafted,
-                "tokens": self.tokens,
-            }
+            own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype.name, "draft": self.draft}
             count = len(self.tokens)
-            caches = None if self._caches is None else fit_caches(self._caches, count, count)
+            caches = self._caches and fit_caches(self._caches, count, count)
+            settings = {**own, "drafted": self._drafted, "tokens": self.tokens}
             session_file.write(file, self.model, settings, caches)
 
-    def __repr__(self) -> str:
-        nbytes = sum(part.nbytes for part in jax.tree.leaves(self._caches))
-        slots = 0 if self._caches is None else self._caches[0].capacity
-        draft = f", {argument('draft', self.draft)}" if self.draft else ""
-        return (
-            f"Session: {pluralize(len(self.tokens), 'token')} in a {self.cache_dtype.name} cache of {slots} "
-            f"({format_size(nbytes)}), at most {self.capacity or self.model.cfg.max_position_embeddings}{draft}"
-        )
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return how much the session holds and may hold."""
+        size = sum(array.nbytes for array in jax.tree.leaves(self._caches))
+        longest = self.capacity or self.model.cfg.max_position_embeddings
+        cache = f"{self.cache_dtype.name}, {format_size(size)}"
+        return "Session", {
+            "tokens": f"{len(self.tokens)} of at most {longest}",
+            "cache": cache,
+            "draft": f"{self.draft}",
+        }
 
     @contextlib.contextmanager
     def _between_turns(self) -> Iterator[None]:
-        """Hold off turns during the `with` block. Raises UsageError where one is running."""
+        """Hold off turns during the `with` block. Raises UsageError if one is running."""
         with self._access:
             if self._turn.locked():
                 raise UsageError(BUSY)
@@ -147,8 +145,8 @@ class Session:
         return known if not self.draft else max(0, min(known, common - 1, self._drafted))
 
     def _keep(self, engine: Engine) -> None:
-        """Hold what a turn has processed; nothing where it was broken off in a program, or met a value that is not
-        finite, which would spoil later turns."""
+        """Hold what a turn has processed; nothing if a program was interrupted, or met a value that is not finite and
+        would spoil later turns."""
         state = engine.state
         if state is None or not fetch(state.finite_B).all():
             return
@@ -162,11 +160,10 @@ class Session:
 def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = None, draft: int = 0) -> Session:
     """Return a session of at most `capacity` tokens. Without one its cache grows as turns need it, by powers of two.
 
-    Raises UsageError, and CapacityError where the cache does not fit in memory.
+    Raises UsageError, and CapacityError if the cache does not fit in memory.
     """
-    cfg, declared = validation.config_of(model), specs(Options)
-    capacity = check("capacity", declared["capacity"], capacity, 1, cfg.max_position_embeddings)
-    draft = check("draft", declared["draft"], draft)
+    cfg, draft = validation.config_of(model), check_option("draft", draft)
+    capacity = check_option("capacity", capacity, 1, cfg.max_position_embeddings)
     stored = dtype_of(cache_dtype, model.dtype)
     if capacity is not None:
         memory.plan_batch(cfg, 1, 1, capacity, stored, draft, model.mesh)
@@ -176,7 +173,7 @@ def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = Non
 def load_session(model: Model, file: str | Path) -> Session:
     """Return the session in `file`, for the model it was saved with.
 
-    Raises UsageError where that was another model, CheckpointError where the file is damaged.
+    Raises UsageError if that was another model, CheckpointError if the file is damaged.
     """
     cfg = validation.config_of(model)
     file = expand_file_path(file)

@@ -1,6 +1,7 @@
-"""A session as one safetensors file: the used slots of every cache as bytes, and the settings as text beside them."""
+"""A session as one safetensors file: its caches, cut to the slots in use, as bytes, and its settings as metadata."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +15,10 @@ from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, StorageError, UsageError, listing, pluralize
 from ..model.model import Model
-from ..system.files import replace_file
+from ..system.files import hash_chunks, replace_file
 from .prefill_decode import Caches
 
 FORMAT = "dsv32_jax session 4"
-LENGTH = "0/length_B"
-"""The one array of the caches that has no slots."""
 
 
 def identity(model: Model) -> str:
@@ -29,8 +28,8 @@ def identity(model: Model) -> str:
 
 
 def write(file: Path, model: Model, settings: dict[str, Any], caches: Caches | None) -> None:
-    """Write `caches`, whose slots are all used: the whole file or, with StorageError, none."""
-    arrays = {name: _to_bytes(slots) for name, slots in _name_slots(caches).items()}
+    """Write the whole file or, raising StorageError, nothing."""
+    arrays = {name: _to_bytes(array) for name, array in _name_arrays(caches).items()}
     about = {"kind": FORMAT, "model": identity(model), "settings": json.dumps(settings)}
     about["sha256"] = _hash(about["settings"], arrays)
     try:
@@ -41,8 +40,8 @@ def write(file: Path, model: Model, settings: dict[str, Any], caches: Caches | N
 
 
 def read_settings(file: Path, model: Model) -> dict[str, Any]:
-    """Return the settings that `write` was given. Raises CheckpointError where the file is not a session, UsageError
-    where it is that of another model."""
+    """Return the settings that `write` was given. Raises CheckpointError if the file is not a session, UsageError if it
+    is that of another model."""
     try:
         with safe_open(file, "numpy") as opened:
             about = opened.metadata() or {}
@@ -62,45 +61,33 @@ def read_settings(file: Path, model: Model) -> dict[str, Any]:
 
 
 def read_into(file: Path, caches: Caches) -> Caches:
-    """Return empty `caches` with as many tokens from the file as they have slots. Raises CheckpointError."""
-    wanted = _name_slots(caches)
+    """Return the caches in the file, which have the shapes of `caches`. Raises CheckpointError."""
+    wanted = _name_arrays(caches)
     with safe_open(file, "numpy") as opened:
         sizes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}
-        about, expected = opened.metadata(), {name: [slots.nbytes] for name, slots in wanted.items()}
-        wrong = sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name))
-        if wrong:
+        about, expected = opened.metadata(), {name: [array.nbytes] for name, array in wanted.items()}
+        if wrong := sorted(name for name in sizes.keys() | expected.keys() if sizes.get(name) != expected.get(name)):
             raise CheckpointError(
-                f"{file} is damaged: {pluralize(len(wrong), 'array')} of a wrong size: {listing(wrong)}"
+                f"{file} is damaged: {pluralize(len(wrong), 'array')} of the wrong size: {listing(wrong)}"
             )
         arrays = {name: opened.get_tensor(name) for name in wanted}
     if _hash(about["settings"], arrays) != about.get("sha256"):
         raise CheckpointError(f"{file} is damaged: its bytes are not those that were written")
-
-    def fill(path, slots):
-        name = _name(path)
-        return jnp.asarray(arrays[name].view(slots.dtype).reshape(slots.shape)) if name in wanted else slots
-
-    return jax.tree_util.tree_map_with_path(fill, caches)
+    found = [jnp.asarray(arrays[name].view(array.dtype).reshape(array.shape)) for name, array in wanted.items()]
+    return jax.tree.unflatten(jax.tree.structure(caches), found)
 
 
 def _hash(settings: str, arrays: Mapping[str, np.ndarray]) -> str:
     """Return the SHA-256 of everything that a session is."""
-    digest = hashlib.sha256(settings.encode())
-    for name in sorted(arrays):
-        digest.update(name.encode())
-        digest.update(arrays[name].data)
-    return digest.hexdigest()
+    named = ((name.encode(), arrays[name].data) for name in sorted(arrays))
+    return hash_chunks(itertools.chain([settings.encode()], *named))
 
 
-def _name_slots(caches: Caches | None) -> dict[str, Any]:
-    """Return the arrays of slots [1, S, ...] by their path in the caches."""
-    found = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(caches)}
-    return {name: leaf for name, leaf in found.items() if name != LENGTH}
+def _name_arrays(caches: Caches | None) -> dict[str, jax.Array]:
+    """Return the arrays of the caches by their paths."""
+    found = jax.tree_util.tree_leaves_with_path(caches)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in found}
 
 
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _to_bytes(slots: jax.Array) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(slots)).view(np.uint8).reshape(-1)
+def _to_bytes(array: jax.Array) -> np.ndarray:
+    return np.ascontiguousarray(np.asarray(array)).view(np.uint8).reshape(-1)

@@ -8,16 +8,44 @@ from ..errors import UsageError
 
 
 def require_tokenizer(tokenizer: Any) -> None:
-    """Raise UsageError where `tokenizer` cannot give the bytes of tokens."""
+    """Raise UsageError if `tokenizer` cannot give the bytes of tokens."""
     if not callable(getattr(tokenizer, "bytes_of", None)):
         raise UsageError(f"tokenizer must be a Tokenizer, as chat.Tokenizer.load returns it, not {tokenizer!r:.200}")
 
 
-class Detokenizer:
-    """Turns tokens into text as they come; its pieces, joined, are what `tokenizer.decode` makes of all tokens.
+class TextStream:
+    """The text of one row: a Detokenizer followed by StopStrings."""
 
-    A character whose bytes are spread over several tokens is returned when its last byte is there. U+FFFD is returned
-    only for bytes that no later token can complete.
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str]):
+        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stop)
+        self._pieces: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The text so far."""
+        return "".join(self._pieces)
+
+    @property
+    def has_stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self._stops.hit is not None
+
+    def add(self, token: int) -> str:
+        """Return the text that a token completes."""
+        self._pieces.append(self._stops.add(self._detokenizer.add([token])))
+        return self._pieces[-1]
+
+    def end(self) -> str:
+        """Return the text that was held back, now that no more follows."""
+        self._pieces.append(self._stops.add(self._detokenizer.end()) + self._stops.end())
+        return self._pieces[-1]
+
+
+class Detokenizer:
+    """Turns tokens into text as they come; the pieces, joined, are what `tokenizer.decode` makes of all tokens.
+
+    A character whose bytes are spread over several tokens is returned with its last byte. U+FFFD is returned only for
+    bytes that no later token can complete.
     """
 
     def __init__(self, tokenizer: Any):
@@ -25,11 +53,11 @@ class Detokenizer:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` complete. Raises UsageError on an id outside the vocabulary."""
+        """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""
         return self._decoder.decode(self._tokenizer.bytes_of(ids))
 
     def end(self) -> str:
-        """Return what an unfinished character at the end becomes."""
+        """Return the text of an unfinished character at the end."""
         return self._decoder.decode(b"", True)
 
 
@@ -37,8 +65,8 @@ class StopStrings:
     """Cuts a stream of text before the stop string that is complete first.
 
     Text that may be the beginning of a stop string is held back until that is decided; how the text is split into
-    pieces makes no difference. Where several stop strings are complete at the same character, the longest counts. After
-    a hit, `hit` is the stop string, and no more text is returned.
+    pieces makes no difference. If several stop strings are complete at the same character, the longest counts. After a
+    hit, `hit` is the stop string, and no more text is returned.
     """
 
     def __init__(self, stops: str | Sequence[str]):

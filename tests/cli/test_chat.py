@@ -24,7 +24,8 @@ from dsv32_jax.cli.screen import Screen
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
-from dsv32_jax.generation.result import Generation, Row, Stats
+from dsv32_jax.generation.request import Row, validate
+from dsv32_jax.generation.result import Generation, Stats
 from dsv32_jax.generation.session import session
 from dsv32_jax.model.model import Origin
 from tests import models
@@ -62,7 +63,8 @@ class Script:
     def stream(self, ids, *, sampling, tokenizer, max_new_tokens, progress=lambda *_: None, **options):
         self.prompts.append(tokenizer.decode(ids))
         self.options.append({"sampling": sampling, "max_new_tokens": max_new_tokens, **options})
-        row = Row(self.model.cfg.eos_token_id, max_new_tokens, tokenizer, options.get("stop", ()))
+        given = {"max_new_tokens": max_new_tokens, "tokenizer": tokenizer, "stop": options.get("stop", ())}
+        row = Row(validate(self.model.cfg, [ids], dtype="float32", **given))
         return ScriptStream(self._tokens(row, ids, progress), row, len(ids))
 
     def _tokens(self, row, ids, progress):

@@ -3,8 +3,10 @@
 import asyncio
 import concurrent.futures
 import dataclasses
+import inspect
 import json
 import signal
+import threading
 import time
 
 import jax
@@ -17,11 +19,11 @@ import convert
 import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CapacityError, CheckpointError, DsvError, UsageError
+from dsv32_jax.errors import COMMAND_LINE, CapacityError, CheckpointError, DsvError, UsageError
 from dsv32_jax.generation import memory, request
 from dsv32_jax.generation.engine import DEFAULTS, Engine, compiler_options, plan_batches
-from dsv32_jax.generation.request import bucket, validate_for
-from dsv32_jax.generation.result import Row
+from dsv32_jax.generation.options import Options
+from dsv32_jax.generation.request import Row, bucket, validate_for
 from dsv32_jax.model import indexer
 from dsv32_jax.system import compilation
 from dsv32_jax.system.compilation import count_compilations
@@ -264,7 +266,7 @@ def test_g11_half_a_character_waits(model):
     halves = [ds.Sampling(logit_bias={5: 1e9}), ds.Sampling(logit_bias={6: 1e9})]
     first = ds.generate(model, PROMPTS[:2], max_new_tokens=1, sampling=halves, tokenizer=Letters())
     assert first.tokens == [[5], [6]] and first.text == ["\ufffd", "\ufffd"]
-    told = Row([], 3, Letters(), ())
+    told = Row(validate_for(model, PROMPTS[:1], max_new_tokens=3, tokenizer=Letters()))
     assert [told.add(token, 0.0).text for token in (5, 6, 7)] == ["", "\u00e9", "h"]
 
 
@@ -874,3 +876,82 @@ def test_all_tokens_are_among_the_likeliest(tiny):
     assert made.top_logprobs is not None
     assert sorted(token for token, _ in made.top_logprobs[0][0]) == list(range(8))
     refused(lambda: ds.generate(small, [[5]], top_logprobs=9), UsageError, "from 0 to 8")
+
+
+def test_no_cache_is_longer_than_the_longest_context(tiny):
+    """A bucket ends at the model's last position, whoever asks for the capacity."""
+    cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0, max_position_embeddings=40)
+    short = models.random_model(cfg)
+    made = ds.generate(short, [[5] * 36], max_new_tokens=None)
+    assert made.stats.capacity == 40 and (len(made.tokens[0]) == 4 or made.finish_reason == ["stop"])
+    assert ds.session(short).generate([5] * 36, max_new_tokens=None).stats.capacity == 40
+    assert len(ds.score(short, [[5] * 40]).logprobs[0]) == 39
+
+
+def test_messages_speak_as_the_caller_types(model):
+    """Python advises arguments, the command line options."""
+    arguments = {"max_new_tokens": 20, "capacity": 40}
+    refused(lambda: ds.generate(model, [[5] * 30], **arguments), UsageError, "max_new_tokens=10", "capacity=50")
+    token = COMMAND_LINE.set(True)
+    try:
+        refused(lambda: ds.generate(model, [[5] * 30], **arguments), UsageError, "--max-new-tokens 10", "--capacity 50")
+        refused(lambda: ds.generate(model, [[5]], max_new_tokens=-1), UsageError, "--max-new-tokens", "or all")
+    finally:
+        COMMAND_LINE.reset(token)
+
+
+def test_results_show_a_summary(model, greedy):
+    """A few lines with sizes, no arrays; rows and text are cut."""
+    stream = ds.stream(model, PROMPTS[0], max_new_tokens=NEW)
+    next(stream)
+    session = ds.session(model, capacity=32)
+    session.generate(PROMPTS[0], max_new_tokens=2)
+    many = ds.generate(model, [PROMPTS[0]] * 20, max_new_tokens=NEW, tokenizer=Letters())
+    for value, said in (
+        (greedy, ("3 rows", str(greedy.tokens[1][0]), "stop", "tokens/s")),
+        (many, ("20 rows", repr(many.text[0])[:20])),
+        (stream, ("1 of at most 12", "capacity")),
+        (session, ("of at most 32", "float32", "kB")),
+        (ds.score(model, PROMPTS), ("3 rows", "20 tokens", "mean log-probability")),
+    ):
+        assert all(word in repr(value) for word in said), repr(value)
+        assert len(repr(value)) < 1000 and len(repr(value).splitlines()) < 14
+
+
+def test_help_lists_every_option():
+    """Signatures and docstrings are made of the declaration."""
+    options = {field.name: field for field in dataclasses.fields(Options)}
+    own = {"n", "capacity", "cache_dtype", "draft"}
+    for function, absent in (
+        (ds.generate, set()),
+        (ds.generate.layerwise, set()),
+        (ds.stream, {"n"}),
+        (ds.Session.generate, own),
+        (ds.Session.stream, own),
+    ):
+        parameters = inspect.signature(function).parameters
+        assert parameters.keys() & options.keys() == options.keys() - absent
+        assert all(parameters[name].default == options[name].default for name in options.keys() - absent)
+        assert all(f"\n{name} " in inspect.getdoc(function) for name in options.keys() - absent)
+    assert all(f"\n{field.name} " in ds.Sampling.__doc__ for field in dataclasses.fields(ds.Sampling))
+
+
+def test_a_stream_is_closed_from_another_thread(model, greedy, monkeypatch):
+    """`close` and `result` wait for the step that is running."""
+    decode, running, go_on = Engine._decode, threading.Event(), threading.Event()
+
+    def decode_slowly(self, steps):
+        running.set()
+        assert go_on.wait(10)
+        return decode(self, steps)
+
+    monkeypatch.setattr(Engine, "_decode", decode_slowly)
+    stream = ds.stream(model, PROMPTS[0], max_new_tokens=NEW)
+    first = next(stream).token
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        second = pool.submit(next, stream)
+        assert running.wait(10)
+        result = pool.submit(stream.result)
+        go_on.set()
+        assert [first, second.result(10).token] == result.result(10).tokens[0] == greedy.tokens[0][:2]
+    assert result.result().finish_reason == ["interrupted"]

@@ -93,6 +93,16 @@ def test_frequencies():
     assert (((counts - expected)[kept] ** 2) / expected[kept]).sum() < 20
 
 
+def test_the_users_random_generator_is_of_no_consequence():
+    """Keys name their implementation: TPU users set rbg, and a seed means the same everywhere."""
+    params = make_params(expand_samplings(ds.Sampling(temperature=1.0, seed=range(50)), 50, 1), 6, 6)
+    arguments = params, jnp.zeros((50, 6)), jnp.arange(50)
+    want = sampler.sample(*arguments)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(sampler.sample(*arguments), want)
+    assert len(set(want.tolist())) == 6
+
+
 @given(st.lists(st.floats(-9, 9, width=32), min_size=VOCABULARY, max_size=VOCABULARY), st.floats(0.01, 1.0))
 def test_min_p(logits, min_p):
     """What is less likely than min_p times the likeliest is dropped, whatever else is kept."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
+from dsv32_jax.generation import request
+from dsv32_jax.generation import session as session_module
 from dsv32_jax.generation.engine import WHOLE
 from dsv32_jax.model.model import Origin
 from tests import models
@@ -119,6 +122,68 @@ def test_a_turn_is_not_saved_or_forked_in_its_middle(model, tmp_path):
             call()
     stream.close()
     assert len(ds.load_session(model, tmp_path / "session").tokens) > len(FIRST)
+
+
+def beside(act) -> threading.Thread:
+    """`act` in another thread, which gets a second to finish."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    thread.join(1)
+    return thread
+
+
+def test_a_turn_waits_for_a_fork(model, monkeypatch):
+    """Its programs take over the arrays that are being copied."""
+    session, copy, threads, made = ds.session(model, capacity=64), jnp.copy, [], []
+    first = session.generate(FIRST, max_new_tokens=3).tokens[0]
+    longer = FIRST + first + [9]
+
+    def copy_later(array):
+        if not threads:
+            threads.append(beside(lambda: made.append(session.generate(longer, max_new_tokens=3).tokens)))
+        return copy(array)
+
+    monkeypatch.setattr(jnp, "copy", copy_later)
+    other = session.fork()
+    threads[0].join()
+    monkeypatch.undo()
+    assert made == [alone(model, longer, {}, 3)] and other.tokens == (FIRST + first)[:-1]
+    assert other.generate(longer, max_new_tokens=3).tokens == made[0]
+
+
+def test_a_turn_waits_for_a_save(model, tmp_path, monkeypatch):
+    """While a turn runs the session holds nothing: that must not be what is written."""
+    session, expand, streams, threads = ds.session(model, capacity=64), session_module.expand_file_path, [], []
+    session.generate(FIRST, max_new_tokens=3)
+    tokens = list(session.tokens)
+
+    def expand_later(file):
+        streams.append(session.stream(FIRST, max_new_tokens=3))
+        threads.append(beside(lambda: next(streams[0])))
+        return expand(file)
+
+    monkeypatch.setattr(session_module, "expand_file_path", expand_later)
+    session.save(tmp_path / "session")
+    monkeypatch.undo()
+    threads[0].join()
+    streams[0].close()
+    assert ds.load_session(model, tmp_path / "session").tokens == tokens
+
+
+def test_an_interrupted_prefill_is_kept(model, monkeypatch):
+    """The chunks that were read before Ctrl-C are not read again."""
+    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 4)
+    session = ds.session(model, capacity=64)
+
+    def interrupt(read, _):
+        if read == 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.generate(FIRST, max_new_tokens=5, progress=interrupt)
+    assert session.tokens == FIRST[:8]
+    made = session.generate(FIRST, max_new_tokens=5)
+    assert made.stats.prompt_tokens == len(FIRST) - 8 and made.tokens == alone(model, FIRST, {})
 
 
 @pytest.mark.parametrize("at", [-20, -3000])
