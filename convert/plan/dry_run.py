@@ -4,6 +4,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -77,30 +78,26 @@ def _find_existing(folder: Path) -> Path:
 
 def _measure_write_speed(folder: Path) -> float | None:
     """Return the bytes a second written and synced to the disk of `folder`; None if it cannot be written to."""
-    chunk, written = os.urandom(CHUNK_BYTES), 0
+    chunk = os.urandom(CHUNK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            start = time.monotonic()
-            while written < MOST_BYTES and time.monotonic() - start < SECONDS:
-                written += file.write(chunk)
-            os.fsync(file.fileno())
-            return written / max(time.monotonic() - start, 1e-6)
+            return _measure_speed(lambda _: file.write(chunk), lambda: os.fsync(file.fileno()))
     except OSError:
         return None
 
 
 def _measure_read_speed(source: Source) -> float:
     """Return the bytes a second read from the largest shard, past the page cache if the kernel allows it."""
-    file = max(source.files, key=lambda file: source.files[file].size)
-    descriptor, read = os.open(file, os.O_RDONLY), 0
-    try:
+    with open(max(source.files, key=lambda file: source.files[file].size), "rb") as file:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, MOST_BYTES, os.POSIX_FADV_DONTNEED)
-        start = time.monotonic()
-        while read < MOST_BYTES and time.monotonic() - start < SECONDS:
-            if not (got := os.pread(descriptor, CHUNK_BYTES, read)):
-                break
-            read += len(got)
-        return max(read, 1) / max(time.monotonic() - start, 1e-6)
-    finally:
-        os.close(descriptor)
+            os.posix_fadvise(file.fileno(), 0, MOST_BYTES, os.POSIX_FADV_DONTNEED)
+        return _measure_speed(lambda at: len(os.pread(file.fileno(), CHUNK_BYTES, at)))
+
+
+def _measure_speed(move: Callable[[int], int], finish: Callable[[], None] = lambda: None) -> float:
+    """Return the bytes a second of `move`, which takes a position and returns how many bytes it moved there."""
+    start, moved = time.monotonic(), 0
+    while moved < MOST_BYTES and time.monotonic() - start < SECONDS and (count := move(moved)):
+        moved += count
+    finish()
+    return max(moved, 1) / max(time.monotonic() - start, 1e-6)

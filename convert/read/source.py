@@ -8,7 +8,6 @@ import fnmatch
 import gc
 import os
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -36,8 +35,7 @@ DOWNLOADS = ".cache/huggingface/download"
 MAX_TENSORS = 2_000_000
 """Tensors of all shards together; the real model has 180,000 in NVFP4."""
 
-CHUNK_BYTES = 64 << 20
-HASHED_BYTES = 16 << 20
+CHUNK_BYTES = 16 << 20
 
 
 class Source:
@@ -223,21 +221,19 @@ def verify_downloads(files: Mapping[Path, FileId], workers: int, report: Callabl
             f"{argument('verify_source')} needs the SHA-256 that `hf download` records beside the files; it is missing "
             f"for {pluralize(len(unknown), 'shard')}: {listing(unknown, 4)}. Nothing was read"
         )
-    total, done, lock = sum(file_id.size for file_id in files.values()), 0, threading.Lock()
+    done, total, damaged = 0, sum(file_id.size for file_id in files.values()), []
     report(Progress(done, total, ""))
 
-    def read_chunks(file: Path) -> Iterator[np.ndarray]:
-        nonlocal done
-        size = files[file].size
-        for start in range(0, size, HASHED_BYTES):
-            yield (chunk := read_bytes(file, files[file], start, min(HASHED_BYTES, size - start), "any"))
-            with lock:
-                done += chunk.nbytes
-                report(Progress(done, total, file.name))
+    def hash_file(file: Path) -> str:
+        starts = range(0, files[file].size, CHUNK_BYTES)
+        sizes = (min(CHUNK_BYTES, files[file].size - start) for start in starts)
+        return hash_chunks(read_bytes(file, files[file], *at, "any") for at in zip(starts, sizes, strict=True))
 
     with ThreadPoolExecutor(workers) as pool:
-        found = zip(files, pool.map(lambda file: hash_chunks(read_chunks(file)), files), strict=True)
-        damaged = [file.name for file, sha256 in found if sha256 != expected[file]]
+        for file, sha256 in zip(files, pool.map(hash_file, files), strict=True):
+            damaged += [file.name] if sha256 != expected[file] else []
+            done += files[file].size
+            report(Progress(done, total, file.name))
     if damaged:
         raise CheckpointError(
             f"{pluralize(len(damaged), 'shard')} with another SHA-256 than `hf download` recorded: "
