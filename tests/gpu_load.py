@@ -1,7 +1,7 @@
 """How fast a checkpoint reaches the devices: `python -m tests.gpu_load [FOLDER] [--mesh AXES] [--layers N]`.
 
-Writes a random checkpoint at true layer dimensions to FOLDER, unless there is one (two layers: 10.5 GB), and prints GB/s
-of loading it from the page cache beside `device_put` of an array in memory. On a CPU a mapped load is timed as well.
+Writes a random checkpoint at true layer dimensions to FOLDER, unless there is one (two layers: 10.5 GB), and prints
+GB/s of loading it from the page cache beside `device_put` of an array in memory. On a CPU a mapped load is timed too.
 """
 
 import argparse
