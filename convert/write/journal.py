@@ -214,10 +214,7 @@ def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> l
         found.append(f"the checkpoint format was {before.get('format_version')}, now {now['format_version']}")
     found += _describe_changes("config.json: {} was {}, now {}", before.get("config", {}), now["config"])
     found += _describe_changes("file {} was {}, now {}", _describe_files(before), _describe_files(now))
-    recipes: list[dict[str, Any]] = [
-        dict(zip(RECIPE, basis.get("recipe", []), strict=False)) for basis in (before, now)
-    ]
-    found += _describe_changes("{}: was {}, now {}", *recipes)
+    found += _describe_changes("{}: was {}, now {}", _describe_recipe(before), _describe_recipe(now))
     found += _describe_changes("--mesh: {} was {}, now {}", before.get("mesh", {}), now["mesh"])
     return found or ["the weights that the options select"]
 
