@@ -15,7 +15,7 @@ MOST_LINES, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 17_500, 300, 60
 PARTICIPLES = frozenset(
     "absorbed announced asked attended begun blank called checked chosen collected compared converted cut described "
     "differing done drawn expected filled folded found given growing handled held hidden hushed kept known listed "
-    "loaded made measured metered named noted occurring opened placed planned prepared printed put raised read_back "
+    "loaded made measured metered named noted occurring opened placed planned prepared printed raised read_back "
     "recorded recording restored resumed rewound resized said saved scored sealed seen shown spent spread stored "
     "clipped summed taken timed told touched used watched weighed written".split()
 )

@@ -33,7 +33,7 @@ GOLDEN = 0x9E3779B1
 
 
 def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0, mesh: Mesh | None = None) -> Callable[[str], Weight]:
-    """What `model.build` asks for: the random leaf of each path, in the format in which `load` returns a real one.
+    """Return a function from a path to a random weight, in the format that `load` would give: what `model.build` takes.
 
     `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone; each device of `mesh` makes
     its own part.
@@ -98,7 +98,7 @@ def _nvfp4(
     pick = (hashed((*out, size // NVFP4_BLOCK), ~number) % len(SCALES)).astype(jnp.uint8)
     block_scale = jax.lax.bitcast_convert_type(SCALES[0] + pick, jnp.float8_e4m3fn)
     parts = (codes, block_scale, jnp.full((shape[0] if stacked else 1, *[1] * len(out)), tensor_scale))
-    return NVFP4(*map(_placed, parts, spread))
+    return NVFP4(*map(_place, parts, spread))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -112,10 +112,10 @@ def uniform(
 ) -> jax.Array:
     """Values evenly between mean - sqrt(3) deviations and mean + sqrt(3) deviations."""
     unit = hashed(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
-    return _placed((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), spread)
+    return _place((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), spread)
 
 
-def _placed(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
+def _place(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
     return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
 
 

@@ -73,7 +73,7 @@ class Writer:
             sync(self.folder)
         except OSError as error:
             raise writing_failed(target, error) from error
-        self._read_back(arrays, places)
+        self._check_written(arrays, places)
         return places
 
     def finish(self) -> None:
@@ -94,7 +94,7 @@ class Writer:
         sync(building / name)
         return Place(tuple(f"{WEIGHTS}/{part}/{name}/{chunk}" for chunk in chunks), axis)
 
-    def _read_back(self, arrays: Mapping[Key, np.ndarray], places: Mapping[Key, Place]) -> None:
+    def _check_written(self, arrays: Mapping[Key, np.ndarray], places: Mapping[Key, Place]) -> None:
         """Raise StorageError unless the reader that `load` uses finds `arrays` in the files."""
         leaves: dict[str, LeafEntry] = {}
         for (path, component), array in arrays.items():
