@@ -91,7 +91,7 @@ class DecodeStep:
         self._model, self._steps = model, np.int32(steps)
         self._lengths = np.asarray(cache.length_B)
         batch, size = len(self._lengths), model.cfg.vocab_size
-        params = make_params([Sampling()] * batch, size, size, max_new=np.iinfo(np.int32).max)
+        params = make_params([Sampling()] * batch, size, size, max_new=2**31 - 1)
         self._params = shard_rows(model.mesh, params)
         hidden = uniform((batch, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0)
         state = dataclasses.replace(new_state(model, (cache, None), [], 0), hidden_BuD=shard_rows(model.mesh, hidden))

@@ -145,12 +145,12 @@ class Options:
         raise UsageError(f"{pluralize(len(wrong), 'unknown option')}: {listing(wrong)}; nothing was run")
 
 
-def check(name: str, spec: Spec, value: Any, low: float | None = None, high: float | None = None) -> Any:
+def check(name: str, spec: Spec, value: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """Return `value` in the form that the option `name` takes. `low` and `high` narrow the declared range.
 
     Raises UsageError that gives the range. Token ids are compared with the vocabulary later, where it is known.
     """
-    low, high = spec.low if low is None else low, spec.high if high is None else high
+    low, high = max(spec.low, low), min(spec.high, high)
     if value is None and spec.unset:
         return None
     if spec.kind in ("count", "number"):
@@ -169,7 +169,7 @@ def check(name: str, spec: Spec, value: Any, low: float | None = None, high: flo
     return _check_seed(value) if spec.kind == "seed" else value
 
 
-def check_option(name: str, value: Any, low: float | None = None, high: float | None = None) -> Any:
+def check_option(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> Any:
     """Return `value` in the form that the field `name` of Options takes."""
     return check(name, specs(Options)[name], value, low, high)
 

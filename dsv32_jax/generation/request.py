@@ -14,7 +14,7 @@ from ..model.model import Model
 from .options import Options, Sampling, check_option
 from .result import Token, TopLogprobs
 from .sampler import bias_row, check_ids
-from .text_stream import StopStrings, TextStream, require_tokenizer
+from .text_stream import Detokenizer, StopStrings, require_tokenizer
 
 SMALLEST_BUCKET = 16
 
@@ -44,39 +44,41 @@ class Row:
     "interrupted" if Ctrl-C came first, and None before."""
 
     def __init__(self, request: Request):
-        options, self._request = request.options, request
+        tokenizer, self._request = request.options.tokenizer, request
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
         self.finish_reason: str | None = None if request.max_new_tokens else "length"
-        self._stream = None if options.tokenizer is None else TextStream(options.tokenizer, options.stop)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop)
+        self._pieces: list[str] = []
 
     @property
     def text(self) -> str | None:
         """The text so far, without end token and stop string; None without a tokenizer."""
-        return self._stream and self._stream.text
+        return None if self._detokenizer is None else "".join(self._pieces)
 
     def add(self, token: int, logprob: float, top: TopLogprobs = ()) -> Token:
         """Append a token and return it as a stream yields it."""
         self.tokens.append(token)
         self.logprobs.append(logprob)
         self.top.append(top)
-        stream, is_end = self._stream, token in self._request.end_ids
-        text = stream and ("" if is_end else stream.add(token))
-        if is_end or (stream and stream.has_stopped):
+        text, is_end = "", token in self._request.end_ids
+        if self._detokenizer and not is_end:
+            text = self._detokenizer.add([token])
+        if is_end or (self._detokenizer and self._detokenizer.has_stopped):
             self.finish_reason = "stop"
         elif len(self.tokens) == self._request.max_new_tokens:
             self.finish_reason = "length"
-        if stream and self.finish_reason:
-            text = (text or "") + stream.end()
-        return Token(token, logprob, self.finish_reason, text, top)
+        if self._detokenizer and self.finish_reason:
+            text += self._detokenizer.end()
+        self._pieces.append(text)
+        return Token(token, logprob, self.finish_reason, text if self._detokenizer else None, top)
 
     def interrupt(self) -> None:
         """End the row where it is, unless it has ended."""
         if self.finish_reason is None:
             self.finish_reason = "interrupted"
-            if self._stream:
-                self._stream.end()
+            self._pieces.append(self._detokenizer.end() if self._detokenizer else "")
 
 
 def validate_for(
@@ -102,28 +104,24 @@ def validate(
     """
     given = Options.of(options)
     rows = validation.check_prompts(prompts, cfg.vocab_size)
-    n = check_option("n", given.n)
-    given = dataclasses.replace(
-        given,
-        n=n,
-        max_new_tokens=check_option("max_new_tokens", given.max_new_tokens),
-        stop_token_ids=check_option("stop_token_ids", given.stop_token_ids),
-        top_logprobs=check_option("top_logprobs", given.top_logprobs, 0, min(20, cfg.vocab_size)),
-        batch_size=check_option("batch_size", given.batch_size, n),
-        capacity=check_option("capacity", given.capacity, 1, cfg.max_position_embeddings),
-        draft=check_option("draft", given.draft),
-    )
+    limits = {"capacity": (1, cfg.max_position_embeddings), "top_logprobs": (0, cfg.vocab_size)}
+    given = Options(**{name: check_option(name, value, *limits.get(name, ())) for name, value in vars(given).items()})
     limit, capacity = _fit_context(cfg, max(map(len, rows)), given)
-    given = dataclasses.replace(given, min_new_tokens=check_option("min_new_tokens", given.min_new_tokens, 0, limit))
+    check_option("min_new_tokens", given.min_new_tokens, 0, limit)
+    check_option("batch_size", given.batch_size, given.n)
     if given.draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
             f"{argument('draft', given.draft)} needs the MTP head, which this checkpoint does not have; "
             f"use {argument('draft', 0)}"
         )
     end_ids = [*cfg.eos_token_id, *check_ids("stop_token_ids", given.stop_token_ids, cfg.vocab_size)]
-    samplings = expand_samplings(sampling, len(rows), n)
-    for one in samplings[::n]:
-        _require_choice(bias_row(one, cfg.vocab_size, tokens or cfg.vocab_size), end_ids, given.min_new_tokens)
+    samplings = expand_samplings(sampling, len(rows), given.n)
+    for one in samplings[:: given.n]:
+        others_V = np.isfinite(bias_row(one, cfg.vocab_size, tokens or cfg.vocab_size))
+        others_V[end_ids] = False
+        if given.min_new_tokens and not others_V.any():
+            wanted = argument("min_new_tokens", given.min_new_tokens)
+            raise UsageError(f"{wanted}, but only tokens that end a row may be sampled")
     _check_text(given)
     return Request(rows, samplings, given, limit, end_ids, capacity, cache.dtype_of(given.cache_dtype, dtype))
 
@@ -155,28 +153,10 @@ def expand_samplings(sampling: Any, prompts: int, n: int) -> list[Sampling]:
             raise UsageError(f"sampling must be a Sampling(temperature=..., seed=...), or one a prompt, not {one!r}")
     if len(each) != prompts:
         raise UsageError(f"there are {len(each)} samplings for {prompts} prompts; give one for all or one each")
-    seeds = [_seed_of(one, i, prompts) for i, one in enumerate(each)]
-    return [
-        dataclasses.replace(one, seed=(seed + i) % 2**63)
-        for one, seed in zip(each, seeds, strict=True)
-        for i in range(n)
-    ]
-
-
-def _seed_of(one: Sampling, prompt: int, prompts: int) -> int:
-    if isinstance(one.seed, int):
-        return one.seed
-    if len(one.seed) != prompts:
-        raise UsageError(f"there are {len(one.seed)} seeds for {prompts} prompts; give one for all or one each")
-    return one.seed[prompt]
-
-
-def _require_choice(bias_V: np.ndarray, end_ids: list[int], min_new_tokens: int) -> None:
-    """Raise UsageError if only end tokens may be sampled although a row may not end yet."""
-    others_V = np.isfinite(bias_V)
-    others_V[end_ids] = False
-    if min_new_tokens and not others_V.any():
-        raise UsageError(f"{argument('min_new_tokens', min_new_tokens)}, but only tokens that end a row may be sampled")
+    seeds = [[one.seed] * prompts if isinstance(one.seed, int) else one.seed for one in each]
+    if wrong := [len(some) for some in seeds if len(some) != prompts]:
+        raise UsageError(f"there are {wrong[0]} seeds for {prompts} prompts; give one for all or one each")
+    return [dataclasses.replace(each[p], seed=(seeds[p][p] + i) % 2**63) for p in range(prompts) for i in range(n)]
 
 
 def _check_text(options: Options) -> None:

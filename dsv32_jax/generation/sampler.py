@@ -57,46 +57,42 @@ def make_params(
 ) -> SamplerParams:
     """Return the parameters of rows with these samplings; nothing is compiled. Ids from `tokens` on, which stand for no
     token, are never sampled."""
-    rows = len(samplings)
+    rows, seeds = len(samplings), [one.seed for one in samplings]
 
     def column(values: Any, dtype: Any = np.float32) -> Any:
-        return np.array(values, dtype)
+        return np.array(list(values), dtype)
 
-    end_BV: Any = np.zeros((rows, vocab_size), bool)
-    end_BV[:, list(end_ids)] = True
-    seeds = [operator.index(one.seed) for one in samplings]  # pyright: ignore[reportArgumentType]
-    return jax.device_put(
-        SamplerParams(
-            column([one.temperature for one in samplings]),
-            column([one.top_k or vocab_size for one in samplings], np.int32),
-            column([one.top_p for one in samplings]),
-            column([one.min_p for one in samplings]),
-            column([one.repetition_penalty for one in samplings]),
-            column([one.presence_penalty for one in samplings]),
-            column([one.frequency_penalty for one in samplings]),
-            column([bias_row(one, vocab_size, tokens) for one in samplings]),
-            column([seed >> 32 for seed in seeds], np.uint32),
-            column([seed & 0xFFFFFFFF for seed in seeds], np.uint32),
-            end_BV,
-            column([min_new] * rows, np.int32),
-            column(max_new if isinstance(max_new, Sequence) else [max_new] * rows, np.int32),
-        )
+    params = SamplerParams(
+        temperature_B=column(one.temperature for one in samplings),
+        top_k_B=column((one.top_k or vocab_size for one in samplings), np.int32),
+        top_p_B=column(one.top_p for one in samplings),
+        min_p_B=column(one.min_p for one in samplings),
+        repetition_B=column(one.repetition_penalty for one in samplings),
+        presence_B=column(one.presence_penalty for one in samplings),
+        frequency_B=column(one.frequency_penalty for one in samplings),
+        bias_BV=column(bias_row(one, vocab_size, tokens) for one in samplings),
+        seed_high_B=column((seed >> 32 for seed in seeds), np.uint32),  # pyright: ignore[reportOperatorIssue]
+        seed_low_B=column((seed & 0xFFFFFFFF for seed in seeds), np.uint32),  # pyright: ignore[reportOperatorIssue]
+        end_BV=column([np.isin(np.arange(vocab_size), end_ids)] * rows, bool),
+        min_new_B=column([min_new] * rows, np.int32),
+        max_new_B=column([max_new] * rows if isinstance(max_new, int) else max_new, np.int32),
     )
+    return jax.device_put(params)
 
 
-def bias_row(one: Sampling, vocab_size: int, tokens: int) -> np.ndarray:
-    """Return what `one` adds to the logits, [V]. Raises UsageError where its ids are not in the vocabulary, or where it
+def bias_row(sampling: Sampling, vocab_size: int, tokens: int) -> np.ndarray:
+    """Return what `sampling` adds to the logits, [V]. Raises UsageError if its ids are not in the vocabulary, or if it
     leaves no token to sample."""
-    if one.top_k > vocab_size:
-        raise UsageError(f"{argument('top_k', one.top_k)}, but the vocabulary has {vocab_size} tokens")
+    if sampling.top_k > vocab_size:
+        raise UsageError(f"{argument('top_k', sampling.top_k)}, but the vocabulary has {vocab_size} tokens")
     bias_V = np.zeros(vocab_size, np.float32)
-    bias_V[check_ids("logit_bias", one.logit_bias, vocab_size)] = list(one.logit_bias.values())
+    bias_V[check_ids("logit_bias", sampling.logit_bias, vocab_size)] = list(sampling.logit_bias.values())
     forbidden_V = np.arange(vocab_size) >= tokens
-    if one.allowed_ids is not None:
+    if sampling.allowed_ids is not None:
         allowed_V = np.zeros(vocab_size, bool)
-        allowed_V[check_ids("allowed_ids", one.allowed_ids, vocab_size)] = True
+        allowed_V[check_ids("allowed_ids", sampling.allowed_ids, vocab_size)] = True
         forbidden_V |= ~allowed_V
-    forbidden_V[check_ids("forbidden_ids", one.forbidden_ids, vocab_size)] = True
+    forbidden_V[check_ids("forbidden_ids", sampling.forbidden_ids, vocab_size)] = True
     if forbidden_V.all():
         raise UsageError(f"{argument('allowed_ids')} and {argument('forbidden_ids')} leave no token to sample")
     bias_V[forbidden_V] = -np.inf
@@ -179,7 +175,7 @@ def truncate(logit_BV: jax.Array, top_k_B: jax.Array, top_p_B: jax.Array, min_p_
 def _smallest_to_keep(logit_BV: jax.Array, weight_BV: jax.Array, target_B1: jax.Array) -> jax.Array:
     """Return the largest logit [B, 1] such that the weights of all not below it sum to at least `target`."""
     rank_BV = _rank(logit_BV)
-    low_B1 = jnp.full((*logit_BV.shape[:-1], 1), np.iinfo(np.uint32).min, jnp.uint32)
+    low_B1 = jnp.zeros((len(logit_BV), 1), jnp.uint32)
 
     def halve(bit, low_B1):
         middle_B1 = low_B1 | (jnp.uint32(1) << (31 - bit).astype(jnp.uint32))

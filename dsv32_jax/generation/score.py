@@ -14,6 +14,7 @@ from ..model.attention import LARGEST_TEMPORARY
 from ..model.cache import Cache, dtype_of
 from ..model.model import Model
 from ..model.ops import over_tokens
+from ..model.summary import Summarized
 from ..parallel.multihost import fetch
 from ..system.compilation import initialize
 from . import memory
@@ -23,7 +24,7 @@ from .request import capacity_for, split_into_chunks
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
-class Score:
+class Score(Summarized):
     """For each row the natural log-probability of each token but the first, given those before it.
 
     `top_logprobs` has the most likely tokens at the same positions, (id, log-probability), as many as requested.
@@ -32,10 +33,11 @@ class Score:
     logprobs: list[list[float]]
     top_logprobs: list[list[list[tuple[int, float]]]]
 
-    def __repr__(self) -> str:
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return sizes and the mean log-probability."""
         count, total = sum(map(len, self.logprobs)), sum(map(sum, self.logprobs))
-        mean = f", mean log-probability {total / count:.3f}" if count else ""
-        return f"Score: {pluralize(len(self.logprobs), 'row')}, {pluralize(count, 'token')}{mean}"
+        mean = f"{total / count:.3f}" if count else "none"
+        return f"Score of {pluralize(len(self.logprobs), 'row')}", {"tokens": str(count), "mean log-probability": mean}
 
 
 def score(
@@ -50,7 +52,7 @@ def score(
     the same time. Raises UsageError, or CapacityError where not even one row fits in memory."""
     cfg = validation.config_of(model)
     rows = validation.check_prompts(tokens, cfg.vocab_size)
-    top_logprobs = check_option("top_logprobs", top_logprobs, 0, min(20, cfg.vocab_size))
+    top_logprobs = check_option("top_logprobs", top_logprobs, 0, cfg.vocab_size)
     found = Score([[] for _ in rows], [[] for _ in rows])
     step = partial(_score_chunk_jit, width=top_logprobs)
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size):

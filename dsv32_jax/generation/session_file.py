@@ -29,7 +29,10 @@ def identity(model: Model) -> str:
 
 def write(file: Path, model: Model, settings: dict[str, Any], caches: Caches | None) -> None:
     """Write the whole file or, raising StorageError, nothing."""
-    arrays = {name: _to_bytes(array) for name, array in _name_arrays(caches).items()}
+    arrays = {
+        name: np.ascontiguousarray(np.asarray(array)).view(np.uint8).reshape(-1)
+        for name, array in _name_arrays(caches).items()
+    }
     about = {"kind": FORMAT, "model": identity(model), "settings": json.dumps(settings)}
     about["sha256"] = _hash(about["settings"], arrays)
     try:
@@ -87,7 +90,3 @@ def _name_arrays(caches: Caches | None) -> dict[str, jax.Array]:
     """Return the arrays of the caches by their paths."""
     found = jax.tree_util.tree_leaves_with_path(caches)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): array for path, array in found}
-
-
-def _to_bytes(array: jax.Array) -> np.ndarray:
-    return np.ascontiguousarray(np.asarray(array)).view(np.uint8).reshape(-1)

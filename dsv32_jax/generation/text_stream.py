@@ -13,52 +13,30 @@ def require_tokenizer(tokenizer: Any) -> None:
         raise UsageError(f"tokenizer must be a Tokenizer, as chat.Tokenizer.load returns it, not {tokenizer!r:.200}")
 
 
-class TextStream:
-    """The text of one row: a Detokenizer followed by StopStrings."""
+class Detokenizer:
+    """Turns tokens into text as they come, up to a stop string. Without one, the pieces, joined, are what
+    `tokenizer.decode` makes of all tokens.
 
-    def __init__(self, tokenizer: Any, stop: str | Sequence[str]):
-        self._detokenizer, self._stops = Detokenizer(tokenizer), StopStrings(stop)
-        self._pieces: list[str] = []
+    A character whose bytes are spread over several tokens is returned with its last byte. U+FFFD is returned only for
+    bytes that no later token can complete.
+    """
 
-    @property
-    def text(self) -> str:
-        """The text so far."""
-        return "".join(self._pieces)
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str] = ()):
+        self._tokenizer, self._stops = tokenizer, StopStrings(stop)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     @property
     def has_stopped(self) -> bool:
         """Whether a stop string is complete."""
         return self._stops.hit is not None
 
-    def add(self, token: int) -> str:
-        """Return the text that a token completes."""
-        self._pieces.append(self._stops.add(self._detokenizer.add([token])))
-        return self._pieces[-1]
+    def add(self, ids: Iterable[int]) -> str:
+        """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""
+        return self._stops.add(self._decoder.decode(self._tokenizer.bytes_of(ids)))
 
     def end(self) -> str:
         """Return the text that was held back, now that no more follows."""
-        self._pieces.append(self._stops.add(self._detokenizer.end()) + self._stops.end())
-        return self._pieces[-1]
-
-
-class Detokenizer:
-    """Turns tokens into text as they come; the pieces, joined, are what `tokenizer.decode` makes of all tokens.
-
-    A character whose bytes are spread over several tokens is returned with its last byte. U+FFFD is returned only for
-    bytes that no later token can complete.
-    """
-
-    def __init__(self, tokenizer: Any):
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, ids: Iterable[int]) -> str:
-        """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""
-        return self._decoder.decode(self._tokenizer.bytes_of(ids))
-
-    def end(self) -> str:
-        """Return the text of an unfinished character at the end."""
-        return self._decoder.decode(b"", True)
+        return self._stops.add(self._decoder.decode(b"", True)) + self._stops.end()
 
 
 class StopStrings:

@@ -912,7 +912,7 @@ def test_results_show_a_summary(model, greedy):
         (many, ("20 rows", repr(many.text[0])[:20])),
         (stream, ("1 of at most 12", "capacity")),
         (session, ("of at most 32", "float32", "kB")),
-        (ds.score(model, PROMPTS), ("3 rows", "20 tokens", "mean log-probability")),
+        (ds.score(model, PROMPTS), ("3 rows", "20", "mean log-probability")),
     ):
         assert all(word in repr(value) for word in said), repr(value)
         assert len(repr(value)) < 1000 and len(repr(value).splitlines()) < 14
