@@ -6,7 +6,6 @@ key is an error, because it may change the model; an error lists every problem o
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -114,15 +113,6 @@ class Config:
             "F": self.intermediate_size, "M": self.moe_intermediate_size,
             "E": self.n_routed_experts, "X": self.num_experts_per_tok, "G": self.n_group, "W": self.topk_group,
         }  # fmt: skip
-
-    @property
-    def softmax_scale(self) -> float:
-        """(N + R)^-1/2, with YaRN times mscale squared."""
-        scale = (self.qk_nope_head_dim + self.qk_rope_head_dim) ** -0.5
-        yarn = self.rope_scaling
-        if yarn is None or yarn.factor <= 1:
-            return scale
-        return scale * (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1) ** 2
 
     @classmethod
     def from_json(cls, path: str | Path) -> Self:

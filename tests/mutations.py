@@ -53,7 +53,7 @@ def mistake(name: str, tests: str, file: str, *texts: str, also: tuple[Edit, ...
 
 OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/model/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
 EXPERTS, MOE, MODEL = (f"dsv32_jax/model/{name}.py" for name in ("experts", "moe", "model"))
-LAYOUT, CONFIG = (f"dsv32_jax/{name}.py" for name in ("layout", "config"))
+LAYOUT = "dsv32_jax/layout.py"
 FORMATS, CHECKPOINT = "dsv32_jax/quantization/formats.py", "dsv32_jax/checkpoint/load.py"
 WEIGHTS = "convert/read/weights.py"
 
@@ -116,8 +116,8 @@ MISTAKES = (
         "k_r_BTR = rotate_interleaved(", "k_r_BTR = rotate_halves(",
         "einsum32, rms_norm, rotate_interleaved", "einsum32, rms_norm, rotate_halves",
     ),
-    mistake("no_mscale", f"{UNITS}softmax_scale", CONFIG, "return scale * (0.1", "return scale + 0 * (0.1"),
-    mistake("mscale_once", f"{UNITS}softmax_scale", CONFIG, "log(yarn.factor) + 1) ** 2", "log(yarn.factor) + 1)"),
+    mistake("no_mscale", f"{UNITS}softmax_scale", MLA, "return scale * (0.1", "return scale + 0 * (0.1"),
+    mistake("mscale_once", f"{UNITS}softmax_scale", MLA, "log(yarn.factor) + 1) ** 2", "log(yarn.factor) + 1)"),
     mistake("yarn_off", YARN, OPS, "    if yarn is None:\n", "    if True:\n"),
     mistake("yarn_all_interp", YARN, OPS, RAMP, "stretched = np.ones(size // 2, np.float32)"),
     mistake("yarn_ramp_flipped", YARN, OPS, RAMP, RAMP.replace("= np", "= 1 - np")),

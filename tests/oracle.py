@@ -7,6 +7,7 @@ with this.
 import numpy as np
 
 from dsv32_jax.model import ops
+from dsv32_jax.model.mla import softmax_scale
 
 
 def logits(model, tokens: list[int]) -> np.ndarray:
@@ -42,7 +43,7 @@ def attention(mla, indexer, h, cfg):
     k = np.einsum("sc,hnc->shn", c_kv, array(mla.w_uk_HNC))
     k_r = interleaved(h @ array(mla.w_kr_RD).T, angle)
     v = np.einsum("sc,hpc->shp", c_kv, array(mla.w_uv_HPC))
-    score = (np.einsum("thn,shn->ths", q, k) + np.einsum("thr,sr->ths", q_r, k_r)) * cfg.softmax_scale
+    score = (np.einsum("thn,shn->ths", q, k) + np.einsum("thr,sr->ths", q_r, k_r)) * softmax_scale(cfg)
     weight = np.where(selected(indexer, h, c_q, angle, cfg)[:, None], score, -np.inf)
     weight = np.exp(weight - weight.max(axis=-1, keepdims=True))
     weight /= weight.sum(axis=-1, keepdims=True)

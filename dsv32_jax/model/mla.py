@@ -7,6 +7,7 @@ positions that the indexer selected.
 """
 
 import dataclasses
+import math
 from functools import partial
 
 import jax
@@ -75,7 +76,7 @@ def expanded(
     k_c_BSHN = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC)
     v_BSHP = einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
     score_BTHS = dot("BTHN,BSHN->BTHS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
-    weight_BTHS = _softmax(mla.cfg.softmax_scale, score_BTHS, visible_BTS).astype(v_BSHP.dtype)
+    weight_BTHS = _softmax(softmax_scale(mla.cfg), score_BTHS, visible_BTS).astype(v_BSHP.dtype)
     return dot("BTHS,BSHP->BTHP", weight_BTHS, v_BSHP).astype(v_BSHP.dtype)
 
 
@@ -96,7 +97,7 @@ def absorbed_weights(
     c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
-    return _softmax(mla.cfg.softmax_scale, score_BTHS, visible_BTS), c_kv_BSC
+    return _softmax(softmax_scale(mla.cfg), score_BTHS, visible_BTS), c_kv_BSC
 
 
 @jax.named_scope("attention")
@@ -111,9 +112,9 @@ def sparse(
     """Return `absorbed` over each query's selected positions only, o [B, T, H, P]: -1 is none, and stands behind what
     was selected."""
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    attend, kernels = partial(attend_selected, mla.cfg.softmax_scale), sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
+    attend, kernels = partial(attend_selected, softmax_scale(mla.cfg)), sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
     if kernels:
-        fast = partial(kernels.attend, mla.cfg.softmax_scale)
+        fast = partial(kernels.attend, softmax_scale(mla.cfg))
         operands = ("BTH", "BTH", "BS", "BS", "BT", "BT")
         attend = map_rows_and_heads(dispatch.differentiable(attend, {"cuda": fast}), operands, "BTH")
     o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk, position_BT)
@@ -168,7 +169,7 @@ def sparse_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `selected_weights` of queries that are not absorbed yet."""
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    return selected_weights(mla.cfg.softmax_scale, q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk)
+    return selected_weights(softmax_scale(mla.cfg), q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk)
 
 
 def dense(cfg: Config, tokens: int, capacity: int):
@@ -177,6 +178,15 @@ def dense(cfg: Config, tokens: int, capacity: int):
     cost_expanded = capacity * latent * head + tokens * capacity * (head + cfg.qk_rope_head_dim)
     cost_absorbed = tokens * latent * head + tokens * capacity * (2 * latent + cfg.qk_rope_head_dim)
     return expanded if cost_expanded < cost_absorbed else absorbed
+
+
+def softmax_scale(cfg: Config) -> float:
+    """Return (N + R)^-1/2, with YaRN times mscale squared."""
+    scale = (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) ** -0.5
+    yarn = cfg.rope_scaling
+    if yarn is None or yarn.factor <= 1:
+        return scale
+    return scale * (0.1 * yarn.mscale_all_dim * math.log(yarn.factor) + 1) ** 2
 
 
 def _softmax(softmax_scale: float, score_BTHs: jax.Array, visible_BTs: jax.Array) -> jax.Array:

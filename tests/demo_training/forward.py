@@ -15,7 +15,7 @@ from dsv32_jax.layout import COPIES
 from dsv32_jax.model.block import Block
 from dsv32_jax.model.experts import shared_expert
 from dsv32_jax.model.indexer import Indexer, index_scores
-from dsv32_jax.model.mla import MLA
+from dsv32_jax.model.mla import MLA, softmax_scale
 from dsv32_jax.model.model import Model, build
 from dsv32_jax.model.moe import MLP, MoE
 from dsv32_jax.model.ops import dot, einsum, einsum32, rms_norm, rotation
@@ -103,7 +103,7 @@ def attention(mla: MLA, indexer: Indexer, h_BTD: jax.Array, cos_BTr: jax.Array, 
 
     k_c_BSHN, v_BSHP = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC), einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
     score_BHTS = dot("BTHN,BSHN->BHTS", q_c_BTHN, k_c_BSHN) + dot("BTHR,BSR->BHTS", q_r_BTHR, k_r_BSR)
-    score_BHTS = jnp.where(visible_BTS[:, None], score_BHTS * mla.cfg.softmax_scale, -jnp.inf)
+    score_BHTS = jnp.where(visible_BTS[:, None], score_BHTS * softmax_scale(mla.cfg), -jnp.inf)
     weight_BHTS = jax.nn.softmax(score_BHTS, axis=-1)
     o_BTHP = dot("BHTS,BSHP->BTHP", weight_BHTS.astype(v_BSHP.dtype), v_BSHP).astype(v_BSHP.dtype)
     if not phase.aligned:
