@@ -1,4 +1,4 @@
-"""The errors that reach a user, and the exit code each one ends a command with."""
+"""Errors that users see, with the exit codes of commands, and the wording of messages."""
 
 import difflib
 import errno
@@ -10,13 +10,13 @@ from contextvars import ContextVar
 
 
 class DsvError(Exception):
-    """Base of every error this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose."""
 
     exit_code = 1
 
 
 class UsageError(DsvError, ValueError):
-    """The call or the command line asks for something that makes no sense."""
+    """Invalid arguments or options."""
 
     exit_code = 2
 
@@ -28,13 +28,13 @@ class ConfigError(DsvError, ValueError):
 
 
 class CheckpointError(DsvError, ValueError):
-    """A checkpoint is damaged, incomplete, or in a format that is not supported."""
+    """A checkpoint is damaged, incomplete, or in an unsupported format."""
 
     exit_code = 3
 
 
 class VerificationError(DsvError):
-    """Bytes are not what the manifest says they are."""
+    """Bytes differ from the manifest."""
 
     exit_code = 4
 
@@ -46,24 +46,24 @@ class CapacityError(DsvError):
 
 
 class OutputExistsError(DsvError):
-    """The output holds something else, or another process is writing it."""
+    """The output exists with other content, or another process is writing it."""
 
     exit_code = 6
 
 
 class StorageError(DsvError, OSError):
-    """The operating system refused to read or write."""
+    """Reading or writing failed."""
 
     exit_code = 74
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("RESOURCE_EXHAUSTED", *map(os.strerror, FULL))
-"""How the operating system and TensorStore say that no more fits."""
+"""Messages of the operating system and of TensorStore for a full disk."""
 
 
 def writing_failed(target: object, error: Exception) -> CapacityError | StorageError:
-    """The error to raise where `target` could not be written because of `error`."""
+    """Return the error to raise after `error` while writing `target`."""
     text = str(error)
     if getattr(error, "errno", None) in FULL or any(full in text for full in FULL_TEXTS):
         return CapacityError(
@@ -81,14 +81,14 @@ def _first_line(text: str) -> str:
 
 
 def refusal(error: OSError) -> str:
-    """What the operating system said, with the file first and without its number."""
+    """Return the message of an error of the operating system, with the file first."""
     if error.filename is None or error.strerror is None:
         return str(error)
     return f"{os.fsdecode(error.filename)}: {error.strerror}"
 
 
 COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
-"""Whether the caller types options on a command line, which sets this once, or passes arguments in Python."""
+"""Whether messages spell options instead of Python arguments. The command line sets it once."""
 
 
 def argument(name: str, value: object = None) -> str:
@@ -105,19 +105,19 @@ def argument(name: str, value: object = None) -> str:
 
 
 def listing(items, limit: int = 8) -> str:
-    """`items` joined by commas, the first `limit` of them, and how many more there are."""
+    """Join the first `limit` items by commas, and say how many more there are."""
     items = [str(item) for item in items]
     more = f", ... and {len(items) - limit} more" if len(items) > limit else ""
     return ", ".join(items[:limit]) + more
 
 
 def pluralize(count: int, noun: str, plural: str | None = None) -> str:
-    """Return `count` with its noun: "1 file", "2 files"; `plural` where it is not the noun with an s."""
+    """Return a count with its noun: "1 file", "2 files"."""
     return f"{count} {noun if count == 1 else plural or noun + 's'}"
 
 
 def require(value: object, kind: type | tuple[type, ...], rule: str) -> None:
-    """Raise UsageError that gives the `rule` where `value` is not of a kind."""
+    """Raise UsageError with the `rule` unless `value` is an instance of `kind`."""
     if not isinstance(value, kind):
         raise UsageError(f"{rule}, not {value!r:.200}")
 
@@ -137,7 +137,7 @@ def to_integer(value: object) -> int | None:
 
 
 def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:
-    """What of `given` is not in `known`, each with the known name that is most like it."""
+    """Return the names that are not in `known`, each with the most similar known name."""
     return [name + _similar(name, known) for name in given if name not in known]
 
 
@@ -147,7 +147,7 @@ def _similar(name: str, known: Collection[str]) -> str:
 
 
 ORDINARY = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"
-"""Characters that Python does not call printable, but that ordinary text holds."""
+"""Characters of ordinary text that `str.isprintable` rejects."""
 
 
 def printable(text: str) -> str:

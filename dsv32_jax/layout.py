@@ -1,12 +1,12 @@
-"""Where every array of the model comes from: one table, generated for a Config.
+"""The map from tensors of the Hugging Face checkpoint to parameters of the model, which is generated for a Config.
 
-A leaf's name ends in its axes, one letter a size (`Config.dims`). A row of the table says which tensor of the
-Hugging Face checkpoint holds it, and how that tensor's two axes [out, in] are made of letters:
+A parameter's name ends in its axes, one letter a size (`Config.dims`). A row names a tensor, the letters of its two
+axes [out, in], and the parameters it is cut into:
 
-    "H(N|R),Q"   out = for each of H heads, N rows of the first leaf, then R rows of the second;  in = Q
-    "D,HP"       out = D;  in = H x P, not cut but split in two axes
+    "H(N|R),Q"   out: for each of H heads, N rows of the first parameter, then R rows of the second;  in: Q
+    "D,HP"       out: D;  in: H x P, reshaped to two axes and not cut
 
-The model's shapes and shardings, the converter's plan and its way back all follow from this table.
+The model's shapes and shardings, the converter's plan and its inverse follow from this table.
 """
 
 import math
@@ -64,11 +64,11 @@ MTP = (
 )
 
 COPIES = {"mtp.embed_VD": "embed_VD", "mtp.head_VD": "head_VD"}
-"""Leaves that DeepSeek shares (V3 report, section 2.2): a checkpoint stores a copy or leaves them out."""
+"""Parameters that DeepSeek shares (V3 report, section 2.2). A checkpoint stores copies or omits them."""
 
 
 class Cut(NamedTuple):
-    """The part of a tensor's axis that one leaf takes: of every run of `size`, the positions start..stop-1."""
+    """The part of a tensor's axis that a parameter takes: positions start..stop-1 of every run of `size`."""
 
     axis: int
     size: int
@@ -77,10 +77,10 @@ class Cut(NamedTuple):
 
 
 class Leaf(NamedTuple):
-    """One array of the model and the tensors it is made of: one, or one an expert.
+    """A parameter of the model and its source tensors: one, or one for each expert.
 
-    `stacked`: the sources lie along a leading expert axis. `out_axes`: how many of the axes that one source
-    fills are made of its rows; the others are made of its columns.
+    `stacked`: the sources are stacked along a leading expert axis. `out_axes`: the number of axes that are made of
+    the rows of a source; the others are made of its columns.
     """
 
     path: str
@@ -94,7 +94,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(cfg: Config) -> tuple[Leaf, ...]:
-    """Every leaf of the model `cfg` describes, in the order a checkpoint is streamed."""
+    """Return every parameter of the model, in the order in which a checkpoint is streamed."""
     first, *last = MODEL
     found = _rows(cfg, [first], "", "")
     for i in range(cfg.num_hidden_layers):
@@ -108,7 +108,7 @@ def leaves(cfg: Config) -> tuple[Leaf, ...]:
 
 
 def layer_rows(cfg: Config, i: int) -> tuple[tuple[str, str, str], ...]:
-    """The rows of decoder layer `i`: the first `first_k_dense_replace` have a dense feed-forward."""
+    """Return the rows of decoder layer `i`; the first `first_k_dense_replace` have a dense feed-forward."""
     return ATTENTION + (DENSE if i < cfg.first_k_dense_replace else MOE)
 
 
@@ -117,7 +117,7 @@ def _rows(cfg: Config, rows, source_prefix: str, path_prefix: str) -> list[Leaf]
 
 
 def _leaves_of_row(cfg: Config, row: tuple[str, str, str], source_prefix: str, path_prefix: str) -> list[Leaf]:
-    """The leaves that one tensor (or one tensor an expert) is cut into."""
+    """Return the parameters that a tensor, or one of each expert, is cut into."""
     name, axes, paths = row
     stacked = "{e}" in name
     experts = range(cfg.n_routed_experts) if stacked else [None]
@@ -135,7 +135,7 @@ def _leaves_of_row(cfg: Config, row: tuple[str, str, str], source_prefix: str, p
 
 
 class _Axis(NamedTuple):
-    """One axis of a tensor: its size, how many letters of a leaf it becomes, and (run, start, stop) of each leaf."""
+    """An axis of a tensor: its size, the number of letters it becomes, and (run, start, stop) of each parameter."""
 
     size: int
     letters: int
@@ -143,7 +143,7 @@ class _Axis(NamedTuple):
 
 
 def _axis(dims: dict[str, int], text: str) -> _Axis:
-    """The axis written as `text` in the table: "HP", "C|R" or "H(N|R)"."""
+    """Parse an axis of the table: "HP", "C|R" or "H(N|R)"."""
     heads, _, parts = text.rstrip(")").rpartition("(")
     if "|" not in parts:
         return _Axis(math.prod(dims[letter] for letter in parts), len(parts), [])

@@ -73,7 +73,7 @@ def attention() -> None:
             k_BSJ, c_kv_BSC = (rows(rng, (batch, slots, size), dtype) for size in (128, 512))
             k_r_BSR = rows(rng, (batch, slots, 64), jnp.bfloat16)
             operands = q_BTIJ.astype(jnp.bfloat16), w_BTI, k_BSJ, position_BT
-            got, want = (jax.jit(f)(*operands) for f in (gpu_attention.index_scores, indexer.scores_of_rows))
+            got, want = (jax.jit(f)(*operands) for f in (gpu_attention.index_scores, indexer.score_rows))
             same(f"index scores {np.dtype(dtype)} {batch} x {tokens} x {slots}", got, want, 1e-5)
             for score_BTS in (want, jnp.round(want / 50), want.at[..., 1::5].set(jnp.nan).at[..., 2::7].set(-jnp.inf)):
                 visible = jnp.arange(slots) <= position_BT[..., None]
@@ -93,7 +93,7 @@ def attention() -> None:
 def rows(rng, shape: tuple[int, ...], dtype):
     """Random cache rows."""
     x = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    return cache_formats.stored_as(cache_formats.empty(shape, dtype), x)
+    return cache_formats.encode_like(cache_formats.empty(shape, dtype), x)
 
 
 def same(what: str, got, want, tolerance: float) -> None:

@@ -53,7 +53,7 @@ def mistake(name: str, tests: str, file: str, *texts: str, also: tuple[Edit, ...
 
 OPS, INDEXER, ATTENTION, MLA = (f"dsv32_jax/model/{name}.py" for name in ("ops", "indexer", "attention", "mla"))
 EXPERTS, MOE, MODEL = (f"dsv32_jax/model/{name}.py" for name in ("experts", "moe", "model"))
-LAYOUT = "dsv32_jax/layout.py"
+LAYOUT, REFERENCE = "dsv32_jax/layout.py", "dsv32_jax/kernels/reference.py"
 FORMATS, CHECKPOINT = "dsv32_jax/quantization/formats.py", "dsv32_jax/checkpoint/load.py"
 WEIGHTS = "convert/read/weights.py"
 
@@ -90,7 +90,7 @@ BLOCKED = "(blocks.astype(jnp.float32) * scale[..., None]).reshape(w.shape)"
 FP8 = "w.values.astype(jnp.float32) * step"
 BUILD = "    return build(stored.cfg, dtype, lambda path:"
 ROWS = "np.repeat(scale, FP8_BLOCK, axis=0)[:out]"
-READ = "        return self._bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)\n"
+READ = "        return self._read_bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)\n"
 SCALAR = "value = read(stored.tensor_scale).astype(np.float32).reshape(1)"
 
 
@@ -128,7 +128,7 @@ MISTAKES = (
     mistake(
         "idx_q_unnormed", SPARSE, ATTENTION,
         "indexer.queries(c_q_BTQ,", 'indexer.queries(einsum("BTD,QD->BTQ", h_BTD, mla.w_dq_QD),',
-        "from .ops import over_tokens", "from .ops import einsum, over_tokens",
+        "from .ops import map_tokens", "from .ops import einsum, map_tokens",
     ),
     mistake(
         "idx_rope_last", f"{UNITS}rotate_halves_passes_the_rest_through", OPS,
@@ -137,18 +137,18 @@ MISTAKES = (
     ),
     mistake("knorm_rms", INDEX, OPS, "centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)", "centred = x32"),
     mistake("knorm_nobias", INDEX, OPS, "normed + bias.astype(jnp.float32)", "normed"),
-    mistake("no_relu", f"{UNITS}indexer_scores", INDEXER, "match_BTiS = jax.nn.relu(", "match_BTiS = ("),
+    mistake("no_relu", f"{UNITS}indexer_scores", REFERENCE, "match_BTiS = jax.nn.relu(", "match_BTiS = ("),
     mistake(
-        "relu_after_weight", f"{UNITS}indexer_scores", INDEXER,
+        "relu_after_weight", f"{UNITS}indexer_scores", REFERENCE,
         "match_BTiS = jax.nn.relu(", "match_BTiS = (",
         'dot("BTi,BTiS->BTS", w_BTi, match_BTiS)', "jax.nn.relu(w_BTi[..., None] * match_BTiS).sum(axis=2)",
     ),
     mistake(
-        "idx_no_weights", f"{UNITS}indexer_scores", INDEXER,
+        "idx_no_weights", f"{UNITS}indexer_scores", REFERENCE,
         'dot("BTi,BTiS->BTS", w_BTi, match_BTiS)', "match_BTiS.sum(axis=2)",
     ),
     mistake("topk_minus1", f"{UNITS}indexer_scores", INDEXER, "min(topk, score", "min(topk - 1, score"),
-    mistake("dense", SPARSE, ATTENTION, "fits = cache.capacity <= cfg.index_topk", "fits = True"),
+    mistake("dense", SPARSE, ATTENTION, "if cache.capacity > cfg.index_topk:", "if False:"),
     mistake("group_top1", GATE, MOE, GROUPS, GROUPS.replace("sum", "max")),
     mistake("no_bias", GATE, MOE, "affinity_BTE + bias_E.astype(jnp.float32)", "affinity_BTE + 0 * bias_E"),
     mistake("no_group", GATE, MOE, "jnp.where(eligible_BTE, biased_BTE, -jnp.inf)", "biased_BTE"),
@@ -157,7 +157,7 @@ MISTAKES = (
     mistake("no_rsf", GATE, MOE, SHARE, SHARE.removesuffix(" * cfg.routed_scaling_factor")),
     mistake(
         "shared_scaled", f"{GOLDEN}prefill[p2_noyarn_mtp_latesparse]", EXPERTS,
-        "*routed) + shared_expert(h_tD, *shared)", "*routed) + 2.5 * shared_expert(h_tD, *shared)",
+        "*routed) + apply_shared_expert(h_tD, *shared)", "*routed) + 2.5 * apply_shared_expert(h_tD, *shared)",
     ),
     mistake(
         "mtp_prenorm_hidden", MTP, MODEL,

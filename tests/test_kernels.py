@@ -271,7 +271,7 @@ def test_blocks_with_room(monkeypatch, tokens):
     gates = jnp.asarray(rng.random((tokens, 3), np.float32))
     want = experts.apply_experts(h, chosen, gates, w, w, down)
     monkeypatch.setattr(dispatch, "min_block", lambda: 8)
-    assert experts.in_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
+    assert experts.assign_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
     np.testing.assert_allclose(
         experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
     )

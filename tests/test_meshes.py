@@ -21,7 +21,7 @@ from dsv32_jax.generation.prefill_decode import empty_caches, new_state, sample_
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.layout import leaves
-from dsv32_jax.model.experts import mixture, over_mesh, shared_expert
+from dsv32_jax.model.experts import apply_shared_expert, mix_experts, mix_experts_on_mesh
 from dsv32_jax.parallel import partition
 from tests import golden
 from tests.conftest import DATA
@@ -113,7 +113,7 @@ def test_experts_over_a_mesh():
     routed = tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for shape in shapes)
     shared = tuple(jnp.asarray(rng.standard_normal(shape, np.float32)) for _, *shape in shapes)
     mesh = ds.mesh("expert=4,model=2")
-    over_devices, alone = jax.jit(partial(over_mesh, mesh)), jax.jit(mixture)
+    over_devices, alone = jax.jit(partial(mix_experts_on_mesh, mesh)), jax.jit(mix_experts)
     for tokens in (1, 40):
         h = jnp.asarray(rng.standard_normal((tokens, 16), np.float32))
         experts = jnp.asarray(np.argsort(rng.random((tokens, 8)))[:, :3].astype(np.int32))
@@ -122,7 +122,9 @@ def test_experts_over_a_mesh():
         got = over_devices(h, experts, gates, routed, shared)
         np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
         none = over_devices(h, jnp.full_like(experts, 8), gates, routed, shared)
-        np.testing.assert_allclose(none, jax.jit(shared_expert)(h, *shared), atol=1e-5 * float(jnp.abs(none).max()))
+        np.testing.assert_allclose(
+            none, jax.jit(apply_shared_expert)(h, *shared), atol=1e-5 * float(jnp.abs(none).max())
+        )
 
 
 @pytest.mark.parametrize("size", [64, 128, 192, 256, 320])

@@ -19,7 +19,7 @@ from dsv32_jax.generation import prefill_decode
 from dsv32_jax.model import attention, block, experts
 from dsv32_jax.model.cache import empty, empty_layer
 from dsv32_jax.model.model import Origin, build
-from dsv32_jax.model.ops import over_tokens, rms_norm
+from dsv32_jax.model.ops import map_tokens, rms_norm
 from dsv32_jax.system.compilation import count_compilations
 from dsv32_jax.system.progress import format_count, format_size
 from tests import golden, models
@@ -318,7 +318,7 @@ def test_attention_in_blocks_of_queries(model, monkeypatch, capacity):
     want, text = run()
     assert " scan[" not in text
     per_query = max(cfg.index_n_heads * capacity, cfg.num_attention_heads * 20, 20 * cfg.kv_lora_rank)
-    monkeypatch.setattr(attention, "LARGEST_TEMPORARY", 2 * per_query * 3)
+    monkeypatch.setattr(attention, "MAX_TEMPORARY", 2 * per_query * 3)
     got, text = run()
     assert " scan[" in text and "length=6" in text
     same(got[0], want[0])
@@ -329,7 +329,7 @@ def test_attention_in_blocks_of_queries(model, monkeypatch, capacity):
 def test_over_tokens(block):
     """Every token passes through once, in order, in whatever blocks, and results may have any rank."""
     x = jnp.arange(2 * 11 * 3, dtype=jnp.float32).reshape(2, 11, 3)
-    doubled, summed = over_tokens(lambda x, y: (2 * x, (x.sum(axis=-1) + y)), (x, x[..., 0]), block)
+    doubled, summed = map_tokens(lambda x, y: (2 * x, (x.sum(axis=-1) + y)), (x, x[..., 0]), block)
     np.testing.assert_array_equal(doubled, 2 * x)
     np.testing.assert_array_equal(summed, x.sum(axis=-1) + x[..., 0])
 
@@ -391,7 +391,7 @@ def test_every_assignment_has_a_slot(data, shape):
     assert size <= experts.LARGEST_BLOCK and len(blocks.expert_n) * size < 2 * tokens * each + count * size
 
 
-_in_blocks = jax.jit(experts.in_blocks, static_argnums=1)
+_in_blocks = jax.jit(experts.assign_blocks, static_argnums=1)
 
 
 @pytest.mark.parametrize(("storage", "count"), [("dense", LENGTH), ("nvfp4", 1), ("nvfp4", LENGTH), ("fp8", 1)])
@@ -428,7 +428,7 @@ def test_shared_expert_is_not_scaled(cfg):
     y, routing = moe(h)
     np.testing.assert_allclose(routing.gate_BTX.sum(axis=-1), cfg.routed_scaling_factor, rtol=1e-6)
     silent = dataclasses.replace(moe, w_down_EDM=jnp.zeros_like(moe.w_down_EDM))
-    same(silent(h)[0][0], experts.shared_expert(h[0], *moe.shared))
+    same(silent(h)[0][0], experts.apply_shared_expert(h[0], *moe.shared))
     assert np.abs(silent(h)[0] - y).max() > 0.1
 
 
@@ -651,7 +651,7 @@ def test_forward_refuses_wrong_tokens(model, tokens, said):
         ({"capacity": 30.0}, ["30.0", "capacity", "integer"]),
         ({"capacity": True}, ["True", "capacity", "integer"]),
         ({"capacity": 10**7}, ["10000000", "from 1 to 4096"]),
-        ({"cache": 5}, ["5", "`forward` gave"]),
+        ({"cache": 5}, ["5", "`forward` returns"]),
     ],
     ids=str,
 )

@@ -82,7 +82,7 @@ QUOTIENTS = np.resize(NEAR[np.isfinite(NEAR) & ~np.signbit(NEAR)], (16, 6120))
 
 def test_every_threshold():
     """Codes are those of the cast in ml_dtypes: just below, at and just above every halfway point."""
-    codes = quantize.packed(QUOTIENTS, QUOTIENTS)
+    codes = quantize.pack_codes(QUOTIENTS, QUOTIENTS)
     want = QUOTIENTS.astype(F4).view(np.uint8)
     np.testing.assert_array_equal(codes, want[0::2] | want[1::2] << 4)
     with np.errstate(over="ignore"):

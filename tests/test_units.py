@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from dsv32_jax.kernels import cpu, reference
 from dsv32_jax.model import cache, mla, ops
 from dsv32_jax.model.cache import LayerCache
-from dsv32_jax.model.indexer import index_scores, select, select_all
+from dsv32_jax.model.indexer import index_scores, select_all, select_topk
 from dsv32_jax.model.moe import gate
 from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, dequantize, quantize_nvfp4
@@ -143,7 +143,7 @@ def test_indexer_scores(units, monkeypatch, matches):
     score = np.asarray(index_scores(*(jnp.asarray(part)[None] for part in (query, weight, key, visible))))[0]
     np.testing.assert_allclose(score[visible], units["index.score_f32"][visible], atol=1e-5)
     assert np.isneginf(score[~visible]).all() and units["index.top64_margin"].min() > 1e-4
-    selected = np.asarray(select(jnp.asarray(score)[None], 64))[0]
+    selected = np.asarray(select_topk(jnp.asarray(score)[None], 64))[0]
     np.testing.assert_array_equal(np.sort(selected, axis=-1), np.sort(units["index.top64"], axis=-1))
 
 
@@ -220,7 +220,7 @@ def _fp8(units, name: str) -> np.ndarray:
 
 def test_select_keeps_nan():
     """A score that is no number is not dropped: it is seen in what attention makes of it."""
-    got = np.asarray(select(jnp.asarray([[[1.0, np.nan, 3.0, -np.inf]]]), 4))[0, 0]
+    got = np.asarray(select_topk(jnp.asarray([[[1.0, np.nan, 3.0, -np.inf]]]), 4))[0, 0]
     assert set(got[:3].tolist()) == {0, 1, 2} and got[3] == -1
 
 
@@ -228,7 +228,7 @@ def test_select_on_ties_and_short_rows():
     """The lower position wins a tie; a query with fewer keys than k gets -1; nothing invisible is ever selected."""
     inf = np.inf
     scores = jnp.asarray([[[0.0, 1, 0, 0, -2], [3, -inf, -inf, -inf, -inf], [-1, -2, -inf, -inf, -inf]]])
-    got = np.asarray(select(scores, 3))[0]
+    got = np.asarray(select_topk(scores, 3))[0]
     assert [sorted(row.tolist()) for row in got] == [[0, 1, 2], [-1, -1, 0], [-1, 0, 1]]
 
 
@@ -243,7 +243,7 @@ def test_sparse_attention(units, real):
     cache = LayerCache(kv[..., :latent], kv[..., latent:], jnp.zeros((1, kv.shape[1], 1)))
     queries = query[..., :latent], query[..., latent:]
     position = jnp.full(query.shape[:2], kv.shape[1] - 1)
-    got = mla.sparse(up_projected, *queries, cache, jnp.asarray(indices)[None], position)
+    got = mla.attend_sparse(up_projected, *queries, cache, jnp.asarray(indices)[None], position)
     np.testing.assert_allclose(got[0], units["mla.out_f32"], atol=2e-5)
 
 
@@ -260,9 +260,9 @@ def test_the_three_forms_agree(real):
     q_c, q_r = random(2, tokens, heads, 128), random(2, tokens, heads, 64)
     position = jnp.asarray([[0, 7, 16], [3, 4, 5]])
     visible = jnp.arange(slots) <= position[..., None]
-    expanded = mla.expanded(layer, q_c, q_r, cache, visible)
-    absorbed = mla.absorbed(layer, q_c, q_r, cache, visible)
-    sparse = mla.sparse(layer, q_c, q_r, cache, select_all(visible), position)
+    expanded = mla.attend_expanded(layer, q_c, q_r, cache, visible)
+    absorbed = mla.attend_absorbed(layer, q_c, q_r, cache, visible)
+    sparse = mla.attend_sparse(layer, q_c, q_r, cache, select_all(visible), position)
     tolerance = 1e-5 * float(jnp.abs(expanded).max())
     np.testing.assert_allclose(absorbed, expanded, atol=tolerance, rtol=0)
     np.testing.assert_allclose(sparse, expanded, atol=tolerance, rtol=0)
@@ -272,8 +272,8 @@ def test_the_three_forms_agree(real):
 
 def test_form_by_cost(real):
     """One query over a long cache is absorbed, a whole prompt is expanded."""
-    assert mla.dense(real, 1, 4096) is mla.absorbed
-    assert mla.dense(real, 1024, 1024) is mla.expanded
+    assert mla.choose_dense(real, 1, 4096) is mla.attend_absorbed
+    assert mla.choose_dense(real, 1024, 1024) is mla.attend_expanded
 
 
 # -------------------------------------------------------------------------------------------------------------- NVFP4

@@ -21,9 +21,8 @@ from ..errors import UsageError, require_integer
 from ..generation.engine import WHOLE
 from ..generation.prefill_decode import empty_caches, new_state
 from ..generation.request import chunk_size
-from ..model import mla
+from ..model import indexer, mla
 from ..model.cache import Cache, dtype_of
-from ..model.indexer import scores_of_cache, select
 from ..model.model import Model
 from ..model.ops import rotation
 from .decode_step import DTYPE, DecodeStep, fill_cache, make_model, require_memory
@@ -188,13 +187,13 @@ def score_cache(queries: list[Queries], cache: Cache) -> list[jax.Array]:
     """Return the index scores of every layer."""
     position = cache.length_B[:, None]
     pairs = zip(queries, cache.layers, strict=True)
-    return [scores_of_cache(query.index, query.weight, layer, position) for query, layer in pairs]
+    return [indexer.score_slots(query.index, query.weight, layer, position) for query, layer in pairs]
 
 
 @partial(jax.jit, static_argnums=1)
 def select_topk(scores: list[jax.Array], count: int) -> list[jax.Array]:
     """Return the positions of the largest scores in every layer."""
-    return [select(score, count) for score in scores]
+    return [indexer.select_topk(score, count) for score in scores]
 
 
 @jax.jit
@@ -203,7 +202,7 @@ def attend_to_selected(
 ) -> list[jax.Array]:
     """Return every layer's attention over the selected positions."""
     return [
-        mla.sparse(layer.mla, query.content, query.rotated, layer_cache, positions, cache.length_B[:, None])
+        mla.attend_sparse(layer.mla, query.content, query.rotated, layer_cache, positions, cache.length_B[:, None])
         for layer, query, layer_cache, positions in zip(model.layers, queries, cache.layers, selected, strict=True)
     ]
 
@@ -212,7 +211,7 @@ def attend_to_selected(
 def attend_to_all(model: Model, queries: list[Queries], cache: Cache) -> list[jax.Array]:
     """Return every layer's attention over a cache no longer than what the indexer selects."""
     visible = jnp.arange(cache.capacity) <= cache.length_B[:, None, None]
-    attend = mla.dense(model.cfg, 1, cache.capacity)
+    attend = mla.choose_dense(model.cfg, 1, cache.capacity)
     return [
         attend(layer.mla, query.content, query.rotated, layer_cache, visible)
         for layer, query, layer_cache in zip(model.layers, queries, cache.layers, strict=True)

@@ -16,10 +16,10 @@ import numpy as np
 
 from ..errors import UsageError, pluralize
 from ..generation.score import Chunk, prefill_chunks
-from ..model.attention import LARGEST_TEMPORARY
+from ..model.attention import MAX_TEMPORARY
 from ..model.cache import Cache
 from ..model.model import Model
-from ..model.ops import einsum32, over_tokens
+from ..model.ops import einsum32, map_tokens
 from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
 from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, ignore_progress, map_batches
@@ -182,8 +182,8 @@ def compare_predictions(
         kl_BT = jnp.sum(jnp.exp(a_BTV) * (a_BTV - b_BTV), axis=-1)
         return TokenDivergence(kl_BT, logprob_a_BT, logprob_b_BT, a_BTV.argmax(axis=-1), b_BTV.argmax(axis=-1))
 
-    at_once = max(1, LARGEST_TEMPORARY // (2 * len(next_BT) * head_a_VD.shape[0]))
-    return over_tokens(of, (h_a_BTD, h_b_BTD, next_BT), at_once)
+    at_once = max(1, MAX_TEMPORARY // (2 * len(next_BT) * head_a_VD.shape[0]))
+    return map_tokens(of, (h_a_BTD, h_b_BTD, next_BT), at_once)
 
 
 _compare_jit = jax.jit(compare_predictions)

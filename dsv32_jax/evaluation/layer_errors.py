@@ -20,7 +20,7 @@ from ..errors import UsageError, listing, pluralize, require_integer
 from ..model import validation
 from ..model.block import Block
 from ..model.cache import LayerCache, empty_layer
-from ..model.experts import each_expert
+from ..model.experts import apply_each_expert
 from ..model.model import Model, build
 from ..model.moe import MoE, Routing
 from ..model.mtp import MTP
@@ -168,7 +168,7 @@ def compare_blocks(
 def _expert_outputs(moe: MoE, h_BTD: jax.Array, routing: Routing) -> jax.Array:
     h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
     expert_tX = routing.expert_BTX.reshape(len(h_tD), -1)
-    return each_expert(h_tD, expert_tX, moe.w_gate_EMD, moe.w_up_EMD, moe.w_down_EDM)
+    return apply_each_expert(h_tD, expert_tX, moe.w_gate_EMD, moe.w_up_EMD, moe.w_down_EDM)
 
 
 def _sum_by_expert(y_tXD: jax.Array, routing: Routing, cfg: Config) -> jax.Array:

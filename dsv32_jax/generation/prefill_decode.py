@@ -82,7 +82,7 @@ def fit_caches(caches: Caches, capacity: int, length: int) -> Caches:
     """Return the caches with the first `length` tokens of each row, and room for `capacity`."""
     cache, draft_cache = caches
     if capacity != cache.capacity:
-        cache, draft_cache = cache.resized(capacity), draft_cache and draft_cache.resized(capacity)
+        cache, draft_cache = cache.resize(capacity), draft_cache and draft_cache.resize(capacity)
     return dataclasses.replace(cache, length_B=jnp.full_like(cache.length_B, length)), draft_cache
 
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 
 from ..errors import pluralize
 from ..model import validation
-from ..model.attention import LARGEST_TEMPORARY
+from ..model.attention import MAX_TEMPORARY
 from ..model.cache import Cache, dtype_of
 from ..model.model import Model
-from ..model.ops import over_tokens
+from ..model.ops import map_tokens
 from ..model.summary import Summarized
 from ..parallel.multihost import fetch
 from ..system.compilation import initialize
@@ -120,8 +120,8 @@ def score_chunk(
         top_BTw, id_BTw = jax.lax.top_k(logprob_BTV, width)
         return jnp.take_along_axis(logprob_BTV, next_BT[..., None], axis=-1)[..., 0], id_BTw, top_BTw
 
-    at_once = max(1, LARGEST_TEMPORARY // (len(count_B) * model.cfg.vocab_size))
-    return cache, over_tokens(of, (h_BTD, next_BT), at_once)
+    at_once = max(1, MAX_TEMPORARY // (len(count_B) * model.cfg.vocab_size))
+    return cache, map_tokens(of, (h_BTD, next_BT), at_once)
 
 
 _score_chunk_jit = jax.jit(score_chunk, static_argnames="width", donate_argnames="cache")

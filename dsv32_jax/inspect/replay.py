@@ -16,11 +16,11 @@ from ..generation.request import capacity_for, chunk_size
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
 from ..model import mla, validation
-from ..model.attention import LARGEST_TEMPORARY, queries_at_once
+from ..model.attention import MAX_TEMPORARY, max_queries
 from ..model.block import Block, Seen
 from ..model.cache import Cache, LayerCache
 from ..model.model import Model
-from ..model.ops import over_tokens, rms_norm, rotation
+from ..model.ops import map_tokens, rms_norm, rotation
 from ..parallel.multihost import fetch
 from ..system import host
 from .traces import ARRAYS, KINDS, TOP, Trace, check_kinds, shapes
@@ -145,8 +145,8 @@ def attention_weights(
             weight_BTHk, _ = mla.sparse_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
         return weight_BTHk.mean(axis=2), jax.scipy.special.entr(weight_BTHk).sum(axis=-1).mean(axis=2)
 
-    block = queries_at_once(layer.cfg, len(position_BT), cache.capacity)
-    return over_tokens(of, _queries(layer, seen, position_BT), block)
+    block = max_queries(layer.cfg, len(position_BT), cache.capacity)
+    return map_tokens(of, _queries(layer, seen, position_BT), block)
 
 
 def mass_shares(
@@ -165,9 +165,9 @@ def mass_shares(
         recent_BTS = visible_BTS & (slot_S > position_BT[..., None] - selected_BTk.shape[-1])
         return selected_BT, best_BT, jnp.where(recent_BTS, weight_BTS, 0).sum(axis=-1)
 
-    block = queries_at_once(layer.cfg, len(position_BT), cache.capacity)
+    block = max_queries(layer.cfg, len(position_BT), cache.capacity)
     block = max(1, block // max(1, cache.capacity // layer.cfg.index_topk))
-    return over_tokens(of, _queries(layer, seen, position_BT), block)
+    return map_tokens(of, _queries(layer, seen, position_BT), block)
 
 
 def _queries(layer: Block, seen: Seen, position_BT: jax.Array) -> tuple[jax.Array, ...]:
@@ -185,5 +185,5 @@ def _predictions(model: Model, h_BTD: jax.Array) -> Values:
         top_logprob_BTw, top_id_BTw = jax.lax.top_k(logprob_BTV, min(TOP, logprob_BTV.shape[-1]))
         return top_id_BTw, top_logprob_BTw, -jnp.sum(jnp.exp(logprob_BTV) * logprob_BTV, axis=-1)
 
-    at_once = max(1, LARGEST_TEMPORARY // (len(h_BTD) * model.cfg.vocab_size))
-    return dict(zip(KINDS["logits"], over_tokens(of, (h_BTD,), at_once), strict=True))
+    at_once = max(1, MAX_TEMPORARY // (len(h_BTD) * model.cfg.vocab_size))
+    return dict(zip(KINDS["logits"], map_tokens(of, (h_BTD,), at_once), strict=True))

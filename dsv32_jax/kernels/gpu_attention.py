@@ -20,12 +20,11 @@ SAMPLE, CANDIDATES, BLOCK = 8192, 4096, 4096
 HEADS, SLOTS = 64, 64
 MULTIPROCESSORS = 132
 FEW_ROWS, LONG = 2, 65536
-"""Up to so many rows of at least so many scores are left to XLA, whose sort uses all multiprocessors for a row."""
+"""XLA selects faster in so few rows of so many scores, because its sort uses all multiprocessors for a row."""
 
 
 def supports(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> bool:
-    """Whether there are kernels for these cache rows and vectors of these `sizes`: bfloat16 queries over bfloat16 or
-    FP8 rows, sizes that are powers of two."""
+    """Return whether there are kernels: for bfloat16 queries, bfloat16 or FP8 rows, and powers of two as sizes."""
     stored = all(isinstance(one, Bf16Rows | Fp8Rows) for one in rows)
     return stored and dtype == jnp.bfloat16 and all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
@@ -47,7 +46,7 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: 
 
 
 def selects(shape: tuple[int, ...]) -> bool:
-    """Whether the kernel is faster than XLA for scores of this shape [B, T, S]."""
+    """Return whether the kernel is faster than XLA for scores of this shape [B, T, S]."""
     return shape[0] * shape[1] > FEW_ROWS or shape[2] < LONG
 
 
@@ -79,10 +78,10 @@ def attend(
     selected_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return what each head reads from its selected latents, float32 [B, T, H, C].
+    """Return each head's weighted sum of its selected latents, float32 [B, T, H, C].
 
-    The selected positions stand first in `selected_BTk`, at most position + 1 of them. With few queries their positions
-    are split over more programs, whose results are put together after.
+    The selected positions come first in `selected_BTk`, at most position + 1 of them. If there are few queries, their
+    positions are split over several programs, whose results are combined.
     """
     batch, tokens, heads, latent = q_c_BTHC.shape
     queries, count = batch * tokens, selected_BTk.shape[-1]
@@ -117,5 +116,5 @@ def _split(rows: Rows, unused: jax.Array) -> tuple[jax.Array, jax.Array, bool]:
 
 
 def _kernel(name: str) -> Any:
-    """A kernel by its name; Triton is imported where one is launched."""
+    """Return a kernel by its name; Triton is imported only here."""
     return getattr(importlib.import_module(".triton_attention", __package__), name)

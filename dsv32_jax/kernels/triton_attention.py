@@ -1,5 +1,5 @@
-"""Sparse attention on NVIDIA GPUs, in the Triton language: index scores, top-k selection, attention over what was
-selected. `gpu_attention` launches these kernels.
+"""Sparse attention on NVIDIA GPUs in Triton: index scores, top-k selection, and attention over the selected positions.
+`gpu_attention` launches these kernels.
 
 Grids are static and lengths are read inside the kernels, so that a decode step stays one CUDA graph. Nothing of the
 size heads x keys is written to memory. Cache rows arrive as integers of their bits (`cache_formats`).
@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def index_scores_kernel(q, w, keys, scale, position, score, T: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr,
                         J: tl.constexpr, FP8: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """score[b, t, s] for SLOTS slots and QUERIES queries of one row; -inf behind a query's position."""
+    """Write score[b, t, s] for SLOTS slots and QUERIES queries of a row, -inf behind a query's position."""
     first = tl.program_id(0) * SLOTS
     tiles: tl.constexpr = tl.cdiv(T, QUERIES)
     b = (tl.program_id(1) // tiles).to(tl.int64)
@@ -37,18 +37,18 @@ def index_scores_kernel(q, w, keys, scale, position, score, T: tl.constexpr, S: 
 
 @triton.jit
 def _as_values(bits, FP8: tl.constexpr):
-    """A pointer to cache rows as a pointer to their values."""
+    """Cast a pointer to cache rows to one to their values."""
     return bits.to(tl.pointer_type(tl.float8e4nv if FP8 else tl.bfloat16))
 
 
 @triton.jit
 def select_kernel(score, position, candidates, selected, S: tl.constexpr, K: tl.constexpr, SAMPLE: tl.constexpr,
                   SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """selected[g, :K]: the positions of the K largest scores of row g in rising order, then -1.
+    """Write selected[g, :K], the positions of the K largest scores of row g in rising order, then -1.
 
-    A row of at most SIZE scores is held in registers. Of a longer one a sample tells a score that somewhat more than K
-    should reach; those that reach it are collected in one pass, and the K largest found among them. If there are fewer
-    than K or more than SIZE of them, the threshold is found in the whole row, with a pass over it for each bit.
+    A row of at most SIZE scores stays in registers. For a longer one, a sample gives a threshold that somewhat more
+    than K scores should reach. One pass collects these, and the K largest are found among them. If there are fewer than
+    K or more than SIZE, the exact threshold is found with a pass over the whole row for each bit.
     """
     g = tl.program_id(0).to(tl.int64)
     score += g * S
@@ -127,7 +127,7 @@ def _fill(selected, count, K: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _kth_largest(key, k):
-    """The k-th largest of these uint32 keys, found bit by bit; 0 if there are fewer."""
+    """Return the k-th largest of these uint32 keys, found bit by bit, or 0 if there are fewer."""
     found = tl.zeros((), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
     for _ in range(32):
@@ -139,8 +139,8 @@ def _kth_largest(key, k):
 
 @triton.jit
 def _keys_at(score, s, inside):
-    """The scores at positions s as uint32 of the same order, from 1 up; 0 for -inf and outside. NaN is the largest,
-    both zeros are equal."""
+    """Return the scores at positions s as uint32 of the same order, at least 1, and 0 for -inf and outside. NaN is the
+    largest, and both zeros are equal."""
     x = tl.load(score + s, inside, other=float("-inf"))
     bits = (x + 0.0).to(tl.uint32, bitcast=True)
     key = tl.where(bits >> 31 != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
@@ -153,8 +153,8 @@ def sparse_attention_kernel(q_c, q_r, selected, position, latent, latent_scale, 
                             SOFTMAX_SCALE: tl.constexpr, G: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
                             K: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr,
                             EACH: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """out[part, g, h, :], float32: HEADS heads of query g over EACH of its selected positions, in the latents' space;
-    norm[part, g, h]: the logarithm (base 2) of the sum of their weights, by which parts are put together."""
+    """Write out[part, g, h, :], float32: HEADS heads of query g over EACH of its selected positions, in the latents'
+    space; and norm[part, g, h], the base 2 logarithm of the sum of their weights, which combines the parts."""
     h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     g = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)

@@ -1,4 +1,4 @@
-"""A decoder layer: attention and feed-forward, each after a norm, each added to the residual stream."""
+"""A decoder layer: attention and feed-forward, each normed before and added to the residual stream."""
 
 import dataclasses
 
@@ -22,11 +22,11 @@ from .summary import Module, Summarized
 class Seen(Summarized):
     """Intermediate values of a layer.
 
-    x_BTD            the residual stream that enters the layer, float32
-    attention_BTD    what attention adds to it
+    x_BTD            the residual stream before the layer, float32
+    attention_BTD    the output of attention, which is added to it
     index_score_BTS  the indexer's scores, -inf where a position is not visible
-    selected_BTk     the positions attended to, k = min(index_topk, S), -1 where fewer are visible
-    routing          the experts of each token; None in a dense layer
+    selected_BTk     the positions attended to, k = min(index_topk, S), -1 if fewer are visible
+    routing          the experts of each token, None in a dense layer
     """
 
     x_BTD: jax.Array
@@ -38,7 +38,7 @@ class Seen(Summarized):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Block(Module):
-    """One layer. `dtype` is the compute dtype; the residual stream is float32, so that sums are normed unrounded."""
+    """A layer. `dtype` is the compute dtype; the residual stream is float32, so that its sums are not rounded."""
 
     cfg: Config
     dtype: np.dtype

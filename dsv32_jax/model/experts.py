@@ -1,8 +1,8 @@
-"""Each token's own experts, and no others, and the shared one (DeepSeekMoE, arXiv 2401.06066).
+"""The mix_experts of experts: each token's own routed experts, and the shared one (DeepSeekMoE, arXiv 2401.06066).
 
-The (token, expert) assignments are sorted by expert and laid out in blocks of one expert each; a product picks each
-block's matrix by index. Shapes are static, work is proportional to the assignments, the bytes of experts
-that nobody chose are never touched, and all of it can be differentiated.
+The (token, expert) assignments are sorted by expert and laid out in blocks with one expert each, and a product picks
+the matrix of each block by index. Shapes are static, work is proportional to the assignments, experts that no token
+chose are not read, and the whole is differentiable.
 """
 
 from functools import partial, reduce
@@ -17,28 +17,31 @@ from ..parallel.partition import find_axes
 from ..quantization.formats import Weight
 from .ops import einsum32, swiglu
 
-LARGEST_BLOCK = 256
-
+MAX_BLOCK = 256
 
 Matrices = tuple[Weight, Weight, Weight]
-"""Gate, up and down."""
+"""Gate, up and down projection."""
 
 
 class Blocks(NamedTuple):
-    """Assignments in blocks of one expert: n blocks of b slots for t tokens of X assignments."""
+    """Assignments in n blocks of b slots with one expert each, and the slot of each assignment."""
 
     expert_n: jax.Array
     token_nb: jax.Array
     slot_tX: jax.Array
 
 
-def mixture(h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices) -> jax.Array:
-    """What routed and shared experts make of each token: summed in float32 [t, D], before anything is rounded."""
-    return apply_experts(h_tD, expert_tX, gate_tX, *routed) + shared_expert(h_tD, *shared)
+def mix_experts(
+    h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices
+) -> jax.Array:
+    """Return the sum of routed and shared experts for each token in float32 [t, D]."""
+    return apply_experts(h_tD, expert_tX, gate_tX, *routed) + apply_shared_expert(h_tD, *shared)
 
 
-def shared_expert(h_tD: jax.Array, shared_gate_MD: Weight, shared_up_MD: Weight, shared_down_DM: Weight) -> jax.Array:
-    """What the shared expert makes of every token, float32 [t, D]."""
+def apply_shared_expert(
+    h_tD: jax.Array, shared_gate_MD: Weight, shared_up_MD: Weight, shared_down_DM: Weight
+) -> jax.Array:
+    """Return the output of the shared expert, float32 [t, D]."""
     up, down = partial(einsum32, "tD,MD->tM"), partial(einsum32, "tM,DM->tD")
     return swiglu(h_tD, shared_gate_MD, shared_up_MD, shared_down_DM, up, down)
 
@@ -52,17 +55,17 @@ def apply_experts(
     w_down_EDM: Weight,
     devices: int = 1,
 ) -> jax.Array:
-    """sum over k of gate[t, k] * expert[t, k](h[t]), in float32 [t, D]; the id E stands for no expert.
+    """Return the sum over x of gate[t, x] * expert[t, x](h[t]), float32 [t, D]. The id E is no expert.
 
-    Of the experts these are what one of `devices` has. Summed term by term: for a sum over the middle axis XLA's CPU
-    backend takes ten times as long.
+    The matrices are the local shard if the experts are spread over `devices`. Terms are added one by one, because XLA's
+    CPU backend takes ten times as long for a sum over the middle axis.
     """
-    y_tXD = each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM, devices)
-    return reduce(jnp.add, (gate_tX[:, k, None] * y_tXD[:, k] for k in range(gate_tX.shape[1])))
+    y_tXD = apply_each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM, devices)
+    return reduce(jnp.add, (gate_tX[:, x, None] * y_tXD[:, x] for x in range(gate_tX.shape[1])))
 
 
 @jax.named_scope("experts")
-def each_expert(
+def apply_each_expert(
     h_tD: jax.Array,
     expert_tX: jax.Array,
     w_gate_EMD: Weight,
@@ -70,8 +73,8 @@ def each_expert(
     w_down_EDM: Weight,
     devices: int = 1,
 ) -> jax.Array:
-    """expert[t, k](h[t]), in float32 [t, X, D]: what each of a token's experts makes of it."""
-    blocks = in_blocks(expert_tX, w_gate_EMD.shape[0], dispatch.min_block())
+    """Return expert[t, x](h[t]), float32 [t, X, D]: the output of each of a token's experts."""
+    blocks = assign_blocks(expert_tX, w_gate_EMD.shape[0], dispatch.min_block())
 
     def product(x_nbz, bank):
         return dispatch.multiply_blocks(x_nbz, blocks.expert_n, bank, devices)
@@ -80,13 +83,13 @@ def each_expert(
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
-def over_mesh(
+def mix_experts_on_mesh(
     mesh: Mesh, h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, routed: Matrices, shared: Matrices
 ) -> jax.Array:
-    """`mixture` where E is split over the mesh axis "expert", M over "model" and tokens over "data".
+    """Return `mix_experts` with E sharded over the mesh axis "expert", M over "model" and tokens over "data".
 
-    A device visits its own experts with the tokens that chose them, each with its part of M, as it has a part of the
-    shared expert; what they make is added up over the devices, all at once.
+    Each device applies its own experts, and its part of the shared one, to its tokens. A single all-reduce adds up the
+    outputs.
     """
     devices = mesh.shape.get("expert", 1)
     own = routed[0].shape[0] // devices
@@ -97,7 +100,7 @@ def over_mesh(
         first = jax.lax.axis_index("expert") * own if devices > 1 else 0
         here_tX = (expert_tX >= first) & (expert_tX < first + own)
         y_tD = apply_experts(h_tD, jnp.where(here_tX, expert_tX - first, own), gate_tX, *routed, devices)
-        return jax.lax.psum(y_tD + jnp.where(first == 0, shared_expert(h_tD, *shared), 0), added)
+        return jax.lax.psum(y_tD + jnp.where(first == 0, apply_shared_expert(h_tD, *shared), 0), added)
 
     def specs(matrices: Matrices, *letters: str) -> tuple:
         return tuple(
@@ -113,15 +116,15 @@ def over_mesh(
     return run(h_tD, expert_tX, gate_tX, routed, shared)
 
 
-def in_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:
-    """Lay the assignments out: as many blocks as any routing can need, unused ones of the expert E, which is none.
+def assign_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:
+    """Lay the assignments out in as many blocks as any routing can need; unused blocks have the id E, no expert.
 
-    Blocks have room for the assignments that an expert gets on average, and for `smallest`. Where there are fewer
+    A block has slots for the assignments that an expert gets on average, and at least `smallest`. If there are fewer
     assignments than experts, as in decoding, each is its own block and nothing is sorted.
     """
     tokens, each = expert_tX.shape
     total, most = tokens * each, min(experts, tokens * each)
-    size = min(LARGEST_BLOCK, max(smallest, 1 << ((total // most).bit_length() - 1)))
+    size = min(MAX_BLOCK, max(smallest, 1 << ((total // most).bit_length() - 1)))
     expert_a = expert_tX.reshape(-1)
     if total <= experts or size == 1:
         a = jnp.arange(total, dtype=jnp.int32)

@@ -4,7 +4,7 @@ For a query t and a cached token s the index score is
 
     I[t, s] = sum over heads i of  w[t, i] * relu(q[t, i] . k[s])
 
-and attention sees only the index_topk tokens with the largest score. One key a token serves all heads.
+and attention is restricted to the index_topk tokens with the largest scores. All heads share one key a token.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ from .summary import Module
 LAYER_NORM_EPS = 1e-6
 
 KEYS = 4096
-"""Slots of a long cache that are scored at once."""
+"""Slots of a long cache that XLA scores at once."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Indexer(Module):
-    """The matrices that make index queries, keys and head weights."""
+    """The matrices of index queries, keys and head weights."""
 
     cfg: Config
     w_q_IJQ: Weight = nnx.data()
@@ -42,39 +42,38 @@ class Indexer(Module):
 
     @jax.named_scope("index projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
-        """k [B, T, J], as it is cached: LayerNorm, rotation, Hadamard."""
+        """Return the keys [B, T, J] as they are cached: normed, rotated and Hadamard-transformed."""
         k_BTJ = layer_norm(einsum32("BTD,JD->BTJ", h_BTD, self.w_k_JD), self.k_norm_J, self.k_bias_J, LAYER_NORM_EPS)
         return hadamard(rotate_halves(k_BTJ, cos_BTr, sin_BTr)).astype(h_BTD.dtype)
 
     @jax.named_scope("index projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:
-        """q [B, T, I, J]: rotation and Hadamard of W^IQ c^Q."""
+        """Return the queries [B, T, I, J], rotated and Hadamard-transformed."""
         q_BTIJ = einsum32("BTQ,IJQ->BTIJ", c_q_BTQ, self.w_q_IJQ)
         return hadamard(rotate_halves(q_BTIJ, cos_BTr[:, :, None], sin_BTr[:, :, None])).astype(c_q_BTQ.dtype)
 
     @jax.named_scope("index projections")
     def head_weights(self, h_BTD: jax.Array) -> jax.Array:
-        """w [B, T, I], float32 throughout, with both scales I^-1/2 and J^-1/2. May be negative."""
+        """Return the head weights [B, T, I], float32 throughout, with both scales, I^-1/2 and J^-1/2."""
         scale = (self.cfg.index_n_heads * self.cfg.index_head_dim) ** -0.5
         return einsum32("BTD,ID->BTI", h_BTD.astype(jnp.float32), self.w_w_ID) * scale
 
 
 def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_BTS: jax.Array) -> jax.Array:
-    """Return I [B, T, S] in float32; -inf where a token is not visible to the query."""
+    """Return I [B, T, S] in float32, -inf where a token is not visible to the query."""
     return jnp.where(visible_BTS, dispatch.index_scores(q_BTIJ, w_BTI, k_BSJ), -jnp.inf)
 
 
 @jax.named_scope("index scores")
-def scores_of_cache(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
+def score_slots(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
     """Return `index_scores` [B, T, S] over all slots of the cache for queries at `position_BT`."""
     kernels = dispatch.find_sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
-    score = dispatch.differentiable(scores_of_rows, {"cuda": kernels.index_scores}) if kernels else scores_of_rows
+    score = dispatch.differentiable(score_rows, {"cuda": kernels.index_scores}) if kernels else score_rows
     return map_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
 
 
-def scores_of_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
-    """Return the index scores of these cache rows; a long cache is scored KEYS slots at a time, and only as far as the
-    latest query sees."""
+def score_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
+    """Return the index scores of these cache rows, KEYS slots at a time and not beyond the latest query."""
     capacity = k_BSJ.shape[1]
     keys = min(capacity, KEYS)
 
@@ -90,27 +89,29 @@ def scores_of_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT
         start = jnp.minimum(i * keys, capacity - keys)
         return jax.lax.dynamic_update_slice_in_dim(score_BTS, part(start), start, axis=2)
 
-    nothing_BTS = jnp.full((*position_BT.shape, capacity), -jnp.inf, jnp.float32)
+    empty_BTS = jnp.full((*position_BT.shape, capacity), -jnp.inf, jnp.float32)
     reached = jnp.minimum(jnp.max(position_BT) // keys + 1, -(-capacity // keys))
-    return jax.lax.fori_loop(0, reached, fill, nothing_BTS)
+    return jax.lax.fori_loop(0, reached, fill, empty_BTS)
 
 
 @jax.named_scope("top-k")
-def select_of_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
-    """Return `select` of scores that are -inf behind each query's position."""
+def select_from_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
+    """Return `select_topk` of scores that are -inf behind each query's position."""
     kernels = dispatch.find_sparse_attention(jnp.bfloat16, (), ())
     if kernels is None or not kernels.selects(score_BTS.shape):
-        return map_rows(partial(select, topk=topk))(score_BTS)
+        return map_rows(partial(select_topk, topk=topk))(score_BTS)
     return map_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
 
 
-def select(score_BTS: jax.Array, topk: int) -> jax.Array:
-    """The positions of the `topk` largest scores of each query, the lower position on a tie; -1 where fewer exist. NaN
-    is the largest: it is attended to, and seen in the logits."""
+def select_topk(score_BTS: jax.Array, topk: int) -> jax.Array:
+    """Return the positions of the `topk` largest scores of each query, -1 if there are fewer.
+
+    Of equal scores the lower position is selected. NaN counts as the largest, so that it reaches the logits.
+    """
     top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
     return jnp.where(top_BTk != -jnp.inf, selected_BTk, -1)
 
 
 def select_all(visible_BTS: jax.Array) -> jax.Array:
-    """Every visible position, -1 for the others: what `select` finds when no row is longer than index_topk."""
+    """Return every visible position, and -1 for the others: the selection of a cache of at most index_topk slots."""
     return jnp.where(visible_BTS, jnp.arange(visible_BTS.shape[-1]), -1)

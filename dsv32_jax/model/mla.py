@@ -1,9 +1,9 @@
 """Multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1).
 
 The cache holds one latent c^KV a token instead of a key and a value for each head. Three functions of one signature
-attend over it: `expanded` makes keys and values of the latents, as the paper states it; `absorbed` moves W^UK to the
-query and W^UV to the output, so that all heads attend to the latents themselves; `sparse` is `absorbed` over the
-positions that the indexer selected.
+attend over it: `attend_expanded` computes keys and values from the latents, as in the paper; `attend_absorbed` moves
+W^UK to the query and W^UV to the output, so that all heads attend to the latents themselves; `attend_sparse` does so
+over the positions that the indexer selected.
 """
 
 import dataclasses
@@ -42,13 +42,13 @@ class MLA(Module):
 
     @jax.named_scope("projections")
     def latent_query(self, h_BTD: jax.Array) -> jax.Array:
-        """c^Q: what MLA's queries and the indexer's are made of."""
+        """Return c^Q [B, T, Q], from which the queries of MLA and of the indexer are computed."""
         c_q_BTQ = rms_norm(einsum32("BTD,QD->BTQ", h_BTD, self.w_dq_QD), self.q_norm_Q, self.cfg.rms_norm_eps)
         return c_q_BTQ.astype(h_BTD.dtype)
 
     @jax.named_scope("projections")
     def queries(self, c_q_BTQ: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The content part q^C [B, T, H, N] and the rotated part q^R [B, T, H, R] of each head's query."""
+        """Return the content part q^C [B, T, H, N] and the rotated part q^R [B, T, H, R] of each head's query."""
         q_c_BTHN = einsum("BTQ,HNQ->BTHN", c_q_BTQ, self.w_uq_HNQ)
         q_r_BTHR = einsum32("BTQ,HRQ->BTHR", c_q_BTQ, self.w_qr_HRQ)
         q_r_BTHR = rotate_interleaved(q_r_BTHR, cos_BTr[:, :, None], sin_BTr[:, :, None])
@@ -56,22 +56,22 @@ class MLA(Module):
 
     @jax.named_scope("projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """The latent c^KV [B, T, C] and the rotated key k^R [B, T, R]: what is cached."""
+        """Return what is cached: the latent c^KV [B, T, C] and the rotated key k^R [B, T, R]."""
         c_kv_BTC = rms_norm(einsum32("BTD,CD->BTC", h_BTD, self.w_dkv_CD), self.kv_norm_C, self.cfg.rms_norm_eps)
         k_r_BTR = rotate_interleaved(einsum32("BTD,RD->BTR", h_BTD, self.w_kr_RD), cos_BTr, sin_BTr)
         return c_kv_BTC.astype(h_BTD.dtype), k_r_BTR.astype(h_BTD.dtype)
 
     @jax.named_scope("projections")
     def output(self, o_BTHP: jax.Array) -> jax.Array:
-        """W^O of all heads' outputs, float32 [B, T, D] rounded to the compute dtype."""
+        """Project the heads' outputs to [B, T, D]."""
         return einsum("BTHP,DHP->BTD", o_BTHP, self.w_o_DHP)
 
 
 @jax.named_scope("attention")
-def expanded(
+def attend_expanded(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
-    """Attention with a key and a value of each head for every cached token. Returns o [B, T, H, P]."""
+    """Attend with a key and a value of each head for every cached token. Returns o [B, T, H, P]."""
     c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     k_c_BSHN = einsum("BSC,HNC->BSHN", c_kv_BSC, mla.w_uk_HNC)
     v_BSHP = einsum("BSC,HPC->BSHP", c_kv_BSC, mla.w_uv_HPC)
@@ -81,10 +81,10 @@ def expanded(
 
 
 @jax.named_scope("attention")
-def absorbed(
+def attend_absorbed(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> jax.Array:
-    """The same, with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
+    """Attend with queries and outputs in the latents' space. Returns o [B, T, H, P]."""
     weight_BTHS, c_kv_BSC = absorbed_weights(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
     o_BTHC = dot("BTHS,BSC->BTHC", weight_BTHS.astype(q_c_BTHN.dtype), c_kv_BSC).astype(q_c_BTHN.dtype)
     return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
@@ -93,7 +93,7 @@ def absorbed(
 def absorbed_weights(
     mla: MLA, q_c_BTHN: jax.Array, q_r_BTHR: jax.Array, cache: LayerCache, visible_BTS: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """What each head attends to with which weight [B, T, H, S], float32, and the latents [B, S, C]."""
+    """Return the attention weights, float32 [B, T, H, S], and the latents [B, S, C]."""
     c_kv_BSC, k_r_BSR = cache.latents(q_c_BTHN.dtype)
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
     score_BTHS = dot("BTHC,BSC->BTHS", q_c_BTHC, c_kv_BSC) + dot("BTHR,BSR->BTHS", q_r_BTHR, k_r_BSR)
@@ -101,7 +101,7 @@ def absorbed_weights(
 
 
 @jax.named_scope("attention")
-def sparse(
+def attend_sparse(
     mla: MLA,
     q_c_BTHN: jax.Array,
     q_r_BTHR: jax.Array,
@@ -109,10 +109,13 @@ def sparse(
     selected_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return `absorbed` over each query's selected positions only, o [B, T, H, P]: -1 is none, and stands behind what
-    was selected."""
+    """Attend to each query's selected positions only, in the latents' space. Returns o [B, T, H, P].
+
+    The position -1 is none; all of them stand behind the selected ones.
+    """
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    attend, kernels = partial(attend_selected, softmax_scale(mla.cfg)), sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
+    attend = partial(attend_selected, softmax_scale(mla.cfg))
+    kernels = find_sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
     if kernels:
         fast = partial(kernels.attend, softmax_scale(mla.cfg))
         operands = ("BTH", "BTH", "BS", "BS", "BT", "BT")
@@ -121,8 +124,8 @@ def sparse(
     return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
 
 
-def sparse_kernels(cfg: Config, dtype, cache: LayerCache):
-    """Return the kernels that attend over this cache, if there are any."""
+def find_sparse_kernels(cfg: Config, dtype, cache: LayerCache):
+    """Return the kernels that attend over this cache, or None."""
     return dispatch.find_sparse_attention(
         dtype, (cache.c_kv_BSC, cache.k_r_BSR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
     )
@@ -137,7 +140,7 @@ def attend_selected(
     selected_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return what each head reads from its selected latents, float32 [B, T, H, C].
+    """Return each head's weighted sum of its selected latents, float32 [B, T, H, C].
 
     A query has selected at most position + 1 slots, which bounds the work of a kernel; the reference looks at all.
     """
@@ -172,12 +175,12 @@ def sparse_weights(
     return selected_weights(softmax_scale(mla.cfg), q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk)
 
 
-def dense(cfg: Config, tokens: int, capacity: int):
-    """`expanded` or `absorbed`, whichever multiplies less for `tokens` queries over `capacity` slots."""
+def choose_dense(cfg: Config, tokens: int, capacity: int):
+    """Return `attend_expanded` or `attend_absorbed`, whichever multiplies less for these sizes."""
     latent, head = cfg.kv_lora_rank, cfg.qk_nope_head_dim + cfg.v_head_dim
     cost_expanded = capacity * latent * head + tokens * capacity * (head + cfg.qk_rope_head_dim)
     cost_absorbed = tokens * latent * head + tokens * capacity * (2 * latent + cfg.qk_rope_head_dim)
-    return expanded if cost_expanded < cost_absorbed else absorbed
+    return attend_expanded if cost_expanded < cost_absorbed else attend_absorbed
 
 
 def softmax_scale(cfg: Config) -> float:
@@ -190,5 +193,4 @@ def softmax_scale(cfg: Config) -> float:
 
 
 def _softmax(softmax_scale: float, score_BTHs: jax.Array, visible_BTs: jax.Array) -> jax.Array:
-    """Softmax in float32 over the visible positions of each query."""
     return jax.nn.softmax(jnp.where(visible_BTs[:, :, None], score_BTHs * softmax_scale, -jnp.inf), axis=-1)

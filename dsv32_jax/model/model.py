@@ -1,4 +1,4 @@
-"""DeepSeek-V3.2 (arXiv 2512.02556): embedding, decoder layers, final norm, head; and `forward`, the way in."""
+"""DeepSeek-V3.2 (arXiv 2512.02556): embedding, decoder layers, final norm and head; and `forward`, its entry point."""
 
 import dataclasses
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from .indexer import Indexer
 from .mla import MLA
 from .moe import MLP, MoE
 from .mtp import MTP
-from .ops import einsum32, rms_norm, rows_of
+from .ops import einsum32, look_up, rms_norm
 from .summary import Module, Summarized
 
 
@@ -36,7 +36,7 @@ class Origin:
 
 @dataclasses.dataclass(eq=False, repr=False)
 class Model(Module):
-    """The whole model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
+    """The model, a plain pytree of weights. `dtype` is the compute dtype, bfloat16 or float32."""
 
     cfg: Config
     dtype: np.dtype
@@ -68,7 +68,7 @@ class Model(Module):
     ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
         position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
         with sharding.use_mesh(self.mesh):
-            x_BTD = rows_of(tokens_BT, self.embed_VD)
+            x_BTD = look_up(tokens_BT, self.embed_VD)
         caches: list[LayerCache] = []
         seen: list[Seen] = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
@@ -90,7 +90,7 @@ class Model(Module):
 
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V] of normed hidden vectors."""
+        """Return the logits, float32 [B, T, V], of normed hidden vectors."""
         with sharding.use_mesh(self.mesh):
             return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)
 
@@ -140,9 +140,9 @@ def forward(
         )
         cache = empty(model.cfg, batch, slots, model.dtype)
     elif not isinstance(cache, Cache):
-        raise UsageError(f"cache must be the cache of what `forward` gave, not {cache!r:.200}")
+        raise UsageError(f"cache must be a Cache, as `forward` returns it, not {cache!r:.200}")
     elif capacity is not None:
-        raise UsageError(f"the cache has its own capacity ({cache.capacity}); leave out capacity={capacity!r}")
+        raise UsageError(f"the cache already has a capacity ({cache.capacity}); leave out capacity={capacity!r}")
     validation.check_room(cache, count_B)
     run = _observe if seen else _forward
     return run(model, tokens_BT, cache, count_B)
@@ -161,7 +161,7 @@ def _observe(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Arra
 
 
 def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origin(), mesh: Mesh | None = None) -> Model:
-    """A Model whose weights are what `leaf` returns for each path of `layout.leaves`."""
+    """Return a Model whose weights are those that `leaf` returns for the paths of `layout.leaves`."""
     dtype = np.dtype(dtype)
 
     def weights(kind: type, prefix: str) -> dict[str, Any]:
@@ -187,6 +187,6 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origi
     layers = tuple(decoder_layer(f"layers.{i}.", i) for i in range(cfg.num_hidden_layers))
     mtp = None
     if cfg.num_nextn_predict_layers:
-        drafting_layer = decoder_layer("mtp.block.", cfg.num_hidden_layers)
-        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=drafting_layer, mesh=mesh)
+        mtp_block = decoder_layer("mtp.block.", cfg.num_hidden_layers)
+        mtp = MTP(cfg, dtype, **weights(MTP, "mtp."), block=mtp_block, mesh=mesh)
     return Model(cfg, dtype, origin, **weights(Model, ""), layers=layers, mtp=mtp, mesh=mesh)

@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense, and the mixture of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+"""Feed-forward layers: dense, and the mix_experts of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
 
 import dataclasses
 from functools import partial
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ..config import Config
 from ..parallel.sharding import map_rows
 from ..quantization.formats import Weight
-from .experts import Matrices, mixture, over_mesh
+from .experts import Matrices, mix_experts, mix_experts_on_mesh
 from .ops import einsum32, swiglu
 from .summary import Module, Summarized
 
@@ -19,7 +19,7 @@ from .summary import Module, Summarized
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Routing(Summarized):
-    """The experts of each token and the weights of their outputs, which sum to routed_scaling_factor."""
+    """The experts of each token, and the gates that weigh their outputs and sum to routed_scaling_factor."""
 
     expert_BTX: jax.Array
     gate_BTX: jax.Array
@@ -35,14 +35,14 @@ class MLP(Module):
     w_down_DF: Weight = nnx.data()
 
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, None]:
-        """float32 [B, T, D], and no routing."""
+        """Return float32 [B, T, D], and no routing."""
         up, down = partial(einsum32, "BTD,FD->BTF"), partial(einsum32, "BTF,DF->BTD")
         return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, up, down), None
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class MoE(Module):
-    """One shared expert that always runs and E routed ones of which a token uses X."""
+    """A shared expert that every token uses, and E routed ones of which a token uses X."""
 
     cfg: Config
     router_ED: Weight = nnx.data()
@@ -56,32 +56,32 @@ class MoE(Module):
     mesh: Mesh | None = None
 
     def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, Routing]:
-        """float32 [B, T, D]: routed and shared experts are summed before anything is rounded."""
+        """Return the sum of routed and shared experts, float32 [B, T, D], and the routing."""
         routing = self.route(h_BTD)
         h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
         expert_tX, gate_tX = (part.reshape(-1, part.shape[-1]) for part in (routing.expert_BTX, routing.gate_BTX))
-        experts = mixture if self.mesh is None else partial(over_mesh, self.mesh)
+        experts = mix_experts if self.mesh is None else partial(mix_experts_on_mesh, self.mesh)
         return experts(h_tD, expert_tX, gate_tX, self.routed, self.shared).reshape(h_BTD.shape), routing
 
     @property
     def routed(self) -> Matrices:
-        """Of all experts of which a token uses X."""
+        """The matrices of the routed experts."""
         return self.w_gate_EMD, self.w_up_EMD, self.w_down_EDM
 
     @property
     def shared(self) -> Matrices:
-        """Of the expert that always runs."""
+        """The matrices of the shared expert."""
         return self.shared_gate_MD, self.shared_up_MD, self.shared_down_DM
 
     @jax.named_scope("gate")
     def route(self, h_BTD: jax.Array) -> Routing:
-        """Affinities in float32 from whatever precision the activations have."""
+        """Choose experts by their affinities, which are float32 whatever the activations are."""
         logit_BTE = einsum32("BTD,ED->BTE", h_BTD.astype(jnp.float32), self.router_ED)
         return map_rows(partial(gate, bias_E=self.bias_E, cfg=self.cfg))(logit_BTE)
 
 
 def gate(logit_BTE: jax.Array, bias_E: jax.Array, cfg: Config) -> Routing:
-    """The `noaux_tc` gate: the bias takes part in choosing groups and experts, never in weighing them.
+    """Choose experts as `noaux_tc` does: the bias counts in the choice of groups and experts, but not in the gates.
 
     A group's score is the sum of its two best biased affinities; only the best `topk_group` groups are eligible.
     """
@@ -89,8 +89,8 @@ def gate(logit_BTE: jax.Array, bias_E: jax.Array, cfg: Config) -> Routing:
     biased_BTE = affinity_BTE + bias_E.astype(jnp.float32)
     biased_BTGe = biased_BTE.reshape(*biased_BTE.shape[:-1], cfg.n_group, -1)
     group_BTG = jax.lax.top_k(biased_BTGe, 2)[0].sum(axis=-1)
-    kept_BTW = jax.lax.top_k(group_BTG, cfg.topk_group)[1]
-    eligible_BTG = jnp.any(kept_BTW[..., None] == jnp.arange(cfg.n_group), axis=-2)
+    chosen_BTW = jax.lax.top_k(group_BTG, cfg.topk_group)[1]
+    eligible_BTG = jnp.any(chosen_BTW[..., None] == jnp.arange(cfg.n_group), axis=-2)
     eligible_BTE = jnp.repeat(eligible_BTG, cfg.n_routed_experts // cfg.n_group, axis=-1)
     expert_BTX = jax.lax.top_k(jnp.where(eligible_BTE, biased_BTE, -jnp.inf), cfg.num_experts_per_tok)[1]
     chosen_BTX = jnp.take_along_axis(affinity_BTE, expert_BTX, axis=-1)

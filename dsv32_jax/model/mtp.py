@@ -1,4 +1,4 @@
-"""Multi-token prediction (DeepSeek-V3, arXiv 2412.19437, 2.2): one more layer that drafts the token after next."""
+"""The multi-token prediction (MTP) head, which predicts the token after next (DeepSeek-V3, arXiv 2412.19437, 2.2)."""
 
 import dataclasses
 from collections.abc import Callable
@@ -15,13 +15,13 @@ from ..quantization.formats import Weight
 from . import block
 from .block import Block, Seen
 from .cache import LayerCache
-from .ops import einsum32, rms_norm, rows_of
+from .ops import einsum32, look_up, rms_norm
 from .summary import Module
 
 
 @dataclasses.dataclass(eq=False, repr=False)
 class MTP(Module):
-    """Slot i knows the model's hidden vector h of token i and the token i + 1, and predicts token i + 2.
+    """The MTP head. Slot i combines the model's hidden vector of token i with token i + 1, and predicts token i + 2.
 
     embed_VD and head_VD are the model's own arrays unless the checkpoint stores others.
     """
@@ -64,13 +64,13 @@ class MTP(Module):
         eps = self.cfg.rms_norm_eps
         normed_BTD = rms_norm(h_BTD.astype(jnp.float32), self.h_norm_D, eps).astype(self.dtype)
         with sharding.use_mesh(self.mesh):
-            e_BTD = rms_norm(rows_of(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
+            e_BTD = rms_norm(look_up(next_BT, self.embed_VD), self.e_norm_D, eps).astype(self.dtype)
             u_BTA = einsum32("BTD,AD->BTA", e_BTD, self.w_e_AD) + einsum32("BTD,AD->BTA", normed_BTD, self.w_h_AD)
             z_BTD, cache, *seen = run_block(self.block, u_BTA, cache, position_BT)
         return rms_norm(z_BTD, self.norm_D, eps).astype(self.dtype), cache, seen
 
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:
-        """float32 [B, T, V] of normed hidden vectors."""
+        """Return the logits, float32 [B, T, V], of normed hidden vectors."""
         with sharding.use_mesh(self.mesh):
             return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)

@@ -1,7 +1,4 @@
-"""The arithmetic every part of the model uses. `einsum` is the one place that asks how a weight is stored.
-
-Generic functions take unsuffixed arrays: the last axis is the one they work on.
-"""
+"""The arithmetic of the model. Functions of arrays without a suffix work on the last axis."""
 
 import math
 from collections.abc import Callable
@@ -28,15 +25,15 @@ def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
 
 
 def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
-    """`einsum32`, rounded to x's dtype."""
+    """Return `einsum32` rounded to x's dtype."""
     return einsum32(spec, x, w).astype(x.dtype)
 
 
-def rows_of(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
-    """The row of each token, float32 [B, T, D].
+def look_up(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
+    """Return the embedding of each token, float32 [B, T, D].
 
-    Where V is split, a device gives the rows that it has and zeros for the others, which are added up: to look up a
-    single token XLA's GPU compiler would gather the whole matrix.
+    If V is sharded, each device contributes the rows it has and zeros, which are added up: for a lookup, XLA's GPU
+    compiler would gather the whole matrix on every device.
     """
     vocabulary = len(embed_VD)
 
@@ -50,14 +47,14 @@ def rows_of(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
 
 
 def rms_norm(x: jax.Array, gain: jax.Array, eps: float) -> jax.Array:
-    """x / rms(x) * gain: computed in float32 and rounded once, at the end, as DeepSeek's inference code does."""
+    """Return x / rms(x) * gain, computed in float32 and rounded once, as in DeepSeek's inference code."""
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)
     return (gain.astype(jnp.float32) * normed).astype(x.dtype)
 
 
 def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm with the biased variance: computed in float32 and rounded once, at the end."""
+    """Return LayerNorm of x with the biased variance, computed in float32 and rounded once."""
     x32 = x.astype(jnp.float32)
     centred = x32 - jnp.mean(x32, axis=-1, keepdims=True)
     normed = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
@@ -65,20 +62,20 @@ def layer_norm(x: jax.Array, gain: jax.Array, bias: jax.Array, eps: float) -> ja
 
 
 Product = Callable[[jax.Array, Weight], jax.Array]
-"""A float32 product with one weight: an `einsum32` of some letters, or that of each token's own expert."""
+"""A float32 product with a weight: an `einsum32`, or the product of blocks with their own experts."""
 
 
 @jax.named_scope("feed-forward")
 def swiglu(x: jax.Array, w_gate: Weight, w_up: Weight, w_down: Weight, up: Product, down: Product) -> jax.Array:
-    """down(silu(gate(x)) * up(x)), float32 out: the dense feed-forward and each expert. Rounded once, before down."""
+    """Return down(silu(gate(x)) * up(x)) in float32, rounded once, before `down`."""
     return down((jax.nn.silu(up(x, w_gate)) * up(x, w_up)).astype(x.dtype), w_down)
 
 
 def rope_frequencies(cfg: Config) -> np.ndarray:
-    """Angle per position of each pair, float32 [R / 2]; stretched by YaRN (arXiv 2309.00071, eq. 23) if configured.
+    """Return the angle per position of each pair, float32 [R / 2], with YaRN (arXiv 2309.00071, eq. 23) if configured.
 
-    Computed in float32 step by step like the reference's table, with which the model was trained: one rounding more or
-    less turns position 163839 by 0.003. (The power is the correctly rounded one; NumPy's own float32 power is not.)
+    Every step is rounded to float32 as in the table the model was trained with: one rounding more or less changes the
+    angle at position 163839 by 0.003. The power is correctly rounded, which NumPy's float32 power is not.
     """
     size = cfg.qk_rope_head_dim
     pair = np.arange(0, size, 2, dtype=np.float32) / np.float32(size)
@@ -100,20 +97,20 @@ def rope_frequencies(cfg: Config) -> np.ndarray:
 
 
 def rotation(position_BT: jax.Array, cfg: Config) -> tuple[jax.Array, jax.Array]:
-    """cos and sin [B, T, R / 2] of each position's angles, float32; MLA and the indexer share them."""
+    """Return cos and sin of each position's angles, float32 [B, T, R / 2], for MLA and the indexer."""
     angle = position_BT.astype(jnp.float32)[..., None] * rope_frequencies(cfg)
     return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_interleaved(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x[2j], x[2j+1]): MLA's convention."""
+    """Rotate the pairs (x[2j], x[2j+1]), which is MLA's convention."""
     even, odd = x[..., 0::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
 
 
 def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turn the pairs (x[j], x[j + R/2]) of the first R elements, pass the others through: the indexer's convention."""
+    """Rotate the pairs (x[j], x[j + R/2]) of the first R elements only, which is the indexer's convention."""
     half = cos.shape[-1]
     first, second = x[..., :half].astype(jnp.float32), x[..., half : 2 * half].astype(jnp.float32)
     turned = jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
@@ -121,17 +118,17 @@ def rotate_halves(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def hadamard(x: jax.Array) -> jax.Array:
-    """The orthonormal Walsh-Hadamard transform of the last axis (Sylvester's order), in float32, rounded once."""
+    """Return the orthonormal Walsh-Hadamard transform (Sylvester's order), computed in float32, rounded once."""
     size = x.shape[-1]
     bits = np.bitwise_count(np.arange(size)[:, None] & np.arange(size)[None, :])
     signs = np.where(bits % 2, np.float32(-1), np.float32(1))
     return (dot("...j,ij->...i", x.astype(jnp.float32), jnp.asarray(signs)) * np.float32(size**-0.5)).astype(x.dtype)
 
 
-def over_tokens(f, arrays: tuple[jax.Array, ...], block: int):
-    """f(*arrays), computed for `block` tokens at a time so that what f makes on its way stays small.
+def map_tokens(f, arrays: tuple[jax.Array, ...], block: int):
+    """Return f(*arrays), computed for `block` tokens at a time so that temporary arrays stay small.
 
-    `arrays` are [B, T, ...]; f must treat tokens independently; its results are [B, T, ...] again.
+    `arrays` and results are [B, T, ...], and f treats tokens independently.
     """
     tokens = arrays[0].shape[1]
     if tokens <= block:

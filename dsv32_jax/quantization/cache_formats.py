@@ -1,12 +1,11 @@
-"""Vectors as a cache holds them: in float32, or in bfloat16 or FP8 as unsigned integers of their bits.
+"""The storage of cached vectors: float32, or the bits of bfloat16 or FP8 as unsigned integers.
 
-XLA's CPU backend has no arithmetic below 32 bits, and where it updates or gathers from such an array of floats it
-converts all of it to float32 and back. It leaves integers alone.
+XLA's CPU backend has no arithmetic below 32 bits: to update or gather from an array of such floats it converts all of
+it to float32 and back. It does not convert integers.
 
-**FP8** is DeepSeek's: E4M3 values, a float32 scale for each tile of 128 of one vector. A scale is the power of two that
-brings the tile's largest magnitude (at least 1e-4) to 448 or below, so value * scale is exact in bfloat16. A latent of
-512 takes 512 + 4 * 4 bytes, an index key of 128 takes 128 + 4 (DeepSeek's inference code, `act_quant` with ue8m0
-scales; FlashMLA).
+**FP8** is DeepSeek's: E4M3 values and a float32 scale for each tile of 128. A scale is the power of two that brings the
+tile's largest magnitude (at least 1e-4) to 448 or below, so value * scale is exact in bfloat16. A latent of 512 takes
+512 + 4 * 4 bytes, an index key of 128 takes 128 + 4 (`act_quant` of DeepSeek's inference code with ue8m0 scales).
 """
 
 import dataclasses
@@ -30,7 +29,7 @@ class Bf16Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what is stored."""
+        """The shape of the vectors."""
         return self.bits.shape
 
     @property
@@ -54,12 +53,12 @@ class Fp8Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of what is stored."""
+        """The shape of the vectors."""
         return self.bits.shape
 
     @property
     def values(self) -> jax.Array:
-        """float8_e4m3fn [..., n], to be multiplied by the scale."""
+        """float8_e4m3fn [..., n], without the scale."""
         return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
 
     @property
@@ -69,11 +68,11 @@ class Fp8Rows:
 
 
 Rows = jax.Array | Bf16Rows | Fp8Rows
-"""float32, bfloat16 or FP8: indexing the leading axes of every component gives the same rows."""
+"""Vectors in float32, bfloat16 or FP8. Indexing the leading axes of every component selects the same vectors."""
 
 
 def empty(shape: tuple[int, ...], dtype) -> Rows:
-    """Zeros, in the form of float32, bfloat16 or float8_e4m3fn."""
+    """Return zeros, stored as float32, bfloat16 or float8_e4m3fn."""
     if dtype == jnp.bfloat16:
         return Bf16Rows(jnp.zeros(shape, jnp.uint16))
     if dtype == jnp.float8_e4m3fn:
@@ -81,8 +80,8 @@ def empty(shape: tuple[int, ...], dtype) -> Rows:
     return jnp.zeros(shape, dtype)
 
 
-def stored_as(like: Rows, x: jax.Array) -> Rows:
-    """`x` in the form of `like`, rounded to nearest, ties to even."""
+def encode_like(like: Rows, x: jax.Array) -> Rows:
+    """Return `x` in the storage of `like`, rounded to nearest, ties to even."""
     match like:
         case Bf16Rows():
             return Bf16Rows(jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16))
@@ -93,7 +92,7 @@ def stored_as(like: Rows, x: jax.Array) -> Rows:
 
 
 def quantize(x: jax.Array) -> Fp8Rows:
-    """`x` in FP8, rounded to nearest, ties to even."""
+    """Return `x` in FP8, rounded to nearest, ties to even."""
     tiles = _tiles(x.astype(jnp.float32))
     amax = jnp.maximum(jnp.max(jnp.abs(tiles), axis=-1, keepdims=True), SMALLEST_AMAX)
     scale = _power_of_two_above(amax / E4M3_MAX)
@@ -103,7 +102,7 @@ def quantize(x: jax.Array) -> Fp8Rows:
 
 
 def read(rows: Rows, dtype) -> jax.Array:
-    """The vectors in `dtype`."""
+    """Return the vectors in `dtype`."""
     match rows:
         case Bf16Rows():
             return rows.values.astype(dtype)
@@ -121,13 +120,13 @@ def read_at(rows: Rows, slot_BTk: jax.Array, dtype) -> jax.Array:
 
 
 def _tiles(x: jax.Array) -> jax.Array:
-    """[..., n] as [..., tiles, 128], or as one tile where it is shorter; the last one filled up with zeros."""
+    """Reshape [..., n] to [..., tiles, 128], or to a single shorter tile; the last one is padded with zeros."""
     size = min(TILE, x.shape[-1])
     rest = -x.shape[-1] % size
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, rest)]).reshape(*x.shape[:-1], -1, size)
 
 
 def _power_of_two_above(x: jax.Array) -> jax.Array:
-    """The smallest power of two that is not below positive `x`: read off the bits, where log2 would round."""
+    """Return the smallest power of two not below positive `x`, from its bits, because log2 would round."""
     fraction, exponent = jnp.frexp(x)
     return jnp.ldexp(jnp.ones_like(x), exponent - (fraction == 0.5).astype(exponent.dtype))

@@ -1,23 +1,23 @@
-"""How a weight is stored: NVFP4, FP8 in blocks, or a plain array.
+"""The formats of stored weights: NVFP4, FP8 in blocks, and plain arrays.
 
-**NVFP4** spends 4.5 bits a weight. An element is E2M1 (sign, 2 exponent bits, 1 mantissa bit), so it is one of
+**NVFP4** takes 4.5 bits a weight. An element is E2M1 (sign, 2 exponent bits, 1 mantissa bit), so it is one of
 
     code  0    1    2    3    4    5    6    7        codes 8..15 are the same with a minus sign
     value 0   0.5   1   1.5   2    3    4    6
 
 Two elements share a byte, the first in the low nibble. Every 16 neighbours on the input axis share a float8_e4m3fn
-scale, and the whole matrix a float32 one. Two levels, because E4M3 alone spans too little: the float32 scale puts
-the largest block at 448, the block scales keep the others within 6 % of their ideal.
+scale, and the whole matrix a float32 one. There are two levels because the range of E4M3 is small: the float32 scale
+puts the largest block at 448, and the block scales keep the others within 6 % of their ideal.
 
 e2m1 x e4m3 has 6 significant bits and is exact in bfloat16 and float32; only the product with the tensor scale
-rounds, once. ModelOpt writes a NaN scale where its tensor scale was too small: it stands for 448, the largest.
+rounds, once. If its tensor scale is too small ModelOpt writes a NaN block scale, which stands for 448, the largest.
 
-**FP8** is float8_e4m3fn with a float32 scale for each 128x128 block, which multiplies. We keep one scale for each
-row and 128 inputs, because cutting q_b into heads of 128 + 64 rows does not respect blocks of 128 rows. The value is
-rounded to bfloat16, as DeepSeek's own dequantization does (exact when the scales are powers of two, as V3.2's are).
+**FP8** is float8_e4m3fn with a float32 scale for each 128x128 block, which multiplies. It is stored as one scale for
+each row and 128 inputs, because q_b is cut into heads of 128 + 64 rows, across blocks. Values are rounded to bfloat16
+as in DeepSeek's dequantization, which is exact if scales are powers of two, as V3.2's are.
 
-A plain array is its own format. Formats are storage: arithmetic is bfloat16 or float32. Every component of a weight has
-the weight's own rank, so cutting, stacking and sharding are the same for all of them.
+Formats are storage; arithmetic is bfloat16 or float32. Every component of a weight has the rank of the weight, so
+cutting, stacking and sharding are the same for all of them.
 """
 
 import dataclasses
@@ -32,10 +32,10 @@ from .quantize import E4M3_MAX, FP8_BLOCK, fp8_quantize, nvfp4_quantize
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class NVFP4:
-    """A weight of logical shape [..., K], K being the input axis, the one that products contract.
+    """A weight of logical shape [..., K]; K is the input axis, which products contract.
 
     codes         uint8          [..., K // 2]    element 2i in the low nibble of byte i
-    block_scale   float8_e4m3fn  [..., K // 16]   (K // 32 and other even divisions exist)
+    block_scale   float8_e4m3fn  [..., K // 16]   (other even divisions exist)
     tensor_scale  float32        [1, ..., 1]      or [E, 1, ..., 1]: one for each stacked matrix
 
     w[..., k] = e2m1(codes)[..., k] * block_scale[..., k // 16] * tensor_scale
@@ -75,7 +75,7 @@ Weight = jax.Array | NVFP4 | Fp8Block
 
 
 def dequantize(w: Weight, dtype) -> jax.Array:
-    """The plain array that `w` stores, in `dtype`. Exact in float32."""
+    """Return the values of `w` in `dtype`, exact in float32."""
     match w:
         case NVFP4():
             return _nvfp4(w).astype(dtype)
@@ -86,9 +86,9 @@ def dequantize(w: Weight, dtype) -> jax.Array:
 
 
 def exact(w: Weight, dtype) -> tuple[jax.Array, jax.Array]:
-    """`w` as values * scale, the values exact in `dtype`, bfloat16 or float32.
+    """Split `w` into values, which are exact in bfloat16 and float32, and a scale.
 
-    Of NVFP4 the scale is the tensor's, which joins in float32 where products have been summed; of others it is 1.
+    The scale is the tensor scale of NVFP4, which multiplies sums of products in float32; for other formats it is 1.
     """
     if isinstance(w, NVFP4):
         return _blocks(w).astype(dtype), w.tensor_scale
@@ -96,13 +96,12 @@ def exact(w: Weight, dtype) -> tuple[jax.Array, jax.Array]:
 
 
 def _nvfp4(w: NVFP4) -> jax.Array:
-    """float32 values."""
     return _blocks(w) * w.tensor_scale
 
 
 @jax.jit
 def _blocks(w: NVFP4) -> jax.Array:
-    """float32 values but for the tensor scale. The bitcast of a byte gives two elements, the low nibble first."""
+    """Return float32 values without the tensor scale. A byte is bitcast to two elements, the low nibble first."""
     blocks = jax.lax.bitcast_convert_type(w.codes, jnp.float4_e2m1fn).reshape(*w.block_scale.shape, -1)
     scale = w.block_scale.astype(jnp.float32)
     scale = jnp.where(jnp.isnan(scale), E4M3_MAX, scale)
@@ -111,22 +110,22 @@ def _blocks(w: NVFP4) -> jax.Array:
 
 @jax.jit
 def _fp8(w: Fp8Block) -> jax.Array:
-    """float32 values with the precision of bfloat16 (a cast there and back may be optimized away). The last block of a
-    row may be partial."""
+    """Return float32 values with the precision of bfloat16; a cast there and back might be optimized away. The last
+    block of a row may be partial."""
     step = jnp.repeat(w.block_scale, FP8_BLOCK, axis=-1)[..., : w.shape[-1]]
     return jax.lax.reduce_precision(w.values.astype(jnp.float32) * step, exponent_bits=8, mantissa_bits=7)
 
 
 def quantize_nvfp4(w: jax.Array) -> NVFP4:
-    """The matrix `w` [..., K] in NVFP4, rounded to nearest with ties to the even code. Runs on the host.
+    """Quantize the matrix `w` [..., in] to NVFP4 on the host, to nearest with ties to the even code.
 
-    Raises ValueError where K is no multiple of 16 or a value is not finite.
+    Raises ValueError if the input axis is not a multiple of 16 or a value is not finite.
     """
     return NVFP4(*map(jnp.asarray, nvfp4_quantize(np.asarray(w))))
 
 
 def quantize_fp8(w: jax.Array) -> Fp8Block:
-    """The matrix `w` [out, K] in FP8 with power-of-two scales. Runs on the host; raises ValueError as above."""
+    """Quantize the matrix `w` [out, in] to FP8 with power-of-two scales on the host. Raises ValueError as above."""
     values, grid = fp8_quantize(np.asarray(w))
     row_scale = np.repeat(grid, FP8_BLOCK, axis=0)[: values.shape[0]]
     return Fp8Block(jnp.asarray(values), jnp.asarray(row_scale))

@@ -1,8 +1,8 @@
-"""NVFP4 and FP8 on the host, in NumPy alone: what the converter and the checks use (`formats` explains the formats).
+"""Quantization to NVFP4 and FP8 on the host, in NumPy; `formats` explains the formats.
 
-Rounding follows ModelOpt bit for bit: every quotient is one float32 division, ties go to the even code. Everything
-runs over pieces that stay in a core's cache. Within one, a block is a column of a [16, blocks] array: each step is then
-one long vector operation, where a reduction or a broadcast over rows of 16 would be thousands of short ones.
+Rounding equals ModelOpt's bit for bit: every quotient is one float32 division, and ties go to the even code. Arrays are
+processed in pieces that stay in a core's cache. Within a piece a block is a column of a [16, blocks] array, so that
+each step is one long vector operation instead of thousands of short ones.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,28 +20,28 @@ E4M3_TINY = 2.0**-9
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 E2M1_PAIR = np.stack([E2M1[np.arange(256) & 15], E2M1[np.arange(256) >> 4]], axis=-1)
-"""The two values of every byte: the low nibble is the first element."""
+"""The two values of every byte, the low nibble first."""
 
 _HALFWAY = (E2M1[:7] + E2M1[1:8]) / 2
 E2M1_LAST = np.where(np.arange(7) % 2, np.nextafter(_HALFWAY, np.float32(0)), _HALFWAY)
-"""The largest quotient that becomes code 0, 1, ... 6: halfway to the next one, where a tie goes to the even code."""
+"""The largest quotients with the codes 0, 1, ... 6: halfway to the next, where a tie goes to the even code."""
 
 E4M3 = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)
 E4M3_AS_SCALE = np.where(np.isnan(E4M3), np.float32(E4M3_MAX), E4M3)
-"""The value of every byte, and what it means as a block scale of NVFP4: there a NaN counts as 448."""
+"""The value of every byte, and its value as a block scale of NVFP4, where NaN counts as 448."""
 
 SMALLEST_TENSOR_SCALE = np.float32(2.0**-117)
-"""Times the smallest block scale this is still a normal float32; only matrices below 1e-32 throughout are affected."""
+"""The product with the smallest block scale is a normal float32. Only matrices below 1e-32 throughout are affected."""
 
 PIECE = 1 << 17
-"""Weights worked on together: of 2**13 to 2**18 the fastest with 1 MiB of cache a core and 1 us a call."""
+"""Weights in a piece, the fastest power of two with 1 MiB of cache a core."""
 
 
 class Scaling(NamedTuple):
     """A way to choose the scales of NVFP4 blocks.
 
-    `largest`: the block scale that the matrix's largest element would get, which fixes the tensor scale.
-    `choose`: from magnitudes [16, n] and the tensor scale, the float8_e4m3fn scales [n], positive and finite.
+    `largest`: the block scale of the matrix's largest element, which determines the tensor scale.
+    `choose`: returns the float8_e4m3fn scales [n], positive and finite, of magnitudes [16, n] and a tensor scale.
     """
 
     largest: float
@@ -49,28 +49,28 @@ class Scaling(NamedTuple):
 
 
 def nearest_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
-    """The scale that brings each block's largest element to 6; 1 for a block of zeros."""
+    """Return the scale that maps each block's largest element to 6, and 1 for a block of zeros."""
     return scale_for(magnitude.max(axis=0), E2M1_MAX, tensor_scale)
 
 
 def scale_for(block_amax: np.ndarray, target: float, tensor_scale: np.float32) -> np.ndarray:
-    """The float8_e4m3fn scale that brings `block_amax` to `target`; 1 for zero."""
+    """Return the float8_e4m3fn scale that maps `block_amax` to `target`, and 1 for zero."""
     scale = block_amax / np.float32(np.float32(target) * tensor_scale)
     scale[scale == 0] = 1
     return np.clip(scale, np.float32(E4M3_TINY), np.float32(E4M3_MAX)).astype(ml_dtypes.float8_e4m3fn)
 
 
 RTN = Scaling(E4M3_MAX, nearest_scale)
-"""Round to nearest, as ModelOpt does by default."""
+"""Round to nearest, ModelOpt's default."""
 
 
 def nvfp4_quantize(
     w: np.ndarray, scaling: Scaling = RTN, amax: np.float32 | None = None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The NVFP4 components of one matrix w [..., in] of any float dtype: codes, block scales, one float32 for all.
+    """Return codes, block scales and tensor scale of a matrix w [..., in] of any float dtype.
 
-    `amax`: the magnitude that the tensor scale is made for, where it is not the largest of `w` (matrices that share a
-    tensor scale). in must be a multiple of 16; raises ValueError on that and on values that are not finite.
+    `amax` is the magnitude that determines the tensor scale, by default the largest of `w`; matrices may share one.
+    Raises ValueError unless the input axis is a multiple of 16 and all values are finite.
     """
     if w.shape[-1] % NVFP4_BLOCK:
         raise ValueError(f"NVFP4 needs an input axis that is a multiple of {NVFP4_BLOCK}, not {w.shape[-1]}")
@@ -84,7 +84,7 @@ def nvfp4_quantize(
         magnitude = np.abs(x, out=rows.reshape(x.shape))
         scale = block_scale[piece] = scaling.choose(magnitude, tensor_scale)
         magnitude /= E4M3[scale.view(np.uint8)] * tensor_scale
-        codes[piece] = packed(magnitude, x).T
+        codes[piece] = pack_codes(magnitude, x).T
     shape = w.shape[:-1]
     return (
         codes.reshape(*shape, -1),
@@ -94,7 +94,7 @@ def nvfp4_quantize(
 
 
 def largest(w: np.ndarray) -> np.float32:
-    """The largest magnitude in `w`. Raises ValueError, with how many there are, where values are not finite."""
+    """Return the largest magnitude in `w`. Raises ValueError with the number of values that are not finite."""
     flat, found = w.reshape(-1), np.float32(0)
     for piece in _pieces(flat.size, 1):
         x = flat[piece].astype(np.float32, copy=False)
@@ -111,8 +111,8 @@ def _tensor_scale(amax: np.float32, scaling: Scaling) -> np.float32:
     return np.maximum(np.float32(amax / np.float32(E2M1_MAX * scaling.largest)), SMALLEST_TENSOR_SCALE)
 
 
-def packed(quotient: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The bytes [8, n] of elements with the magnitudes `quotient` [16, n] and the signs of `x`. Above 6 is 6."""
+def pack_codes(quotient: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """Pack elements with the magnitudes `quotient` [16, n], at most 6, and the signs of `x` into bytes [8, n]."""
     codes = (quotient > E2M1_LAST[0]).view(np.uint8)
     flags = np.empty(x.shape, np.bool_)
     for last in E2M1_LAST[1:]:
@@ -124,7 +124,7 @@ def packed(quotient: np.ndarray, x: np.ndarray) -> np.ndarray:
 def nvfp4_dequantize(
     codes: np.ndarray, block_scale: np.ndarray, tensor_scale: np.ndarray, dtype: Any = np.float32
 ) -> np.ndarray:
-    """The values [..., in] of the components of an NVFP4 weight: exact in float32, or that rounded to `dtype`.
+    """Return the values [..., in] of an NVFP4 weight, exact in float32 or rounded from it to `dtype`.
 
     A NaN scale counts as 448.
     """
@@ -141,9 +141,9 @@ def nvfp4_dequantize(
 
 
 def fp8_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """FP8 values [out, in] of one matrix and its 128x128 scale grid, float32 powers of two that multiply (UE8M0).
+    """Return FP8 values [out, in] of a matrix and its grid of 128x128 scales, float32 powers of two that multiply.
 
-    Raises ValueError on values that are not finite.
+    Raises ValueError if values are not finite.
     """
     largest(w)
     out, width = w.shape
@@ -161,7 +161,7 @@ def fp8_quantize(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fp8_dequantize(values: np.ndarray, row_scale: np.ndarray, dtype: Any = np.float32) -> np.ndarray:
-    """The values, rounded to bfloat16, of FP8 values [..., in] with a scale per row and 128 inputs."""
+    """Return the values, rounded to bfloat16, of FP8 values [..., in] with a scale per row and 128 inputs."""
     width = values.shape[-1]
     codes, scales = values.view(np.uint8).reshape(-1, width), row_scale.reshape(-1, row_scale.shape[-1])
     out = np.empty(codes.shape, dtype)
@@ -173,6 +173,6 @@ def fp8_dequantize(values: np.ndarray, row_scale: np.ndarray, dtype: Any = np.fl
 
 
 def _pieces(count: int, size: int) -> Iterator[slice]:
-    """Slices of `count` things of `size` weights each, about PIECE weights at a time."""
+    """Yield slices of `count` items of `size` weights each, about PIECE weights at a time."""
     step = max(PIECE // size, 1)
     return (slice(at, at + step) for at in range(0, count, step))

@@ -1,4 +1,4 @@
-"""Better block scales for NVFP4 than round-to-nearest gives. The files they make are ordinary ones: no reader changes.
+"""Block scales of NVFP4 with less error than round-to-nearest has. The stored format is the same.
 
 Relative RMS error of Gaussian weights: round to nearest 9.5 %, four over six 8.7 %, least squares 8.1 %.
 """
@@ -9,16 +9,16 @@ import numpy as np
 from .quantize import E2M1_MAX, E4M3, E4M3_MAX, RTN, Scaling, nearest_scale, scale_for
 
 NEIGHBOURS = (-1, 1, -2, 2, -3, 3, 4, 5, 6)
-"""The E4M3 codes that are tried, counted from the nearest one, closest first. A wider search finds nothing better on
-Gaussian weights; -2..+5 is 0.03 points worse."""
+"""Offsets of the E4M3 codes that are tried, relative to the nearest one. On Gaussian weights a wider search finds
+nothing better, and -2..+5 is 0.03 points worse."""
 
 LARGEST_CODE = 0x7E
 FOUR_OVER_SIX_LARGEST = 256.0
-"""Leaves room below 448 for a scale 1.5 times as large."""
+"""448 leaves room for a scale 1.5 times as large."""
 
 
 def least_error_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
-    """The E4M3 scale, among the nearest one and its neighbours, with the least squared error; the closest of equals."""
+    """Return the E4M3 scale with the least squared error among the nearest one and its neighbours."""
     squared_error = SquaredError(magnitude, tensor_scale)
     nearest = nearest_scale(magnitude, tensor_scale).view(np.uint8)
     best, least = nearest.copy(), squared_error(nearest)
@@ -32,7 +32,7 @@ def least_error_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.nda
 
 
 def four_over_six_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.ndarray:
-    """The scale that brings the block's largest element to 6 or, where that gives less squared error, to 4.
+    """Return the scale that maps the block's largest element to 6 or, if that has less squared error, to 4.
 
     Four Over Six (arXiv 2512.02010): E2M1 has nothing between 4 and 6, which hurts elements just below the largest.
     """
@@ -44,15 +44,15 @@ def four_over_six_scale(magnitude: np.ndarray, tensor_scale: np.float32) -> np.n
 
 
 class SquaredError:
-    """The squared error of the blocks [16, n] of one piece with given scales. Its arrays are made once: fresh ones for
-    every step cost more than the step."""
+    """The squared error of the blocks [16, n] of a piece for given scales. Its arrays are allocated once, because that
+    costs more than a step."""
 
     def __init__(self, magnitude: np.ndarray, tensor_scale: np.float32):
         self._magnitude, self._tensor_scale = magnitude, tensor_scale
         self._quotient, self._error, self._power = (np.empty_like(magnitude) for _ in range(3))
 
     def __call__(self, code: np.ndarray) -> np.ndarray:
-        """The error [n] with the E4M3 scales `code` [n], over tensor_scale squared."""
+        """Return the error [n] for the E4M3 scales `code` [n], divided by tensor_scale squared."""
         scale = E4M3[code]
         np.divide(self._magnitude, scale * self._tensor_scale, out=self._quotient)
         error = rounding_error(self._quotient, self._error, self._power)
@@ -61,7 +61,7 @@ class SquaredError:
 
 
 def rounding_error(quotient: np.ndarray, out: np.ndarray, power: np.ndarray) -> np.ndarray:
-    """The E2M1 value nearest to each non-negative `quotient`, minus the quotient, in `out`; `power` is overwritten.
+    """Write the nearest E2M1 value minus each non-negative `quotient` to `out`; `power` is overwritten.
 
     Neighbours are half a power of two apart: 0.5 up to 2, then 1, then 2. In float32, neighbours of 2**22 times that
     power are as far apart, so adding and subtracting it rounds as E2M1 does, ties to even included.
@@ -82,4 +82,4 @@ SCALINGS = {
     "mse": Scaling(E4M3_MAX, least_error_scale),
     "four-over-six": Scaling(FOUR_OVER_SIX_LARGEST, four_over_six_scale),
 }
-"""By the names that the command line uses."""
+"""By their names on the command line."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from dsv32_jax.layout import COPIES
 from dsv32_jax.model.block import Block
-from dsv32_jax.model.experts import shared_expert
+from dsv32_jax.model.experts import apply_shared_expert
 from dsv32_jax.model.indexer import Indexer, index_scores
 from dsv32_jax.model.mla import MLA, softmax_scale
 from dsv32_jax.model.model import Model, build
@@ -139,5 +139,5 @@ def feed_forward(ffn: MLP | MoE, h_BTD: jax.Array) -> tuple[jax.Array, jax.Array
     hidden_BTEM = jax.nn.silu(einsum("BTD,EMD->BTEM", h_BTD, ffn.w_gate_EMD).astype(jnp.float32))
     hidden_BTEM *= einsum("BTD,EMD->BTEM", h_BTD, ffn.w_up_EMD).astype(jnp.float32) * gate_BTE[..., None]
     routed_BTD = einsum32("BTEM,DEM->BTD", hidden_BTEM.astype(h_BTD.dtype), ffn.w_down_EDM.swapaxes(0, 1))
-    shared_tD = shared_expert(h_BTD.reshape(-1, h_BTD.shape[-1]), *ffn.shared)
+    shared_tD = apply_shared_expert(h_BTD.reshape(-1, h_BTD.shape[-1]), *ffn.shared)
     return routed_BTD + shared_tD.reshape(h_BTD.shape), chosen_BTXE.sum(axis=(0, 1, 2))
