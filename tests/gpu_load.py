@@ -56,7 +56,6 @@ def write(folder: Path, cfg: Config) -> None:
         places = writer.save(f"{number:05d}", {(leaf.path, name): array for name, array in arrays.items()})
         entry = LeafEntry(form.format, {name: describe_array(array) for name, array in arrays.items()})
         entries[leaf.path] = entry.at(leaf.path, places)
-    writer.finish()
     Manifest(cfg.to_dict(), entries, {"folder": "random"}, {}, {}, {"files": {}}).write(folder)
 
 

@@ -91,7 +91,7 @@ def test_random_leaves(tiny):
 
 def test_hash_is_even():
     """Bytes of a hash are uniform, and neighbours along every axis are independent."""
-    bits = np.asarray(random_weights.hashed((64, 64, 64), jax.numpy.uint32(7))).astype(np.uint8)
+    bits = np.asarray(random_weights.hash_indices((64, 64, 64), jax.numpy.uint32(7))).astype(np.uint8)
     assert abs(np.bincount(bits.ravel(), minlength=256) / bits.size * 256 - 1).max() < 0.2
     for axis in range(3):
         following = np.roll(bits, 1, axis)

@@ -96,7 +96,6 @@ def _write_parts(
         journal.add(Part(part, {path: dataclasses.replace(e, origin=None) for path, e in entries.items()}, {}, {}))
         done += sizes[part]
         progress(Progress(done, converted.nbytes, min(entries)))
-    writer.finish()
 
 
 def _read(converted: Converted, key: Key) -> np.ndarray:

@@ -169,7 +169,6 @@ def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progre
             journal.add(part)
             done |= part.entries
             meter.add_written(nbytes)
-    writer.finish()
 
 
 def _requantizer(plan: Plan) -> Requantizer:

@@ -62,7 +62,7 @@ def load(
     stored = Checkpoint.open(folder, verify)
     origin = Origin(stored.manifest.digest, stored.count_tokens())
     if mesh is not None:
-        sharding.check_mesh(mesh, stored.shapes())
+        sharding.check_mesh(mesh, [(stored.table[path], a.shape) for (path, _), a in stored.reader.entries.items()])
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
     weights = stored.weights(own, dtype, mesh, mapped)
     return build(stored.cfg, dtype, lambda path: weights[stored.home(path)], origin, mesh)
@@ -108,17 +108,14 @@ class Checkpoint:
         """Return the weight that holds the arrays of `path`: itself, or the one it is a copy of."""
         return self.manifest.leaves[path].same_as or path
 
-    def shapes(self) -> list[tuple[Leaf, tuple[int, ...]]]:
-        """Return the weight and the shape of every stored array."""
-        return [(self.table[path], entry.shape) for (path, _), entry in self.reader.entries.items()]
-
     def weights(
         self, paths: Collection[str], dtype, mesh: Mesh | None = None, mapped: bool = True
     ) -> dict[str, Weight]:
         """Load the weights `paths`, none of which is a copy of another, for a model that computes in `dtype`."""
         entries = {path: self.manifest.leaves[path] for path in paths}
+        device = SingleDeviceSharding(jax.local_devices()[0])
         targets = {
-            (path, name): self._target(mesh, path, array.shape)
+            (path, name): device if mesh is None else sharding.leaf_sharding(mesh, self.table[path], array.shape)
             for path, entry in entries.items()
             for name, array in entry.arrays.items()
         }
@@ -130,11 +127,6 @@ class Checkpoint:
             weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
             weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
         return weights
-
-    def _target(self, mesh: Mesh | None, path: str, shape: tuple[int, ...]) -> Sharding:
-        if mesh is None:
-            return SingleDeviceSharding(jax.local_devices()[0])
-        return sharding.leaf_sharding(mesh, self.table[path], shape)
 
 
 def _map_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:
@@ -215,26 +207,20 @@ def _dtype_name(dtype) -> str:
 
 def _require_leaves(folder: Path, table: dict[str, Leaf], entries: dict[str, LeafEntry]) -> None:
     """Raise CheckpointError unless the manifest has exactly the weights of the config, each of the right shape."""
-    problems = []
-    if missing := sorted(set(table) - set(entries)):
-        problems.append(f"missing ({len(missing)}): {listing(missing)}")
-    if unknown := sorted(set(entries) - set(table)):
-        problems.append(f"unknown ({len(unknown)}): {listing(unknown)}")
-    wrong = []
-    for path in sorted(set(table) & set(entries)):
-        entry = entries[path]
-        if entry.same_as is None and (shape := _logical_shape(entry)) != table[path].shape:
-            wrong.append(f"{path} is {shape}, not {table[path].shape}")
-    if wrong:
-        problems.append(f"of another shape ({len(wrong)}): {listing(wrong)}")
+    problems = [f"{path} is missing" for path in table.keys() - entries.keys()]
+    problems += [f"{path} is unknown" for path in entries.keys() - table.keys()]
+    for path in table.keys() & entries.keys():
+        shape = _logical_shape(entries[path])
+        if shape not in (None, table[path].shape):
+            problems.append(f"{path} is {shape}, not {table[path].shape}")
     if problems:
         raise CheckpointError(
-            f"{folder} does not hold the weights its config describes; nothing was read.\n  " + "\n  ".join(problems)
+            f"{folder} does not hold the weights of its config; nothing was read: {listing(sorted(problems), 20)}"
         )
 
 
-def _logical_shape(entry: LeafEntry) -> tuple[int, ...]:
-    if entry.format == "nvfp4":
+def _logical_shape(entry: LeafEntry) -> tuple[int, ...] | None:
+    if entry.format == "nvfp4" and entry.arrays:
         *out, packed = entry.arrays["codes"].shape
         return (*out, 2 * packed)
-    return tuple(entry.arrays["values"].shape)
+    return entry.arrays["values"].shape if entry.arrays else None

@@ -1,6 +1,7 @@
-"""A checkpoint with random weights in Hugging Face layout: for the demo, the notebooks and the tests."""
+"""Write a checkpoint with random weights in Hugging Face layout, for benches, notebooks and tests."""
 
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,9 @@ from safetensors.numpy import save_file
 from ..config import Config
 from ..layout import COPIES, MODEL, Leaf, leaves
 from ..quantization.quantize import fp8_quantize, nvfp4_quantize
-from ..system.host import count_cores
 
 DENSE_MATRICES = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "weights_proj", "eh_proj")
-"""What every published NVFP4 or FP8 checkpoint leaves in bfloat16."""
+"""Matrices that every published NVFP4 or FP8 checkpoint leaves in bfloat16."""
 
 ORIGINALS = {path: name for name, _, path in MODEL}
 
@@ -24,12 +24,12 @@ ORIGINALS = {path: name for name, _, path in MODEL}
 def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> None:
     """Write config.json, three shards and their index to `folder`, which must not exist.
 
-    `storage` of the linears: "bf16", "fp8", "nvfp4" (ModelOpt's names) or "compressed-tensors" (NVFP4).
-    The tensors of one linear are dealt out over the shards, as large checkpoints do.
+    `storage` of the linear layers is "bf16", "fp8", "nvfp4" (ModelOpt's names) or "compressed-tensors" (NVFP4). The
+    tensors of one layer are spread over the shards, as in large checkpoints.
     """
     folder.mkdir(parents=True)
     shards: list[dict[str, np.ndarray]] = [{}, {}, {}]
-    for i, (name, array) in enumerate(_tensors(cfg, storage, seed)):
+    for i, (name, array) in enumerate(_generate_tensors(cfg, storage, seed)):
         shards[i % len(shards)][name] = np.ascontiguousarray(array)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -42,27 +42,25 @@ def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> N
     (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1))
 
 
-def _tensors(cfg: Config, storage: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Every tensor of the checkpoint under its own name, made by a thread for each core."""
-    encode = {"bf16": _bf16, "fp8": _fp8, "nvfp4": _modelopt, "compressed-tensors": _compressed_tensors}[storage]
+def _generate_tensors(cfg: Config, storage: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
     sources = {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
 
-    def tensors_of(name: str) -> list[tuple[str, np.ndarray]]:
+    def generate(name: str) -> list[tuple[str, np.ndarray]]:
         leaf = sources[name]
         original = COPIES.get(leaf.path)
-        value = _values(leaf, ORIGINALS[original] if original else name, seed)
+        value = _generate_values(leaf, ORIGINALS[original] if original else name, seed)
         matrix = value.ndim == 2 and not any(part in name for part in DENSE_MATRICES)
-        return encode(name, value) if matrix else [(name, value)]
+        return _encode(name, value, storage) if matrix else [(name, value)]
 
-    with ThreadPoolExecutor(count_cores()) as pool:
-        for tensors in pool.map(tensors_of, sources):
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for tensors in pool.map(generate, sources):
             yield from tensors
 
 
-def _values(leaf: Leaf, name: str, seed: int) -> np.ndarray:
-    """Gains near 1, biases near 0, matrices that keep the scale of what they multiply, peaked logits.
+def _generate_values(leaf: Leaf, name: str, seed: int) -> np.ndarray:
+    """Return gains near 1, biases near 0, or a matrix that preserves scale (a head: peaked logits).
 
-    They depend on `name`, the shape and `seed` alone.
+    The values depend on `name`, shape and `seed` alone.
     """
     rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
     noise = rng.standard_normal(leaf.source_shape, np.float32)
@@ -72,21 +70,14 @@ def _values(leaf: Leaf, name: str, seed: int) -> np.ndarray:
     return (noise * gain * leaf.source_shape[-1] ** -0.5).astype(ml_dtypes.bfloat16)
 
 
-def _bf16(name: str, w: np.ndarray):
-    return [(name, w)]
-
-
-def _fp8(name: str, w: np.ndarray):
-    values, grid = fp8_quantize(w)
-    return [(name, values), (name + "_scale_inv", grid)]
-
-
-def _modelopt(name: str, w: np.ndarray):
+def _encode(name: str, w: np.ndarray, storage: str) -> list[tuple[str, np.ndarray]]:
+    if storage == "bf16":
+        return [(name, w)]
+    if storage == "fp8":
+        values, grid = fp8_quantize(w)
+        return [(name, values), (name + "_scale_inv", grid)]
     codes, block_scale, tensor_scale = nvfp4_quantize(w)
-    return [(name, codes), (name + "_scale", block_scale), (name + "_scale_2", tensor_scale.reshape(()))]
-
-
-def _compressed_tensors(name: str, w: np.ndarray):
-    codes, block_scale, tensor_scale = nvfp4_quantize(w)
+    if storage == "nvfp4":
+        return [(name, codes), (name + "_scale", block_scale), (name + "_scale_2", tensor_scale.reshape(()))]
     inverse = 1 / tensor_scale.reshape(1)
     return [(name + "_packed", codes), (name + "_scale", block_scale), (name + "_global_scale", inverse)]

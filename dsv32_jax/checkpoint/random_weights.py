@@ -1,7 +1,7 @@
-"""Random weights made where they are used: an element is a hash of its index, so nothing but the result is stored.
+"""Random weights, generated on the device from a hash of each element's index.
 
-`jax.random.bits` needs 6 to 16 times the memory of what it makes, and a host copy would double it. Here an expert bank
-of 6.3 GB takes 6.3 GB, and a leaf is the same on whatever devices it is spread.
+`jax.random.bits` needs 6 to 16 times the memory of its result, and a host copy would double it. Here an expert bank of
+6.3 GB takes 6.3 GB, and a weight is the same on whatever devices it is sharded.
 """
 
 import functools
@@ -20,34 +20,30 @@ from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
 
 UNQUANTIZED = ("embed", "head", "router", "w_w", "w_e", "w_h")
-"""Matrices that published NVFP4 checkpoints leave in bfloat16, by the name before the axes."""
+"""Matrices that published NVFP4 checkpoints leave in bfloat16, by name without axes."""
 
 ABSORBED = ("w_uk", "w_uv")
 """Matrices that `load` dequantizes to the compute dtype."""
 
 SCALES = np.arange(0x68, 0x78, dtype=np.uint8)
-"""Codes of the float8_e4m3fn numbers 64, 72, ..., 240, of which every block's scale is one."""
+"""Block scales, chosen at random: the E4M3 codes of 64, 72, ..., 240."""
 
 GOLDEN = 0x9E3779B1
-"""2^32 divided by the golden ratio: odd, so that its multiples visit every 32-bit number."""
+"""2^32 divided by the golden ratio: odd, so its multiples visit every 32-bit number."""
 
 
 def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0, mesh: Mesh | None = None) -> Callable[[str], Weight]:
-    """Return a function from a path to a random weight, in the format that `load` would give: what `model.build` takes.
+    """Return a function for `model.build` that generates the weight of a path, in the format `load` would return.
 
-    `dtype` is the compute dtype. A leaf depends on its path, its shape and `seed` alone; each device of `mesh` makes
-    its own part.
+    `dtype` is the compute dtype. A weight depends on its path, shape and `seed`; each device of `mesh` generates its
+    own shard.
     """
     table = {leaf.path: leaf for leaf in leaves(cfg)}
-
-    def make(path: str) -> Weight:
-        return random_leaf(table[path], storage(table[path], dtype), seed, mesh)
-
-    return make
+    return lambda path: random_leaf(table[path], storage(table[path], dtype), seed, mesh)
 
 
 def storage(leaf: Leaf, dtype=jnp.bfloat16) -> str:
-    """How `leaf` is held in a model that computes in `dtype`: "nvfp4", or the name of a plain dtype."""
+    """Return the format of a weight in a model that computes in `dtype`: "nvfp4", or the name of a dtype."""
     name = leaf.path.rpartition(".")[2].rpartition("_")[0]
     if len(leaf.source_shape) == 1:
         return "float32"
@@ -57,25 +53,25 @@ def storage(leaf: Leaf, dtype=jnp.bfloat16) -> str:
 
 
 def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -> Weight:
-    """Gains near 1, biases near 0, matrices with a standard deviation of (their number of inputs)^-0.5.
+    """Generate gains near 1, biases near 0, or a matrix with a standard deviation of (number of inputs)^-0.5.
 
-    `storage` is "nvfp4" (all codes equally likely) or the name of a plain dtype (uniformly distributed values).
+    `storage` is "nvfp4", with all codes equally likely, or the name of a dtype, with uniformly distributed values.
     """
     number = np.uint32(zlib.crc32(leaf.path.encode(), seed))
     *out, size = leaf.shape
     scalars = (leaf.shape[0] if leaf.stacked else 1, *[1] * len(out))
     parts = [(*out, size // 2), (*out, size // NVFP4_BLOCK), scalars] if storage == "nvfp4" else [leaf.shape]
-    spread = tuple(None if mesh is None else leaf_sharding(mesh, leaf, shape) for shape in parts)
+    shardings = tuple(None if mesh is None else leaf_sharding(mesh, leaf, shape) for shape in parts)
     if len(leaf.source_shape) == 1:
-        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1, *spread)
+        return uniform(leaf.shape, storage, number, 0.0 if "bias" in leaf.path else 1.0, 0.1, *shardings)
     deviation = leaf.source_shape[-1] ** -0.5
     if storage == "nvfp4":
-        return _nvfp4(leaf.shape, leaf.stacked, number, deviation, spread)
-    return uniform(leaf.shape, storage, number, 0.0, deviation, *spread)
+        return _nvfp4(leaf.shape, leaf.stacked, number, deviation, shardings)
+    return uniform(leaf.shape, storage, number, 0.0, deviation, *shardings)
 
 
 def random_bank(shape: tuple[int, int, int], storage: str, number: int) -> Weight:
-    """Matrices [E, out, in] with a standard deviation of in^-0.5; `storage` is "nvfp4", "fp8" or "bf16"."""
+    """Generate matrices [E, out, in] with a standard deviation of in^-0.5, in "nvfp4", "fp8" or "bf16"."""
     bits, deviation = jnp.uint32(number), shape[-1] ** -0.5
     if storage == "nvfp4":
         return _nvfp4(shape, True, bits, deviation, (None,) * 3)
@@ -88,17 +84,20 @@ def random_bank(shape: tuple[int, int, int], storage: str, number: int) -> Weigh
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 4))
 def _nvfp4(
-    shape: tuple[int, ...], stacked: bool, number: jax.Array, deviation: float, spread: tuple[NamedSharding | None, ...]
+    shape: tuple[int, ...],
+    stacked: bool,
+    number: jax.Array,
+    deviation: float,
+    shardings: tuple[NamedSharding | None, ...],
 ) -> NVFP4:
-    """Random codes, random block scales, and the tensor scale that makes `deviation` of them."""
     *out, size = shape
     scales = jax.lax.bitcast_convert_type(SCALES, jnp.float8_e4m3fn).astype(jnp.float32)
     tensor_scale = deviation / (np.sqrt(np.mean(E2M1**2)) * jnp.sqrt(jnp.mean(scales**2)))
-    codes = hashed((*out, size // 2), number).astype(jnp.uint8)
-    pick = (hashed((*out, size // NVFP4_BLOCK), ~number) % len(SCALES)).astype(jnp.uint8)
-    block_scale = jax.lax.bitcast_convert_type(SCALES[0] + pick, jnp.float8_e4m3fn)
+    codes = hash_indices((*out, size // 2), number).astype(jnp.uint8)
+    chosen = (hash_indices((*out, size // NVFP4_BLOCK), ~number) % len(SCALES)).astype(jnp.uint8)
+    block_scale = jax.lax.bitcast_convert_type(SCALES[0] + chosen, jnp.float8_e4m3fn)
     parts = (codes, block_scale, jnp.full((shape[0] if stacked else 1, *[1] * len(out)), tensor_scale))
-    return NVFP4(*map(_place, parts, spread))
+    return NVFP4(*map(_constrain, parts, shardings))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 5))
@@ -108,19 +107,19 @@ def uniform(
     number: jax.Array,
     mean: float,
     deviation: float,
-    spread: NamedSharding | None = None,
+    sharding: NamedSharding | None = None,
 ) -> jax.Array:
-    """Values evenly between mean - sqrt(3) deviations and mean + sqrt(3) deviations."""
-    unit = hashed(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
-    return _place((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), spread)
+    """Generate uniformly distributed values with this mean and standard deviation."""
+    unit = hash_indices(shape, number).astype(jnp.float32) * np.float32(2**-31) - 1
+    return _constrain((mean + np.float32(np.sqrt(3)) * deviation * unit).astype(dtype), sharding)
 
 
-def _place(x: jax.Array, spread: NamedSharding | None) -> jax.Array:
-    return x if spread is None else jax.lax.with_sharding_constraint(x, spread)
+def _constrain(x: jax.Array, sharding: NamedSharding | None) -> jax.Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
-def hashed(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
-    """A 32-bit hash of each element's index and `number`: a sum of multiples, then the last mixing step of murmur3."""
+def hash_indices(shape: tuple[int, ...], number: jax.Array) -> jax.Array:
+    """Hash the index of each element with `number` to 32 bits: a sum of multiples, then the last step of murmur3."""
     index = number
     for axis in range(len(shape)):
         step = np.uint32(pow(GOLDEN, axis + 1, 2**32))

@@ -34,11 +34,6 @@ Piece = Callable[[Key, tuple[int, ...]], tuple[int, ...]]
 """Returns the shape of one device's slice of an array, given the key and the shape of the array."""
 
 
-def whole(key: Key, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the slice of a single device: everything."""
-    return shape
-
-
 def list_metadata(entries: Mapping[Key, ArrayEntry]) -> list[str]:
     """Return the names of the files that describe the stored arrays to Orbax, relative to the checkpoint."""
     descriptions = {f"{entry.place.files[0].rpartition('/')[0]}/{DESCRIPTION}" for entry in entries.values()}
@@ -48,11 +43,12 @@ def list_metadata(entries: Mapping[Key, ArrayEntry]) -> list[str]:
 class Writer:
     """Writes parts into FOLDER/weights, each atomically. The caller holds the lock of the folder."""
 
-    def __init__(self, folder: str | Path, piece: Piece = whole):
+    def __init__(self, folder: str | Path, piece: Piece = lambda key, shape: shape):
         self._root, self._piece = Path(folder), piece
         self.folder = self._root / WEIGHTS
         if not os.path.lexists(self.folder):
             self.folder.mkdir()
+            sync(self._root)
         if not stat.S_ISDIR(os.lstat(self.folder).st_mode):
             raise OutputExistsError(f"{self.folder} is a link or a file; nothing was touched. Convert to a new folder")
 
@@ -75,11 +71,6 @@ class Writer:
             raise writing_failed(target, error) from error
         self._check_written(arrays, places)
         return places
-
-    def finish(self) -> None:
-        """Make the names of all parts durable."""
-        sync(self.folder)
-        sync(self._root)
 
     def _write(self, building: Path, part: str, key: Key, array: np.ndarray) -> Place:
         name, piece = ".".join(key), self._piece(key, array.shape)

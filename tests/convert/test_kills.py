@@ -73,7 +73,7 @@ def test_everything_is_flushed_before_the_manifest(undisturbed):
         assert sum(line < rename for line in noted) > part
         assert any(rename < flush < line for flush in flushed for line in noted)
     end = steps.index("open .manifest.json.*.tmp")
-    assert noted[-1] < flushed[-1] < end
+    assert flushed[-1] < noted[-1] < end
     assert list(dict.fromkeys(steps[end:])) == [
         "open .manifest.json.*.tmp",
         "os.fsync .manifest.json.*.tmp",

@@ -14,7 +14,7 @@ from orbax.checkpoint import v1 as ocp
 
 from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry
 from dsv32_jax.checkpoint.reader import Reader
-from dsv32_jax.checkpoint.writer import UNFINISHED, Writer, whole
+from dsv32_jax.checkpoint.writer import UNFINISHED, Writer
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError
 
 REPOSITORY = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ GROUP = {
 OTHER = {("norm_D", "values"): np.arange(5, dtype=np.float32)}
 
 
-def write(folder: Path, group=GROUP, piece=whole, part: str = "00000") -> Reader:
+def write(folder: Path, group=GROUP, piece=lambda key, shape: shape, part: str = "00000") -> Reader:
     """`group` as a part of `folder`, and its reader."""
     folder.mkdir(parents=True, exist_ok=True)
     placed = Writer(folder, piece).save(part, group)
