@@ -8,7 +8,7 @@ TESTS = Path(__file__).parent
 
 CATALOGUE = {
     "G01 prompt and new tokens exceed the cache": "generation/test_generate.py::test_g01_a_request_that_does_not_fit",
-    "G02 text to a chat model": "terminal/test_generate.py::test_g02_text_is_continued_and_chat_is_asked_for",
+    "G02 text to a chat model": "cli/test_generate.py::test_g02_text_is_continued_and_chat_is_asked_for",
     "G03 the first call hangs, compiling": "generation/test_generate.py::test_g03_a_long_compilation_says_so",
     "G04 every length compiles": "generation/test_generate.py::test_fifty_lengths_share_three_buckets",
     "G05 the device has no memory left": "generation/test_generate.py::test_g05_a_device_without_memory",
@@ -37,7 +37,7 @@ CATALOGUE = {
     "G28 two threads, one model": "generation/test_generate.py::test_g28_many_threads",
     "G29 too many log-probabilities": "generation/test_generate.py::test_wrong_options",
     "G30 a session of another model": "generation/test_sessions.py::test_a_session_of_another_model",
-    "G31 memory that another process holds": "terminal/test_doctor.py::test_gpus_without_a_plugin",
+    "G31 memory that another process holds": "cli/test_doctor.py::test_gpus_without_a_plugin",
     "G34 a very long prompt": "generation/test_generate.py::test_chunks_are_the_whole",
     "G35 stop strings that are none": "generation/test_generate.py::test_g35_wrong_stop_strings",
 }
