@@ -101,7 +101,7 @@ def same(what: str, got, want, tolerance: float) -> None:
     got, want = np.asarray(got), np.asarray(want)
     finite = np.isfinite(want)
     np.testing.assert_array_equal(np.isfinite(got), finite)
-    error = np.abs(got - want)[finite].max() / np.abs(want[finite]).max()
+    error = np.abs(got[finite] - want[finite]).max() / np.abs(want[finite]).max()
     print(f"{what}: {error:.1e}", flush=True)
     assert error < tolerance
 
