@@ -388,7 +388,7 @@ def test_every_assignment_has_a_slot(data, shape):
     owner = np.asarray(blocks.token_nb).reshape(-1)[slot]
     np.testing.assert_array_equal(owner, np.broadcast_to(np.arange(tokens)[:, None], owner.shape))
     assert set(np.asarray(blocks.expert_n).tolist()) <= {*expert.reshape(-1).tolist(), count}
-    assert size <= experts.LARGEST_BLOCK and len(blocks.expert_n) * size < 2 * tokens * each + count * size
+    assert size <= experts.MAX_BLOCK and len(blocks.expert_n) * size < 2 * tokens * each + count * size
 
 
 _in_blocks = jax.jit(experts.assign_blocks, static_argnums=1)

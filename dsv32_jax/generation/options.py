@@ -60,8 +60,8 @@ def specs(declaration: type) -> dict[str, Spec]:
 class Sampling:
     """How tokens are chosen; the default is greedy. Raises UsageError on values that make no sense.
 
-    `seed` is one for all prompts, or a sequence with one each. A row's tokens depend on its seed, its prompt and its
-    positions, never on the batch around it.
+    `seed` is one for all prompts, or a sequence with one each. In float32 a row's tokens depend on its seed, its
+    prompt and its positions alone; in bfloat16 other batch shapes round differently, which can flip a near-tie.
     """
 
     temperature: float = option(0.0, "number", "X", "0 is greedy; DeepSeek recommends 1 with a top-p of 0.95", high=5)
