@@ -16,7 +16,7 @@ MODULE = re.compile(r"(model\.layers\.)(\d+)(\..*?)(?:(experts\.)(\d+)(\..*))?")
 """A module of a layer; an expert's has its number in a group of its own."""
 
 PREFIXES = (re.compile(r"model\.layers\.\d+(?=\.)"), re.compile(r"model\.layers\.\d+\.mlp\.experts(?=\.\d)"))
-"""What one pattern of ModelOpt can name: a layer, the experts of a layer."""
+"""The groups that one pattern of ModelOpt can name: a layer, the experts of a layer."""
 
 DEEPSEEK = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8", "weight_block_size": [128, 128]}
 

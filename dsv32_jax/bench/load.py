@@ -52,7 +52,7 @@ SIZES = {
     "index_n_heads": 16,
     "n_routed_experts": 64,
 }
-"""What differs from DeepSeek-V3.2 in the random checkpoint of about 1 GB."""
+"""The sizes that differ from DeepSeek-V3.2 in the random checkpoint of about 1 GB."""
 
 
 def run(arguments: argparse.Namespace) -> None:

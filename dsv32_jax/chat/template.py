@@ -19,7 +19,7 @@ SPECIAL = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)
 """Each is one token in the vocabulary. DSML may or may not be one."""
 
 SCREENED = (BOS, EOS, THINK, THINK_END, DSML)
-"""What neither the content nor the reasoning of a parsed message may hold."""
+"""Markers that neither the content nor the reasoning of a parsed message may contain."""
 
 LEAD = Mark("\n\n")
 LINE = Mark("\n")

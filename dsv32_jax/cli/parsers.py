@@ -178,7 +178,7 @@ def collect_options(arguments: argparse.Namespace, names: Collection[str]) -> di
 
 
 UNSET = object()
-"""What an option is set to by its word for None."""
+"""Marks an option that the command line sets to None, as `all` does."""
 
 
 def _parse_count_or(none: str) -> Callable[[str], Any]:
