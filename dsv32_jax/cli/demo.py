@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> int:
         with _report_step("converted a Hugging Face checkpoint") as report:
             manifest = convert.convert(CHECKPOINT, target)
             size = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
-            report(f"{format_size(size)} of FP8 and BF16, {len(manifest.leaves)} parameters, lossless")
+            report(f"{format_size(size)} of FP8 and BF16, {len(manifest.leaves)} weights, lossless")
         with _report_step("imported JAX and loaded the model") as report:
             from .. import chat
             from ..checkpoint.load import load
