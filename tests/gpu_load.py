@@ -70,6 +70,12 @@ def seconds(run: Callable[[], object]) -> float:
     return min(found)
 
 
+def count_read_bytes() -> int:
+    """The bytes that this process has read so far, from disks or the page cache (Linux)."""
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"])
+
+
 def measure(folder: Path, mesh: jax.sharding.Mesh | None) -> None:
     """Print the figures of one checkpoint."""
     reader, device = Reader(folder, Manifest.read(folder).leaves), jax.devices()[0]
@@ -82,11 +88,14 @@ def measure(folder: Path, mesh: jax.sharding.Mesh | None) -> None:
         for _ in reader.slabs(key):
             pass
     before = get_resident_memory()
+    begun = count_read_bytes()
     copied = seconds(lambda: ds.load(folder, mesh=mesh, mapped=False))
+    read = (count_read_bytes() - begun) / ROUNDS
     peak = get_peak_memory() - before - (nbytes if device.platform == "cpu" else 0)
     memory = np.ones(IN_MEMORY, np.uint8)
     put = IN_MEMORY / seconds(lambda: jax.device_put(memory, device)) / 1e9
     print(f"load {nbytes / copied / 1e9:.2f} GB/s ({copied:.2f} s), host memory beside the model {peak / 1e9:.2f} GB")
+    print(f"a load reads {read / 1e9:.2f} GB of files")
     print(f"device_put of an array in memory {put:.2f} GB/s, ratio {nbytes / copied / 1e9 / put:.2f}")
     if device.platform == "cpu":
         print(f"mapped load {seconds(lambda: ds.load(folder, mesh=mesh)):.3f} s")

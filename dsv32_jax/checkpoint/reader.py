@@ -59,7 +59,7 @@ class Reader:
         try:
             self._require_no_links(name.split("/")[:-1])
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if "/" in name else 0)
-            descriptor = os.open(self.folder / name, flags)
+            descriptor = os.open(os.path.join(self.folder, name), flags)
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(f"{name} is missing") from None
         except OSError as error:
@@ -77,7 +77,7 @@ class Reader:
         """Raise CheckpointError if a folder on the way to a file, except the first, is a link."""
         for depth in range(2, len(folders) + 1):
             if (path := "/".join(folders[:depth])) not in self._checked:
-                if stat.S_ISLNK(os.lstat(self.folder / path).st_mode):
+                if stat.S_ISLNK(os.lstat(os.path.join(self.folder, path)).st_mode):
                     raise CheckpointError(f"{path} is a link")
                 self._checked.add(path)
 

@@ -1,4 +1,4 @@
-"""The mix_experts of experts: each token's own routed experts, and the shared one (DeepSeekMoE, arXiv 2401.06066).
+"""The mixture of experts: each token's own routed experts, and the shared one (DeepSeekMoE, arXiv 2401.06066).
 
 The (token, expert) assignments are sorted by expert and laid out in blocks with one expert each, and a product picks
 the matrix of each block by index. Shapes are static, work is proportional to the assignments, experts that no token

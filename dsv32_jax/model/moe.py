@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense, and the mix_experts of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+"""Feed-forward layers: dense, and the mixture of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
 
 import dataclasses
 from functools import partial
