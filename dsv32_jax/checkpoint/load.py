@@ -4,7 +4,7 @@ import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load(
     (axes among data, model, expert) each device gets its own part.
     On a CPU the weights are maps of the files, which must stay as they are while the model is used: memory is taken as
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
-    devices always get copies; beside them the host needs memory for AHEAD_BYTES and the largest array.
+    devices always get copies; beside them the host needs memory for AHEAD_BYTES and two of the largest arrays.
     `verify`: "quick" first compares the files with the manifest, "full" also every array with its SHA-256.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
@@ -188,6 +188,7 @@ class _Copy:
         return jax.block_until_ready(jax.make_array_from_single_device_arrays(self._shape, self._target, shards))
 
 
+@lru_cache(maxsize=1024)
 def _split(target: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
     """Return the parts of an array of `shape` that devices of this process hold, each once, and which devices."""
     found: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
