@@ -16,6 +16,7 @@ from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.random_weights import leaf_maker
 from dsv32_jax.kernels import VARIABLE, dispatch, gpu_attention
 from dsv32_jax.model import indexer, mla
+from dsv32_jax.model.cache import LayerCache
 from dsv32_jax.model.model import build
 from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, Fp8Block
@@ -66,14 +67,18 @@ def attention() -> None:
     """Index scores, selection and sparse attention against their references, in bfloat16 and FP8 caches: any lengths,
     ties, NaN and -inf among the scores."""
     rng = np.random.default_rng(2)
-    for batch, tokens, slots, topk in ((1, 1, 70, 64), (3, 5, 300, 64), (2, 33, 9000, 512), (1, 4, 5000, 2048)):
+    sizes = ((1, 1, 70, 64), (2, 3, 301, 64), (3, 5, 300, 64), (2, 33, 9000, 512), (1, 4, 5000, 2048))
+    for batch, tokens, slots, topk in sizes:
         position_BT = jnp.asarray(rng.integers(0, slots, (batch, tokens)), jnp.int32).at[0, 0].set(slots - 1)
         q_BTIJ, w_BTI = (jnp.asarray(rng.standard_normal((batch, tokens, *n)), jnp.float32) for n in ((64, 128), (64,)))
         for dtype in (jnp.bfloat16, jnp.float8_e4m3fn):
-            k_BSJ, c_kv_BSC = (rows(rng, (batch, slots, size), dtype) for size in (128, 512))
-            k_r_BSR = rows(rng, (batch, slots, 64), jnp.bfloat16)
-            operands = q_BTIJ.astype(jnp.bfloat16), w_BTI, k_BSJ, position_BT
-            got, want = (jax.jit(f)(*operands) for f in (gpu_attention.index_scores, indexer.score_rows))
+            shape, table_Bd = pages(rng, batch, slots)
+            parts = ((512, dtype), (64, jnp.bfloat16), (128, dtype))
+            cache = LayerCache(*(rows(rng, (*shape, size), stored) for size, stored in parts), table_Bd=table_Bd)
+            operands = q_BTIJ.astype(jnp.bfloat16), w_BTI, cache, position_BT
+            want = jax.jit(indexer.score_rows)(*operands)[..., :slots]
+            operands = *operands[:2], cache.k_index_yqJ, table_Bd, position_BT
+            got = jax.jit(gpu_attention.index_scores)(*operands)[..., :slots]
             same(f"index scores {np.dtype(dtype)} {batch} x {tokens} x {slots}", got, want, 1e-5)
             for score_BTS in (want, jnp.round(want / 50), want.at[..., 1::5].set(jnp.nan).at[..., 2::7].set(-jnp.inf)):
                 visible = jnp.arange(slots) <= position_BT[..., None]
@@ -84,10 +89,19 @@ def attention() -> None:
                 reached = np.take_along_axis(largest, order, axis=-1) > -np.inf
                 np.testing.assert_array_equal(np.sort(selected_BTk), np.sort(np.where(reached, order, -1)))
             q_c, q_r = (jnp.asarray(rng.standard_normal((batch, tokens, 128, n)), jnp.bfloat16) for n in (512, 64))
-            operands = q_c, q_r, c_kv_BSC, k_r_BSR, selected_BTk, position_BT
+            operands = q_c, q_r, cache.c_kv_yqC, cache.k_r_yqR, cache.slots(selected_BTk), position_BT
             scale = 576**-0.5
             got, want = (jax.jit(partial(f, scale))(*operands) for f in (gpu_attention.attend, mla.attend_selected))
             same(f"attention {np.dtype(dtype)} {batch} x {tokens} over {topk} of {slots}", got, want, 1e-2)
+
+
+def pages(rng, batch: int, slots: int) -> tuple[tuple[int, int], jax.Array | None]:
+    """The shape of the pages of rows of `slots` tokens, and their table: pages of 64 in any order, or one a row."""
+    blocks = -(-slots // 64)
+    if slots % 2:
+        return (batch, slots), None
+    table = rng.permutation(batch * blocks + 3)[: batch * blocks].reshape(batch, blocks)
+    return (batch * blocks + 3, 64), jnp.asarray(table, jnp.int32)
 
 
 def rows(rng, shape: tuple[int, ...], dtype):

@@ -64,7 +64,7 @@ def test_a_filled_cache_has_no_empty_slot(single):
     cache = fill_cache(cfg, 64, dtype_of("bfloat16", jnp.bfloat16))
     assert cache.length_B.tolist() == [63] and cache.capacity == 64 and len(cache.layers) == 2
     values = [layer.latents(jnp.float32)[0] for layer in cache.layers]
-    values += [cache_formats.read(layer.k_index_BSJ, jnp.float32)[:, :64] for layer in cache.layers]
+    values += [cache_formats.read(layer.k_index_yqJ, jnp.float32)[:, :64] for layer in cache.layers]
     assert len({value.tobytes() for array in values for value in np.asarray(array)[0, :, :16]}) == 4 * 64
     assert all(abs(float(array.std()) - 1) < 0.05 for array in values)
 
@@ -99,12 +99,12 @@ def test_decode_rows(rows, tiny):
 def test_a_step_stays_in_the_last_slot(single, model):
     """Each run processes one token at the same place, the cache having been handed over."""
     cache = fill_cache(single, 32, dtype_of("bfloat16", jnp.bfloat16))
-    before = np.asarray(cache_formats.read(cache.layers[0].k_index_BSJ, jnp.float32)[:, :32])
+    before = np.asarray(cache_formats.read(cache.layers[0].k_index_yqJ, jnp.float32)[:, :32])
     step = DecodeStep(model, cache)
     for _ in range(3):
         step.run()
     assert step.state.cache.length_B.tolist() == [32] and step.state.step_B.tolist() == [3]
-    after = np.asarray(cache_formats.read(step.state.cache.layers[0].k_index_BSJ, jnp.float32)[:, :32])
+    after = np.asarray(cache_formats.read(step.state.cache.layers[0].k_index_yqJ, jnp.float32)[:, :32])
     assert (before != after).any(axis=-1).tolist() == [[False] * 31 + [True]]
 
 

@@ -142,7 +142,7 @@ def test_indexer(case):
     for layer, want in case.layers("L{}.idx_q_last4").items():
         case.close("index queries", case.index_inputs[layer][0][:, -want.shape[1] :], want, 1e-3)
     for layer, want in case.layers("L{}.idx_k").items():
-        keys = hadamard(case.prefill.cache.layers[layer].k_index_BSJ[:, : want.shape[1]])
+        keys = hadamard(case.prefill.cache.layers[layer].k_index_yqJ[:, : want.shape[1]])
         case.close("index keys", keys, want, 1e-3)
 
 
@@ -151,12 +151,12 @@ def test_cache_of_the_first_layer(case):
     """The latent after its norm and the key after its rotation, at the positions they belong to."""
     length, kept = case.ids.shape[1], 0
     cache = case.prefill.cache.layers[0]
-    for name, got in (("kv_latent", cache.c_kv_BSC), ("k_pe", cache.k_r_BSR)):
+    for name, got in (("kv_latent", cache.c_kv_yqC), ("k_pe", cache.k_r_yqR)):
         for ending, last in (("", length), ("_last32", 32)):
             if f"L0.{name}{ending}" in case.tensors:
                 case.close(name, got[:, length - last : length], case[f"L0.{name}{ending}"], 1e-4)
                 kept += 1
-    assert kept == 2 and not np.asarray(cache.c_kv_BSC[:, length:]).any()
+    assert kept == 2 and not np.asarray(cache.c_kv_yqC[:, length:]).any()
 
 
 @having("L0.attn_out")
@@ -310,7 +310,7 @@ def test_bfloat16(case):
     """Computed in bfloat16: medians over tokens, since one flipped key or expert may move a token far."""
     model = ds.load(case.converted, dtype=jnp.bfloat16)
     out = ds.forward(model, case.ids, seen=True)
-    assert out.hidden.dtype == jnp.bfloat16 and out.cache.layers[0].c_kv_BSC.values.dtype == jnp.bfloat16
+    assert out.hidden.dtype == jnp.bfloat16 and out.cache.layers[0].c_kv_yqC.values.dtype == jnp.bfloat16
     off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
     nvfp4 = "golden_nvfp4" in str(case.folder)
     assert case.record("bf16 logits (median)", np.median(off)) <= (0.1 if nvfp4 else 0.15)
@@ -333,7 +333,7 @@ def test_fp8_cache(case):
     model = ds.load(case.converted, dtype=jnp.bfloat16)
     empty = cache.empty(model.cfg, *case.ids.shape, jnp.float8_e4m3fn)
     out = ds.forward(model, case.ids, cache=empty, seen=True)
-    assert out.cache.layers[0].c_kv_BSC.values.dtype == jnp.float8_e4m3fn
+    assert out.cache.layers[0].c_kv_yqC.values.dtype == jnp.float8_e4m3fn
     off = np.abs(np.asarray(out.logits) - case["logits"]).max(axis=-1)
     assert case.record("FP8 cache logits (median)", np.median(off)) <= 1.5
     first = np.asarray(out.seen[1].x_BTD)

@@ -16,8 +16,8 @@ import dsv32_jax as ds
 from dsv32_jax import layout
 from dsv32_jax.errors import UsageError
 from dsv32_jax.generation import prefill_decode
-from dsv32_jax.model import attention, block, experts
-from dsv32_jax.model.cache import empty, empty_layer
+from dsv32_jax.model import attention, block, experts, indexer
+from dsv32_jax.model.cache import Cache, empty, empty_layer
 from dsv32_jax.model.model import Origin, build
 from dsv32_jax.model.ops import map_tokens, rms_norm
 from dsv32_jax.system.compilation import count_compilations
@@ -528,7 +528,46 @@ def test_index_keys_are_written_even_where_nothing_is_scored(model, tokens, whol
     """A short prompt in a small cache leaves the keys that a longer run needs."""
     out = ds.forward(model, tokens[:, :19], capacity=19)
     for layer, long in zip(out.cache.layers, whole.cache.layers, strict=True):
-        same(layer.k_index_BSJ, long.k_index_BSJ[:, :19])
+        same(layer.k_index_yqJ, long.k_index_yqJ[:, :19])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("capacity", [20, ROOMY], ids=["dense", "sparse"])
+def test_pages_in_any_order_are_a_contiguous_cache(model, tokens, monkeypatch, dtype, capacity):
+    """A row's pages may be anywhere, and others' tokens between them; what has no page is dropped."""
+    monkeypatch.setattr(indexer, "KEYS", 8)
+    size, count, rng = 4, 18, np.random.default_rng(0)
+    blocks = -(-capacity // size)
+    pages = jnp.asarray(rng.permutation(3 * blocks + 5)[: 3 * blocks].reshape(3, blocks), jnp.int32)
+    layers = empty(model.cfg, 3 * blocks + 5, size, dtype).layers
+    layers = jax.tree.map(lambda x: jnp.asarray(rng.integers(0, 9, x.shape), x.dtype), layers)
+    paged = Cache(layers, jnp.zeros(3, jnp.int32), pages.at[1, -(-count // size) :].set(-1))
+    assert paged.capacity == blocks * size
+    want = ds.forward(model, tokens[:, :count], cache=empty(model.cfg, 3, blocks * size, dtype), count_B=[18, 16, 5])
+    got = ds.forward(model, tokens[:, :count], cache=paged, count_B=[18, 16, 5])
+    for b, length in enumerate([18, 16, 5]):
+        same(got.logits[b, :length], want.logits[b, :length])
+    for _ in range(2):
+        last = tokens[:, count : count + 1]
+        want, got = (ds.forward(model, last, cache=out.cache) for out in (want, got))
+        same(got.logits, want.logits)
+    unused = np.setdiff1d(np.arange(3 * blocks + 5), got.cache.table_Bd)
+    for before, after in zip(jax.tree.leaves(layers), jax.tree.leaves(got.cache.layers), strict=True):
+        np.testing.assert_array_equal(before[unused], after[unused])
+
+
+def test_pages_are_written_in_place(model, tokens):
+    """A donated cache is not copied: beside it a decode step takes as much memory with many pages as with few."""
+
+    def temporary(pages: int) -> int:
+        layers = empty(model.cfg, pages, 64, jnp.bfloat16).layers
+        cache = Cache(layers, jnp.zeros(3, jnp.int32), jnp.zeros((3, 2), jnp.int32))
+        step = jax.jit(lambda model, *rest: model(*rest), donate_argnums=2)
+        account = step.lower(model, tokens[:, :1], cache, np.ones(3, np.int32)).compile().memory_analysis()
+        assert account.alias_size_in_bytes >= nbytes(jax.tree.leaves(layers))
+        return account.temp_size_in_bytes
+
+    assert temporary(512) == temporary(8)
 
 
 def test_a_traced_function_sees_the_origin_of_its_own_model(model):

@@ -35,6 +35,7 @@ MODULES = (
 LOWERCASE = {
     "a": ("assignments of tokens to experts", lambda size: size["t"] * size["X"]),
     "b": ("rows of a block", None),
+    "d": ("pages of a row, or other runs of its positions", None),
     "e": ("experts of a group", lambda size: size["E"] // size["G"]),
     "g": ("groups of index heads that are scored one after the other", lambda size: size["I"] // size["i"]),
     "i": ("index heads of such a group", None),
@@ -43,12 +44,14 @@ LOWERCASE = {
     "n": ("blocks of rows, each of which is multiplied by one matrix of a bank", None),
     "o": ("outputs of a matrix, its other axes as one", None),
     "p": ("parts of a sum that is split", None),
+    "q": ("slots of a page", None),
     "r": ("pairs that are rotated", lambda size: size["R"] // 2),
     "s": ("some of the S positions", None),
     "t": ("tokens of all rows, one after the other", lambda size: size["B"] * size["T"]),
     "u": ("tokens of a decode step: the last one and its drafts", None),
     "v": ("the part of V that a device has", None),
     "w": ("most likely tokens that are reported", None),
+    "y": ("pages of the cache", None),
     "z": ("inputs of a matrix, its contracted axes as one", None),
 }
 """Letters for sizes that are not the config's: one meaning each for the whole library, and the size where it follows
@@ -197,7 +200,7 @@ def test_other_modules_have_no_suffixed_names():
         "def misnamed(x_BTD):\n    y_B1D = x_BTD\n    return y_B1D",
         "def misnamed(x_BTD):\n    y_nnD = x_BTD\n    return y_nnD",
         "def misnamed(x_BTD):\n    y_BTY = x_BTD\n    return y_BTY",
-        "def misnamed(x_BTD):\n    y_BTq = x_BTD\n    return y_BTq",
+        "def misnamed(x_BTD):\n    y_BTh = x_BTD\n    return y_BTh",
         "def misnamed(x_BTD):\n    y_BTr = x_BTD\n    return y_BTr",
         "def misnamed(x_BTD):\n    y_tD = x_BTD[0]\n    return y_tD",
         "def misnamed(x_BTD):\n    y_BTk, z_BSk = x_BTD, x_BTD\n    return y_BTk, z_BSk",

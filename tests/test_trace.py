@@ -147,7 +147,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
     selected = np.asarray(one.selected_BTk)
     np.testing.assert_allclose(weight.sum(-1), 1, atol=1e-5)
     assert (np.asarray(weight)[selected < 0] == 0).all()
-    latent = cache_formats.read_at(cache.c_kv_BSC, jnp.maximum(one.selected_BTk, 0), jnp.float32)
+    latent = cache_formats.read_at(cache.c_kv_yqC, cache.slots(one.selected_BTk), jnp.float32)
     values = jnp.einsum("btk,btkc,hpc->bthp", weight, latent, layer.mla.w_uv_HPC)
     np.testing.assert_allclose(layer.mla.output(values), one.attention_BTD, atol=1e-4)
     np.testing.assert_allclose(spread, jax.scipy.special.entr(weight).sum(-1), atol=1e-4)

@@ -182,21 +182,21 @@ def test_fp8_cache_bytes(units, real):
     position = jnp.arange(count)[None]
     latent, rotated = (jnp.asarray(units[name])[None] for name in ("kv.latent_bf16", "kv.pe_bf16"))
     filled = empty.write(position, latent, rotated, jnp.zeros((1, count, 128), jnp.bfloat16))
-    parts = (filled.c_kv_BSC.values, filled.c_kv_BSC.scale, filled.k_r_BSR.values)
+    parts = (filled.c_kv_yqC.values, filled.c_kv_yqC.scale, filled.k_r_yqR.values)
     packed = np.concatenate([np.ascontiguousarray(part[0]).view(np.uint8) for part in parts], axis=1)
     np.testing.assert_array_equal(packed, units["kv.packed_ue8m0_u8"])
     read = np.concatenate([np.asarray(part[0]) for part in filled.latents(jnp.bfloat16)], axis=1)
     np.testing.assert_array_equal(read.view(np.uint16), units["kv.dequant_ue8m0_bf16"].view(np.uint16))
     some = jnp.asarray([[[5, 129, 0]]])
     np.testing.assert_array_equal(
-        cache_formats.read_at(filled.c_kv_BSC, some, jnp.bfloat16)[0, 0], read[[5, 129, 0], :512]
+        cache_formats.read_at(filled.c_kv_yqC, some, jnp.bfloat16)[0, 0], read[[5, 129, 0], :512]
     )
 
     keys = ops.hadamard(jnp.asarray(units["index.k_bf16"]))
     page = 64
     stored = cache.empty_layer(real, 1, len(keys), jnp.float8_e4m3fn)
     zeros = jnp.zeros((1, len(keys), 512), jnp.bfloat16)
-    stored = stored.write(jnp.arange(len(keys))[None], zeros, zeros[..., :64], keys[None]).k_index_BSJ
+    stored = stored.write(jnp.arange(len(keys))[None], zeros, zeros[..., :64], keys[None]).k_index_yqJ
     values, scales = (np.asarray(part[0]).reshape(-1, page * part.shape[-1]) for part in (stored.values, stored.scale))
     pages = np.concatenate([values.view(np.uint8), scales.view(np.uint8)], axis=1)
     np.testing.assert_array_equal(pages, units["index.k_pages_u8"])
@@ -266,7 +266,7 @@ def test_the_three_forms_agree(real):
     tolerance = 1e-5 * float(jnp.abs(expanded).max())
     np.testing.assert_allclose(absorbed, expanded, atol=tolerance, rtol=0)
     np.testing.assert_allclose(sparse, expanded, atol=tolerance, rtol=0)
-    alone = jnp.einsum("hpc,c->hp", layer.w_uv_HPC, cache.c_kv_BSC[0, 0])
+    alone = jnp.einsum("hpc,c->hp", layer.w_uv_HPC, cache.c_kv_yqC[0, 0])
     np.testing.assert_allclose(expanded[0, 0], alone, atol=tolerance, rtol=0)
 
 

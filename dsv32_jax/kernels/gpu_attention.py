@@ -29,19 +29,24 @@ def supports(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> bool
     return stored and dtype == jnp.bfloat16 and all(size >= 16 and size & (size - 1) == 0 for size in sizes)
 
 
-def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
+def index_scores(
+    q_BTIJ: jax.Array, w_BTI: jax.Array, k_yqJ: Rows, table_Bd: jax.Array | None, position_BT: jax.Array
+) -> jax.Array:
     """Return the index scores [B, T, S] in float32, -inf behind each query's position."""
     batch, tokens, heads, width = q_BTIJ.shape
-    slots, queries = k_BSJ.shape[1], min(tokens, QUERIES_SCORED)
-    values, scale, fp8 = _split(k_BSJ, w_BTI)
+    table_Bd = jnp.arange(batch, dtype=jnp.int32)[:, None] if table_Bd is None else table_Bd
+    page, blocks, queries = k_yqJ.shape[1], table_Bd.shape[1], min(tokens, QUERIES_SCORED)
+    slots = page * blocks
+    values, scale, fp8 = _split(k_yqJ, w_BTI)
     return launch(
         _kernel("index_scores_kernel"),
         jax.ShapeDtypeStruct((batch, tokens, slots), jnp.float32),
-        *(q_BTIJ, w_BTI, values, scale, position_BT),
+        *(q_BTIJ, w_BTI, values, scale, table_Bd, position_BT),
         grid=(-(-slots // SLOTS_SCORED), batch * -(-tokens // queries), 1),
         num_warps=4,
         num_stages=2,
         **{"T": tokens, "S": slots, "HEADS": heads, "J": width, "FP8": fp8, "QUERIES": queries, "SLOTS": SLOTS_SCORED},
+        **{"PAGE": page, "BLOCKS": blocks},
     )
 
 
@@ -73,34 +78,34 @@ def attend(
     softmax_scale: float,
     q_c_BTHC: jax.Array,
     q_r_BTHR: jax.Array,
-    c_kv_BSC: Rows,
-    k_r_BSR: Rows,
-    selected_BTk: jax.Array,
+    c_kv_yqC: Rows,
+    k_r_yqR: Rows,
+    slot_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return each head's weighted sum of its selected latents, float32 [B, T, H, C].
+    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C].
 
-    The selected positions come first in `selected_BTk`, at most position + 1 of them. If there are few queries, their
-    positions are split over several programs, whose results are combined.
+    In `slot_BTk` at most position + 1 slots come first, then -1. If there are few queries, their slots are split over
+    several programs, whose results are combined.
     """
     batch, tokens, heads, latent = q_c_BTHC.shape
-    queries, count = batch * tokens, selected_BTk.shape[-1]
+    queries, count = batch * tokens, slot_BTk.shape[-1]
     programs = queries * -(-heads // HEADS)
     each = SLOTS * -(-count // (SLOTS * min(max(1, MULTIPROCESSORS // programs), -(-count // SLOTS))))
     parts = -(-count // each)
-    values, scale, fp8 = _split(c_kv_BSC, q_r_BTHR)
+    values, scale, fp8 = _split(c_kv_yqC, q_r_BTHR)
     out, norm = launch(
         _kernel("sparse_attention_kernel"),
         (
             jax.ShapeDtypeStruct((parts, batch, tokens, heads, latent), jnp.float32),
             jax.ShapeDtypeStruct((parts, batch, tokens, heads), jnp.float32),
         ),
-        *(q_c_BTHC, q_r_BTHR, selected_BTk, position_BT, values, scale, _split(k_r_BSR, q_r_BTHR)[0]),
+        *(q_c_BTHC, q_r_BTHR, slot_BTk, position_BT, values, scale, _split(k_r_yqR, q_r_BTHR)[0]),
         grid=(-(-heads // HEADS), queries, parts),
         num_warps=8,
         num_stages=2,
         SOFTMAX_SCALE=softmax_scale / math.log(2),
-        **{"G": queries, "T": tokens, "S": k_r_BSR.shape[1], "K": count, "H": heads, "C": latent},
+        **{"G": queries, "K": count, "H": heads, "C": latent},
         **{"R": q_r_BTHR.shape[-1], "FP8": fp8, "EACH": each, "HEADS": HEADS, "SLOTS": SLOTS},
     )
     share = jax.nn.softmax(norm * math.log(2), axis=0)

@@ -10,9 +10,11 @@ import triton.language as tl
 
 
 @triton.jit
-def index_scores_kernel(q, w, keys, scale, position, score, T: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr,
-                        J: tl.constexpr, FP8: tl.constexpr, QUERIES: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Write score[b, t, s] for SLOTS slots and QUERIES queries of a row, -inf behind a query's position."""
+def index_scores_kernel(q, w, keys, scale, table, position, score, T: tl.constexpr, S: tl.constexpr,
+                        HEADS: tl.constexpr, J: tl.constexpr, FP8: tl.constexpr, QUERIES: tl.constexpr,
+                        SLOTS: tl.constexpr, PAGE: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    """Write score[b, t, s] for SLOTS positions and QUERIES queries of a row, -inf behind a query's position. The keys
+    are in the row's pages; a position without one is read from the first page."""
     first = tl.program_id(0) * SLOTS
     tiles: tl.constexpr = tl.cdiv(T, QUERIES)
     b = (tl.program_id(1) // tiles).to(tl.int64)
@@ -20,9 +22,11 @@ def index_scores_kernel(q, w, keys, scale, position, score, T: tl.constexpr, S: 
     s, i, j = first + tl.arange(0, SLOTS), tl.arange(0, HEADS), tl.arange(0, J)
     inside = s < S
     keys = _as_values(keys, FP8)
-    k = tl.load(keys + (b * S + s)[:, None] * J + j[None, :], inside[:, None], other=0.0)
+    page = tl.maximum(tl.load(table + b * BLOCKS + s // PAGE, inside, other=0), 0).to(tl.int64)
+    slot = page * PAGE + s % PAGE
+    k = tl.load(keys + slot[:, None] * J + j[None, :], inside[:, None], other=0.0)
     if FP8:
-        k = (k.to(tl.float32) * tl.load(scale + b * S + s, inside, other=0.0)[:, None]).to(tl.bfloat16)
+        k = (k.to(tl.float32) * tl.load(scale + slot, inside, other=0.0)[:, None]).to(tl.bfloat16)
     for t in range(t_first, tl.minimum(t_first + QUERIES, T)):
         g = b * T + t
         last = tl.load(position + g)
@@ -149,16 +153,15 @@ def _keys_at(score, s, inside):
 
 
 @triton.jit
-def sparse_attention_kernel(q_c, q_r, selected, position, latent, latent_scale, rotated, out, norm,
-                            SOFTMAX_SCALE: tl.constexpr, G: tl.constexpr, T: tl.constexpr, S: tl.constexpr,
-                            K: tl.constexpr, H: tl.constexpr, C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr,
-                            EACH: tl.constexpr, HEADS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Write out[part, g, h, :], float32: HEADS heads of query g over EACH of its selected positions, in the latents'
-    space; and norm[part, g, h], the base 2 logarithm of the sum of their weights, which combines the parts."""
+def sparse_attention_kernel(q_c, q_r, slot, position, latent, latent_scale, rotated, out, norm,
+                            SOFTMAX_SCALE: tl.constexpr, G: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
+                            C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, EACH: tl.constexpr,
+                            HEADS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """Write out[part, g, h, :], float32: HEADS heads of query g over EACH of its slots, in the latents' space; and
+    norm[part, g, h], the base 2 logarithm of the sum of their weights, which combines the parts."""
     h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     g = tl.program_id(1).to(tl.int64)
     part = tl.program_id(2)
-    b = g // T
     c, r = tl.arange(0, C), tl.arange(0, R)
     in_h = (h < H)[:, None]
     latent, rotated = _as_values(latent, FP8), _as_values(rotated, False)
@@ -170,9 +173,9 @@ def sparse_attention_kernel(q_c, q_r, selected, position, latent, latent_scale, 
     end = tl.minimum(tl.minimum((part + 1) * EACH, K), tl.load(position + g) + 1)
     for start in range(part * EACH, end, SLOTS):
         n = start + tl.arange(0, SLOTS)
-        at = tl.load(selected + g * K + n, n < end, other=-1)
+        at = tl.load(slot + g * K + n, n < end, other=-1)
         there = at >= 0
-        row = b * S + tl.where(there, at, 0)
+        row = tl.where(there, at, 0).to(tl.int64)
         k = tl.load(latent + row[:, None] * C + c[None, :])
         if FP8:
             tiles: tl.constexpr = C // 128

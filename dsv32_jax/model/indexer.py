@@ -17,7 +17,6 @@ from flax import nnx
 from ..config import Config
 from ..kernels import dispatch
 from ..parallel.sharding import map_rows
-from ..quantization.cache_formats import Rows, read
 from ..quantization.formats import Weight
 from .cache import LayerCache
 from .ops import einsum32, hadamard, layer_norm, rotate_halves
@@ -26,7 +25,7 @@ from .summary import Module
 LAYER_NORM_EPS = 1e-6
 
 KEYS = 4096
-"""Slots of a long cache that XLA scores at once."""
+"""Positions of a long cache that XLA scores at once."""
 
 
 @dataclasses.dataclass(eq=False, repr=False)
@@ -66,21 +65,25 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array, visible_
 
 @jax.named_scope("index scores")
 def score_slots(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
-    """Return `index_scores` [B, T, S] over all slots of the cache for queries at `position_BT`."""
-    kernels = dispatch.find_sparse_attention(q_BTIJ.dtype, (cache.k_index_BSJ,), q_BTIJ.shape[-2:])
-    score = dispatch.differentiable(score_rows, {"cuda": kernels.index_scores}) if kernels else score_rows
-    return map_rows(score)(q_BTIJ, w_BTI, cache.k_index_BSJ, position_BT)
+    """Return `index_scores` [B, T, S] over all positions of the cache for queries at `position_BT`."""
+    kernels = dispatch.find_sparse_attention(q_BTIJ.dtype, (cache.k_index_yqJ,), q_BTIJ.shape[-2:])
+    score = score_rows
+    if kernels:
+        score = dispatch.differentiable(
+            score, {"cuda": lambda q, w, cache, at: kernels.index_scores(q, w, cache.k_index_yqJ, cache.table_Bd, at)}
+        )
+    return map_rows(score)(q_BTIJ, w_BTI, cache, position_BT)
 
 
-def score_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: Rows, position_BT: jax.Array) -> jax.Array:
-    """Return the index scores of these cache rows, KEYS slots at a time and not beyond the latest query."""
-    capacity = k_BSJ.shape[1]
+def score_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_BT: jax.Array) -> jax.Array:
+    """Return the index scores of these rows, KEYS positions at a time and not beyond the latest query."""
+    capacity = cache.capacity
     keys = min(capacity, KEYS)
 
     def part(start):
-        slot_s = start + jnp.arange(keys)
-        k_BsJ = jax.tree.map(lambda slots: jax.lax.dynamic_slice_in_dim(slots, start, keys, axis=1), k_BSJ)
-        return index_scores(q_BTIJ, w_BTI, read(k_BsJ, q_BTIJ.dtype), slot_s <= position_BT[..., None])
+        position_s = start + jnp.arange(keys)
+        k_BsJ = cache.read(cache.k_index_yqJ, start, keys, q_BTIJ.dtype)
+        return index_scores(q_BTIJ, w_BTI, k_BsJ, position_s <= position_BT[..., None])
 
     if keys == capacity:
         return part(0)

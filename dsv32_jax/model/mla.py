@@ -16,7 +16,7 @@ from flax import nnx
 
 from ..config import Config
 from ..kernels import dispatch
-from ..parallel.sharding import map_rows_and_heads
+from ..parallel.sharding import map_rows, map_rows_and_heads
 from ..quantization.cache_formats import Rows, read_at
 from ..quantization.formats import Weight
 from .cache import LayerCache
@@ -117,17 +117,17 @@ def attend_sparse(
     attend = partial(attend_selected, softmax_scale(mla.cfg))
     kernels = find_sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
     if kernels:
-        fast = partial(kernels.attend, softmax_scale(mla.cfg))
-        operands = ("BTH", "BTH", "BS", "BS", "BT", "BT")
-        attend = map_rows_and_heads(dispatch.differentiable(attend, {"cuda": fast}), operands, "BTH")
-    o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk, position_BT)
+        attend = dispatch.differentiable(attend, {"cuda": partial(kernels.attend, softmax_scale(mla.cfg))})
+    attend = map_rows_and_heads(attend, ("BTH", "BTH", "y", "y", "BT", "BT"), "BTH")
+    slot_BTk = map_rows(LayerCache.slots)(cache, selected_BTk)
+    o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_yqC, cache.k_r_yqR, slot_BTk, position_BT)
     return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
 
 
 def find_sparse_kernels(cfg: Config, dtype, cache: LayerCache):
     """Return the kernels that attend over this cache, or None."""
     return dispatch.find_sparse_attention(
-        dtype, (cache.c_kv_BSC, cache.k_r_BSR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
+        dtype, (cache.c_kv_yqC, cache.k_r_yqR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
     )
 
 
@@ -135,16 +135,16 @@ def attend_selected(
     softmax_scale: float,
     q_c_BTHC: jax.Array,
     q_r_BTHR: jax.Array,
-    c_kv_BSC: Rows,
-    k_r_BSR: Rows,
-    selected_BTk: jax.Array,
+    c_kv_yqC: Rows,
+    k_r_yqR: Rows,
+    slot_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return each head's weighted sum of its selected latents, float32 [B, T, H, C].
+    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C].
 
-    A query has selected at most position + 1 slots, which bounds the work of a kernel; the reference looks at all.
+    A query has at most position + 1 slots, which bounds the work of a kernel; the reference looks at all.
     """
-    operands = (q_c_BTHC, q_r_BTHR, c_kv_BSC, k_r_BSR, selected_BTk)
+    operands = (q_c_BTHC, q_r_BTHR, c_kv_yqC, k_r_yqR, slot_BTk)
     weight_BTHk, c_kv_BTkC = selected_weights(softmax_scale, *operands)
     return dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHC.dtype), c_kv_BTkC)
 
@@ -153,18 +153,17 @@ def selected_weights(
     softmax_scale: float,
     q_c_BTHC: jax.Array,
     q_r_BTHR: jax.Array,
-    c_kv_BSC: Rows,
-    k_r_BSR: Rows,
-    selected_BTk: jax.Array,
+    c_kv_yqC: Rows,
+    k_r_yqR: Rows,
+    slot_BTk: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the weight of each selected slot, float32 [B, T, H, k], and the latents there [B, T, k, C].
+    """Return the weight of each slot, float32 [B, T, H, k], and the latents there [B, T, k, C].
 
     The many latents come first in the products: the other order takes XLA's CPU backend several times as long.
     """
-    slot_BTk = jnp.maximum(selected_BTk, 0)
-    c_kv_BTkC, k_r_BTkR = (read_at(rows, slot_BTk, q_c_BTHC.dtype) for rows in (c_kv_BSC, k_r_BSR))
+    c_kv_BTkC, k_r_BTkR = (read_at(rows, slot_BTk, q_c_BTHC.dtype) for rows in (c_kv_yqC, k_r_yqR))
     score_BTkH = dot("BTkC,BTHC->BTkH", c_kv_BTkC, q_c_BTHC) + dot("BTkR,BTHR->BTkH", k_r_BTkR, q_r_BTHR)
-    return _softmax(softmax_scale, jnp.swapaxes(score_BTkH, 2, 3), selected_BTk >= 0), c_kv_BTkC
+    return _softmax(softmax_scale, jnp.swapaxes(score_BTkH, 2, 3), slot_BTk >= 0), c_kv_BTkC
 
 
 def sparse_weights(
@@ -172,7 +171,11 @@ def sparse_weights(
 ) -> tuple[jax.Array, jax.Array]:
     """Return `selected_weights` of queries that are not absorbed yet."""
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    return selected_weights(softmax_scale(mla.cfg), q_c_BTHC, q_r_BTHR, cache.c_kv_BSC, cache.k_r_BSR, selected_BTk)
+    weigh = map_rows_and_heads(
+        partial(selected_weights, softmax_scale(mla.cfg)), ("BTH", "BTH", "y", "y", "BT"), ("BTH", "BT")
+    )
+    slot_BTk = map_rows(LayerCache.slots)(cache, selected_BTk)
+    return weigh(q_c_BTHC, q_r_BTHR, cache.c_kv_yqC, cache.k_r_yqR, slot_BTk)
 
 
 def choose_dense(cfg: Config, tokens: int, capacity: int):

@@ -73,11 +73,12 @@ class Model(Module):
         seen: list[Seen] = []
         for layer, layer_cache in zip(self.layers, cache.layers, strict=True):
             with sharding.use_mesh(self.mesh):
+                layer_cache = layer_cache.with_table(cache.table_Bd)
                 x_BTD, layer_cache, *layer_seen = run_block(layer, x_BTD, layer_cache, position_BT)
-            caches.append(layer_cache)
+            caches.append(layer_cache.with_table(None))
             seen.extend(layer_seen)
         h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
-        return h_BTD, Cache(tuple(caches), cache.length_B + count_B), tuple(seen)
+        return h_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.table_Bd), tuple(seen)
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Return layers, dtype and mesh, and what is known of any module."""

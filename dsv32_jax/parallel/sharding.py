@@ -63,15 +63,17 @@ def count_row_groups(mesh: Mesh | AbstractMesh | None, rows: int) -> int:
 
 
 def shard_rows(mesh: Mesh | None, tree: Any) -> Any:
-    """Shard arrays whose first axis is the rows of the batch over "data", if it divides them.
+    """Shard arrays whose first axis is the rows of the batch, or the pages they have, over "data", if it divides all.
 
     Inside a program this is a constraint: results are sharded as arguments were, and nothing is compiled twice.
     """
     if mesh is None:
         return tree
 
+    split = all(count_row_groups(mesh, len(x)) > 1 for x in jax.tree.leaves(tree))
+    target = NamedSharding(mesh, PartitionSpec("data" if split else None))
+
     def place(x: jax.Array) -> jax.Array:
-        target = NamedSharding(mesh, PartitionSpec("data" if count_row_groups(mesh, len(x)) > 1 else None))
         return (jax.lax.with_sharding_constraint if isinstance(x, Tracer) else jax.device_put)(x, target)
 
     return jax.tree.map(place, tree)
@@ -94,11 +96,11 @@ def map_rows(function: Callable) -> Callable:
     return mapped
 
 
-def map_rows_and_heads(function: Callable, operands: tuple[str, ...], out: str) -> Callable:
-    """Return `function` as one that runs on the rows (B) and heads (H) of each device.
+def map_rows_and_heads(function: Callable, operands: tuple[str, ...], out: str | tuple[str, ...]) -> Callable:
+    """Return `function` as one that runs on the rows (B), their pages (y) and heads (H) of each device.
 
     `operands` and `out` are the letters of the leading axes of its arguments and result. A letter that the mesh does
-    not divide is not split.
+    not divide is not split, and pages are split where rows are.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.manual_axes:
@@ -114,6 +116,7 @@ def map_rows_and_heads(function: Callable, operands: tuple[str, ...], out: str) 
         }
 
         def find_axis(letter: str) -> str | None:
+            letter = "B" if letter == "y" else letter
             axis = partition.LETTER_AXES[letter] if letter in "BH" else None
             return axis if axis in mesh.shape and sizes[letter] % mesh.shape[axis] == 0 else None
 
@@ -121,7 +124,7 @@ def map_rows_and_heads(function: Callable, operands: tuple[str, ...], out: str) 
             jax.tree.map(lambda _, letters=letters: PartitionSpec(*map(find_axis, letters)), array)
             for letters, array in pairs
         )
-        result = PartitionSpec(*map(find_axis, out))
+        result = jax.tree.map(lambda letters: PartitionSpec(*map(find_axis, letters)), out)
         return jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=result, check_vma=False)(*arrays)
 
     return mapped

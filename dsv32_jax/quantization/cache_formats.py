@@ -114,9 +114,10 @@ def read(rows: Rows, dtype) -> jax.Array:
 
 
 def read_at(rows: Rows, slot_BTk: jax.Array, dtype) -> jax.Array:
-    """Return the vectors of the given slots of rows [B, S, n], in `dtype` [B, T, k, n]; no others are read."""
-    one_row = jax.vmap(lambda slots, at: slots[at])
-    return read(jax.tree.map(lambda slots: one_row(slots, slot_BTk), rows), dtype)
+    """Return the vectors in the given slots of all pages [pages, slots, n], in `dtype` [B, T, k, n], and those of any
+    slot for -1; no others are read."""
+    at_BTk = jnp.maximum(slot_BTk, 0)
+    return read(jax.tree.map(lambda x: x.reshape(-1, x.shape[-1])[at_BTk], rows), dtype)
 
 
 def _tiles(x: jax.Array) -> jax.Array:
