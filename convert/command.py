@@ -117,6 +117,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--layers", metavar="0-N", help="convert only the first N + 1 layers, as a small model of its own without MTP")
     add("--mesh", metavar="AXES", help="lay out arrays for these devices, for example expert=8,model=2")
     add("--strict-index", action="store_true", help="refuse an index that does not list every tensor of the shards")
+    add(
+        "--ignore-config",
+        metavar="KEY",
+        action="append",
+        help="ignore a key of config.json that could change the model, and does not; may be repeated",
+    )
+    add(
+        "--ignore-tensors",
+        metavar="PATTERN",
+        action="append",
+        help="leave out tensors that the model can do without, for example '*.lora_*'; may be repeated",
+    )
     add("--verify-source", action="store_true", help="first check the shards against the hub's SHA-256")
     add("--log-format", choices=("text", "json"), default="text", help="format of stdout and stderr (default: text)")
     _add_formats(parser)

@@ -67,6 +67,11 @@ COPIES = {"mtp.embed_VD": "embed_VD", "mtp.head_VD": "head_VD"}
 """Parameters that DeepSeek shares (V3 report, section 2.2). A checkpoint stores copies or omits them."""
 
 
+LOOKED_UP = "embed_VD"
+"""The parameter, of the model and of the MTP head, whose rows are looked up, so that it must be a plain array. Any
+other matrix may be quantized."""
+
+
 class Cut(NamedTuple):
     """The part of a tensor's axis that a parameter takes: positions start..stop-1 of every run of `size`."""
 

@@ -4,14 +4,18 @@ import copy
 import dataclasses
 import json
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from configs import path
-from dsv32_jax.config import IGNORED, REQUIRED, Config, find_assumptions
-from dsv32_jax.errors import ConfigError
+from dsv32_jax.config import Config, interpret
+from dsv32_jax.config.keys import ASSUMED, IGNORED, RENAMED, REPEATED, REQUIRED, find_assumptions
+from dsv32_jax.errors import ConfigError, UsageError
+
+DATA = Path(__file__).parent / "data"
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +202,9 @@ def test_every_missing_key_is_named(raw):
     """All of them at once, counted; a key that has a default is not among them."""
     keys = [field.name for field in dataclasses.fields(Config) if field.name in raw]
     message = refusal({key: value for key, value in raw.items() if key not in keys})
-    assert f"missing keys ({len(keys) - 2})" in message
-    assert all(key in message for key in keys if key not in ("rope_scaling", "num_nextn_predict_layers"))
+    assumed = set(keys) & set(ASSUMED)
+    assert len(assumed) == 3 and f"missing keys ({len(keys) - 3})" in message
+    assert all(key in message for key in keys if key not in assumed)
 
 
 def test_every_kind_of_offence_is_in_one_message(raw):
@@ -237,9 +242,14 @@ def test_a_fixed_value_that_is_not_stated(raw, real, key):
     assert find_assumptions(raw) == []
 
 
-@pytest.mark.parametrize(("key", "value"), [("num_nextn_predict_layers", "0"), ("rope_scaling", "null")])
+ABSENT = [("num_nextn_predict_layers", "0"), ("rope_scaling", "null"), ("bos_token_id", "0")]
+
+
+@pytest.mark.parametrize(("key", "value"), ABSENT)
 def test_a_field_that_is_not_stated(raw, key, value):
-    """The same for fields that have a default."""
+    """The same for fields that have a default, also where they are null."""
+    if key != "rope_scaling":
+        assert find_assumptions(raw | {key: None}) == find_assumptions(_without(raw, key))
     assert find_assumptions(_without(raw, key)) == [f"config.json does not state {key}; assumed to be {value}"]
     assert find_assumptions(_without(raw, "rope_scaling") | {"rope_parameters": {}}) == []
 
@@ -276,6 +286,8 @@ def test_wrong_numbers(raw, value):
     """Huge, negative, of another type or not a number: every field that holds one is named with its value."""
     integers = [name for name in NUMBERS if name not in ("routed_scaling_factor", "rms_norm_eps", "rope_theta")]
     wrong = NUMBERS if value != 1.5 else integers
+    if value is None:
+        wrong = [name for name in wrong if name not in ASSUMED]
     message = refusal(raw | dict.fromkeys(NUMBERS, value))
     for name in wrong:
         assert f"{name} must be" in message, name
@@ -384,7 +396,12 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from([*NUMBERS, *REQUIRED, *IGNORED, "rope_scaling", "rope_parameters", "x"]), JSON))
+@given(
+    st.dictionaries(
+        st.sampled_from([*NUMBERS, *REQUIRED, *IGNORED, *REPEATED, *RENAMED, "rope_scaling", "rope_parameters", "x"]),
+        JSON,
+    )
+)
 def test_any_json_is_a_config_or_one_error(change):
     """Nothing but ConfigError comes out of a config, whatever it holds."""
     raw = json.loads(path("deepseek_v32").read_text()) | change
@@ -393,6 +410,110 @@ def test_any_json_is_a_config_or_one_error(change):
     except ConfigError:
         return
     assert Config.from_dict(config.to_dict()) == config
+
+
+def test_a_config_that_transformers_saved():
+    """Keys that repeat what is known agree with it; those that are off, or defaults, are dropped with a note."""
+    raw = json.loads((DATA / "config_saved_by_transformers_5.json").read_text())
+    found = interpret(raw)
+    assert found.config.num_hidden_layers == 5 and found.config.rope_scaling.factor == 4
+    assert found.notes == ["config.json: ignored mlp_bias, which is false"]
+    assert interpret(found.raw) == found._replace(notes=[]) and "mlp_bias" not in found.raw
+
+
+NEUTRAL = {
+    **{"mlp_bias": False, "sliding_window": None, "pruned_heads": {}, "suffix": "", "return_dict": True, "top_k": 50},
+    **{"cross_attention_hidden_size": None, "output_attentions": False, "is_decoder": False, "num_beams": 1},
+    **{"max_length": 20, "length_penalty": 1.0, "problem_type": None, "chunk_size_feed_forward": 0, "bad": []},
+}
+HARMLESS = {
+    **{"unsloth_fixed": True, "unsloth_version": "2025.9", "kv_cache_scheme": {"num_bits": 8}, "_commit_hash": "ab"},
+    **{"compression_config": {"format": "x"}, "output_router_logits": True, "id2label": {"0": "LABEL_0"}},
+}
+
+
+def test_keys_of_tools(raw, real):
+    """Neutral values are dropped, each with a note; what tools say of themselves stays, and nobody minds."""
+    found = interpret(raw | NEUTRAL | HARMLESS | {"kv_cache_scheme": None})
+    assert found.config == real and found.raw == raw | HARMLESS | {"kv_cache_scheme": None}
+    assert len(found.notes) == len(NEUTRAL) and all(any(f"ignored {key}," in n for n in found.notes) for key in NEUTRAL)
+
+
+@pytest.mark.parametrize("key", sorted(NEUTRAL))
+def test_keys_of_tools_that_are_not_neutral(raw, real, key):
+    """The message names the way on, and on the user's word the key is left out and recorded."""
+    value = 7 if key in ("top_k", "num_beams", "max_length") else ["x"]
+    message = refusal(raw | {key: value})
+    assert "unknown keys (1), which may change the model" in message and f'ignore_config="{key}"' in message
+    found = interpret(raw | {key: value}, ignored=[key])
+    assert (found.config, found.ignored, found.raw) == (real, {key: value}, raw)
+
+
+@pytest.mark.parametrize(
+    "path", ["hidden_size", "attention_bias", "rope_scaling.factor", "nothing", "rope_scaling.x", ""]
+)
+def test_what_cannot_be_ignored(raw, path):
+    """What the model needs, and what is not there."""
+    with pytest.raises(UsageError, match="the model needs it|no such key"):
+        interpret(raw, ignored=[path])
+
+
+REPETITIONS = {
+    "head_dim": ([64, 192], 56),
+    "qk_head_dim": ([192], 128),
+    "num_key_value_heads": ([128], 1),
+    "n_kv_heads": ([128], 8),
+    "layer_types": ([["indexed_attention"] * 61, ["deepseek_sparse_attention"] * 62], ["sliding_attention"] * 61),
+    "indexer_types": ([["full"] * 61], ["shared"] * 61),
+    "mlp_layer_types": ([["dense"] * 3 + ["sparse"] * 58, ["dense"] * 3 + ["sparse"] * 59], ["sparse"] * 61),
+    "partial_rotary_factor": ([1.0, 1 / 3], 0.5),
+    "original_max_position_embeddings": ([4096], 8192),
+}
+
+
+@pytest.mark.parametrize("key", sorted(REPEATED))
+def test_keys_that_repeat_others(raw, real, key):
+    """They agree, or both are named; null says nothing."""
+    right, wrong = REPETITIONS[key]
+    for value in (*right, None):
+        assert Config.from_dict(raw | {key: value}) == real
+    message = refusal(raw | {key: wrong})
+    assert f"{key} is {str(wrong)[:60]}" in message and " says " in message and f'ignore_config="{key}"' in message
+    assert interpret(raw | {key: wrong}, ignored=[key]).config == real
+
+
+DEEPSEEK = {
+    **{"dim": 7168, "inter_dim": 18432, "moe_inter_dim": 2048, "n_layers": 61, "n_dense_layers": 3, "n_heads": 128},
+    **{"n_activated_experts": 8, "n_expert_groups": 8, "n_limited_groups": 4, "route_scale": 2.5},
+    **{"score_func": "sigmoid", "rope_factor": 40, "original_seq_len": 4096, "beta_fast": 32, "beta_slow": 1},
+    **{"mscale": 1.0},
+}
+
+
+def test_the_names_of_deepseeks_inference_code(raw, real):
+    """Beside the others they must agree; alone they are enough."""
+    assert Config.from_dict(raw | DEEPSEEK) == real
+    for key, value in DEEPSEEK.items():
+        message = refusal(raw | {key: "other" if isinstance(value, str) else value + 1})
+        assert f"{key} is " in message and RENAMED[key] in message and f'ignore_config="{key}"' in message
+    alone = _without(raw, "rope_scaling", *(RENAMED[key] for key in DEEPSEEK))
+    found = interpret(alone | DEEPSEEK)
+    assert found.config == real and found.raw == {**found.raw, **raw} and not set(DEEPSEEK) & set(found.raw)
+
+
+def test_what_tools_add_to_rope_scaling(raw, real):
+    """rope_theta moves there, YaRN is renamed, defaults are written out; a change is refused with the way on."""
+    scaling = {**raw["rope_scaling"], "type": "deepseek_yarn", "attention_factor": 1.0, "rope_theta": 10000}
+    found = interpret(_without(raw, "rope_theta") | {"rope_scaling": scaling | {"finetuned": False, "x": None}})
+    assert found.config == real and found.notes == ["config.json: ignored rope_scaling.finetuned, which is false"]
+    assert "rope_theta is 10000, but 5000 in rope_scaling" in refusal(
+        raw | {"rope_scaling": scaling | {"rope_theta": 5000}}
+    )
+    message = refusal(raw | {"rope_scaling": scaling | {"long_factor": [1, 2]}})
+    assert "unknown keys in rope_scaling (1)" in message and 'ignore_config="rope_scaling.long_factor"' in message
+    changed = raw | {"rope_scaling": scaling | {"long_factor": [1, 2]}}
+    found = interpret(changed, ignored=["rope_scaling.long_factor"])
+    assert found.config == real and found.ignored == {"rope_scaling.long_factor": [1, 2]}
 
 
 def test_presets_are_listed():

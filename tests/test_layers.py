@@ -15,7 +15,7 @@ REPOSITORY = Path(__file__).parents[1]
 
 FLOORS = (
     {"errors"},
-    {"system", "yarn"},
+    {"system"},
     {"config"},
     {"layout"},
     {"quantization"},

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
-from dsv32_jax.config import Config, find_assumptions
+from dsv32_jax.config import Config
+from dsv32_jax.config.keys import find_assumptions
 from dsv32_jax.errors import CheckpointError, ConfigError
 from dsv32_jax.layout import leaves
 from dsv32_jax.system.files import expand_path

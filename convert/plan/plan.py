@@ -4,14 +4,13 @@ Everything that is missing, unknown, mismatched or unsupported is collected and 
 """
 
 import collections
-import copy
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import FORMAT_VERSION, digest
-from dsv32_jax.config import Config, find_assumptions
+from dsv32_jax.config import interpret
+from dsv32_jax.config.keys import find_assumptions
 from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
 
@@ -20,19 +19,10 @@ from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
 from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays
 from .policy import FormatChooser, Recipe
+from .surplus import Surplus
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""
-
-LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
-
-NOT_NEEDED = (
-    (r".*\.input_scale", "activation scales: activations are not quantized"),
-    (r".*\.input_global_scale", "activation scales: activations are not quantized"),
-    (r".*\.self_attn\.(k_proj\.k_scale|v_proj\.v_scale)", "scales of another implementation's key-value cache"),
-    (r".*\.rotary_emb\.inv_freq", "computed from the configuration"),
-)
-"""Tensors that a checkpoint may have and the model does not need: pattern, reason."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +30,7 @@ class Plan:
     """A whole conversion: `leaves` in the order in which they are saved, `config` as the manifest will have it.
 
     `digest` covers everything that decides which bytes are written, `basis` the part of it that a user can change.
+    `ignored` counts the tensors that the model does not need, by reason.
     """
 
     source: Source
@@ -78,22 +69,20 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
     every weight that cannot be stored as the recipe says.
     """
     recipe = recipe or Recipe()
-    cfg = Config.from_dict(source.config, str(source.folder / CONFIG))
-    config = {key: value for key, value in source.config.items() if key != "quantization_config"}
-    notes = [*source.notes, *find_assumptions(source.config)]
-    mtp_layer = cfg.num_hidden_layers
-    if cfg.num_nextn_predict_layers and not any(
-        name.startswith(f"model.layers.{mtp_layer}.") for name in source.tensors
-    ):
+    cfg, raw, dropped, _ = interpret(source.config, str(source.folder / CONFIG))
+    config = {key: value for key, value in raw.items() if key != "quantization_config"}
+    notes = [*source.notes, *dropped, *find_assumptions(raw)]
+    mtp = f"model.layers.{cfg.num_hidden_layers}."
+    if cfg.num_nextn_predict_layers and not any(name.startswith(mtp) for name in source.tensors):
         cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
         config = {**config, "num_nextn_predict_layers": 0}
         notes.append(
             "config.json declares an MTP layer, but the checkpoint has no tensors of it: converted without MTP"
         )
-    chooser = FormatChooser(recipe.policy, mtp_layer)
+    chooser = FormatChooser(recipe.policy, cfg.num_hidden_layers)
     survey = _Survey(source.tensors, chooser)
     planned = [leaf for leaf in map(survey.plan_leaf, leaves(cfg)) if leaf is not None]
-    ignored = survey.ignore_not_needed()
+    ignored = survey.ignore_surplus(Surplus(cfg, source.tensors, source.ignored_tensors))
     survey.raise_problems(str(source.folder))
     by_path = {leaf.leaf.path: leaf for leaf in planned}
     planned = tuple(
@@ -188,15 +177,13 @@ class _Survey:
             return None
         return self._chooser.choose(stored)
 
-    def ignore_not_needed(self) -> dict[str, int]:
+    def ignore_surplus(self, surplus: Surplus) -> dict[str, int]:
         """Claim the tensors that the model does not need; return their number by reason."""
-        counts: collections.Counter[str] = collections.Counter()
-        for name in [name for name in self._tensors if name not in self._claimed]:
-            reason = next((reason for pattern, reason in NOT_NEEDED if re.fullmatch(pattern, name)), None)
-            if reason is not None:
-                self._claimed.add(name)
-                counts[reason] += 1
-        return dict(counts)
+        reasons = {name: surplus.explain(name) for name in self._tensors if name not in self._claimed}
+        found = {name: reason for name, reason in reasons.items() if reason is not None}
+        surplus.require_effect()
+        self._claimed |= found.keys()
+        return dict(collections.Counter(found.values()))
 
     def raise_problems(self, folder: str) -> None:
         """Raise CheckpointError with everything that was found, or UsageError if only the policy is to blame."""
@@ -211,6 +198,8 @@ class _Survey:
             for text, noun, items in problems
             if items
         ]
+        if unknown:
+            lines[-1] += f" (if the model is right without them: {argument('ignore_tensors', 'PATTERN')})"
         if self._unsupported:
             count = pluralize(len(self._unsupported), "weight")
             lines.append(f"unsupported format of {count}: {listing(self._unsupported)}")
@@ -221,38 +210,6 @@ class _Survey:
                 f"{pluralize(len(impossible), 'weight')} cannot be stored as the policy says; nothing was written. "
                 "Give them another format in a policy file: " + "; ".join(fold_details(impossible))
             )
-
-
-def select_first_layers(source: Source, layers: str) -> Source:
-    """Return `source` as a smaller model: only the first `layers` ("0-3": the first four) and no MTP layer.
-
-    The layers must begin with 0, since each computes on the output of those before it. Raises UsageError.
-    """
-    cfg = Config.from_dict(source.config, str(source.folder / CONFIG))
-    match, given = re.fullmatch(r"0(?:-(\d{1,9}))?", str(layers).strip()), argument("layers", layers)
-    if match is None:
-        raise UsageError(f"invalid {given}: write 0-N for the first N + 1 layers. Nothing was written")
-    count = int(match[1] or 0) + 1
-    if count > cfg.num_hidden_layers:
-        raise UsageError(f"{given} is out of range; layers are 0-{cfg.num_hidden_layers - 1}. Nothing was written")
-    small = copy.copy(source)
-    small.tensors = {
-        name: tensor
-        for name, tensor in source.tensors.items()
-        if (match := LAYER.match(name)) is None or int(match[1]) < count
-    }
-    small.config = {
-        **source.config,
-        "num_hidden_layers": count,
-        "num_nextn_predict_layers": 0,
-        "first_k_dense_replace": min(count, cfg.first_k_dense_replace),
-    }
-    left_out = pluralize(len(source.tensors) - len(small.tensors), "tensor")
-    small.notes = [
-        *source.notes,
-        f"converted only the first {count} of {cfg.num_hidden_layers} layers, without MTP: {left_out} left out",
-    ]
-    return small
 
 
 def compare_declared(config: Mapping[str, Any], beside: Any, weights: Iterable[StoredWeight]) -> Iterator[str]:

@@ -99,7 +99,7 @@ def make_policy(to: str | None = None, policy: str | Path | None = None) -> Poli
 def _read_rules(file: Path) -> tuple[tuple[str, str], ...]:
     try:
         text = file.read_bytes()
-        raw = tomllib.loads(text.decode()) if file.suffix == ".toml" else parse_json(text)
+        raw = tomllib.loads(text.decode("utf-8-sig")) if file.suffix == ".toml" else parse_json(text)
     except FileNotFoundError:
         raise UsageError(f"{file} is neither a preset ({listing(PRESETS)}) nor a file. Nothing was read") from None
     except (OSError, ValueError, CheckpointError) as error:

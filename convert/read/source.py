@@ -1,25 +1,26 @@
 """A checkpoint folder in Hugging Face layout: config.json, safetensors shards and, as a hint, their index.
 
 The shard headers are the truth. model.safetensors.index.json is often wrong: NVIDIA's own NVFP4 checkpoints leave the
-scale tensors out of it.
+scale tensors out of it. But where it names a file for every weight of the model, other files in the folder are another
+set of weights; and of a tensor that two shards store, the one counts that the index names.
 """
 
 import fnmatch
 import gc
 import os
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import is_complete
-from dsv32_jax.errors import CheckpointError, StorageError, UsageError, argument, listing, pluralize
-from dsv32_jax.system.files import JsonLimits, hash_chunks, read_json
-from dsv32_jax.system.progress import Progress
+from dsv32_jax.config import Config
+from dsv32_jax.errors import CheckpointError, ConfigError, StorageError, argument, listing, pluralize
+from dsv32_jax.layout import COPIES, leaves
+from dsv32_jax.system.files import JsonLimits, read_json
 
+from .downloads import compare_revisions
 from .safetensors import DTYPES, MAX_HEADER_BYTES, FileId, Tensor, read_bytes, read_header
 
 CONFIG = "config.json"
@@ -28,9 +29,6 @@ QUANTIZATION = "hf_quant_config.json"
 SHARD = "model*.safetensors"
 STRAY = ("consolidated*", "*.incomplete", "*.aria2", "._*", "*.tmp")
 UNSUPPORTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
-
-DOWNLOADS = ".cache/huggingface/download"
-"""Where `hf download` keeps, in FILE.metadata, the revision and the SHA-256 of each file: a line each."""
 
 MAX_TENSORS = 2_000_000
 """Tensors of all shards together; the real model has 180,000 in NVFP4."""
@@ -41,6 +39,8 @@ CHUNK_BYTES = 16 << 20
 class Source:
     """The tensors of a checkpoint folder, by name over all shards. Opening it reads headers only.
 
+    `ignored_config` and `ignored_tensors` are what the user said to ignore: keys with their values, and patterns.
+
     Raises CheckpointError listing every problem of every shard, or StorageError if the folder cannot be listed.
     """
 
@@ -50,6 +50,8 @@ class Source:
         self.files: dict[Path, FileId] = {}
         self.tensors: dict[str, Tensor] = {}
         self.unlisted: list[str] = []
+        self.ignored_config: dict[str, Any] = {}
+        self.ignored_tensors: list[str] = []
         self._header_sha256: dict[Path, str] = {}
         self._problems: list[str] = []
         if not self.folder.is_dir():
@@ -62,7 +64,7 @@ class Source:
         self.config: dict[str, Any] = config if isinstance(config, dict) else {}
         self.quantization = self._read_json(QUANTIZATION)
         self._read_shards(self._read_index())
-        self.notes += _compare_revisions(self.files)
+        self.notes += compare_revisions(self.files)
         if self._problems:
             raise CheckpointError(
                 f"{self.folder} cannot be read; nothing was written. {pluralize(len(self._problems), 'problem')}:\n  "
@@ -131,8 +133,8 @@ class Source:
         collects = gc.isenabled()
         gc.disable()  # of the time, a third would go into looking for garbage among 180,000 new tensors
         try:
-            for file in self._find_shards(set(listed.values())):
-                self._read_shard(file)
+            for file in self._find_shards(listed):
+                self._read_shard(file, listed)
             if len(self.tensors) > MAX_TENSORS:
                 self._problems.append(f"{len(self.tensors)} tensors, above the limit of {MAX_TENSORS}")
             self._compare_index(listed)
@@ -140,24 +142,41 @@ class Source:
             if collects:
                 gc.enable()
 
-    def _find_shards(self, listed: set[str]) -> list[Path]:
-        """Return the files that the index lists or that are named like shards; failing that, all safetensors files."""
+    def _find_shards(self, listed: Mapping[str, str]) -> list[Path]:
+        """Return the files that the index names, and unless it is complete those that are named like shards; failing
+        that, all safetensors files."""
         try:
             names = sorted(os.listdir(self.folder))
         except OSError as error:
             raise StorageError(f"cannot list {self.folder}: {error}") from error
         candidates = [name for name in names if name.endswith(".safetensors") and not _matches(name, STRAY)]
-        shards = [name for name in candidates if name in listed or fnmatch.fnmatch(name, SHARD)] or candidates
-        ignored = [name for name in names if _matches(name, STRAY)] + sorted(set(candidates) - set(shards))
-        if ignored:
-            self.notes.append(f"ignored {pluralize(len(ignored), 'non-shard file')}: {listing(ignored)}")
+        indexed = set(listed.values())
+        complete = self._names_every_weight(listed)
+        shards = [name for name in candidates if name in indexed or (not complete and fnmatch.fnmatch(name, SHARD))]
+        shards = shards or ([] if indexed else candidates)
+        unnamed = [name for name in candidates if name not in shards and fnmatch.fnmatch(name, SHARD)]
+        others = [name for name in names if _matches(name, STRAY)] + sorted(set(candidates) - {*shards, *unnamed})
+        if others:
+            self.notes.append(f"ignored {pluralize(len(others), 'non-shard file')}: {listing(others)}")
+        if unnamed:
+            count = pluralize(len(unnamed), "file")
+            self.notes.append(f"ignored {count} that {INDEX} does not name: {listing(unnamed)}")
         if not shards and not listed:
             others = [name for name in names if _matches(name, UNSUPPORTED)]
             others = f"; pickles and GGUF are not supported: {listing(others)}" if others else ""
             self._problems.append(f"there are no safetensors files{others}")
         return [self.folder / name for name in shards]
 
-    def _read_shard(self, file: Path) -> None:
+    def _names_every_weight(self, listed: Mapping[str, str]) -> bool:
+        """Return whether the index names a file for every weight of the model that config.json describes."""
+        try:
+            table = leaves(Config.from_dict(self.config)) if listed else ()
+        except ConfigError:
+            return bool(listed)
+        names = {name for leaf in table if leaf.path not in COPIES for name in leaf.sources}
+        return bool(listed) and all(name in listed or name + "_packed" in listed for name in names)
+
+    def _read_shard(self, file: Path, listed: Mapping[str, str]) -> None:
         try:
             header = read_header(file)
         except (OSError, CheckpointError) as error:
@@ -165,10 +184,17 @@ class Source:
             return
         self.files[file], self._header_sha256[file] = header.file_id, header.sha256
         found = {tensor.name: tensor for tensor in header.tensors}
-        self._compare_duplicates(
-            [(self.tensors[name], found[name]) for name in sorted(found.keys() & self.tensors.keys())]
-        )
-        self.tensors |= found
+        twice = [(self.tensors[name], found[name]) for name in sorted(found.keys() & self.tensors.keys())]
+        mapped = {first.name for first, _ in twice if listed.get(first.name) in (first.file.name, file.name)}
+        self._compare_duplicates([pair for pair in twice if pair[0].name not in mapped])
+        if mapped:
+            others = listing(sorted({first.file.name for first, _ in twice if first.name in mapped}))
+            self.notes.append(
+                f"{pluralize(len(mapped), 'tensor')} stored in {file.name} and again in {others}: those that {INDEX} "
+                f"names count ({listing((f'{name} in {listed[name]}' for name in sorted(mapped)), 3)})"
+            )
+        kept = {name for name in mapped if listed[name] != file.name}
+        self.tensors |= {name: tensor for name, tensor in found.items() if name not in kept}
 
     def _compare_duplicates(self, twice: list[tuple[Tensor, Tensor]]) -> None:
         """Note tensors that two shards store; it is a problem if they differ."""
@@ -193,13 +219,17 @@ class Source:
         for shard in (shard for shard in shards if not (self.folder / shard).exists()):
             lacking = [name for name, file in listed.items() if file == shard]
             count = pluralize(len(lacking), "tensor")
-            self._problems.append(f"shard {shard} is missing; the index says it holds {count}: {listing(lacking, 4)}")
+            self._problems.append(
+                f"shard {shard} is missing; the index says it holds {count}: {listing(lacking, 4)}"
+                f" (to go by the files that are there, convert a copy of the folder without {INDEX})"
+            )
         if listed.keys() == self.tensors.keys():
             return
         unread = {shard for shard in shards if self.folder / shard not in self.files}
         if gone := [name for name, file in listed.items() if name not in self.tensors and file not in unread]:
+            texts = (f"{name} (in {listed[name]})" for name in gone)
             self._problems.append(
-                f"{INDEX} lists {pluralize(len(gone), 'tensor')} that no shard holds: {listing(gone)}"
+                f"{INDEX} lists {pluralize(len(gone), 'tensor')} that no shard holds: {listing(texts)}"
             )
         self.unlisted = [name for name in self.tensors if name not in listed]
         if listed and self.unlisted:
@@ -208,64 +238,6 @@ class Source:
     def _describe_unlisted(self, most: int) -> str:
         count = pluralize(len(self.unlisted), "tensor")
         return f"{INDEX} does not list {count} of the shards: {listing(self.unlisted, most)}"
-
-
-def verify_downloads(files: Mapping[Path, FileId], workers: int, report: Callable[[Progress], None]) -> None:
-    """Raise CheckpointError listing every shard whose bytes do not have the SHA-256 that `hf download` recorded.
-
-    Raises UsageError, before anything is read, if it is not recorded for all of them.
-    """
-    expected = {file: _find_download(file)[1] for file in files}
-    if unknown := [file.name for file, sha256 in expected.items() if not sha256]:
-        raise UsageError(
-            f"{argument('verify_source')} needs the SHA-256 that `hf download` records beside the files; it is missing "
-            f"for {pluralize(len(unknown), 'shard')}: {listing(unknown, 4)}. Nothing was read"
-        )
-    done, total, damaged = 0, sum(file_id.size for file_id in files.values()), []
-    report(Progress(done, total, ""))
-
-    def hash_file(file: Path) -> str:
-        starts = range(0, files[file].size, CHUNK_BYTES)
-        sizes = (min(CHUNK_BYTES, files[file].size - start) for start in starts)
-        return hash_chunks(read_bytes(file, files[file], *at, "any") for at in zip(starts, sizes, strict=True))
-
-    with ThreadPoolExecutor(workers) as pool:
-        for file, sha256 in zip(files, pool.map(hash_file, files), strict=True):
-            damaged += [file.name] if sha256 != expected[file] else []
-            done += files[file].size
-            report(Progress(done, total, file.name))
-    if damaged:
-        raise CheckpointError(
-            f"{pluralize(len(damaged), 'shard')} with another SHA-256 than `hf download` recorded: "
-            f"{listing(damaged, 20)}. Nothing was written; download again"
-        )
-
-
-def _find_download(file: Path) -> tuple[str, str]:
-    """Return the hub's revision and SHA-256 of a downloaded file, "" where unknown.
-
-    In the hub's cache a file is a link from snapshots/REVISION/ to a blob that is named by its SHA-256.
-    """
-    if file.is_symlink():
-        revision, sha256 = file.parent.name if file.parent.parent.name == "snapshots" else "", file.readlink().name
-    elif (metadata := file.parent / DOWNLOADS / f"{file.name}.metadata").is_file():
-        with open(metadata, encoding="utf-8", errors="replace") as text:
-            revision, sha256, *_ = (*text.read(1000).split("\n"), "", "")
-        revision = revision if re.fullmatch("[0-9a-f]{40}", revision) else ""
-    else:
-        return "", ""
-    return revision, sha256 if re.fullmatch("[0-9a-f]{64}", sha256) else ""
-
-
-def _compare_revisions(files: Iterable[Path]) -> list[str]:
-    """Return a note if the shards come from several revisions of a repository."""
-    revisions: dict[str, list[str]] = {}
-    for file in files:
-        revisions.setdefault(_find_download(file)[0], []).append(file.name)
-    if len(revisions) < 2:
-        return []
-    texts = (f"{revision[:12] or 'unknown'} ({listing(names, 2)})" for revision, names in revisions.items())
-    return [f"the shards come from {len(revisions)} revisions of the repository: {listing(texts)}"]
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

@@ -5,13 +5,15 @@ The names and dtypes of the tensors beside a weight decide how it is stored, nev
 kind               tensors of the linear X                                            W =
 dense              weight BF16, F16 or F32                                            weight
 deepseek-fp8       weight F8_E4M3, weight_scale_inv [out/128, in/128]                 weight * scale_inv
-fp8                weight F8_E4M3, weight_scale: 128x128 grid, [out, 1] or one        weight * scale
+fp8                weight F8_E4M3, weight_scale                                       weight * scale
 modelopt-nvfp4     weight U8, weight_scale [out, in/16], weight_scale_2               e2m1 * scale * scale_2
 packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_scale   e2m1 * scale / global_scale
 modelopt-nvfp4-awq those of modelopt-nvfp4, pre_quant_scale [in]                      e2m1 * scale * scale_2 * pre
 modelopt-nvfp4-svd and svdquant_lora_a [rank, in], svdquant_lora_b [out, rank]        (... + lora_b @ lora_a) * pre
 
-Sizes are rounded up. The block of NVFP4 is in / scale.shape[1], 16 or 32. Unsupported formats are refused by name.
+Sizes are rounded up. A scale of FP8, of BF16, F16, F32 or F8_E8M0, is a 128x128 grid (also [rows, 1, columns, 1]), one
+a row ([out] or [out, 1]), or one for all. The block of NVFP4 is in / scale.shape[1], 16 or 32. Unsupported formats are
+refused by name.
 ModelOpt applies pre_quant_scale to the inputs, before both the matrix and the low-rank path beside it.
 """
 
@@ -28,6 +30,7 @@ from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_dequanti
 from .safetensors import Tensor
 
 FLOATS = ("BF16", "F16", "F32")
+FP8_SCALES = (*FLOATS, "F8_E8M0")
 BLOCK_SIZES = (NVFP4_BLOCK, 2 * NVFP4_BLOCK)
 
 UNSUPPORTED = (
@@ -158,7 +161,7 @@ def _require_shape(scale: Tensor, weight: Tensor, allowed: list[tuple[int, ...]]
     if scale.shape not in allowed:
         shapes = " or ".join(str(list(shape)) for shape in allowed) or "absent"
         raise CheckpointError(
-            f"{scale.name} has shape {list(scale.shape)}; for {weight.name} {list(weight.shape)} it must be {shapes} "
+            f"{_describe(scale)}; for {weight.name} {list(weight.shape)} it must be {shapes} "
             "(scales that are padded or swizzled for a kernel are not supported)"
         )
 
@@ -169,12 +172,12 @@ def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Sto
         raise CheckpointError(f"{name} has both weight_scale_inv and weight_scale: which one counts is unknown")
     (scale,) = _find(tensors, name + ("_scale_inv" if is_deepseek else "_scale"))
     _require_matrix(weight)
-    if scale.dtype not in FLOATS:
-        raise CheckpointError(f"{scale.name} is {scale.dtype}; FP8 scales in {', '.join(FLOATS)} are supported")
+    if scale.dtype not in FP8_SCALES:
+        raise CheckpointError(f"{scale.name} is {scale.dtype}; FP8 scales in {', '.join(FP8_SCALES)} are supported")
     out, width = weight.shape
-    grid = (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK))
-    allowed = [grid] if is_deepseek else [grid, (out, 1), (1,), (1, 1), ()]
-    _require_shape(scale, weight, allowed)
+    rows, columns = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
+    grids = [(rows, columns), (rows, 1, columns, 1)]
+    _require_shape(scale, weight, [*grids, (out, 1), (out,), (1,), (1, 1), ()])
     kind = "deepseek-fp8" if is_deepseek else "fp8"
     return StoredWeight(kind, "fp8_block", weight.shape, FP8_BLOCK, weight, scale)
 
@@ -265,8 +268,8 @@ def _expand_to_rows(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     out, width = shape
     rows, blocks = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
     scale = scale.astype(np.float32)
-    if scale.shape == (rows, blocks):
-        return np.repeat(scale, FP8_BLOCK, axis=0)[:out]
+    if scale.shape in ((rows, blocks), (rows, 1, blocks, 1)):
+        return np.repeat(scale.reshape(rows, blocks), FP8_BLOCK, axis=0)[:out]
     return np.ascontiguousarray(np.broadcast_to(scale.reshape(-1, 1), (out, blocks)))
 
 

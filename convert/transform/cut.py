@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsv32_jax.layout import Leaf
+from dsv32_jax.layout import LOOKED_UP, Leaf
 
 from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.weights import FOLDED, Read, StoredWeight
@@ -57,6 +57,8 @@ def choose_format(leaf: Leaf, sources: Sequence[StoredWeight]) -> LeafFormat:
         dtypes = {DTYPES[stored.values.dtype].name if stored.wanted is None else "bfloat16" for stored in sources}
         folded = sorted({FOLDED[stored.format] for stored in sources if stored.format in FOLDED})
         return LeafFormat("dense", 1, dtypes.pop() if len(dtypes) == 1 else "float32", " and ".join(folded) or None)
+    if leaf.path.endswith(LOOKED_UP):
+        return LeafFormat("dense", 1, "bfloat16", "its rows are looked up")
     if len(formats) > 1:
         kinds = " and ".join(f"{format} in blocks of {block}" for format, block in formats)
         return LeafFormat("dense", 1, "bfloat16", f"its experts are stored as {kinds}")

@@ -80,11 +80,11 @@ def collapse_scales(row_scale: np.ndarray, shape: tuple[int, ...], name: str) ->
     Raises NotInvertible where rows of a block, or blocks of a row, have different scales.
     """
     out, blocks = row_scale.shape
-    if shape == (-(-out // FP8_BLOCK), blocks):
+    if (rows := -(-out // FP8_BLOCK)) and shape in ((rows, blocks), (rows, 1, blocks, 1)):
         small = row_scale[::FP8_BLOCK]
         again = np.repeat(small, FP8_BLOCK, axis=0)[:out]
     else:
-        small = row_scale[:, :1] if shape == (out, 1) else row_scale[:1, :1]
+        small = row_scale[:, :1] if shape in ((out, 1), (out,)) else row_scale[:1, :1]
         again = np.broadcast_to(small, row_scale.shape)
     if _differ(again, row_scale):
         raise NotInvertible(f"{name}: rows that shared a scale have different ones now")

@@ -4,12 +4,12 @@ import collections
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from dsv32_jax.checkpoint.checksums import find_changed_files, list_files
-from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions, require_readable_companions
+from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
@@ -30,9 +30,11 @@ from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
 from ..plan import limits
 from ..plan.limits import Budget, size_of
-from ..plan.plan import Plan, make_plan, select_first_layers
+from ..plan.plan import Plan, make_plan
 from ..plan.policy import make_recipe
-from ..read.source import CONFIG, Source, verify_downloads
+from ..plan.scope import select_first_layers, settle
+from ..read.downloads import verify_downloads
+from ..read.source import Source
 from ..read.weights import read_tensor_scale
 from ..transform.cut import PlannedLeaf
 from ..transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
@@ -53,6 +55,8 @@ class Options(TypedDict, total=False):
     max_memory: str | int | None  # bytes, or "8GiB"; by default 80 % of free memory
     workers: int | None  # threads that read and convert; by default one per core
     strict_index: bool  # refuse a source whose index does not list every tensor of its shards
+    ignore_config: Sequence[str]  # keys of config.json that could change the model, and do not by the user's word
+    ignore_tensors: Sequence[str]  # patterns of tensors that the model can do without, by the user's word
     verify_source: bool  # first compare every shard with the SHA-256 that `hf download` recorded
     group_bytes: int  # small leaves are saved together, about so many bytes at a time
 
@@ -78,14 +82,12 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
     budget = limits.make_budget(options.get("max_memory"), options.get("workers"), options.get("group_bytes"))
     mesh = partition.parse_optional_mesh(options.get("mesh"))
     require_apart(source_folder, dst)
-    source = Source(source_folder)
-    require_readable_companions(source.folder)
+    source = settle(Source(source_folder), options.get("ignore_config"), options.get("ignore_tensors"))
     if options.get("strict_index"):
         source.require_complete_index()
     if (layers := options.get("layers")) is not None:
         source = select_first_layers(source, layers)
     plan = make_plan(source, recipe, mesh)
-    check_tokenizer(source.folder, Config.from_dict(source.config, str(source.folder / CONFIG)))
     partition.check_divisible(mesh, [(leaf.leaf, shape) for leaf in plan.leaves for _, shape in leaf.arrays.values()])
     budget = budget._replace(fixed=limits.fixed_bytes(plan.leaves))
     limits.require_limit(plan.leaves, budget)
@@ -246,6 +248,8 @@ def _describe_source(plan: Plan) -> dict[str, Any]:
         "quantization_config": plan.source.config.get("quantization_config"),
         "stored": dict(sorted(collections.Counter(kinds.values()).items())),
         "recipe": plan.basis["recipe"],
+        "ignored_config": plan.source.ignored_config,
+        "ignored_tensors": plan.source.ignored_tensors,
         "plan": plan.digest,
     }
 

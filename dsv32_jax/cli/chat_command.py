@@ -27,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--load restores system text, tools and thinking: omit --system, --tools and --think")
     thinking = arguments.think not in (None, "off")
     conversation = Conversation(system=arguments.system, tools=_load_tools(arguments), thinking=thinking)
-    sampling = Sampling(**collect_sampling(arguments))
+    sampling = Sampling(**opened.choose_sampling(collect_sampling(arguments), screen))
     options = collect_options(arguments, LENGTH)
     capacity = min(CHAT_DEFAULTS["capacity"], opened.cfg.max_position_embeddings)
     cache = {"capacity": capacity, **collect_options(arguments, CACHE)}

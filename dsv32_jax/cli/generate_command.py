@@ -24,7 +24,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit code. Everything is checked before weights are read."""
     screen = Screen(quiet=arguments.quiet)
     opened = OpenedCheckpoint.of(arguments.checkpoint, ids=arguments.ids)
-    reader = PromptReader(arguments, opened)
+    reader = PromptReader(arguments, opened, screen)
     inputs = reader.read()
     options = collect_options(arguments, [*LENGTH, *BATCH, *CACHE])
     samples, as_json = options.get("n", 1), arguments.json or reader.is_batch

@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 
 from ..chat import Tokenizer
-from ..checkpoint.companions import check_tokenizer
+from ..checkpoint.companions import GENERATION, check_tokenizer, read_sampling
 from ..checkpoint.load import load
 from ..checkpoint.manifest import Manifest
 from ..config import Config
 from ..errors import CheckpointError, UsageError
 from ..generation.engine import plan_batches
+from ..generation.options import Sampling
 from ..generation.request import Request, validate
 from ..model.model import Model
 from ..parallel import sharding
@@ -45,6 +46,15 @@ class OpenedCheckpoint:
             return cls(folder, cfg, Tokenizer.load(folder, cfg))
         except (CheckpointError, UsageError) as error:
             raise type(error)(f"{error} (dsv32 generate --ids)") from error
+
+    def choose_sampling(self, given: dict[str, Any], screen: Screen) -> dict[str, Any]:
+        """Return the sampling parameters `given`, and for others the defaults of the checkpoint, which is said."""
+        chosen = vars(Sampling.from_checkpoint(self.folder, **given))
+        defaults = {name: chosen[name] for name in read_sampling(self.folder) if name not in given}
+        if defaults:
+            values = ", ".join(f"{name} {value}" for name, value in defaults.items())
+            screen.note(f"{GENERATION} of the checkpoint: {values}, unless options say otherwise")
+        return {**defaults, **given}
 
     def validate(self, dtype: str, prompts: Any, sampling: Any = None, **options: Any) -> Request:
         """Validate a request, and that its cache fits in memory, before weights are read."""

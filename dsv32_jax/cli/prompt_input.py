@@ -14,6 +14,7 @@ from ..model import validation
 from ..system.files import expand_path, parse_json
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import collect_sampling, parse_token_ids
+from .screen import Screen
 
 MAX_BYTES = 1 << 30
 
@@ -36,11 +37,10 @@ class PromptInput:
 class PromptReader:
     """Read the prompts that the command line asks for, for the checkpoint `opened`."""
 
-    def __init__(self, arguments: argparse.Namespace, opened: OpenedCheckpoint):
+    def __init__(self, arguments: argparse.Namespace, opened: OpenedCheckpoint, screen: Screen):
         self._arguments, self._opened = arguments, opened
         self._file: Path | None = arguments.file
-        self._sampling = collect_sampling(arguments)
-        Sampling(**self._sampling)
+        self._sampling = opened.choose_sampling(collect_sampling(arguments), screen)
         self.is_batch = self._file is not None and self._file.suffix == ".jsonl"
         if arguments.ids and (arguments.chat or arguments.thinking or arguments.allow_special):
             raise UsageError("--ids takes and prints token ids; --chat, --thinking and --allow-special apply to text")
@@ -158,6 +158,6 @@ def _decode(raw: bytes, name: str) -> str:
     if len(raw) > MAX_BYTES:
         raise UsageError(f"{name} has more than {MAX_BYTES} bytes; split it into several files")
     try:
-        return raw.decode("utf-8")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UsageError(f"{name} is not UTF-8: byte {error.start} is 0x{raw[error.start]:02x}") from None

@@ -10,9 +10,12 @@ import math
 import numbers
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from ..errors import COMMAND_LINE, UsageError, argument, listing, pluralize, unknown
+from ..checkpoint.companions import GENERATION, read_sampling
+from ..errors import COMMAND_LINE, CheckpointError, UsageError, argument, listing, pluralize, unknown
+from ..system.files import expand_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -93,6 +96,17 @@ class Sampling:
             raise UsageError(
                 f"{argument('top_p')} must be above 0 and at most 1, where 1 keeps all tokens, not {self.top_p!r}"
             )
+
+    @classmethod
+    def from_checkpoint(cls, folder: str | Path, **given: Any) -> Self:
+        """Return the sampling that the generation_config.json of a checkpoint asks for, greedy if it asks for none,
+        changed by the parameters `given`. Raises CheckpointError for a file that cannot be followed, UsageError."""
+        cls(**given)
+        stored = read_sampling(expand_path(folder))
+        try:
+            return cls(**{**stored, **given})
+        except UsageError as error:
+            raise CheckpointError(f"{GENERATION} of {folder}: {error}") from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -95,6 +95,8 @@ FOREIGN_CONTENT = (
     (b"PK\x03\x04", "a zip file (PyTorch's pickle format): pickles are never opened; get the safetensors"),
     (b"\x80\x02", "a pickle: pickles are never opened; get the safetensors"),
     (b"age-encryption.org", "encrypted with age: decrypt it first"),
+    (b"\xff\xfe", "UTF-16 text: save it as UTF-8"),
+    (b"\xfe\xff", "UTF-16 text: save it as UTF-8"),
 )
 
 
@@ -219,7 +221,7 @@ def parse_json(text: bytes, limits: JsonLimits | None = None) -> Any:
         if (count := text.count(mark)) > most:
             raise CheckpointError(f"too large a JSON text: {count} {kind}, at most {most} are allowed")
     try:
-        decoded = text.decode("utf-8")
+        decoded = text.decode("utf-8-sig")
         if "\\" not in decoded and "-0" not in decoded and not SPACE_BEFORE_COLON.search(decoded):
             parsed = json.loads(decoded, parse_constant=_reject_constant)
             if _count_keys(parsed) == decoded.count('":'):

@@ -63,7 +63,7 @@ def tokenizer(folder: Path, **more: int) -> str:
 
 def companions(folder: Path) -> dict[str, str]:
     """Write what goes along with a checkpoint; the texts by their names."""
-    others = {"tokenizer_config.json": "a", "generation_config.json": "b"}
+    others = {"tokenizer_config.json": '{"a": 1}', "generation_config.json": '{"b": null}'}
     texts = {"tokenizer.json": tokenizer(folder), **others}
     for name, text in texts.items():
         (folder / name).write_text(text)

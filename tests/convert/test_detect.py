@@ -6,12 +6,13 @@ import pytest
 
 from convert.read import weights
 from convert.read.weights import MissingTensorsError, detect
+from convert.verify import inverse
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize, nvfp4_quantize
 
 from . import fakes
 
-BF16, E4M3 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn
+BF16, E4M3, E8M0 = ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 OUT, IN = 192, 320
 
 
@@ -26,6 +27,11 @@ ACCEPTED = {
     "deepseek": ({"": zeros(E4M3, OUT, IN), "_scale_inv": zeros(np.float32, 2, 3)}, "fp8_block", 128),
     "fp8 grid": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(BF16, 2, 3)}, "fp8_block", 128),
     "fp8 channel": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, OUT, 1)}, "fp8_block", 128),
+    "fp8 rows": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, OUT)}, "fp8_block", 128),
+    "fp8 blocks of ModelOpt": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, 2, 1, 3, 1)}, "fp8_block", 128),
+    "deepseek, powers of two": ({"": zeros(E4M3, OUT, IN), "_scale_inv": zeros(E8M0, 2, 3)}, "fp8_block", 128),
+    "deepseek, rows": ({"": zeros(E4M3, OUT, IN), "_scale_inv": zeros(np.float32, OUT)}, "fp8_block", 128),
+    "fp8 rows, powers of two": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(E8M0, OUT)}, "fp8_block", 128),
     "fp8 tensor": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32)}, "fp8_block", 128),
     "fp8 tensor [1]": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, 1)}, "fp8_block", 128),
     "fp8 tensor [1, 1]": ({"": zeros(E4M3, OUT, IN), "_scale": zeros(np.float32, 1, 1)}, "fp8_block", 128),
@@ -172,17 +178,26 @@ def test_both_nvfp4_conventions_give_the_same_components():
 
 @pytest.mark.parametrize(
     "kind, shape",
-    [("_scale_inv", (2, 3)), ("_scale", (2, 3)), ("_scale", (OUT, 1)), ("_scale", (1, 1)), ("_scale", ())],
+    [
+        *(("_scale_inv", (2, 3)), ("_scale", (2, 3)), ("_scale", (OUT, 1)), ("_scale", (1, 1)), ("_scale", ())),
+        *(("_scale_inv", (2, 1, 3, 1)), ("_scale", (2, 1, 3, 1)), ("_scale", (OUT,)), ("_scale_inv", (OUT,))),
+    ],
 )
-def test_fp8_scales_are_expanded_to_rows(kind, shape):
+@pytest.mark.parametrize("dtype", [np.float32, BF16, E8M0])
+def test_fp8_scales_are_expanded_to_rows(kind, shape, dtype):
+    """Exactly, whatever the shape; and the proof that nothing was lost finds them again."""
     rng = np.random.default_rng(2)
     values = rng.standard_normal((OUT, IN), np.float32).astype(E4M3)
-    scale = rng.random(shape, np.float32).astype(BF16).astype(np.float32)
+    scale = rng.random(shape, np.float32).astype(dtype)
     arrays = named({"": values, kind: scale})
     stored = detect("m.q_proj.weight", fakes.tensors(arrays))
     parts = weights.read_components(stored, lambda tensor: arrays[tensor.name])
     assert parts["block_scale"].shape == (OUT, 3)
     row, column = np.arange(OUT)[:, None], np.arange(IN)[None]
-    step = scale[row // 128, column // 128] if shape == (2, 3) else np.broadcast_to(scale, (OUT, IN))
+    again = inverse.restore_tensors(parts, stored, [])[f"m.q_proj.weight{kind}"]
+    assert (again.dtype, again.shape, again.tobytes()) == (scale.dtype, shape, scale.tobytes())
+    scale = scale.astype(np.float32)
+    grid = scale.reshape(2, 3) if scale.size == 6 else np.broadcast_to(scale.reshape(-1, 1), (OUT, 1))
+    step = grid[row // 128, column // 128] if scale.size == 6 else np.broadcast_to(grid, (OUT, IN))
     expected = (values.astype(np.float32) * step).astype(BF16)
     assert (fp8_dequantize(*parts.values()) == expected.astype(np.float32)).all()

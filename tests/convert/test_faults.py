@@ -25,7 +25,8 @@ import pytest
 import convert
 from convert.plan import limits
 from convert.read import safetensors
-from convert.read.source import DOWNLOADS, Source
+from convert.read.downloads import DOWNLOADS
+from convert.read.source import Source
 from convert.write import provenance
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.system.progress import BarReporter, Progress, Reporter
@@ -94,8 +95,8 @@ def changed_json(name: str, change):
     return damage
 
 
-def content(data: bytes):
-    return lambda folder: (folder / SHARD).write_bytes(data)
+def content(data: bytes, name: str = SHARD):
+    return lambda folder: (folder / name).write_bytes(data)
 
 
 def tensor_bytes(name: str, value: bytes):
@@ -111,7 +112,13 @@ def tensor_bytes(name: str, value: bytes):
 
 
 def another_tensor(name: str):
-    return lambda folder: fakes.write_shard(folder / "model-more.safetensors", {name: np.ones(3, np.float32)})
+    """One more shard, in a folder without an index: a complete one would decide that it does not belong."""
+
+    def damage(folder: Path):
+        (folder / INDEX).unlink()
+        fakes.write_shard(folder / "model-more.safetensors", {name: np.ones(3, np.float32)})
+
+    return damage
 
 
 def dangling(folder: Path):
@@ -158,6 +165,15 @@ ROWS = {
     ),
     "F18": (nothing, ["--mesh", "expert=5"], 5, ["expert=5", "w_gate_EMD", "E 12", "possible: 1, 2, 3, 4, 6, 12"]),
     "F21": (dangling, [], 3, [SHARD]),
+    **{
+        f"{what} as {name}": (content(begin, name), [], 3, [name, said])
+        for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", INDEX)
+        for what, begin, said in (
+            ("a pointer", b"version https://git-lfs.github.com/spec/v1", "git lfs pull"),
+            ("a page", b"\xef\xbb\xbf <!DOCTYPE html>", "HTML"),
+            ("UTF-16", '{"a": 1}'.encode("utf-16"), "UTF-8"),
+        )
+    },
     "F21 beside": (lambda f: (f / "tokenizer.json").symlink_to("nowhere"), [], 3, ["tokenizer.json", "dangling"]),
     "F29": (tensor_bytes(NAME, b"\0"), [], 3, [NAME, "zero throughout", "download them again"]),
     "F29 scale": (tensor_bytes(NAME + "_scale", b"\0"), [], 3, [NAME + "_scale", "zero throughout"]),

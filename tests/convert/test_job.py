@@ -21,7 +21,7 @@ from convert.transform import cut
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CapacityError, CheckpointError, OutputExistsError, UsageError
+from dsv32_jax.errors import CapacityError, CheckpointError, ConfigError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
 from dsv32_jax.system.files import LOCK
@@ -242,7 +242,7 @@ def test_companions_are_copied(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "is not a tokenizer (Expecting value"),
+        ("", "tokenizer.json: not valid JSON: Expecting value"),
         ("{}", "is not a tokenizer (it has no 'model')"),
         ('{"model": {"vocab": {"a": 0}}}', "does not belong to this model: it has no eos_token_id"),
     ],
@@ -288,3 +288,74 @@ def test_errors_end_with_their_exit_code(storage, code, checkpoints, tmp_path, c
     assert convert.main([str(checkpoints["bf16"].parent / storage), str(tmp_path / "out")]) == code
     printed = capsys.readouterr()
     assert printed.err.startswith("error: ") and not printed.out
+
+
+def settings(folder, **generation):
+    """Write a generation_config.json."""
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+@pytest.fixture
+def source(originals, tmp_path):
+    """A copy of a checkpoint, whose settings can be changed."""
+    return shutil.copytree(originals["nvfp4"], tmp_path / "source")
+
+
+def test_end_tokens_are_those_of_both_files(source, tmp_path, small):
+    """config.json and generation_config.json, also where the first has none; the note says so."""
+    first = small.eos_token_id[0]
+    manifest = convert.convert(settings(source, eos_token_id=[first, 7, 9]), tmp_path / "a")
+    assert Config.from_dict(manifest.config).eos_token_id == (first, 7, 9)
+    assert any("end tokens in addition to those of config.json: 7, 9" in note for note in manifest.report["notes"])
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(raw | {"eos_token_id": None}))
+    manifest = convert.convert(settings(source, eos_token_id=5), tmp_path / "b")
+    assert Config.from_dict(manifest.config).eos_token_id == (5,)
+    for wrong, said in ((["x"], "no token id"), (-1, "no token id"), (10**6, "outside the vocabulary")):
+        with pytest.raises((CheckpointError, ConfigError), match=f"generation_config.json.*\n?.*{said}"):
+            convert.convert(settings(source, eos_token_id=wrong), tmp_path / "c")
+
+
+def test_settings_that_are_not_followed_are_noted(source, tmp_path):
+    """What the sampler does not have, and what contradicts the config; neutral values are no news."""
+    settings(source, bos_token_id=5, num_beams=4, max_new_tokens=9, do_sample=True, temperature=0.6, top_k=50, x=None)
+    config = {"add_bos_token": True, "add_eos_token": True, "eos_token": {"content": "t9"}, "bos_token": "t0"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = json.loads(fakes.tokenizer(source))
+    tokenizer["added_tokens"] = [{"id": i, "content": f"t{i}"} for i in (0, 1, 9)]
+    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
+    notes = "; ".join(convert.convert(source, tmp_path / "a").report["notes"])
+    for part in ("not used: max_new_tokens=9, num_beams=4", "bos_token_id is 5", "eos_token 't9' has the id 9"):
+        assert part in notes, notes
+    assert "add_eos_token=True" in notes and "add_bos_token" not in notes and "'t0'" not in notes
+
+
+def test_what_the_user_ignores_is_recorded(source, tmp_path):
+    """Keys with their values, patterns, and in the notes; the converted config does not have the keys."""
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(
+        "\ufeff" + json.dumps(raw | {"sliding_window": 9, "n_layers": 2, "mlp_bias": False})
+    )
+    fakes.write_shard(source / "model-more.safetensors", {"x.lora_A": np.ones(1, np.float32)})
+    (source / "model.safetensors.index.json").unlink()
+    with pytest.raises(ConfigError, match='ignore_config="sliding_window"'):
+        convert.convert(source, tmp_path / "a")
+    options = {"ignore_config": "sliding_window", "ignore_tensors": ["*.lora_A"]}
+    manifest = convert.convert(source, tmp_path / "a", **options)
+    assert manifest.source["ignored_config"] == {"sliding_window": 9}
+    assert manifest.source["ignored_tensors"] == ["*.lora_A"]
+    assert not {"sliding_window", "n_layers", "mlp_bias"} & set(manifest.config)
+    notes = "; ".join(manifest.report["notes"])
+    assert "ignored sliding_window at the user's word" in notes and "ignored mlp_bias, which is false" in notes
+    assert Manifest.read(tmp_path / "a").digest == manifest.digest
+    assert convert.convert(source, tmp_path / "a", **options).digest == manifest.digest
+    with pytest.raises(UsageError, match="must be text"):
+        convert.convert(source, tmp_path / "b", ignore_config=[5])
+
+
+def test_the_first_layers_of_a_config_that_lists_every_layer(source, tmp_path):
+    raw = json.loads((source / "config.json").read_text())
+    kinds = {"layer_types": ["indexed_attention"] * 2, "mlp_layer_types": ["dense", "sparse"]}
+    (source / "config.json").write_text(json.dumps(raw | kinds))
+    assert convert.convert(source, tmp_path / "a", layers="0").config["num_hidden_layers"] == 1

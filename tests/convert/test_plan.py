@@ -8,12 +8,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+import convert
 from convert.names import fold_names
 from convert.plan import limits
 from convert.plan.plan import make_plan
+from convert.plan.scope import settle
+from convert.plan.surplus import UNANNOUNCED
 from convert.read.source import Source
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CheckpointError, ConfigError
+from dsv32_jax.errors import CheckpointError, ConfigError, UsageError
 from dsv32_jax.layout import leaves
 
 from . import fakes
@@ -107,6 +110,79 @@ def test_tensors_the_model_does_not_need_are_counted(original, tmp_path):
     }
     whole = planned(tmp_path / "a", config, arrays | scales)
     assert sorted(whole.ignored.values()) == [1, 1]
+
+
+CACHE_SCALES = (
+    *("k_scale", "v_scale", "k_proj.k_scale", "v_proj.v_scale", "attn.k_scale", "attn_mqa.v_scale", "kv_scale"),
+    *("kv_cache_scale", "k_cache_scale", "kv_cache_scaling_factor", "k_proj.output_scale", "v_zero_point", "q_scale"),
+    *("kv_a_proj_with_mqa.output_scale", "k_bmm_quantizer._amax", "k_cache.scale", "qkv_proj.k_scale", "prob_scale"),
+)
+
+
+def test_tensors_of_other_implementations_are_counted(original, tmp_path):
+    """Scales of a cache under every spelling, tables of positions: they do not change the model."""
+    config, arrays = original
+    names = [f"model.layers.0.self_attn.{name}" for name in CACHE_SCALES]
+    tables = ["model.layers.1.self_attn.rotary_emb.inv_freq", "rotary_emb.cos_cached", "freqs_cis", "model.inv_freq"]
+    whole = planned(tmp_path / "a", config, arrays | dict.fromkeys([*names, *tables], np.ones((), np.float32)))
+    assert whole.ignored == {
+        "scales of another implementation's key-value cache": len(names),
+        "computed from the configuration": len(tables),
+    }
+
+
+def test_an_mtp_layer_that_is_not_announced_is_ignored(original, tmp_path, tiny: Config):
+    config, arrays = original
+    layer = f"layers.{tiny.num_hidden_layers}."
+    whole = planned(tmp_path / "a", without(config, "num_nextn"), arrays)
+    assert whole.ignored == {UNANNOUNCED: sum(layer in name for name in arrays)}
+    more = {
+        name.replace(layer, f"layers.{tiny.num_hidden_layers + 1}."): arrays[name] for name in arrays if layer in name
+    }
+    assert planned(tmp_path / "b", config, arrays | more).ignored == {UNANNOUNCED: len(more)}
+    main = {name.replace("layers.0.", "layers.7."): arrays[name] for name in arrays if "layers.0." in name}
+    assert f"{len(main)} unknown tensors" in refused(tmp_path / "c", config, arrays | main)
+
+
+def test_adapters_are_ignored_at_the_users_word_only(original, tmp_path):
+    config, arrays = original
+    adapters = {f"model.layers.0.self_attn.o_proj.lora_{x}.weight": np.ones((4, 4), np.float32) for x in "AB"}
+    source = Source(fakes.write_checkpoint(tmp_path / "a", config, arrays | adapters))
+    with pytest.raises(CheckpointError, match="2 unknown tensors.*ignore_tensors=.PATTERN"):
+        make_plan(source)
+    whole = make_plan(settle(source, None, "*.lora_?.weight"))
+    assert list(whole.ignored.values()) == [2] and "lora_" in next(iter(whole.ignored))
+    assert whole.digest == make_plan(settle(source, None, ["*lora*"])).digest
+    for pattern in ("*.norm.weight", "nothing*"):
+        with pytest.raises(UsageError, match="could do without"):
+            make_plan(settle(source, None, ["*lora*", pattern]))
+
+
+@pytest.mark.parametrize("storage", ["fp8", "nvfp4", "compressed-tensors"])
+def test_embeddings_that_are_stored_quantized_are_dequantized(storage, checkpoints, tmp_path, tiny: Config):
+    """Their rows are looked up. Those of the MTP layer too; the head may stay as it is."""
+    folder = checkpoints[storage]
+    config, arrays = json.loads((folder / "config.json").read_text()), fakes.load(folder)
+    stem = next(name for name in arrays if "layers.0.mlp.up_proj" in name and name.endswith(("weight", "packed")))
+    stem = stem.removesuffix("_packed").removesuffix(".weight")
+    for name in ("model.embed_tokens", f"model.layers.{tiny.num_hidden_layers}.embed_tokens"):
+        del arrays[f"{name}.weight"]
+        if storage == "fp8":
+            arrays[f"{name}.weight"] = np.ones((tiny.vocab_size, tiny.hidden_size), ml_dtypes.float8_e4m3fn)
+            arrays[f"{name}.weight_scale_inv"] = np.ones((-(-tiny.vocab_size // 128), 1), np.float32)
+            continue
+        packed = "_packed" if storage == "compressed-tensors" else ""
+        codes = np.full((tiny.vocab_size, tiny.hidden_size // 2), 0x21, np.uint8)
+        arrays[f"{name}.weight{packed}"] = codes
+        arrays[f"{name}.weight_scale"] = np.ones((tiny.vocab_size, tiny.hidden_size // 16), ml_dtypes.float8_e4m3fn)
+        arrays[f"{name}.weight{'_global_scale' if packed else '_scale_2'}"] = np.ones(1, np.float32)
+    whole = planned(tmp_path / "a", config, arrays)
+    for path in ("embed_VD", "mtp.embed_VD"):
+        (leaf,) = (leaf for leaf in whole.leaves if leaf.leaf.path == path)
+        assert leaf.form.format == "dense"
+        assert f"{path} is dequantized to bfloat16: its rows are looked up" in whole.notes
+    manifest = convert.convert(tmp_path / "a", tmp_path / "b")
+    assert manifest.leaves["embed_VD"].format == "dense" and manifest.leaves["mtp.embed_VD"].format == "dense"
 
 
 def test_an_announced_mtp_layer_may_be_absent(original, tmp_path, tiny: Config):

@@ -225,6 +225,8 @@ def test_headers_win_over_the_index(folder):
 
 
 def test_a_tensor_in_two_shards_is_noted_where_equal_and_refused_where_not(folder):
+    """Without an index nobody knows which one counts."""
+    (folder / "model.safetensors.index.json").unlink()
     extra = shutil.copy(folder / "model-00001-of-00003.safetensors", folder / "model-extra.safetensors")
     count = len(Source(folder).tensors)
     where = "stored in model-extra.safetensors and again in model-00001-of-00003.safetensors"
@@ -237,6 +239,51 @@ def test_a_tensor_in_two_shards_is_noted_where_equal_and_refused_where_not(folde
     assert f"1 tensor {where} with different content: " in problems(folder)
     fakes.write_shard(extra, {"model.norm.weight": np.ones(3, np.float32)})
     assert "with different content: model.norm.weight" in problems(folder) and count > 100
+
+
+@pytest.mark.parametrize("storage", ["nvfp4", "compressed-tensors", "bf16"])
+def test_the_files_of_a_complete_index_are_the_checkpoint(storage, checkpoints, tmp_path):
+    """Another set of weights beside them is ignored, even if it is damaged, and said to be."""
+    folder = shutil.copytree(checkpoints[storage], tmp_path / "hf")
+    before = Source(folder)
+    for file in checkpoints["fp8"].glob("*.safetensors"):
+        shutil.copy(file, folder / file.name.replace("-of-00003", "-of-00004"))
+    (folder / "model-old.safetensors").write_bytes(b"<html>")
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs")
+    source = Source(folder)
+    assert source.tensors == before.tensors and source.identity == before.identity
+    (note,) = set(source.notes) - set(before.notes)
+    assert "ignored 5 files that model.safetensors.index.json does not name: model-00001-of-00004" in note
+
+
+def test_files_that_an_incomplete_index_does_not_name_are_read(folder):
+    """An index that was cut short does not decide."""
+    file = folder / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    whole = Source(folder).tensors
+    index["weight_map"] = {name: shard for name, shard in index["weight_map"].items() if "00003" not in shard}
+    file.write_text(json.dumps(index))
+    assert Source(folder).tensors == whole
+
+
+def test_of_a_tensor_stored_twice_the_one_counts_that_the_index_names(folder):
+    """Whichever shard is read first; and the note says which one it is."""
+    file, name = folder / "model.safetensors.index.json", "model.norm.weight"
+    index = json.loads(file.read_text())
+    fakes.write_shard(folder / "model-00000.safetensors", {name: np.ones(3, np.float32)})
+    index["weight_map"]["model.extra"] = "model-00000.safetensors"
+    fakes.write_shard(
+        folder / "model-00000.safetensors", {name: np.ones(3, np.float32), "model.extra": np.ones(1, np.float32)}
+    )
+    for shard in (index["weight_map"][name], "model-00000.safetensors"):
+        index["weight_map"][name] = shard
+        file.write_text(json.dumps(index))
+        source = Source(folder)
+        assert source.tensors[name].file.name == shard
+        assert any(f"those that {file.name} names count ({name} in {shard})" in note for note in source.notes)
+    index["weight_map"]["model.nothing"] = shard
+    file.write_text(json.dumps(index))
+    assert "that no shard holds: model.nothing (in model-00000.safetensors)" in problems(folder)
 
 
 def test_strays_are_ignored_and_noted(folder):

@@ -1,68 +1,22 @@
 """The hyperparameters of a model, under the names of the checkpoint's config.json.
 
-Every key of a config.json is a field of `Config`, has a fixed value, or is ignored for the reason given here. Any other
-key is an error, because it may change the model; an error lists every problem of the file.
+Every key of a config.json is a field of `Config` or is accounted for in keys. Any other key is an error, because
+it may change the model; an error lists every problem of the file.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple
 
-from .errors import ConfigError, listing, pluralize
-from .system.files import parse_json
-from .yarn import INT_MAX, Yarn, normalize_rope, parse_number, parse_yarn
+from ..errors import ConfigError, listing, pluralize
+from ..system.files import read_json
+from . import keys, yarn
+from .keys import ASSUMED, REQUIRED
+from .yarn import INT_MAX, Yarn, parse_number, parse_yarn
 
-REQUIRED = {
-    "model_type": "deepseek_v32",
-    "hidden_act": "silu",
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "norm_topk_prob": True,
-    "n_shared_experts": 1,
-    "moe_layer_freq": 1,
-    "tie_word_embeddings": False,
-    "attention_bias": False,
-    "rope_interleave": True,
-    "indexer_rope_interleave": False,
-}
-"""Keys with the only value that is supported."""
-
-ASSUMED = {
-    key: REQUIRED[key]
-    for key in (
-        *("hidden_act", "topk_method", "norm_topk_prob", "n_shared_experts", "moe_layer_freq"),
-        *("tie_word_embeddings", "attention_bias"),
-    )
-} | {"num_nextn_predict_layers": 0, "rope_scaling": None}
-"""Values of keys that may be absent, as in transformers' implementation, where they are the defaults or the only ones.
-
-`model_type` and `scoring_func` must be there: DeepSeek's inference code scores experts with softmax by default. No
-published config.json of this model has `rope_interleave` and `indexer_rope_interleave`.
-"""
-
-IGNORED = {
-    "architectures": "the class name of another implementation",
-    "attention_dropout": "training only",
-    "auto_map": "names Python code, and code of a checkpoint is never run",
-    "aux_loss_alpha": "training only",
-    "dtype": "every tensor has its own dtype",
-    "ep_size": "a launch option of another implementation",
-    "head_dim": "repeats qk_rope_head_dim",
-    "initializer_range": "training only",
-    "num_key_value_heads": "nominal: all heads share one latent",
-    "pad_token_id": "rows are ragged, never padded with a token",
-    "pretraining_tp": "training only",
-    "qk_head_dim": "the sum of qk_nope_head_dim and qk_rope_head_dim",
-    "quantization_config": "formats are read from the tensors themselves",
-    "seq_aux": "training only",
-    "torch_dtype": "every tensor has its own dtype",
-    "transformers_version": "the tool that wrote the file",
-    "use_cache": "the caller decides",
-    "_name_or_path": "where another tool found the model",
-}
-"""Keys that do not change the model, and why."""
+LARGEST = 16 << 20
+"""Size limit of a config.json in bytes. The real model's has 2 kB."""
 
 MAX_LAYERS, MAX_EXPERTS = 1_000, 500_000
 """Every weight has a name: with far more of them than any model has, listing them would exhaust time and memory."""
@@ -115,42 +69,18 @@ class Config:
         }  # fmt: skip
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Self:
+    def from_json(cls, path: str | Path) -> "Config":
         """Read a config.json. Raises ConfigError."""
         try:
-            raw = parse_json(Path(path).read_bytes())
+            raw = read_json(Path(path), LARGEST)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a config.json: {error}") from error
         return cls.from_dict(raw, str(path))
 
-    @classmethod
-    def from_dict(cls, raw: Mapping[str, Any], name: str = "config") -> Self:
+    @staticmethod
+    def from_dict(raw: Mapping[str, Any], name: str = "config") -> "Config":
         """Return the Config of a parsed config.json, which errors call `name`. Raises ConfigError."""
-        if not isinstance(raw, Mapping):
-            raise ConfigError(f"{name} must be a JSON object, not a {type(raw).__name__}")
-        if wrong := [key for key in raw if not isinstance(key, str)]:
-            raise ConfigError(
-                f"{name} has {pluralize(len(wrong), 'key')} that must be strings: {listing(map(repr, wrong))}"
-            )
-        problems: list[str] = []
-        raw = {**ASSUMED, **normalize_rope(dict(raw), problems)}
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        if unknown := sorted(set(raw) - set(fields) - set(REQUIRED) - set(IGNORED)):
-            problems.append(f"unknown keys ({len(unknown)}): {listing(unknown, 20)}")
-        if missing := sorted({*fields, "model_type", "scoring_func"} - set(raw)):
-            problems.append(f"missing keys ({len(missing)}): {listing(missing, 40)}")
-        for key in sorted(set(raw) & set(REQUIRED)):
-            if raw[key] != REQUIRED[key] or isinstance(raw[key], bool) != isinstance(REQUIRED[key], bool):
-                problems.append(f"{key} is {raw[key]!r}, but only {REQUIRED[key]!r} is supported")
-        values = {key: _parse_field(field, raw[key], problems) for key, field in fields.items() if key in raw}
-        if not problems:
-            config = cls(**values)
-            problems = _find_contradictions(config)
-            if not problems:
-                return config
-        raise ConfigError(
-            f"{name} does not describe a supported model; nothing else was read.\n  " + "\n  ".join(problems)
-        )
+        return interpret(raw, name).config
 
     def to_dict(self) -> dict[str, Any]:
         """Return the config.json object that reads back as this Config."""
@@ -181,14 +111,55 @@ class Config:
         )
 
 
-def find_assumptions(raw: Mapping[str, Any]) -> list[str]:
-    """Return a note for every key that a config.json does not have and for which a value is assumed."""
-    spelled = {**raw, "rope_scaling": None} if "rope_parameters" in raw else raw
-    return [
-        f"config.json does not state {key}; assumed to be {json.dumps(value)}"
-        for key, value in ASSUMED.items()
-        if key not in spelled
-    ]
+class Interpreted(NamedTuple):
+    """A config.json as it was understood: the Config; the object in the usual spelling, without what was dropped; a
+    note for each key that was dropped; the keys, with their values, that the user ignored."""
+
+    config: Config
+    raw: dict[str, Any]
+    notes: list[str]
+    ignored: dict[str, Any]
+
+
+def interpret(raw: Any, name: str = "config", ignored: Collection[str] = ()) -> Interpreted:
+    """Return what a parsed config.json means, without the keys that the user `ignored`. Errors call it `name`.
+
+    Raises ConfigError that lists every problem, UsageError for a key that cannot be ignored.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{name} must be a JSON object, not a {type(raw).__name__}")
+    if wrong := [key for key in raw if not isinstance(key, str)]:
+        raise ConfigError(
+            f"{name} has {pluralize(len(wrong), 'key')} that must be strings: {listing(map(repr, wrong))}"
+        )
+    problems: list[str] = []
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    known = {*fields, *REQUIRED, *keys.REPEATED}
+    raw, dropped = keys.drop_ignored(dict(raw), ignored, {*fields, *REQUIRED, *yarn.PATHS})
+    raw = yarn.normalize_rope(keys.rename(raw, problems), problems)
+    notes = [*keys.drop_neutral(raw, known, "", problems)]
+    if isinstance(raw.get("rope_scaling"), dict):
+        notes += keys.drop_neutral(raw["rope_scaling"], yarn.KEYS, "rope_scaling.", problems)
+    stated = {key: value for key, value in raw.items() if value is not None or key in REQUIRED or key not in ASSUMED}
+    config = _parse({**ASSUMED, **stated}, fields, problems)
+    if config is not None:
+        problems += [*_find_contradictions(config), *keys.find_disagreements(raw, config)]
+    if config is None or problems:
+        raise ConfigError(
+            f"{name} does not describe a supported model; nothing else was read.\n  " + "\n  ".join(problems)
+        )
+    return Interpreted(config, raw, sorted(notes), dropped)
+
+
+def _parse(raw: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], problems: list[str]) -> Config | None:
+    """Return the Config with the values of `raw`, or None after adding to `problems`."""
+    if missing := sorted({*fields, "model_type", "scoring_func"} - set(raw)):
+        problems.append(f"missing keys ({len(missing)}): {listing(missing, 40)}")
+    for key in sorted(set(raw) & set(REQUIRED)):
+        if raw[key] != REQUIRED[key] or isinstance(raw[key], bool) != isinstance(REQUIRED[key], bool):
+            problems.append(f"{key} is {raw[key]!r}, but only {REQUIRED[key]!r} is supported")
+    values = {key: _parse_field(field, raw[key], problems) for key, field in fields.items() if key in raw}
+    return None if problems else Config(**values)
 
 
 def _parse_field(field: dataclasses.Field, value: Any, problems: list[str]) -> Any:

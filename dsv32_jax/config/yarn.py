@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from .errors import listing
+from ..errors import listing
 
 INT_MAX = 2**31 - 1
 
@@ -21,23 +21,39 @@ class Yarn:
     mscale_all_dim: float
 
 
-def normalize_rope(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
-    """Return a config.json's object with `rope_theta` and `rope_scaling`, which is None without scaling.
+FIXED = {"attention_factor": 1, "truncate": True, "partial_rotary_factor": 1, "apply_yarn_scaling": True}
+"""Keys with the only value that is supported, which follows from the others or is the default."""
 
-    transformers 5 writes both as `rope_parameters`. If the object has both spellings and they disagree, that is added
-    to `problems`.
+KEYS = {"type", *FIXED, *(field.name for field in dataclasses.fields(Yarn))}
+"""The keys that a normalized `rope_scaling` may have."""
+
+PATHS = {f"rope_scaling.{key}" for key in KEYS - FIXED.keys()}
+
+
+def normalize_rope(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a config.json's object with `rope_theta` and, if it says anything of it, `rope_scaling`, which is None
+    without scaling.
+
+    transformers 5 writes both as `rope_parameters`, and some tools put `rope_theta` into `rope_scaling`. If two
+    spellings disagree, that is added to `problems`.
     """
-    parameters = raw.pop("rope_parameters", None)
-    if isinstance(parameters, Mapping):
-        scaling = dict(parameters)
-        theta = scaling.pop("rope_theta", raw.get("rope_theta"))
-        if theta is not None and raw.setdefault("rope_theta", theta) != theta:
-            problems.append(f"rope_theta is {raw['rope_theta']!r}, but {theta!r} in rope_parameters")
-        if _normalize_scaling(raw.setdefault("rope_scaling", scaling)) != _normalize_scaling(scaling):
-            problems.append(f"rope_scaling ({raw['rope_scaling']!r}) and rope_parameters ({scaling!r}) disagree")
-    elif parameters is not None:
-        problems.append(f"rope_parameters must be an object, not {parameters!r}")
-    return {**raw, "rope_scaling": _normalize_scaling(raw.get("rope_scaling"))}
+    raw, spellings = dict(raw), [name for name in ("rope_scaling", "rope_parameters") if raw.get(name) is not None]
+    if "rope_parameters" in raw and not isinstance(raw["rope_parameters"], Mapping | None):
+        problems.append(f"rope_parameters must be an object, not {raw['rope_parameters']!r}")
+        spellings.remove("rope_parameters")
+    found = []
+    for name in spellings:
+        scaling = raw[name]
+        if isinstance(scaling, Mapping):
+            scaling = dict(scaling)
+            theta = scaling.pop("rope_theta", None)
+            if theta is not None and raw.setdefault("rope_theta", theta) != theta:
+                problems.append(f"rope_theta is {raw['rope_theta']!r}, but {theta!r} in {name}")
+        found.append(_normalize_scaling(scaling))
+    if len(found) == 2 and found[0] != found[1]:
+        problems.append(f"rope_scaling ({found[0]!r}) and rope_parameters ({found[1]!r}) disagree")
+    stated = raw.pop("rope_parameters", None) is not None or "rope_scaling" in raw
+    return {**raw, "rope_scaling": found[0] if found else None} if stated else raw
 
 
 def _normalize_scaling(scaling: Any) -> Any:
@@ -46,6 +62,7 @@ def _normalize_scaling(scaling: Any) -> Any:
         return scaling
     values = {key: value for key, value in scaling.items() if value is not None}
     types = [values.pop(key) for key in ("type", "rope_type") if key in values]
+    types = ["yarn" if kind == "deepseek_yarn" else kind for kind in types]
     kind = types[0] if types and types == types[:1] * len(types) else types or "default"
     return None if kind == "default" and not values else {"type": kind, **values}
 
@@ -60,12 +77,12 @@ def parse_yarn(raw: Any, problems: list[str]) -> Yarn | None:
         keys = listing(map(str, raw)) or "no other keys"
         problems.append(f"rope_scaling has the type {kind!r} (with {keys}); only yarn is supported")
         return None
-    found: list[str] = []
-    if raw.pop("truncate", True) is not True:
-        found.append("rope_scaling.truncate must be true")
+    found = [
+        f"rope_scaling.{key} is {raw[key]!r}, but only {value!r} is supported"
+        for key, value in FIXED.items()
+        if raw.get(key, value) != value
+    ]
     fields = {field.name: field for field in dataclasses.fields(Yarn)}
-    if unknown := sorted(set(raw) - set(fields)):
-        found.append(f"unknown keys in rope_scaling ({len(unknown)}): {listing(unknown)}")
     if missing := sorted(set(fields) - set(raw)):
         found.append(f"missing keys in rope_scaling ({len(missing)}): {listing(missing)}")
     values = {key: parse_number(key, field.type, raw[key], 1, found) for key, field in fields.items() if key in raw}

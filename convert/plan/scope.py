@@ -1,0 +1,80 @@
+"""The scope of a conversion: the config as the model will have it, and the layers that are converted."""
+
+import copy
+import re
+from typing import Any
+
+from dsv32_jax.checkpoint.companions import GENERATION, compare_settings, read_end_tokens
+from dsv32_jax.config import interpret
+from dsv32_jax.config.keys import LAYERS
+from dsv32_jax.errors import UsageError, argument, listing, pluralize
+
+from ..read.source import CONFIG, Source
+
+LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
+
+
+def settle(source: Source, keys: Any, patterns: Any) -> Source:
+    """Return `source` with its config in the usual spelling, without the `keys` that the user ignores; and with the
+    `patterns` of tensors that he ignores. Either may be one string, several, or None.
+
+    Its end tokens are those of config.json and of generation_config.json. Raises ConfigError, CheckpointError,
+    UsageError.
+    """
+    name, config = str(source.folder / CONFIG), dict(source.config)
+    own = config.get("eos_token_id")
+    known = own if isinstance(own, list) else [] if own is None else [own]
+    more = [token for token in dict.fromkeys(read_end_tokens(source.folder)) if token not in known]
+    if more:
+        config["eos_token_id"] = [*known, *more]
+        name += f" with the end tokens of {GENERATION}"
+    settled = copy.copy(source)
+    settled.ignored_tensors = _list_names(patterns)
+    cfg, settled.config, notes, settled.ignored_config = interpret(config, name, _list_names(keys))
+    settled.notes = [
+        *source.notes,
+        *notes,
+        *(f"config.json: ignored {key} at the user's word" for key in settled.ignored_config),
+        *([f"{GENERATION}: end tokens in addition to those of config.json: {listing(more)}"] if more else []),
+        *compare_settings(source.folder, cfg),
+    ]
+    return settled
+
+
+def _list_names(given: Any) -> list[str]:
+    names: list[Any] = [given] if isinstance(given, str) else list(given or ())
+    if wrong := [name for name in names if not isinstance(name, str) or not name]:
+        raise UsageError(f"a key or pattern to ignore must be text, not {wrong[0]!r:.60}. Nothing was read")
+    return names
+
+
+def select_first_layers(source: Source, layers: str) -> Source:
+    """Return `source` as a smaller model: only the first `layers` ("0-3": the first four) and no MTP layer.
+
+    The layers must begin with 0, since each computes on the output of those before it. Raises UsageError.
+    """
+    cfg = interpret(source.config, str(source.folder / CONFIG)).config
+    match, given = re.fullmatch(r"0(?:-(\d{1,9}))?", str(layers).strip()), argument("layers", layers)
+    if match is None:
+        raise UsageError(f"invalid {given}: write 0-N for the first N + 1 layers. Nothing was written")
+    count = int(match[1] or 0) + 1
+    if count > cfg.num_hidden_layers:
+        raise UsageError(f"{given} is out of range; layers are 0-{cfg.num_hidden_layers - 1}. Nothing was written")
+    small = copy.copy(source)
+    small.tensors = {
+        name: tensor
+        for name, tensor in source.tensors.items()
+        if (match := LAYER.match(name)) is None or int(match[1]) < count
+    }
+    small.config = {
+        **{key: value for key, value in source.config.items() if key not in LAYERS},
+        "num_hidden_layers": count,
+        "num_nextn_predict_layers": 0,
+        "first_k_dense_replace": min(count, cfg.first_k_dense_replace),
+    }
+    left_out = pluralize(len(source.tensors) - len(small.tensors), "tensor")
+    small.notes = [
+        *source.notes,
+        f"converted only the first {count} of {cfg.num_hidden_layers} layers, without MTP: {left_out} left out",
+    ]
+    return small

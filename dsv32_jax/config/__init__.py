@@ -1,0 +1,4 @@
+"""The hyperparameters of a model, read strictly from a config.json."""
+
+from .config import Config as Config
+from .config import interpret as interpret

@@ -1,0 +1,233 @@
+"""The keys of a config.json beside the hyperparameters: fixed values, other spellings, repetitions, keys of tools.
+
+Tools add keys when they save a config. One that repeats something known must agree with it; one whose value is neutral
+(null, false, empty, a class's default) is dropped with a note; any other may change the model and is a problem, unless
+the user takes it on himself to ignore it.
+"""
+
+import fnmatch
+import json
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+from ..errors import UsageError, argument, listing
+
+REQUIRED = {
+    "model_type": "deepseek_v32",
+    "hidden_act": "silu",
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "n_shared_experts": 1,
+    "moe_layer_freq": 1,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "rope_interleave": True,
+    "indexer_rope_interleave": False,
+}
+"""Keys with the only value that is supported."""
+
+ASSUMED = {
+    key: REQUIRED[key]
+    for key in (
+        *("hidden_act", "topk_method", "norm_topk_prob", "n_shared_experts", "moe_layer_freq"),
+        *("tie_word_embeddings", "attention_bias"),
+    )
+} | {"num_nextn_predict_layers": 0, "rope_scaling": None, "bos_token_id": 0}
+"""Values of keys that may be absent, as in transformers' implementation, where they are the defaults or the only ones.
+
+`model_type` and `scoring_func` must be there: DeepSeek's inference code scores experts with softmax by default. No
+published config.json of this model has `rope_interleave` and `indexer_rope_interleave`.
+"""
+
+IGNORED = {
+    "architectures": "the class name of another implementation",
+    "attention_dropout": "training only",
+    "auto_map": "names Python code, and code of a checkpoint is never run",
+    "aux_loss_alpha": "training only",
+    "compression_config": "formats are read from the tensors themselves",
+    "dtype": "every tensor has its own dtype",
+    "ep_size": "a launch option of another implementation",
+    "id2label": "labels of a classifier",
+    "initializer_range": "training only",
+    "kv_cache_scheme": "the caller decides how the cache is stored",
+    "label2id": "labels of a classifier",
+    "max_batch_size": "a launch option of another implementation",
+    "max_seq_len": "a launch option of another implementation",
+    "output_router_logits": "what another implementation returns",
+    "pad_token_id": "rows are ragged, never padded with a token",
+    "pretraining_tp": "training only",
+    "quantization": "formats are read from the tensors themselves",
+    "quantization_config": "formats are read from the tensors themselves",
+    "router_aux_loss_coef": "training only",
+    "scale_fmt": "formats are read from the tensors themselves",
+    "seq_aux": "training only",
+    "tokenizer_class": "the tokenizer is read from tokenizer.json",
+    "torch_dtype": "every tensor has its own dtype",
+    "transformers_version": "the tool that wrote the file",
+    "unsloth_*": "what a training tool did to the files",
+    "use_cache": "the caller decides",
+    "_*": "private to the tool that wrote the file",
+}
+"""Keys, or patterns of them, that do not change the model, and why."""
+
+DEFAULTS = {
+    **{"return_dict": True, "is_causal": True, "chunk_size_feed_forward": 0, "max_length": 20, "min_length": 0},
+    **{"num_beams": 1, "num_beam_groups": 1, "num_return_sequences": 1, "diversity_penalty": 0, "temperature": 1},
+    **{"top_k": 50, "top_p": 1, "typical_p": 1, "repetition_penalty": 1, "length_penalty": 1, "index_topk_freq": 1},
+    **{"no_repeat_ngram_size": 0, "encoder_no_repeat_ngram_size": 0},
+}
+"""Values that classes of transformers write although nobody chose them."""
+
+RENAMED = {
+    "dim": "hidden_size",
+    "inter_dim": "intermediate_size",
+    "moe_inter_dim": "moe_intermediate_size",
+    "n_layers": "num_hidden_layers",
+    "n_dense_layers": "first_k_dense_replace",
+    "n_heads": "num_attention_heads",
+    "n_activated_experts": "num_experts_per_tok",
+    "n_expert_groups": "n_group",
+    "n_limited_groups": "topk_group",
+    "num_experts": "n_routed_experts",
+    "num_local_experts": "n_routed_experts",
+    "num_shared_experts": "n_shared_experts",
+    "num_mtp_layers": "num_nextn_predict_layers",
+    "n_mtp_layers": "num_nextn_predict_layers",
+    "route_scale": "routed_scaling_factor",
+    "score_func": "scoring_func",
+    "norm_eps": "rms_norm_eps",
+    "rope_factor": "rope_scaling.factor",
+    "original_seq_len": "rope_scaling.original_max_position_embeddings",
+    "beta_fast": "rope_scaling.beta_fast",
+    "beta_slow": "rope_scaling.beta_slow",
+    "mscale": "rope_scaling.mscale",
+}
+"""Names that DeepSeek's inference code and others give to the same numbers."""
+
+LAYERS = ("layer_types", "mlp_layer_types", "indexer_types")
+"""Keys with an entry for each layer."""
+
+
+def _each_layer(*kinds: str) -> Callable[[Any], list[Any]]:
+    """Return the lists that say one of `kinds` of every layer, or "dense" of dense layers and "sparse" of others; the
+    MTP layer may be among them."""
+
+    def list_allowed(cfg: Any) -> list[Any]:
+        first = {"sparse": ["dense"] * cfg.first_k_dense_replace}
+        lengths = {cfg.num_hidden_layers, cfg.num_hidden_layers + cfg.num_nextn_predict_layers}
+        return [(first.get(kind, []) + [kind] * length)[:length] for kind in kinds for length in sorted(lengths)]
+
+    return list_allowed
+
+
+REPEATED: dict[str, tuple[str, Callable[[Any], list[Any]]]] = {
+    "head_dim": (
+        "qk_rope_head_dim, or qk_nope_head_dim + qk_rope_head_dim",
+        lambda cfg: [cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim],
+    ),
+    "qk_head_dim": (
+        "qk_nope_head_dim + qk_rope_head_dim",
+        lambda cfg: [cfg.qk_nope_head_dim + cfg.qk_rope_head_dim],
+    ),
+    "num_key_value_heads": ("num_attention_heads", lambda cfg: [cfg.num_attention_heads]),
+    "n_kv_heads": ("num_attention_heads", lambda cfg: [cfg.num_attention_heads]),
+    "layer_types": ("the attention of this model", _each_layer("indexed_attention", "deepseek_sparse_attention")),
+    "indexer_types": ("the indexer in every layer", _each_layer("full")),
+    "mlp_layer_types": ("first_k_dense_replace and num_hidden_layers", _each_layer("sparse")),
+    "partial_rotary_factor": (
+        "the share of a head that is rotated",
+        lambda cfg: [1, cfg.qk_rope_head_dim / (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)],
+    ),
+    "original_max_position_embeddings": (
+        "rope_scaling.original_max_position_embeddings",
+        lambda cfg: [cfg.rope_scaling and cfg.rope_scaling.original_max_position_embeddings],
+    ),
+}
+"""Keys that follow from others: what they repeat, and the values they may have."""
+
+
+def drop_ignored(raw: dict[str, Any], ignored: Collection[str], known: Collection[str]) -> tuple[dict, dict[str, Any]]:
+    """Return the object without the keys that the user `ignored`, and these with their values.
+
+    "rope_scaling.KEY" is a key of rope_scaling or rope_parameters. Raises UsageError for keys that are not there, and
+    for `known` ones, which the model needs.
+    """
+    dropped: dict[str, Any] = {}
+    for path in ignored:
+        parent, _, key = path.rpartition(".")
+        names = [name for name in ({parent, "rope_parameters"} if parent else {""}) if key in _inner(raw, name)]
+        if path in known or not names:
+            why = "the model needs it" if path in known else "config.json has no such key"
+            raise UsageError(f"{argument('ignore_config', path)}: {why}. Nothing was read")
+        for name in names:
+            inner = dict(_inner(raw, name))
+            dropped[path] = inner.pop(key)
+            raw = {**raw, name: inner} if name else inner
+    return raw, dropped
+
+
+def _inner(raw: dict[str, Any], name: str) -> dict[str, Any]:
+    found = raw.get(name) if name else raw
+    return found if isinstance(found, dict) else {}
+
+
+def rename(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return the object with the names of config.json in place of RENAMED ones; adds those that disagree."""
+    raw, given = dict(raw), {name: raw[name] for name in RENAMED if raw.get(name) is not None}
+    for name, value in given.items():
+        target = RENAMED[name]
+        parent, _, key = target.rpartition(".")
+        if parent and not isinstance(raw.get(parent) or {}, dict):
+            continue
+        inner: dict[str, Any] = dict(raw.get(parent) or {"type": "yarn"}) if parent else raw
+        if inner.setdefault(key, value) != value:
+            problems.append(f"{name} is {value!r}, but {target} is {inner[key]!r}{_explain_way(name)}")
+        if parent:
+            inner.setdefault("mscale_all_dim", inner.get("mscale", 1.0))
+            raw[parent] = inner
+    return {name: value for name, value in raw.items() if name not in RENAMED}
+
+
+def drop_neutral(raw: dict[str, Any], known: Collection[str], prefix: str, problems: list[str]) -> Iterator[str]:
+    """Remove the keys of `raw` that are not `known` and have neutral values, and yield a note for each.
+
+    Those with other values are added to `problems`, under `prefix` + their names.
+    """
+    unknown = [key for key in raw if key not in known and not any(fnmatch.fnmatchcase(key, name) for name in IGNORED)]
+    changing = sorted(key for key in unknown if not is_neutral(key, raw[key]))
+    for key in set(unknown) - set(changing):
+        yield f"config.json: ignored {prefix}{key}, which is {json.dumps(raw.pop(key))}"
+    if changing:
+        where = f" in {prefix[:-1]}" if prefix else ""
+        problems.append(
+            f"unknown keys{where} ({len(changing)}), which may change the model: {listing(changing, 20)}"
+            + _explain_way(prefix + changing[0])
+        )
+
+
+def is_neutral(key: str, value: Any) -> bool:
+    """Return whether `value` of an unknown key says nothing: null, false, empty, or the default of a class."""
+    return value in (None, "", [], {}) or value is False or (key in DEFAULTS and value == DEFAULTS[key])
+
+
+def find_disagreements(raw: dict[str, Any], cfg: Any) -> Iterator[str]:
+    """Yield a problem for each key of REPEATED that does not agree with `cfg`."""
+    for key, (what, allowed) in REPEATED.items():
+        if raw.get(key) is not None and raw[key] not in allowed(cfg):
+            values = " or ".join(map(repr, allowed(cfg)))
+            yield f"{key} is {raw[key]!r:.200}, but {what} says {values:.300}{_explain_way(key)}"
+
+
+def _explain_way(key: str) -> str:
+    return f" (if the model does not depend on it, convert with {argument('ignore_config', key)})"
+
+
+def find_assumptions(raw: dict[str, Any]) -> list[str]:
+    """Return a note for every key that a config.json does not have and for which a value is assumed."""
+    spelled = {**raw, "rope_scaling": None} if "rope_parameters" in raw else raw
+    return [
+        f"config.json does not state {key}; assumed to be {json.dumps(value)}"
+        for key, value in ASSUMED.items()
+        if key not in spelled or (spelled[key] is None and value is not None)
+    ]
