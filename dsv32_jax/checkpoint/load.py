@@ -143,17 +143,20 @@ def _copy_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[ja
     """Yield the arrays of `targets`, copied. While one is handed to its devices, threads read those that follow."""
     total = sum(reader.entries[key].nbytes for key in targets)
     with ThreadPoolExecutor(host.count_cores()) as pool, show_slow(total) as count:
-        ahead: collections.deque[_Copy] = collections.deque()
+        ahead, nbytes = collections.deque[_Copy](), 0
         for key, target in targets.items():
             ahead.append(_Copy(reader, key, target, pool, count))
-            while len(ahead) > 1 and sum(copy.nbytes for copy in ahead) > AHEAD_BYTES:
+            nbytes += ahead[-1].nbytes
+            while len(ahead) > 1 and nbytes > AHEAD_BYTES:
+                nbytes -= ahead[0].nbytes
                 yield ahead.popleft().result()
         for copy in ahead:
             yield copy.result()
 
 
 class _Copy:
-    """An array that threads are reading into host memory: each part that devices of this process hold, once."""
+    """An array that threads are reading into `nbytes` of host memory: each part that devices of this process hold,
+    once."""
 
     def __init__(
         self, reader: Reader, key: Key, target: Sharding, pool: ThreadPoolExecutor, count: Callable[[int], None]
@@ -162,6 +165,7 @@ class _Copy:
         self._shape, self._target = entry.shape, target
         self._shards: list[tuple[np.ndarray, list[Any]]] = []
         self._reading: list[Future[None]] = []
+        self.nbytes = 0
 
         def read(memory: np.ndarray, index: Index) -> None:
             reader.copy(key, memory, index)
@@ -170,15 +174,11 @@ class _Copy:
         for index, devices in _split(target, entry.shape):
             memory = allocate([part.stop - part.start for part in index], entry.dtype)
             self._shards.append((memory, devices))
+            self.nbytes += memory.nbytes
             rows, first, last = max(1, SLAB_BYTES * len(memory) // max(1, memory.nbytes)), index[0].start, index[0].stop
             for start in range(first, last, rows):
                 some = slice(start, min(start + rows, last))
                 self._reading.append(pool.submit(read, memory[start - first :][:rows], (some, *index[1:])))
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of host memory."""
-        return sum(memory.nbytes for memory, _ in self._shards)
 
     def result(self) -> jax.Array:
         """Return the array when it is on its devices, which on a CPU take the memory as it is."""
