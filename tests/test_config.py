@@ -85,6 +85,7 @@ def test_round_trip(name):
     ("wrong", "said"),
     [
         ({"rms_norm_eps": 10**400}, ["rms_norm_eps"]),
+        ({"rms_norm_eps": 1e-39, "rope_theta": 1e-320}, ["rms_norm_eps", "rope_theta", "zero in float32"]),
         ({"n_routed_experts": 1_000_000}, ["61000000 experts in all layers exceed the limit"]),
         ({1: 2, "zz": 3}, ["1 key that must be strings"]),
         ({"rope_scaling": {"type": "yarn", "factor": "x"}}, ["missing keys in rope_scaling (5)", "factor must be"]),

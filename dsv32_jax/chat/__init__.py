@@ -15,8 +15,8 @@ from .conversation import Conversation as Conversation
 from .conversation import Prompt as Prompt
 from .conversation import prepare as prepare
 from .encoding import encode as encode
-from .lenient_parsing import parse_lenient as parse_lenient
 from .messages import EncodingError as EncodingError
 from .parsing import ParsingError as ParsingError
 from .parsing import parse as parse
+from .parsing import parse_lenient as parse_lenient
 from .tokenizer import Tokenizer as Tokenizer

@@ -9,8 +9,8 @@ from ..errors import UsageError, pluralize, require
 from ..generation.text_stream import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
-from .lenient_parsing import parse_lenient
 from .messages import Message
+from .parsing import parse_lenient
 from .tokenizer import Tokenizer
 
 

@@ -14,6 +14,7 @@ from .messages import (
     get_schemas,
     get_text,
     require_messages,
+    require_sayable,
     to_json,
 )
 from .template import Mark
@@ -82,7 +83,7 @@ def encode_pieces(messages, *, thinking, tools=None, context=(), drop_thinking=T
         if drop_thinking and encoder.drops(position):
             continue
         try:
-            pieces += encoder.encode(position)
+            pieces += require_sayable(encoder.encode(position))
         except InvalidMessage as error:
             index = position - first if position >= first else None
             name = "tools" if index is None else f"message {index} ({encoder.roles[position]:.40})"

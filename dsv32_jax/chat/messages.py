@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..errors import UsageError, pluralize
+from ..system.files import reject_constant, reject_duplicates
 
 Message = Mapping[str, Any]
 
@@ -79,6 +80,16 @@ def get_text(message: Message, field: str, default: str | None = None) -> str:
         raise InvalidMessage("content_not_text", f"{field} must be a string: {error}") from None
 
 
+def require_sayable(pieces: list[str]) -> list[str]:
+    """Return the pieces of a message. Raises InvalidMessage for half a surrogate pair, which no tokens can say."""
+    try:
+        "".join(pieces).encode()
+    except UnicodeEncodeError as error:
+        text = f"a lone surrogate, {error.object[error.start]!r}, which no tokens can say"
+        raise InvalidMessage("content_not_text", text) from None
+    return pieces
+
+
 def get_schemas(message: Message) -> list[str]:
     """Return the JSON of each tool's function."""
     schemas = []
@@ -110,12 +121,32 @@ def _parse_arguments(text: Any, subject: str) -> dict[str, Any]:
         reason = f"{subject} must be JSON text, not {describe_type(text)}; use json.dumps"
         raise InvalidMessage("arguments_not_string", reason)
     try:
-        arguments = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        arguments = load_json(text)
+    except ValueError as error:
         raise InvalidMessage("arguments_not_json", f"{subject} are not JSON: {error}") from None
     if not isinstance(arguments, dict):
         raise InvalidMessage("arguments_not_object", f"{subject} must be a JSON object, not {describe_type(arguments)}")
     return arguments
+
+
+def load_json(text: str) -> Any:
+    """Return the value of a JSON text. Raises ValueError, also for what could not be said again as it is: NaN, numbers
+    beyond all floats, doubled keys, half a surrogate pair."""
+    try:
+        value = json.loads(text, object_pairs_hook=reject_duplicates, parse_constant=reject_constant)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except RecursionError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
+def is_json(text: str) -> bool:
+    """Return whether a text is JSON that `load_json` takes."""
+    try:
+        load_json(text)
+    except ValueError:
+        return False
+    return True
 
 
 def to_json(value: Any) -> str:
@@ -124,6 +155,18 @@ def to_json(value: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise InvalidMessage("not_json", f"a value has no JSON form: {error}") from None
+
+
+def build_message(content: str, reasoning: str, calls: list[tuple[str, str]]) -> dict[str, Any]:
+    """Return an assistant message; `calls` are pairs of a name and the JSON text of its arguments."""
+    functions = [{"name": name, "arguments": arguments} for name, arguments in calls]
+    tool_calls = [{"type": "function", "function": function} for function in functions]
+    return {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": tool_calls}
+
+
+def join_arguments(values: dict[str, str]) -> str:
+    """Return the JSON text of an object whose values are JSON text already."""
+    return "{" + ", ".join(f"{to_json(key)}: {value}" for key, value in values.items()) + "}"
 
 
 def _get_list(message: Message, field: str) -> Sequence:

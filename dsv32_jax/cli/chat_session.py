@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat import Conversation, Tokenizer, prepare, template
-from ..chat.lenient_parsing import UNENDED
 from ..chat.messages import to_json
+from ..chat.parsing import UNENDED
 from ..errors import UsageError, pluralize
 from ..generation.generate import Stream
 from ..generation.options import Sampling

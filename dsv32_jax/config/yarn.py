@@ -7,6 +7,8 @@ from typing import Any
 from ..errors import listing
 
 INT_MAX = 2**31 - 1
+SMALLEST = 2.0**-126
+"""The smallest normal number in float32: processors take smaller ones for zero."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,8 +104,8 @@ def parse_number(name: str, kind: Any, value: Any, smallest: int, problems: list
         if type(value) is int and smallest <= value <= INT_MAX:
             return value
         problems.append(f"{name} must be an integer from {smallest} to {INT_MAX}, not {value!r}")
-    elif type(value) in (int, float) and 0 < value <= INT_MAX:
+    elif type(value) in (int, float) and SMALLEST <= value <= INT_MAX:
         return float(value)
     else:
-        problems.append(f"{name} must be a positive number, not {value!r}")
+        problems.append(f"{name} must be a positive number that is not zero in float32, not {value!r}")
     return None

@@ -17,6 +17,9 @@ from ..errors import UsageError, argument, listing, pluralize
 from ..model.summary import Summarized
 from .options import Sampling
 
+SMALLEST = np.finfo(np.float32).tiny
+"""Smaller numbers are zero to XLA: a temperature of less is greedy, and a top-p of less keeps the likeliest token."""
+
 PRNG = "threefry2x32"
 """The generator of all noise, whatever the user's default is: seeds mean the same everywhere."""
 
@@ -63,9 +66,9 @@ def make_params(
         return np.array(list(values), dtype)
 
     params = SamplerParams(
-        temperature_B=column(one.temperature for one in samplings),
+        temperature_B=column(one.temperature if one.temperature >= SMALLEST else 0 for one in samplings),
         top_k_B=column((one.top_k or vocab_size for one in samplings), np.int32),
-        top_p_B=column(one.top_p for one in samplings),
+        top_p_B=column(max(one.top_p, SMALLEST) for one in samplings),
         min_p_B=column(one.min_p for one in samplings),
         repetition_B=column(one.repetition_penalty for one in samplings),
         presence_B=column(one.presence_penalty for one in samplings),
@@ -150,6 +153,7 @@ def sample(params: SamplerParams, logit_BV: jax.Array, position_B: jax.Array) ->
 
 def _draw(params: SamplerParams, logit_BV: jax.Array, position_B: jax.Array) -> jax.Array:
     temperature_B1 = jnp.where(params.temperature_B > 0, params.temperature_B, 1)[:, None]
+    logit_BV -= jnp.max(logit_BV, axis=-1, keepdims=True)  # or the quotient may be infinite
     logit_BV = truncate(logit_BV / temperature_B1, params.top_k_B, params.top_p_B, params.min_p_B)
 
     def draw_row(high, low, position, logits):

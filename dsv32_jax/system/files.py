@@ -223,10 +223,10 @@ def parse_json(text: bytes, limits: JsonLimits | None = None) -> Any:
     try:
         decoded = text.decode("utf-8-sig")
         if "\\" not in decoded and "-0" not in decoded and not SPACE_BEFORE_COLON.search(decoded):
-            parsed = json.loads(decoded, parse_constant=_reject_constant)
+            parsed = json.loads(decoded, parse_constant=reject_constant)
             if _count_keys(parsed) == decoded.count('":'):
                 return parsed
-        hooks = {"object_pairs_hook": _reject_duplicates, "parse_constant": _reject_constant, "parse_int": _parse_int}
+        hooks = {"object_pairs_hook": reject_duplicates, "parse_constant": reject_constant, "parse_int": _parse_int}
         return json.loads(decoded, **hooks)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"not valid JSON: {error}") from None
@@ -242,7 +242,7 @@ def read_json(file: Path, largest: int, limits: JsonLimits | None = None) -> Any
         raise CheckpointError(f"{file} is {foreign}" if foreign else f"{file}: {error}") from None
 
 
-def _reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def reject_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs as a dict, as `object_pairs_hook` of a JSON parser. Raise ValueError for duplicate keys."""
     found = dict(pairs)
     if len(found) != len(pairs):
@@ -259,7 +259,8 @@ def _count_keys(parsed: Any) -> int:
     return len(parsed) + sum(len(value) for value in parsed.values() if type(value) is dict)
 
 
-def _reject_constant(text: str) -> None:
+def reject_constant(text: str) -> None:
+    """Raise ValueError, as `parse_constant` of a JSON parser."""
     raise ValueError(f"{text} is not a JSON number")
 
 

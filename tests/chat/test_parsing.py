@@ -90,8 +90,8 @@ LOOSE = [
     (f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}</think>c{EOS}", f"q{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "c", [], ["holds ｜DSML｜"]),
     (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE}", "r", "c", [F], ["without the end-of-sentence"]),
     (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["calls are not closed"]),
-    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}\n{HEAD}{X}", "r", "c", [F], ["dropped tool call 1 (f): it is cut off"]),
-    (f"r</think>c{OPEN}{HEAD}{X}\n{Y[:-20]}", "r", "c", [], ["dropped tool call 0 (f): it is cut off"]),
+    (f"r</think>c{OPEN}{HEAD}{X}{TAIL}\n{HEAD}{X}", "r", "c", [F], ["dropped tool call 1: it is cut off"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{Y[:-20]}", "r", "c", [], ["dropped tool call 0: it is cut off"]),
     (f"r</think>c{OPEN}{HEAD}{X}{TAIL}{CLOSE} done{EOS}", "r", "c done", [F], ["appended to the content"]),
     (f"r</think>c{OPEN[1:]}{HEAD}{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["opening tag of the tool calls is malformed"]),
     (f"r</think>c\n\n{HEAD}{X}{TAIL}{EOS}", "r", "c", [F], ["malformed", "are not closed"]),
@@ -100,9 +100,9 @@ LOOSE = [
     (f"r</think>c{OPEN}{HEAD}oops{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
     (f"r</think>c{OPEN}{HEAD}[1]{TAIL}{CLOSE}{EOS}", "r", "c", [], ["neither parameters nor"]),
     (f"r</think>c{OPEN}<｜DSML｜invoke>\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["has no name"]),
-    (f"r</think>c{OPEN}{HEAD}{X}\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["'x' appears twice"]),
-    (f"r</think>c{OPEN}{HEAD}{X} and{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text after 'x'"]),
-    (f"r</think>c{OPEN}{HEAD}so {X}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["text outside its parameters"]),
+    (f"r</think>c{OPEN}{HEAD}{X}\n{X}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["'x' appears twice"]),
+    (f"r</think>c{OPEN}{HEAD}{X} and{TAIL}{CLOSE}{EOS}", "r", "c", [], ["text outside its parameters"]),
+    (f"r</think>c{OPEN}{HEAD}so {X}{TAIL}{CLOSE}{EOS}", "r", "c", [], ["text outside its parameters"]),
     (f"r</think>c{OPEN}{HEAD}{X.replace('1', 'one')}{TAIL}{CLOSE}{EOS}", "r", "c", [("f", {"x": "one"})], ["not JSON"]),
     (f"r</think>c{OPEN}{HEAD}{X.replace('false', 'no')}{TAIL}{CLOSE}{EOS}", "r", "c", [F], ["'x' is not marked"]),
     (
@@ -146,6 +146,82 @@ def test_text_that_ends_by_length(length):
     whole = [("f", {"x": 1, "y": "a\nb"}), F]
     assert functions(message) == whole[: WHOLE[:length].count("</｜DSML｜invoke")]
     assert warnings and message["reasoning_content"][:1] == "r"[:length]
+
+
+P_END, I_END = "</｜DSML｜parameter>", "</｜DSML｜invoke>"
+HOLDING = [
+    f'END = "{P_END}"\nprint(END)',
+    f"{P_END}",
+    f"a{P_END}b{P_END}c",
+    f"{P_END}\nx{I_END}",
+    f"{HEAD}{X}{TAIL}{CLOSE}",
+    f"quoted: '{OPEN}{HEAD}{X}\n{Y}{TAIL}{CLOSE}' and more",
+    f"print('{P_END}{TAIL}{CLOSE}') and {OPEN}{HEAD}",
+    f"{P_END}{TAIL}{CLOSE} done",
+]
+"""Values that hold the tag which closes them, as prompts, parsers and their tests do."""
+
+
+@pytest.mark.parametrize("value", HOLDING)
+@pytest.mark.parametrize("more", ["", "\n" + X, f"\n{X}{TAIL}\n{HEAD}{Y}"])
+def test_a_value_that_holds_its_closing_tag(value, more):
+    """The reading counts in which everything closes: nothing of the value is lost."""
+    held = f'<｜DSML｜parameter name="text" string="true">{value}{P_END}'
+    text = f"r</think>c{OPEN}{HEAD.replace('f', 'write')}{held}{more}{TAIL}{CLOSE}{EOS}"
+    message, _ = chat.parse_lenient(text, thinking=True)
+    (name, arguments), *others = functions(message)
+    assert (name, arguments) == ("write", {"text": value, **({"x": 1} if more else {})})
+    assert message["content"] == "c" and len(others) == more.count("invoke name")
+    cut, warnings = chat.parse_lenient(text.replace(CLOSE + EOS, ""), thinking=True)
+    assert all(call in functions(message) for call in functions(cut)) and warnings
+    assert not functions(chat.parse_lenient(text.replace(P_END, ""), thinking=True).message)
+
+
+UNSAYABLE = ['["\\ud83d"]', "NaN", "-Infinity", '{"a": [1e999]}', "-1e999", '{"a": 1, "a": 2}', '{"\\udc00": 1}']
+
+
+@pytest.mark.parametrize("value", UNSAYABLE)
+def test_values_that_could_not_be_said_again(value):
+    """They are no JSON: read as strings with a warning, or not at all, and refused where messages are encoded."""
+    whole = f"r</think>c{OPEN}{HEAD}{X.replace('1', value)}{TAIL}{CLOSE}{EOS}"
+    message, warnings = chat.parse_lenient(whole, thinking=True)
+    assert functions(message) == [("f", {"x": value})] and warnings == [
+        "the value of 'x' is not JSON; read as a string"
+    ]
+    assert value in chat.encode([message], thinking=True, context=USER)
+    bare = f'r</think>c{OPEN}{HEAD}{{"x": {value}}}{TAIL}{CLOSE}{EOS}'
+    message, warnings = chat.parse_lenient(bare, thinking=True)
+    assert functions(message) == [] and "neither parameters nor" in warnings[0]
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": f'{{"x": {value}}}'}}]}
+    with pytest.raises(chat.EncodingError, match="arguments of the call to 'f' are not JSON"):
+        chat.encode([*USER, call], thinking=False)
+
+
+def test_a_value_that_is_cut_off_behind_a_quoted_end_is_not_run():
+    """All that is seen is a whole call with text behind it."""
+    held = f'<｜DSML｜parameter name="text" string="true">END = \'{P_END}{TAIL}{CLOSE}\' and mo'
+    message, warnings = chat.parse_lenient(f"c{OPEN}{HEAD}{held}", thinking=False)
+    assert functions(message) == [] and "dropped the call to f" in "; ".join(warnings)
+
+
+def test_half_a_surrogate_pair_is_no_text():
+    """Tokens cannot say it: it is refused where it comes in, as a completion and as a message."""
+    for parse in (chat.parse, chat.parse_lenient):
+        with pytest.raises(UsageError, match="surrogate"):
+            parse(f"r</think>\ud83d{EOS}", thinking=True)
+    with pytest.raises(chat.EncodingError, match="message 0 .user.: .*surrogate"):
+        chat.encode([{"role": "user", "content": "\ud83d"}], thinking=True)
+
+
+WRONG = [f"{X} and", f"{X}\n{X}", f"so {X}", f"{X}\n{Y[:-9]}", f"{X}\n</think>", f"{HEAD}{X}", f"{X}\n{HEAD}"]
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("before", ["", f"{HEAD}{X}{TAIL}\n"])
+def test_a_call_of_which_anything_was_thrown_away_is_not_run(wrong, before):
+    """Whole calls before it are."""
+    message, warnings = chat.parse_lenient(f"c{OPEN}{before}{HEAD}{wrong}{TAIL}{CLOSE}{EOS}", thinking=False)
+    assert functions(message) == [F] * bool(before) and "dropped tool call" in "; ".join(warnings)
 
 
 QUOTED = f'<｜DSML｜parameter name="text" string="true">{HEAD}{{}}{TAIL}{CLOSE}</｜DSML｜parameter>'

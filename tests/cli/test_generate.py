@@ -80,6 +80,58 @@ def test_sampling_options_arrive(dsv32, checkpoint, model, tokenizer):
     assert json.loads(err.splitlines()[-1])["stats"]["new_tokens"] == 12
 
 
+@pytest.fixture
+def advised(checkpoint, tmp_path):
+    """The checkpoint with sampling defaults of its own."""
+    for entry in checkpoint.iterdir():
+        (tmp_path / entry.name).symlink_to(entry)
+
+    def write(**settings):
+        (tmp_path / "generation_config.json").write_text(json.dumps(settings))
+        return tmp_path
+
+    return write
+
+
+def test_the_checkpoints_sampling_defaults(dsv32, advised, model, tokenizer):
+    """They count where no option is given, in a file of requests too, and are said once."""
+    folder = advised(do_sample=True, temperature=0.7, top_p=0.9, top_k=-1, eos_token_id=1)
+    ids = [model.cfg.bos_token_id, *tokenizer.encode("ab")]
+    drawn = wanted(model, tokenizer, ids, sampling=ds.Sampling(temperature=0.7, top_p=0.9, seed=5))
+    code, out, err = dsv32("generate", folder, "ab", "--seed", 5, *FEW)
+    assert (code, out) == (0, drawn.text[0] + "\n")
+    assert err.count("generation_config.json of the checkpoint: temperature 0.7, top_k 0, top_p 0.9, unless") == 1
+    code, out, err = dsv32("generate", folder, "ab", "--temperature", 0, *FEW)
+    assert out == wanted(model, tokenizer, ids).text[0] + "\n" and "checkpoint: top_k 0, top_p 0.9, unless" in err
+    assert ds.Sampling.from_checkpoint(folder) == ds.Sampling(temperature=0.7, top_p=0.9)
+    assert ds.Sampling.from_checkpoint(folder, temperature=1.5) == ds.Sampling(temperature=1.5, top_p=0.9)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, {}),
+        ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"top_p": 0.95}, {"temperature": 1.0, "top_p": 0.95}),
+        ({"temperature": None, "repetition_penalty": 1.5}, {"repetition_penalty": 1.5}),
+    ],
+)
+def test_what_generation_config_asks_for(advised, settings, expected):
+    assert ds.Sampling.from_checkpoint(advised(**settings)) == ds.Sampling(**expected)
+
+
+@pytest.mark.parametrize("text", ["<html>", "[]", '{"temperature": "hot"}', '{"top_p": 7}'])
+def test_a_generation_config_that_cannot_be_followed(dsv32, advised, text):
+    """It is named; an option in place of the wrong value helps."""
+    folder = advised()
+    (folder / "generation_config.json").write_text(text)
+    code, out, err = dsv32("generate", folder, "ab")
+    assert (code, out) == (3, "") and "generation_config.json" in err
+    if "hot" in text:
+        assert dsv32("generate", folder, "ab", "--temperature", 0, "--max-new-tokens", 1)[0] == 0
+
+
 def test_ids(dsv32, wordless):
     """In and out, without a tokenizer; and streamed as JSON."""
     made = ds.generate(ds.load(wordless, dtype="float32"), [[0, 17, 42]], max_new_tokens=6, capacity=32)

@@ -187,3 +187,29 @@ def test_one_sampling_a_prompt():
     assert expand_samplings(None, 3, 1) == [ds.Sampling()] * 3
     with pytest.raises(UsageError, match="2 samplings for 3 prompts"):
         expand_samplings([ds.Sampling()] * 2, 3, 1)
+
+
+EDGES = [1e-320, 5e-45, 1e-38, 1.1e-38, 1.2e-38, 2e-38, 3e-38, 1e-30, 1e-9]
+
+
+@pytest.mark.parametrize("edge", EDGES)
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_numbers_at_the_edge_of_float32(name, edge):
+    """A temperature whose quotient overflows and a share that is zero in float32 give the likeliest token."""
+    one = ds.Sampling(**{"temperature": 1.0, name: edge}, seed=3)
+    params = make_params([one], 6, 6)
+    for logits in (
+        [1.0, 3.0, 2.0, 0.0, -9.0, 2.5],
+        [-30.0, 60.0, -30.0, 0.0, 1.0, 2.0],
+        [-9.0, -1.0, -2.0, -3, -4, -5],
+    ):
+        assert int(sampler.sample(params, jnp.asarray([logits]), jnp.zeros(1, jnp.int32))[0]) == 1
+
+
+@pytest.mark.parametrize("temperature", EDGES)
+def test_a_large_bias_at_a_low_temperature(temperature):
+    one = ds.Sampling(temperature=temperature, logit_bias={4: 1e30, 5: -1e30}, forbidden_ids=[0])
+    params = make_params([one], 6, 6)
+    logits = jnp.asarray([[1.0, 3.0, 2.0, 0.0, -9.0, 2.5]])
+    logits = sampler.process_logits(params, logits, jnp.zeros((1, 6), bool), jnp.zeros((1, 6), jnp.int32))
+    assert int(sampler.sample(params, logits, jnp.zeros(1, jnp.int32))[0]) == 4
