@@ -1,7 +1,6 @@
 """A conversation as an immutable value, and prompts as token ids."""
 
 import dataclasses
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -9,7 +8,7 @@ from ..errors import UsageError, pluralize, require
 from ..generation.text_stream import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
-from .messages import Message
+from .messages import Message, find_pending, require_turn
 from .parsing import parse_lenient
 from .tokenizer import Tokenizer
 
@@ -38,7 +37,8 @@ def prepare(
 
     Special tokens in raw text or in the content of messages are plain text, so content cannot forge them, unless
     `allow_special`; then the ids are those of the whole text, as the reference tokenizes it. Raw text is preceded by
-    the beginning-of-sentence token, unless `bos` is False or `allow_special` text begins with it already.
+    the beginning-of-sentence token, unless `bos` is False or `allow_special` text begins with it already. Raises
+    UsageError where it is not the model's turn, or text or messages have no encoding.
     """
     require_tokenizer(tokenizer)
     if isinstance(given, str):
@@ -53,6 +53,7 @@ def prepare(
     else:
         options = {"tools": tools, "context": context, "drop_thinking": drop_thinking, "bos": bos}
         pieces = encode_pieces(given, thinking=thinking, **options)
+        require_turn([*context, *given])
         path = "messages, thinking" if thinking else "messages, chat"
     return Prompt(path, "".join(pieces), tokenizer.encode(pieces, allow_special=allow_special))
 
@@ -91,7 +92,7 @@ class Conversation:
         """Add the model's turn, as `parse` returns it. Raises UsageError where it is not the model's turn."""
         if not isinstance(message, Mapping) or message.get("role") != "assistant":
             raise UsageError(f"the model's turn must be an assistant message, not {message!r:.200}")
-        self._require_turn()
+        require_turn(self.messages)
         return self._add(message)
 
     def complete(self, text: str) -> tuple[Self, list[str]]:
@@ -116,10 +117,7 @@ class Conversation:
     @property
     def pending(self) -> list[str]:
         """The names of the functions that were called and have no result yet."""
-        given = len(list(itertools.takewhile(lambda message: message["role"] == "tool", reversed(self.messages))))
-        caller = self.messages[-1 - given] if given < len(self.messages) else {}
-        calls = caller.get("tool_calls") if caller.get("role") == "assistant" else None
-        return [call["function"]["name"] for call in calls or ()][given:]
+        return find_pending(self.messages)
 
     @property
     def _head(self) -> Mapping[str, Any]:
@@ -131,21 +129,16 @@ class Conversation:
 
     def text(self) -> str:
         """Return the prompt for the model's next turn. Raises UsageError where it is not the model's turn."""
-        self._require_turn()
+        require_turn(self.messages)
         return encode(self.all_messages(), thinking=self.thinking)
 
     def prompt(self, tokenizer: Tokenizer) -> Prompt:
         """Return the same as token ids, in which no message's content makes special tokens."""
-        self._require_turn()
+        require_turn(self.messages)
         return prepare(self.all_messages(), tokenizer, thinking=self.thinking)
 
     def _add(self, *messages: Mapping[str, Any]) -> Self:
         return dataclasses.replace(self, messages=(*self.messages, *messages))
-
-    def _require_turn(self) -> None:
-        self._require_no_pending()
-        if not self.messages or self.messages[-1].get("role") not in ("user", "developer", "tool"):
-            raise UsageError("it is not the model's turn: add a user's turn first")
 
     def _require_no_pending(self) -> None:
         if pending := self.pending:

@@ -6,6 +6,7 @@ from typing import Any
 from ..errors import UsageError, pluralize
 from . import template
 from .messages import (
+    FIELDS,
     EncodingError,
     Fault,
     InvalidMessage,
@@ -13,13 +14,16 @@ from .messages import (
     get_calls,
     get_schemas,
     get_text,
+    pair_results,
+    rename_aliases,
+    require_fields,
     require_messages,
     require_sayable,
     to_json,
 )
 from .template import Mark
 
-ROLES = ("system", "user", "developer", "assistant", "tool")
+ROLES = tuple(FIELDS)
 
 UNKNOWN_ROLE = f"unknown role {{!r}}; the roles are {', '.join(ROLES)}"
 MISPLACED_DEVELOPER = (
@@ -44,7 +48,10 @@ def encode(
     user       content
     developer  content, tools, response_format
     assistant  content, reasoning_content, tool_calls (`arguments` is the JSON text of an object)
-    tool       content; results belong to the preceding calls in order, whatever their ids
+    tool       content, tool_call_id, name; results without ids belong to the preceding calls in order
+
+    Other fields are refused, unless they say nothing (null, false, empty). `reasoning` and `thinking` are other names
+    of reasoning_content.
 
     `thinking`       whether the model thinks before it answers. Reasoning is written only after the last user or
                      developer message, and never in chat mode.
@@ -100,7 +107,8 @@ class _Encoder:
     """Context and messages in one list, their roles, the index of the last user or developer turn (or -1), the mode."""
 
     def __init__(self, turns: list[Message], thinking: bool):
-        self.turns, self.thinking = turns, thinking
+        paired, self.contradictions = pair_results(turns)
+        self.turns, self.thinking = [rename_aliases(turn) for turn in paired], thinking
         self.roles = [role if isinstance(role := turn.get("role"), str) else repr(role) for turn in turns]
         self.last = max((i for i, role in enumerate(self.roles) if role in ("user", "developer")), default=-1)
 
@@ -112,6 +120,8 @@ class _Encoder:
     def encode(self, position: int) -> list[str]:
         """Return the pieces of one message. Raises InvalidMessage."""
         message, is_last = self.turns[position], position == self.last
+        if self.roles[position] in FIELDS:
+            require_fields(message, ("role", *FIELDS[self.roles[position]]), f"a message of the {self.roles[position]}")
         match self.roles[position]:
             case "system":
                 return [get_text(message, "content", ""), *_encode_tools(message), *_encode_response_format(message)]
@@ -127,6 +137,8 @@ class _Encoder:
                 reasoning = self._encode_reasoning(message) if position > self.last else []
                 return [*reasoning, get_text(message, "content", ""), *_encode_calls(message), template.EOS]
             case "tool":
+                if position in self.contradictions:
+                    raise InvalidMessage("results_contradict_calls", self.contradictions[position])
                 return self._encode_result(position)
             case role:
                 raise InvalidMessage("unknown_role", UNKNOWN_ROLE.format(role[:40]))

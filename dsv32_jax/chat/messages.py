@@ -1,10 +1,11 @@
 """Fields of one OpenAI-shaped message, validated, and the error for messages that have no encoding."""
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ..errors import UsageError, pluralize
+from ..errors import UsageError, listing, pluralize
 from ..system.files import reject_constant, reject_duplicates
 
 Message = Mapping[str, Any]
@@ -13,6 +14,21 @@ JSON_TYPES = {
     **{dict: "an object", list: "a list", str: "a string", bool: "a boolean"},
     **{int: "a number", float: "a number", type(None): "null"},
 }
+
+
+FIELDS = {
+    "system": ("content", "tools", "response_format"),
+    "user": ("content",),
+    "developer": ("content", "tools", "response_format"),
+    "assistant": ("content", "reasoning_content", "tool_calls"),
+    "tool": ("content", "tool_call_id", "name"),
+}
+"""The fields of a message of each role, beside the role."""
+
+ALIASES = {"reasoning": "reasoning_content", "thinking": "reasoning_content"}
+"""Names that clients give to fields."""
+
+TOOL, CALL, FUNCTION = ("type", "function"), ("type", "function", "id", "index"), ("name", "arguments")
 
 
 class Fault(NamedTuple):
@@ -63,6 +79,70 @@ def require_messages(messages: Any, name: str) -> list[Message]:
     return list(messages)
 
 
+def rename_aliases(message: Message) -> Message:
+    """Return the message with the usual names of its fields, unless it has both; then `require_fields` refuses it."""
+    renamed = {alias: name for alias, name in ALIASES.items() if message.get(alias) and not message.get(name)}
+    return {renamed.get(key, key): value for key, value in message.items() if key not in renamed.values()}
+
+
+def require_fields(value: Message, known: Sequence[str], place: str) -> None:
+    """Raise InvalidMessage for fields that are not `known`, unless they say nothing: null, false, or empty."""
+    same = [alias for alias, name in ALIASES.items() if name in known and value.get(alias) == value.get(name)]
+    given = [key for key, content in value.items() if content not in (None, False, "", [], {}) and key not in same]
+    if wrong := [repr(key) for key in given if key not in known]:
+        rule = f"may have {', '.join(known)}"
+        if "'prefix'" in wrong:
+            rule += "; an answer that the model continues is not supported"
+        raise InvalidMessage("unknown_key", f"unknown or misplaced: {listing(wrong)}; {place} {rule}")
+    if value.get("type") not in (None, "function") and "type" in known:
+        raise InvalidMessage("unknown_key", f"type of {place} must be 'function', not {value['type']!r:.60}")
+
+
+def find_pending(messages: Sequence[Message]) -> list[str]:
+    """Return the names of the functions that were called last and have no result yet."""
+    given = len(list(itertools.takewhile(lambda message: message.get("role") == "tool", reversed(messages))))
+    caller = messages[-1 - given] if given < len(messages) else {}
+    calls = caller.get("tool_calls") if caller.get("role") == "assistant" else None
+    return [call["function"]["name"] for call in calls or ()][given:]
+
+
+def require_turn(messages: Sequence[Message]) -> None:
+    """Raise UsageError unless it is the model's turn after these messages, which have an encoding."""
+    if pending := find_pending(messages):
+        raise UsageError(f"add the results of pending tool calls first: {listing(pending)}")
+    if not messages or messages[-1].get("role") not in ("user", "developer", "tool"):
+        raise UsageError("it is not the model's turn: add a user's turn first")
+
+
+def pair_results(turns: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
+    """Return the messages with the results of tool calls in the order of the calls, where ids tell it; and by index
+    what is wrong with results that contradict their calls."""
+    paired, wrong = list(turns), {}
+    for first, turn in enumerate(turns, 1):
+        calls = turn.get("tool_calls") if turn.get("role") == "assistant" else None
+        if not isinstance(calls, list | tuple) or not all(isinstance(call, Mapping) for call in calls):
+            continue
+        results = list(itertools.takewhile(lambda turn: turn.get("role") == "tool", turns[first:]))
+        ids, places = [call.get("id") for call in calls], {}
+        for i, result in enumerate(results):
+            given, place = result.get("tool_call_id"), i
+            if given is not None and any(ids):
+                place = ids.index(given) if given in ids else -1
+            function = calls[place].get("function") if 0 <= place < len(calls) else None
+            name = function.get("name") if isinstance(function, Mapping) else None
+            if place < 0 or place in places:
+                whose = "another result of a" if place >= 0 else "no"
+                wrong[first + i] = f"tool_call_id {given!r:.60} is that of {whose} call"
+            elif result.get("name") and name not in (None, result["name"]):
+                wrong[first + i] = f"it is a result of {result['name']!r:.60}, but its call is to {name!r:.60}"
+            places[place] = result
+        if len(places) == len(results) and sorted(places) != list(range(len(results))):
+            wrong.setdefault(first, "results of calls before it are missing")
+        elif len(places) == len(results):
+            paired[first : first + len(results)] = [places[place] for place in sorted(places)]
+    return paired, wrong
+
+
 def get_text(message: Message, field: str, default: str | None = None) -> str:
     """Return the text of a field. `default` replaces an empty or missing one; without it numbers and None are written
     as Python writes them."""
@@ -96,6 +176,7 @@ def get_schemas(message: Message) -> list[str]:
     for i, tool in enumerate(_get_list(message, "tools")):
         if not isinstance(tool, Mapping) or "function" not in tool:
             raise InvalidMessage("missing_key", f"tools[{i}] must be an object with the schema under 'function'")
+        require_fields(tool, TOOL, f"tools[{i}]")
         schemas.append(to_json(tool["function"]))
     return schemas
 
@@ -107,6 +188,8 @@ def get_calls(message: Message) -> list[tuple[str, dict[str, Any]]]:
         function = call.get("function") if isinstance(call, Mapping) else None
         if not isinstance(function, Mapping):
             raise InvalidMessage("missing_key", f"tool_calls[{i}] must be an object with a 'function'")
+        require_fields(call, CALL, f"tool_calls[{i}]")
+        require_fields(function, FUNCTION, f"tool_calls[{i}].function")
         if missing := [key for key in ("name", "arguments") if key not in function]:
             raise InvalidMessage("missing_key", f"tool_calls[{i}].function has no {' and no '.join(missing)}")
         name, text = function["name"], function["arguments"]

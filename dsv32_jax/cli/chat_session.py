@@ -7,7 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..chat import Conversation, Tokenizer, prepare, template
+from ..chat import Conversation, Tokenizer, template
+from ..chat.encoding import encode_pieces
 from ..chat.messages import to_json
 from ..chat.parsing import UNENDED
 from ..errors import UsageError, pluralize
@@ -60,7 +61,7 @@ class ChatSession:
         """Read the system text and tools, and compile what the first answer needs; a loaded session is warm already."""
         if self.session.tokens:
             return
-        ids = prepare([self.conversation.all_messages()[0]], self._tokenizer).ids
+        ids = self._tokenizer.encode(encode_pieces(self.conversation.all_messages()[:1], thinking=False))
         if (room := self.capacity - len(ids)) < 2:
             raise UsageError(f"the system text and tools have {len(ids)} tokens; the context holds {self.capacity}")
         self.screen.status("compiling" + ("; compiled programs are cached for next time" if is_cache_enabled() else ""))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import encode, template
+from ..chat.messages import require_turn
 from ..errors import UsageError, listing, pluralize, require_integer
 from ..generation.generate import generate
 from ..generation.options import Sampling
@@ -100,11 +101,14 @@ class LmEval(TemplateLM):
         return "DeepSeek-V3.2, thinking" if self.thinking else "DeepSeek-V3.2"
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Return the prompt for messages. Without a generation prompt the last message stays open."""
-        if add_generation_prompt:
-            return encode(chat_history, thinking=self.thinking)
-        *earlier, last = chat_history
-        return encode(earlier, thinking=self.thinking) + last["content"]
+        """Return the prompt for messages. Without a generation prompt the last message is the beginning of the answer,
+        which has no place in thinking mode. Raises UsageError where it is not the model's turn."""
+        *earlier, last = [*chat_history, {"content": ""}] if add_generation_prompt else chat_history
+        if not add_generation_prompt and self.thinking:
+            raise UsageError("an answer cannot be begun for a model that thinks first: use thinking=False")
+        text = encode(earlier, thinking=self.thinking)
+        require_turn(earlier)
+        return text + last["content"]
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **display: Any) -> list[int]:
         """Return token ids, beginning with the beginning-of-sentence token unless `add_special_tokens` is False."""

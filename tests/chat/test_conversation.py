@@ -16,8 +16,6 @@ def test_a_conversation_with_tools():
     """Reasoning stays through the tool results of a turn, and is gone with the user's next."""
     talk = Conversation(system="Be brief.", tools=[TOOL], thinking=True).user("2+3?").assistant(CALLING)
     assert talk.pending == ["add", "clock"]
-    calls = [{"function": {"name": "f", "arguments": "{}"}}]
-    assert Conversation(messages=[{"role": "user", "content": "x", "tool_calls": calls}]).pending == []
     talk = talk.results(["5", "noon"])
     assert talk.pending == [] and "<think>r1</think>" in talk.text() and talk.text().endswith("\n\n<think>")
     talk, warnings = talk.complete(f"r2</think>It is 5.{EOS}")
@@ -84,9 +82,105 @@ def test_ids_say_the_text(tokenizer):
         (lambda: Conversation(tools=[{"name": "add"}]), "tools.0. must be an object"),
         (lambda: Conversation(messages=[{"role": "robot"}]), "message 0 .robot.: unknown role"),
         (lambda: Conversation().user("a").assistant(None), "assistant message"),
+        (lambda: Conversation(messages=[{"role": "user", "content": "x", "tool_calls": CALLS}]), "'tool_calls'"),
         (lambda: Conversation().user("a").assistant({**CALLING, "tool_calls": [{"name": "f"}]}), "message 1"),
     ],
 )
 def test_turns_out_of_turn(wrong, said):
     with pytest.raises(UsageError, match=said):
         wrong()
+
+
+def results(*messages) -> list:
+    """Messages after two calls with ids."""
+    calls = [{"id": f"c{i}", **call} for i, call in enumerate(CALLS)]
+    return [{"role": "user", "content": "x"}, {**CALLING, "tool_calls": calls}, *messages]
+
+
+def result(content: str, **more) -> dict:
+    return {"role": "tool", "content": content, **more}
+
+
+def test_results_are_paired_by_their_ids():
+    """In whatever order they come; without ids by position; and one that came first has its name checked."""
+    ordered = chat.encode(results(result("5"), result("noon")), thinking=True)
+    swapped = results(result("noon", tool_call_id="c1"), result("5", tool_call_id="c0", name="add"))
+    assert chat.encode(swapped, thinking=True) == ordered
+    assert chat.encode(swapped[2:][::-1], thinking=True, context=swapped[:2]) in ordered
+    mixed = results(result("5"), result("noon", tool_call_id="c1"))
+    assert chat.encode(mixed, thinking=True) == ordered
+
+
+@pytest.mark.parametrize(
+    ("messages", "index", "said"),
+    [
+        (results(result("5", tool_call_id="c7"), result("noon")), 2, "'c7' is that of no call"),
+        (results(result("5", tool_call_id="c0"), result("6", tool_call_id="c0")), 3, "another result"),
+        (results(result("noon", tool_call_id="c1")), 2, "before it are missing"),
+        (results(result("noon", name="clock"), result("5")), 2, "result of 'clock', but"),
+        (results(result("5"), result("x", tool_call_id="c0")), 3, "another result"),
+    ],
+)
+def test_results_that_contradict_their_calls(messages, index, said):
+    """Whichever way they come in."""
+    for encode in (lambda: chat.encode(messages, thinking=True), lambda: Conversation(messages=messages)):
+        with pytest.raises(chat.EncodingError, match=said) as caught:
+            encode()
+        assert caught.value.code == "results_contradict_calls"
+    assert caught.value.index == index
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ({"role": "user", "content": "x", "prefix": True}, "'prefix'"),
+        ({"role": "assistant", "content": "x", "prefix": True}, "'prefix'.* not supported"),
+        ({"role": "user", "content": "x", "tools": [TOOL]}, "'tools'"),
+        ({"role": "user", "content": "x", "contents": "y"}, "'contents'"),
+        ({"role": "user", "content": "x", "reasoning": "y"}, "'reasoning"),
+        ({"role": "assistant", "content": "x", "reasoning": "y", "reasoning_content": "z"}, "'reasoning'"),
+        ({"role": "assistant", "content": "x", "tool_call_id": "c"}, "'tool_call_id'"),
+        ({"role": "system", "tools": [{**TOOL, "strict": True}]}, r"'strict'; tools\[0\] may have type, function"),
+        ({"role": "system", "tools": [{**TOOL, "type": "web"}]}, "must be 'function', not 'web'"),
+        ({"role": "assistant", "tool_calls": [{**CALLS[0], "args": 5}]}, r"'args'; tool_calls\[0\]"),
+        ({"role": "assistant", "tool_calls": [{"function": {**CALLS[0]["function"], "x": 5}}]}, r"\.function may have"),
+        ({"role": "user", "content": "x", 5: "y"}, "5"),
+    ],
+)
+def test_unknown_and_misplaced_fields(message, said):
+    with pytest.raises(chat.EncodingError, match=said) as caught:
+        chat.encode([{"role": "user", "content": "x"}, message], thinking=False)
+    assert (caught.value.code, caught.value.index) == ("unknown_key", 1)
+
+
+def test_fields_that_say_nothing_and_the_names_of_clients():
+    """What clients send along, and their names for the reasoning."""
+    more = {"refusal": None, "annotations": [], "audio": None, "function_call": None, "prefix": False, "tools": []}
+    plain = {"role": "assistant", "content": "y", "reasoning_content": "r"}
+    user = {"role": "user", "content": "x"}
+    wanted = chat.encode([user, plain], thinking=True)
+    for message in (
+        plain | more,
+        plain | {"reasoning": "r"},
+        {"role": "assistant", "content": "y", "reasoning": "r"},
+        {"role": "assistant", "content": "y", "thinking": "r", "reasoning_content": None},
+    ):
+        assert chat.encode([user, message], thinking=True) == wanted
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([], "not the model's turn"),
+        ([{"role": "system", "content": "x"}], "not the model's turn"),
+        ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], "not the model's turn"),
+        (results(result("5")), "pending tool calls first: clock"),
+        (results(), "pending tool calls first: add, clock"),
+    ],
+)
+def test_whose_turn_it_is_is_asked_of_messages_too(tokenizer, messages, said):
+    with pytest.raises(UsageError, match=said):
+        chat.prepare(messages, tokenizer)
+    if len(messages) > 1:
+        with pytest.raises(UsageError, match=said):
+            chat.prepare(messages[-1:], tokenizer, context=messages[:-1])
