@@ -1,5 +1,7 @@
 """The fixed text of the DeepSeek-V3.2 message format, character for character; blank lines are part of it."""
 
+from ..generation import text_stream
+
 
 class Mark(str):
     """Text that the format itself writes. Special tokens count only in a Mark: in any other string they are text."""
@@ -11,8 +13,8 @@ BOS = Mark("<｜begin▁of▁sentence｜>")
 EOS = Mark("<｜end▁of▁sentence｜>")
 USER = Mark("<｜User｜>")
 ASSISTANT = Mark("<｜Assistant｜>")
-THINK = Mark("<think>")
-THINK_END = Mark("</think>")
+THINK = Mark(text_stream.THINK)
+THINK_END = Mark(text_stream.THINK_END)
 DSML = Mark("｜DSML｜")
 
 SPECIAL = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)

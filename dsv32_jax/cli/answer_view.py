@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from ..chat import StopStrings, template
 from ..errors import pluralize
 from ..generation.result import Stats
+from ..generation.text_stream import CALLS_START
 from .screen import Screen
 
 REASONING, ANSWER, CALLS = "reasoning", "answer", "calls"
-
-CALLS_START = ("\n\n<" + template.DSML, "<" + template.DSML)
 
 
 class AnswerSplitter:

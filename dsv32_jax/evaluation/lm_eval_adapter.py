@@ -144,7 +144,8 @@ class LmEval(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each (context, options), up to the first of the strings `until`."""
+        """Return the continuation of each (context, options), up to the first of the strings `until`, without the
+        thoughts before it; of thoughts without an end, nothing."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)
@@ -161,7 +162,9 @@ class LmEval(TemplateLM):
                 batch_size=min(self.batch_size, len(prompts)),
                 **options,
             ).text
-            for i, text in zip(group, texts or [], strict=True):
+            for i, prompt, text in zip(group, prompts, texts or [], strict=True):
+                if self._tokenizer.bytes_of(prompt[-1:]) == template.THINK.encode():
+                    text = text.partition(template.THINK_END)[2]
                 answers[i] = text
                 self.cache_hook.add_partial("generate_until", requests[i].args, text)
         return answers

@@ -102,7 +102,7 @@ class Engine:
         options, vocab_size = request.options, model.cfg.vocab_size
         self.model, self.request, self._programs = model, request, programs
         self.batches = plan_batches(model.cfg, request, model.mesh)
-        self.rows = [Row(request) for _ in request.samplings]
+        self.rows = [Row(request, index) for index in range(len(request.samplings))]
         self.state: State | None = None
         self._width = options.top_logprobs and min(memory.round_up_rows(options.top_logprobs), vocab_size)
         seconds = dict.fromkeys(("prefill_seconds", "decode_seconds", "compile_seconds"), 0.0)

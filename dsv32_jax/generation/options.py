@@ -121,7 +121,7 @@ class Options:
         (), "token_ids", "IDS", "tokens that end a row, beside the model's own end tokens", group="length"
     )
     stop: str | Sequence[str] = option(
-        (), "strings", "TEXT", "end a row before this text; needs a tokenizer", group="length"
+        (), "strings", "TEXT", "end a row before this text, in the answer of a chat; needs a tokenizer", group="length"
     )
     n: int = option(
         1, "count", "N", "continuations of each prompt, with consecutive seeds", low=1, high=1024, group="batch"

@@ -40,16 +40,17 @@ class Request:
 
 
 class Row:
-    """The tokens of one row. `finish_reason` is "stop" after an end token or stop string, "length" at the limit,
-    "interrupted" if Ctrl-C came first, and None before."""
+    """The tokens of one row, the `index`-th of its request. `finish_reason` is "stop" after an end token or stop string,
+    "length" at the limit, "interrupted" if Ctrl-C came first, and None before."""
 
-    def __init__(self, request: Request):
+    def __init__(self, request: Request, index: int = 0):
         tokenizer, self._request = request.options.tokenizer, request
+        prompt = request.prompts[index // request.options.n]
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
         self.finish_reason: str | None = None if request.max_new_tokens else "length"
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop)
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop, prompt)
         self._pieces: list[str] = []
 
     @property

@@ -1,10 +1,17 @@
-"""Text of a stream of tokens: it never has to be taken back, and ends before a stop string."""
+"""Text of a stream of tokens: it never has to be taken back, and ends before a stop string.
+
+After a chat prompt a completion has parts: thoughts, the answer, tool calls. Stop strings count in the answer.
+"""
 
 import codecs
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import UsageError
+
+THINK, THINK_END = "<think>", "</think>"
+CALLS_START = ("\n\n<｜DSML｜", "<｜DSML｜")
+"""The tags that the format of messages puts before thoughts, before the answer, and before tool calls."""
 
 
 def require_tokenizer(tokenizer: Any) -> None:
@@ -18,12 +25,19 @@ class Detokenizer:
     `tokenizer.decode` makes of all tokens.
 
     A character whose bytes are spread over several tokens is returned with its last byte. U+FFFD is returned only for
-    bytes that no later token can complete.
+    bytes that no later token can complete. After a chat prompt, whose last token in `prompt` opens or ends thoughts, a
+    stop string counts from the end of the thoughts to the first tool call.
     """
 
-    def __init__(self, tokenizer: Any, stop: str | Sequence[str] = ()):
-        self._tokenizer, self._stops = tokenizer, StopStrings(stop)
+    def __init__(self, tokenizer: Any, stop: str | Sequence[str] = (), prompt: Sequence[int] = ()):
+        self._tokenizer, self._stops, self._following = tokenizer, StopStrings(stop), []
+        self._given = self._stops.stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        opening = tokenizer.bytes_of(prompt[-1:]).decode("utf-8", "replace") if stop and prompt else ""
+        if opening in (THINK, THINK_END):
+            thoughts = [] if opening == THINK_END else [StopStrings(THINK_END)]
+            answer = StopStrings([*self._given, *CALLS_START])
+            self._stops, *self._following = [*thoughts, answer, StopStrings(())]
 
     @property
     def has_stopped(self) -> bool:
@@ -32,11 +46,21 @@ class Detokenizer:
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""
-        return self._stops.add(self._decoder.decode(self._tokenizer.bytes_of(ids)))
+        return self._cut(self._decoder.decode(self._tokenizer.bytes_of(ids)))
+
+    def _cut(self, text: str) -> str:
+        """Return the text before the stop string. A tag that ends a part of the completion belongs to the next one."""
+        done = self._stops.add(text)
+        hit, is_thinking = self._stops.hit, len(self._following) == 2
+        if hit is not None and (is_thinking or (self._following and hit in CALLS_START and hit not in self._given)):
+            text = hit + self._stops.rest
+            self._stops = self._following.pop(0)
+            done += self._cut(text)
+        return done
 
     def end(self) -> str:
         """Return the text that was held back, now that no more follows."""
-        return self._stops.add(self._decoder.decode(b"", True)) + self._stops.end()
+        return self._cut(self._decoder.decode(b"", True)) + self._stops.end()
 
 
 class StopStrings:
@@ -44,7 +68,7 @@ class StopStrings:
 
     Text that may be the beginning of a stop string is held back until that is decided; how the text is split into
     pieces makes no difference. If several stop strings are complete at the same character, the longest counts. After a
-    hit, `hit` is the stop string, and no more text is returned.
+    hit, `hit` is the stop string, `rest` the text behind it, and no more text is returned.
     """
 
     def __init__(self, stops: str | Sequence[str]):
@@ -52,8 +76,8 @@ class StopStrings:
         wrong = [stop for stop in stops if not isinstance(stop, str) or not stop]
         if wrong:
             raise UsageError(f"a stop string must be text with at least one character, not {wrong[0]!r}")
-        self._stops = stops
-        self._held = ""
+        self.stops = stops
+        self._held = self.rest = ""
         self.hit: str | None = None
 
     def add(self, text: str) -> str:
@@ -61,12 +85,12 @@ class StopStrings:
         if self.hit is not None:
             return ""
         text = self._held + text
-        found = [(start + len(stop), start, stop) for stop in self._stops if (start := text.find(stop)) >= 0]
+        found = [(start + len(stop), start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         if found:
-            _, start, self.hit = min(found)
-            self._held = ""
+            end, start, self.hit = min(found)
+            self._held, self.rest = "", text[end:]
             return text[:start]
-        safe = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        safe = len(text) - max((_overlap(text, stop) for stop in self.stops), default=0)
         self._held = text[safe:]
         return text[:safe]
 

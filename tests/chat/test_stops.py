@@ -61,3 +61,32 @@ def test_one_string_is_one_stop():
 def test_g35_what_is_no_stop_string(stops):
     with pytest.raises(UsageError, match="stop string"):
         StopStrings(stops)
+
+
+THOUGHTS, CALLS = "I think. END\n\nWell</think>", "\n\n<｜DSML｜function_calls>\nEND</｜DSML｜function_calls>"
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 7, 1000])
+@pytest.mark.parametrize(
+    ("opening", "text", "stops", "left"),
+    [
+        ("<think>", THOUGHTS + "Yes. END no", ["END"], THOUGHTS + "Yes. "),
+        ("<think>", THOUGHTS + "Yes." + CALLS, ["END"], None),
+        ("<think>", THOUGHTS + "Yes." + CALLS, "\n\n", THOUGHTS + "Yes."),
+        ("<think>", THOUGHTS + "Yes.", ["</think>", "END"], THOUGHTS.removesuffix("</think>")),
+        ("<think>", "I think. END", ["END"], None),
+        ("</think>", "Yes. </think> END" + CALLS, ["END"], "Yes. </think> "),
+        ("</think>", "Yes." + CALLS, ["END", "calls>"], None),
+        ("</think>", "Yes. END", [], None),
+        ("x", THOUGHTS, ["END"], "I think. "),
+        ("x", CALLS, ["END"], CALLS.partition("END")[0]),
+    ],
+)
+def test_stop_strings_count_in_the_answer(tokenizer, opening, text, stops, left, pieces):
+    """Not in thoughts, nor in the arguments of tool calls; however many tokens come at once, nothing else is lost."""
+    special = [tokenizer.specials[opening]] if opening in tokenizer.specials else tokenizer.encode(opening)
+    detokenizer = Detokenizer(tokenizer, stops, special)
+    ids = tokenizer.encode(text, allow_special=True)
+    given = [detokenizer.add(ids[i : i + pieces]) for i in range(0, len(ids), pieces)] + [detokenizer.end()]
+    assert "".join(given) == (text if left is None else left)
+    assert detokenizer.has_stopped == (left is not None)

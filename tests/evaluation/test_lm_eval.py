@@ -134,6 +134,33 @@ def test_generation(harness, adapter, monkeypatch):
         harness.generate_until(ask(("abc", {"max_gen_toks": 16})))
 
 
+def test_answers_are_scored_without_thoughts(adapter, model, monkeypatch):
+    """Where the prompt opened them; and a prompt that is not the model's turn, or begins its answer, is refused."""
+
+    class Thinking(Bytes):
+        def encode(self, text: str, **_) -> list[int]:
+            return [2] if text.endswith("<think>") else [9]
+
+        def bytes_of(self, ids) -> bytes:
+            return b"".join(b"<think>" if i == 2 else super(Thinking, self).bytes_of([i]) for i in ids)
+
+    harness = adapter.LmEval(model, tokenizer=Thinking(), max_length=16, thinking=True)
+    prompt = harness.apply_chat_template([{"role": "user", "content": "x"}])
+    assert prompt.endswith("<think>")
+    texts = iter(["so</think>yes", "so", "so</think>yes"])
+    monkeypatch.setattr(adapter, "generate", lambda *_, **__: SimpleNamespace(text=[next(texts)]))
+    options = {"until": [], "max_gen_toks": 4}
+    asked = [(prompt, options), (prompt, {**options, "max_gen_toks": 5}), ("plain", {**options, "max_gen_toks": 6})]
+    assert harness.generate_until(ask(*asked)) == ["yes", "", "so</think>yes"]
+    begun = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(UsageError, match="thinks first"):
+        harness.apply_chat_template(begun, add_generation_prompt=False)
+    harness.thinking = False
+    assert harness.apply_chat_template(begun, add_generation_prompt=False).endswith("</think>y")
+    with pytest.raises(UsageError, match="not the model's turn"):
+        harness.apply_chat_template(begun)
+
+
 def test_special_tokens(adapter, demo):
     """Plain text in a task's text; the format's own in a chat prompt."""
     pytest.importorskip("tokenizers")
