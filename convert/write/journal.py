@@ -14,11 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.checksums import STRAYS, require_written
+from dsv32_jax.checkpoint.checksums import require_written
 from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
 from dsv32_jax.checkpoint.writer import UNFINISHED
 from dsv32_jax.errors import OutputExistsError, listing, pluralize
-from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, remove_abandoned, write_file
+from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
@@ -34,7 +34,7 @@ RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales",
 def require_ours(dst: Path) -> None:
     """Raise OutputExistsError if `dst` exists and holds anything but a conversion, finished or not."""
     try:
-        names = set(os.listdir(dst)) - {LOCK}
+        names = {name for name in os.listdir(dst) if name != LOCK and not is_stray(name)}
     except FileNotFoundError:
         return
     except NotADirectoryError:
@@ -102,7 +102,7 @@ class Journal:
             entries = [] if weights.is_symlink() else list(os.scandir(weights))
         except FileNotFoundError:
             entries = []
-        found = {entry.name: entry for entry in entries if not entry.name.startswith(STRAYS)}
+        found = {entry.name: entry for entry in entries if not is_stray(entry.name)}
         ours = {name for name, entry in found.items() if self._is_ours(entry)}
         if weights.is_symlink() or ours != found.keys():
             foreign = listing(sorted(found.keys() - ours)) or "it is a link"

@@ -12,14 +12,11 @@ from pathlib import Path
 
 from ..errors import CheckpointError, StorageError, VerificationError, listing
 from ..system import host
-from ..system.files import hash_chunks
+from ..system.files import hash_chunks, is_stray
 from ..system.progress import show_slow
 from .manifest import FILE, WEIGHTS, LeafEntry, Manifest, is_sealed
 from .reader import Key, Reader, raw
 from .writer import list_metadata
-
-STRAYS = (".DS_Store", "._")
-"""Prefixes of the files that file managers leave in any folder. They are neither content nor damage."""
 
 
 def list_files(folder: str | Path, companions: Iterable[str], leaves: Mapping[str, LeafEntry]) -> dict[str, list]:
@@ -46,8 +43,8 @@ def find_damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
     reader, known = Reader(folder, manifest.leaves), set(manifest.storage.get("files", {}))
     known |= {name for entry in reader.entries.values() for name in entry.place.files}
     found = {Path(root, name) for root, _, names in os.walk(reader.folder / WEIGHTS) for name in names}
-    names = {file.relative_to(reader.folder).as_posix() for file in found if not file.name.startswith(STRAYS)}
-    surplus = [f"{name} does not belong to the checkpoint" for name in names - known]
+    names = {file.relative_to(reader.folder).as_posix() for file in found}
+    surplus = [f"{name} does not belong to the checkpoint" for name in names - known if not is_stray(name)]
     return sorted([*find_changed_files(folder, manifest), *surplus])
 
 

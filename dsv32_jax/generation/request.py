@@ -40,8 +40,8 @@ class Request:
 
 
 class Row:
-    """The tokens of one row, the `index`-th of its request. `finish_reason` is "stop" after an end token or stop string,
-    "length" at the limit, "interrupted" if Ctrl-C came first, and None before."""
+    """The tokens of one row, the `index`-th of its request. `finish_reason` is "stop" after an end token or stop
+    string, "length" at the limit, "interrupted" if Ctrl-C came first, and None before."""
 
     def __init__(self, request: Request, index: int = 0):
         tokenizer, self._request = request.options.tokenizer, request

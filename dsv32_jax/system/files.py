@@ -145,6 +145,20 @@ def write_file(file: Path, content: bytes) -> None:
         new.write_bytes(content)
 
 
+STRAYS = re.compile(
+    r"\._.*|\.DS_Store|\.localized|\.apdisk|\.Trash.*|\.Spotlight-V100|\.fseventsd|\.TemporaryItems|__MACOSX|lost\+found|"
+    r"\.snapshots?|\.zfs|\.nfs[0-9a-f]+|\.directory|\.fuse_hidden.*|@eaDir|Thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|"
+    r"System Volume Information",
+    re.IGNORECASE,
+)
+"""Files and folders that systems and file managers leave anywhere. They are neither content nor damage."""
+
+
+def is_stray(path: str) -> bool:
+    """Return whether a relative path is, or lies in, one of STRAYS."""
+    return any(STRAYS.fullmatch(name) for name in path.split("/"))
+
+
 def is_abandoned(name: str, file: str = "") -> bool:
     """Return whether `name` is that of a new file which a killed `replace_file` left, of `file` if one is given."""
     match = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.tmp", name)

@@ -182,15 +182,37 @@ def test_the_same_options_continue_it_with_the_same_report(unfinished, checkpoin
 def test_a_stray_file_among_the_parts_does_not_stop_it(unfinished, checkpoints, tmp_path):
     """What a file manager leaves in the folder stays there, and is none of the checkpoint's files."""
     out = shutil.copytree(unfinished, tmp_path / "out")
-    strays = [out / ".DS_Store", out / "weights" / ".DS_Store", out / "weights" / "._00000"]
+    names = (
+        ".DS_Store",
+        "._00000",
+        "lost+found/x",
+        ".Trash-1000/y",
+        "Thumbs.db",
+        ".nfs00ab",
+        "@eaDir/z",
+        ".snapshot/s",
+    )
+    strays = [folder / name for folder in (out, out / "weights") for name in names]
     for stray in strays:
+        stray.parent.mkdir(exist_ok=True)
         stray.write_text("precious")
     manifest = convert.convert(checkpoints["fp8"], out, to="nvfp4", group_bytes=60_000)
-    for stray in strays:
-        assert stray.read_text() == "precious"
-        stray.unlink()
     verify(out)
+    assert all(stray.read_text() == "precious" for stray in strays)
     assert manifest.digest == convert.convert(checkpoints["fp8"], tmp_path / "whole", to="nvfp4").digest
+
+
+def test_a_fresh_disk_is_an_empty_folder(checkpoints, tmp_path):
+    """Its root has lost+found, which must stay."""
+    (tmp_path / "disk" / "lost+found").mkdir(parents=True)
+    (tmp_path / "disk" / ".DS_Store").touch()
+    convert.convert(checkpoints["nvfp4"], tmp_path / "disk")
+    verify(tmp_path / "disk")
+    assert (tmp_path / "disk" / "lost+found").is_dir()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "lost+founds").touch()
+    with pytest.raises(OutputExistsError, match=r"1 entry: lost\+founds"):
+        convert.convert(checkpoints["nvfp4"], tmp_path / "other")
 
 
 def test_experts_are_quantized_one_by_one(tiny):
