@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import Manifest, is_complete
-from dsv32_jax.errors import COMMAND_LINE, CapacityError, DsvError, StorageError
+from dsv32_jax.errors import COMMAND_LINE, DsvError, StorageError, explain_exhaustion
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.argument_parser import Parser
 from dsv32_jax.system.progress import Reporter, make_reporter
@@ -64,8 +64,11 @@ def _main(argv: list[str]) -> int:
             message, code = str(error), error.exit_code
         except OSError as error:
             message, code = f"{error}; {CONTINUE} to continue", StorageError.exit_code
-        except MemoryError:
-            message, code = f"out of memory; {CONTINUE} with a smaller --max-memory", CapacityError.exit_code
+        except (MemoryError, RuntimeError) as error:
+            message, code = (
+                f"{explain_exhaustion(error)}; {CONTINUE} with a smaller --max-memory",
+                CapacityError.exit_code,
+            )
         finally:
             COMMAND_LINE.reset(spelling)
         reporter.error(message, code)

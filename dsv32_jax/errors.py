@@ -76,6 +76,16 @@ def writing_failed(target: object, error: Exception) -> CapacityError | StorageE
     )
 
 
+def explain_exhaustion(error: BaseException) -> CapacityError:
+    """Return the error to raise for a MemoryError, or a RuntimeError where the system starts no more threads; any other
+    is raised again."""
+    if isinstance(error, MemoryError):
+        return CapacityError("out of memory")
+    if "start new thread" in str(error):
+        return CapacityError("the system starts no more threads: raise its limits of processes and memory (ulimit)")
+    raise error
+
+
 def _first_line(text: str) -> str:
     return (text.splitlines() or [""])[0][:300]
 

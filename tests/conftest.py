@@ -37,7 +37,9 @@ NOWHERE = Path("nowhere")
 
 def pytest_addoption(parser):
     """`--shared PATH`: also run every golden case found in PATH/golden and PATH/golden_nvfp4. `--notebooks`: run them
-    all, which takes two minutes. `--sanitizers`: compile kernels with sanitizers and run that."""
+    all, which takes two minutes. `--sanitizers`: compile kernels with sanitizers and run that. `--fuzz SECONDS`: how
+    long damaged input is tried."""
+    parser.addoption("--fuzz", type=float, default=5, metavar="SECONDS", help="how long to try damaged input")
     parser.addoption("--notebooks", action="store_true", help="run every notebook")
     parser.addoption("--sanitizers", action="store_true", help="run the kernels under sanitizers")
     parser.addoption("--shared", type=Path, default=None, metavar="PATH", help="folder of the whole golden sets")

@@ -22,9 +22,12 @@ from typing import Any, NamedTuple
 from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.quantization.quantize import NVFP4_BLOCK
 from dsv32_jax.quantization.scale_search import SCALINGS
-from dsv32_jax.system.files import expand_path, parse_json
+from dsv32_jax.system.files import expand_path, parse_json, read_regular
 
 from ..read.weights import TARGETS, StoredWeight
+
+LARGEST = 16 << 20
+"""Size limit of a policy file in bytes."""
 
 KEEP = "keep"
 TO = "to"
@@ -98,7 +101,7 @@ def make_policy(to: str | None = None, policy: str | Path | None = None) -> Poli
 
 def _read_rules(file: Path) -> tuple[tuple[str, str], ...]:
     try:
-        text = file.read_bytes()
+        text = read_regular(file, LARGEST)
         raw = tomllib.loads(text.decode("utf-8-sig")) if file.suffix == ".toml" else parse_json(text)
     except FileNotFoundError:
         raise UsageError(f"{file} is neither a preset ({listing(PRESETS)}) nor a file. Nothing was read") from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from ..errors import CheckpointError, listing, pluralize
-from ..system.files import expand_path, read_regular, write_file
+from ..system.files import JsonLimits, expand_path, limit_json, read_regular, write_file
 from .provenance import Passport
 
 FILE = "manifest.json"
@@ -26,8 +26,8 @@ JOURNAL = "journal.jsonl"
 """The record of an unfinished conversion, which `convert` removes once the manifest is written."""
 
 FORMAT_VERSION = 2
-LARGEST = 1 << 30
-"""Size limit of a manifest in bytes. The real model's has 20 MB in NVFP4."""
+LARGEST, LIMITS = 256 << 20, JsonLimits(objects=500_000, lists=4_000_000, commas=20_000_000)
+"""Size limits of a manifest. The real model's has 20 MB in NVFP4, and 180,000 source tensors."""
 
 COMPONENTS = {
     "dense": {"values"},
@@ -174,7 +174,7 @@ class Manifest:
         """Read the manifest of the converted checkpoint `folder`. Raise CheckpointError if it is something else."""
         file = Path(folder, FILE)
         try:
-            raw = json.loads(read_regular(file, LARGEST))
+            raw = json.loads(limit_json(read_regular(file, LARGEST), LIMITS))
         except (FileNotFoundError, NotADirectoryError):
             raise CheckpointError(_explain_absence(Path(folder))) from None
         except (OSError, ValueError, RecursionError) as error:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..bench import command as bench
-from ..errors import COMMAND_LINE, FULL, CapacityError, DsvError, StorageError, printable, refusal
+from ..errors import COMMAND_LINE, FULL, CapacityError, DsvError, StorageError, explain_exhaustion, printable, refusal
 from ..system import interrupts
 from ..system.argument_parser import Parser
 from . import eval_command, parsers
@@ -60,6 +60,10 @@ def _run(argv: list[str]) -> int:
     except OSError as error:
         print(printable(f"error: {refusal(error)}"), file=sys.stderr)
         return (CapacityError if error.errno in FULL else StorageError).exit_code
+    except (MemoryError, RuntimeError) as error:
+        exhausted = explain_exhaustion(error)
+        print(f"error: {exhausted}", file=sys.stderr)
+        return exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
 

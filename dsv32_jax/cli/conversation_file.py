@@ -59,7 +59,7 @@ def load_conversation(file: Path) -> Conversation:
     raw = read_json(file, MAX_BYTES)
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise CheckpointError(f"{file} is not a conversation of this version ({KIND})")
-    wrong = [name for name, kinds in FIELDS.items() if not isinstance(raw.get(name), kinds)]
+    wrong = [name for name, kinds in FIELDS.items() if name not in raw or not isinstance(raw[name], kinds)]
     wrong += [name for name in raw if name not in FIELDS and name != "kind"]
     if wrong:
         raise CheckpointError(f"{file} is damaged: missing, unknown or of another type: {', '.join(wrong)}")

@@ -41,33 +41,20 @@ published config.json of this model has `rope_interleave` and `indexer_rope_inte
 """
 
 IGNORED = {
-    "architectures": "the class name of another implementation",
-    "attention_dropout": "training only",
-    "auto_map": "names Python code, and code of a checkpoint is never run",
-    "aux_loss_alpha": "training only",
-    "compression_config": "formats are read from the tensors themselves",
-    "dtype": "every tensor has its own dtype",
-    "ep_size": "a launch option of another implementation",
-    "id2label": "labels of a classifier",
-    "initializer_range": "training only",
-    "kv_cache_scheme": "the caller decides how the cache is stored",
-    "label2id": "labels of a classifier",
-    "max_batch_size": "a launch option of another implementation",
-    "max_seq_len": "a launch option of another implementation",
-    "output_router_logits": "what another implementation returns",
-    "pad_token_id": "rows are ragged, never padded with a token",
-    "pretraining_tp": "training only",
-    "quantization": "formats are read from the tensors themselves",
-    "quantization_config": "formats are read from the tensors themselves",
-    "router_aux_loss_coef": "training only",
-    "scale_fmt": "formats are read from the tensors themselves",
-    "seq_aux": "training only",
-    "tokenizer_class": "the tokenizer is read from tokenizer.json",
-    "torch_dtype": "every tensor has its own dtype",
-    "transformers_version": "the tool that wrote the file",
-    "unsloth_*": "what a training tool did to the files",
-    "use_cache": "the caller decides",
-    "_*": "private to the tool that wrote the file",
+    key: why
+    for why, keys in {
+        "a class or a launch option of another implementation": "architectures ep_size max_batch_size max_seq_len",
+        "code of a checkpoint is never run": "auto_map",
+        "every tensor has its own dtype": "dtype torch_dtype",
+        "formats are read from the tensors": "compression_config quantization quantization_config scale_fmt",
+        "labels of a classifier": "id2label label2id",
+        "rows are ragged, never padded with a token": "pad_token_id",
+        "the caller decides": "kv_cache_scheme output_router_logits use_cache",
+        "the tokenizer is read from tokenizer.json": "tokenizer_class",
+        "training only": "attention_dropout aux_loss_alpha initializer_range pretraining_tp router_aux_loss_coef seq_aux",
+        "what tools say of themselves": "transformers_version unsloth_* _*",
+    }.items()
+    for key in keys.split()
 }
 """Keys, or patterns of them, that do not change the model, and why."""
 
@@ -79,30 +66,18 @@ DEFAULTS = {
 }
 """Values that classes of transformers write although nobody chose them."""
 
-RENAMED = {
-    "dim": "hidden_size",
-    "inter_dim": "intermediate_size",
-    "moe_inter_dim": "moe_intermediate_size",
-    "n_layers": "num_hidden_layers",
-    "n_dense_layers": "first_k_dense_replace",
-    "n_heads": "num_attention_heads",
-    "n_activated_experts": "num_experts_per_tok",
-    "n_expert_groups": "n_group",
-    "n_limited_groups": "topk_group",
-    "num_experts": "n_routed_experts",
-    "num_local_experts": "n_routed_experts",
-    "num_shared_experts": "n_shared_experts",
-    "num_mtp_layers": "num_nextn_predict_layers",
-    "n_mtp_layers": "num_nextn_predict_layers",
-    "route_scale": "routed_scaling_factor",
-    "score_func": "scoring_func",
-    "norm_eps": "rms_norm_eps",
-    "rope_factor": "rope_scaling.factor",
-    "original_seq_len": "rope_scaling.original_max_position_embeddings",
-    "beta_fast": "rope_scaling.beta_fast",
-    "beta_slow": "rope_scaling.beta_slow",
-    "mscale": "rope_scaling.mscale",
-}
+RENAMED = dict(
+    pair.split("=")
+    for pair in (
+        "dim=hidden_size inter_dim=intermediate_size moe_inter_dim=moe_intermediate_size n_layers=num_hidden_layers "
+        "n_dense_layers=first_k_dense_replace n_heads=num_attention_heads n_activated_experts=num_experts_per_tok "
+        "n_expert_groups=n_group n_limited_groups=topk_group num_experts=n_routed_experts norm_eps=rms_norm_eps "
+        "num_local_experts=n_routed_experts num_shared_experts=n_shared_experts route_scale=routed_scaling_factor "
+        "num_mtp_layers=num_nextn_predict_layers n_mtp_layers=num_nextn_predict_layers score_func=scoring_func "
+        "rope_factor=rope_scaling.factor original_seq_len=rope_scaling.original_max_position_embeddings "
+        "beta_fast=rope_scaling.beta_fast beta_slow=rope_scaling.beta_slow mscale=rope_scaling.mscale"
+    ).split()
+)
 """Names that DeepSeek's inference code and others give to the same numbers."""
 
 LAYERS = ("layer_types", "mlp_layer_types", "indexer_types")
@@ -126,10 +101,7 @@ REPEATED: dict[str, tuple[str, Callable[[Any], list[Any]]]] = {
         "qk_rope_head_dim, or qk_nope_head_dim + qk_rope_head_dim",
         lambda cfg: [cfg.qk_rope_head_dim, cfg.qk_nope_head_dim + cfg.qk_rope_head_dim],
     ),
-    "qk_head_dim": (
-        "qk_nope_head_dim + qk_rope_head_dim",
-        lambda cfg: [cfg.qk_nope_head_dim + cfg.qk_rope_head_dim],
-    ),
+    "qk_head_dim": ("qk_nope_head_dim + qk_rope_head_dim", lambda cfg: [cfg.qk_nope_head_dim + cfg.qk_rope_head_dim]),
     "num_key_value_heads": ("num_attention_heads", lambda cfg: [cfg.num_attention_heads]),
     "n_kv_heads": ("num_attention_heads", lambda cfg: [cfg.num_attention_heads]),
     "layer_types": ("the attention of this model", _each_layer("indexed_attention", "deepseek_sparse_attention")),
@@ -140,7 +112,7 @@ REPEATED: dict[str, tuple[str, Callable[[Any], list[Any]]]] = {
         lambda cfg: [1, cfg.qk_rope_head_dim / (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim)],
     ),
     "original_max_position_embeddings": (
-        "rope_scaling.original_max_position_embeddings",
+        "rope_scaling",
         lambda cfg: [cfg.rope_scaling and cfg.rope_scaling.original_max_position_embeddings],
     ),
 }

@@ -12,9 +12,10 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from ..config import Config
-from ..errors import StorageError, UsageError, listing, pluralize, require_integer
+from ..errors import CheckpointError, StorageError, UsageError, listing, pluralize, require_integer
 from ..model import validation
 from ..model.model import Model
+from ..system.files import read_regular
 
 Value = TypeVar("Value")
 
@@ -186,10 +187,10 @@ def read_texts(files: Sequence[str | Path]) -> list[str]:
 
 def _read_documents(file: Path, problems: list[str]) -> Iterator[str]:
     try:
-        if (size := file.stat().st_size) > LARGEST_FILE:
-            problems.append(f"{file} has {size} bytes, more than the limit of {LARGEST_FILE}")
-            return
-        text = file.read_bytes().decode("utf-8")
+        text = read_regular(file, LARGEST_FILE).decode("utf-8-sig")
+    except CheckpointError as error:
+        problems.append(str(error))
+        return
     except UnicodeDecodeError as error:
         problems.append(f"{file} is not UTF-8 at byte {error.start}")
         return

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 
 from ..errors import CheckpointError, StorageError, UsageError, listing, pluralize
 from ..model.model import Model
-from ..system.files import hash_chunks, replace_file
+from ..system.files import hash_chunks, replace_file, require_regular
 from .prefill_decode import Caches
 
 FORMAT = "dsv32_jax session 4"
@@ -46,18 +46,19 @@ def read_settings(file: Path, model: Model) -> dict[str, Any]:
     """Return the settings that `write` was given. Raises CheckpointError if the file is not a session, UsageError if it
     is that of another model."""
     try:
-        with safe_open(file, "numpy") as opened:
+        with safe_open(require_regular(file), "numpy") as opened:
             about = opened.metadata() or {}
-        settings = json.loads(about["settings"]) if about.get("kind") == FORMAT else None
+        is_session = about.get("kind") == FORMAT
+        settings, of = (json.loads(about["settings"]), about["model"]) if is_session else (None, "")
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no {file}; nothing was read") from error
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a session: {error}") from error
     if settings is None:
         raise CheckpointError(f"{file} is not a session of this version ({FORMAT}), but {about.get('kind')!r}")
-    if about["model"] != identity(model):
+    if of != identity(model):
         raise UsageError(
-            f"{file} belongs to another model (its checkpoint's digest is {about['model']}, this one's is "
+            f"{file} belongs to another model (its checkpoint's digest is {of}, this one's is "
             f"{identity(model)}); load that checkpoint, or begin a new session"
         )
     return settings

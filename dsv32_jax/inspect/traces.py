@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, pluralize, writing_failed
-from ..system.files import expand_file_path, replace_file
+from ..system.files import expand_file_path, replace_file, require_regular
 
 FORMAT = "dsv32_jax trace 1"
 
@@ -123,7 +123,7 @@ class Trace(Mapping[str, np.ndarray]):
     def load(cls, file: str | Path) -> Self:
         """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError."""
         try:
-            with safe_open(expand_file_path(file), "numpy") as opened:
+            with safe_open(require_regular(expand_file_path(file)), "numpy") as opened:
                 about = opened.metadata() or {}
                 kinds, facts = json.loads(about["kinds"]), json.loads(about["about"])
                 arrays = {name: opened.get_tensor(name) for name in opened.keys()}

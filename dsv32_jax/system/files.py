@@ -72,6 +72,12 @@ def open_regular(file: Path) -> int:
     return descriptor
 
 
+def require_regular(file: Path) -> Path:
+    """Return `file`. Raise CheckpointError unless it is a regular file: libraries would wait for a pipe's writer."""
+    os.close(open_regular(file))
+    return file
+
+
 def read_regular(file: Path, largest: int) -> bytes:
     """Return the content of a regular file. Raise CheckpointError if it has more than `largest` bytes."""
     with open(open_regular(file), "rb") as opened:
@@ -222,6 +228,14 @@ class JsonLimits(NamedTuple):
     commas: int = 2_000_000
 
 
+def limit_json(text: bytes, limits: JsonLimits | None) -> bytes:
+    """Return `text`. Raise CheckpointError if it has more parts than `limits` allow."""
+    for kind, mark, most in zip(JsonLimits._fields, (b"{", b"[", b","), limits or (), strict=False):
+        if (count := text.count(mark)) > most:
+            raise CheckpointError(f"too large a JSON text: {count} {kind}, at most {most} are allowed")
+    return text
+
+
 SPACE_BEFORE_COLON = re.compile(r'"\s+:')
 
 
@@ -231,9 +245,7 @@ def parse_json(text: bytes, limits: JsonLimits | None = None) -> Any:
     json.loads is much faster without hooks. Without a backslash and without space before a colon, every `":`
     follows a key; so if there are as many as keys, no key is a duplicate and the hooks are not needed.
     """
-    for kind, mark, most in zip(JsonLimits._fields, (b"{", b"[", b","), limits or (), strict=False):
-        if (count := text.count(mark)) > most:
-            raise CheckpointError(f"too large a JSON text: {count} {kind}, at most {most} are allowed")
+    limit_json(text, limits)
     try:
         decoded = text.decode("utf-8-sig")
         if "\\" not in decoded and "-0" not in decoded and not SPACE_BEFORE_COLON.search(decoded):

@@ -40,7 +40,13 @@ def as_shipped(cfg: Config) -> types.SimpleNamespace:
                 tensors[name + "_scale_inv"] = tensor(name + "_scale_inv", "F32", *grid)
     folder = Path("deepseek")
     return types.SimpleNamespace(
-        config=cfg.to_dict(), tensors=tensors, notes=[], folder=folder, identity=[], quantization=None
+        config=cfg.to_dict(),
+        tensors=tensors,
+        notes=[],
+        folder=folder,
+        identity=[],
+        quantization=None,
+        ignored_tensors=[],
     )
 
 
