@@ -65,10 +65,8 @@ def _main(argv: list[str]) -> int:
         except OSError as error:
             message, code = f"{error}; {CONTINUE} to continue", StorageError.exit_code
         except (MemoryError, RuntimeError) as error:
-            message, code = (
-                f"{explain_exhaustion(error)}; {CONTINUE} with a smaller --max-memory",
-                CapacityError.exit_code,
-            )
+            exhausted = explain_exhaustion(error)
+            message, code = f"{exhausted}; {CONTINUE} with a smaller --max-memory", exhausted.exit_code
         finally:
             COMMAND_LINE.reset(spelling)
         reporter.error(message, code)

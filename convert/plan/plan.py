@@ -19,7 +19,7 @@ from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
 from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays
 from .policy import FormatChooser, Recipe
-from .surplus import Surplus
+from .scope import Surplus
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""

@@ -51,7 +51,7 @@ IGNORED = {
         "rows are ragged, never padded with a token": "pad_token_id",
         "the caller decides": "kv_cache_scheme output_router_logits use_cache",
         "the tokenizer is read from tokenizer.json": "tokenizer_class",
-        "training only": "attention_dropout aux_loss_alpha initializer_range pretraining_tp router_aux_loss_coef seq_aux",
+        "training only": "attention_dropout aux_loss_alpha initializer_range pretraining_tp seq_aux router_*_loss_coef",
         "what tools say of themselves": "transformers_version unsloth_* _*",
     }.items()
     for key in keys.split()
@@ -66,18 +66,17 @@ DEFAULTS = {
 }
 """Values that classes of transformers write although nobody chose them."""
 
-RENAMED = dict(
-    pair.split("=")
-    for pair in (
-        "dim=hidden_size inter_dim=intermediate_size moe_inter_dim=moe_intermediate_size n_layers=num_hidden_layers "
-        "n_dense_layers=first_k_dense_replace n_heads=num_attention_heads n_activated_experts=num_experts_per_tok "
-        "n_expert_groups=n_group n_limited_groups=topk_group num_experts=n_routed_experts norm_eps=rms_norm_eps "
-        "num_local_experts=n_routed_experts num_shared_experts=n_shared_experts route_scale=routed_scaling_factor "
-        "num_mtp_layers=num_nextn_predict_layers n_mtp_layers=num_nextn_predict_layers score_func=scoring_func "
-        "rope_factor=rope_scaling.factor original_seq_len=rope_scaling.original_max_position_embeddings "
-        "beta_fast=rope_scaling.beta_fast beta_slow=rope_scaling.beta_slow mscale=rope_scaling.mscale"
-    ).split()
+_RENAMED = (
+    "dim=hidden_size inter_dim=intermediate_size moe_inter_dim=moe_intermediate_size n_layers=num_hidden_layers "
+    "n_dense_layers=first_k_dense_replace n_heads=num_attention_heads n_activated_experts=num_experts_per_tok "
+    "n_expert_groups=n_group n_limited_groups=topk_group num_experts=n_routed_experts norm_eps=rms_norm_eps "
+    "num_local_experts=n_routed_experts num_shared_experts=n_shared_experts route_scale=routed_scaling_factor "
+    "num_mtp_layers=num_nextn_predict_layers n_mtp_layers=num_nextn_predict_layers score_func=scoring_func "
+    "rope_factor=rope_scaling.factor original_seq_len=rope_scaling.original_max_position_embeddings "
+    "beta_fast=rope_scaling.beta_fast beta_slow=rope_scaling.beta_slow mscale=rope_scaling.mscale"
 )
+
+RENAMED = {name: target for name, _, target in (pair.partition("=") for pair in _RENAMED.split())}
 """Names that DeepSeek's inference code and others give to the same numbers."""
 
 LAYERS = ("layer_types", "mlp_layer_types", "indexer_types")

@@ -46,21 +46,21 @@ class Detokenizer:
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""
-        return self._cut(self._decoder.decode(self._tokenizer.bytes_of(ids)))
+        return self._release(self._decoder.decode(self._tokenizer.bytes_of(ids)))
 
-    def _cut(self, text: str) -> str:
+    def _release(self, text: str) -> str:
         """Return the text before the stop string. A tag that ends a part of the completion belongs to the next one."""
         done = self._stops.add(text)
         hit, is_thinking = self._stops.hit, len(self._following) == 2
         if hit is not None and (is_thinking or (self._following and hit in CALLS_START and hit not in self._given)):
             text = hit + self._stops.rest
             self._stops = self._following.pop(0)
-            done += self._cut(text)
+            done += self._release(text)
         return done
 
     def end(self) -> str:
         """Return the text that was held back, now that no more follows."""
-        return self._cut(self._decoder.decode(b"", True)) + self._stops.end()
+        return self._release(self._decoder.decode(b"", True)) + self._stops.end()
 
 
 class StopStrings:

@@ -12,8 +12,7 @@ import convert
 from convert.names import fold_names
 from convert.plan import limits
 from convert.plan.plan import make_plan
-from convert.plan.scope import settle
-from convert.plan.surplus import UNANNOUNCED
+from convert.plan.scope import UNANNOUNCED, settle
 from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError, UsageError
