@@ -31,15 +31,16 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
     file = folder / name
     if not os.path.lexists(file):
         return {}
+    kind = "tokenizer" if name == TOKENIZER else name.removesuffix(".json")
     try:
         raw = read_json(file, LARGEST, LIMITS)
         if isinstance(raw, dict):
             return raw
-        reason = f"{file} is not a {name.partition('_')[0].removesuffix('.json')}, but a {type(raw).__name__}"
+        reason = f"{file} is not a {kind}, but a {type(raw).__name__}"
     except FileNotFoundError:
         reason = f"{file} is a dangling link"
     except (OSError, CheckpointError) as error:
-        reason = str(error)
+        reason = str(error).replace(f"{file}: ", f"{file} is not a {kind}: ")
     remove = "remove it to use token ids only" if name == TOKENIZER else "remove it"
     raise CheckpointError(f"{reason}. Replace it by the checkpoint's own file, or {remove}")
 

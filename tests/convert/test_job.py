@@ -242,7 +242,7 @@ def test_companions_are_copied(checkpoints, tmp_path):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "tokenizer.json: not valid JSON: Expecting value"),
+        ("", "is not a tokenizer: not valid JSON: Expecting value"),
         ("{}", "is not a tokenizer (it has no 'model')"),
         ('{"model": {"vocab": {"a": 0}}}', "does not belong to this model: it has no eos_token_id"),
     ],
