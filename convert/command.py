@@ -44,6 +44,10 @@ def main(argv: list[str] | None = None) -> int:
     spelling = COMMAND_LINE.set(True)
     try:
         return _main(sys.argv[1:] if argv is None else argv)
+    except RuntimeError as error:
+        exhausted = explain_exhaustion(error)
+        print(f"error: {exhausted}. Nothing was written", file=sys.stderr)
+        return exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
 

@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from convert.read import safetensors
 from convert.read.downloads import DOWNLOADS
 from convert.read.source import Source
 from convert.write import provenance
+from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.system.progress import BarReporter, Progress, Reporter
 
@@ -250,6 +252,54 @@ def test_f05_a_disk_that_fills_up(folder, tmp_path, capsys):
     assert "is full" in message and "run the same command again to continue" in message
     assert run(folder, tmp_path / "out") == 0
     assert "100.0 %" in capsys.readouterr().err
+
+
+def test_a_system_that_starts_no_more_threads(folder, tmp_path, monkeypatch, capsys):
+    """It is told, with the exit code of what the machine lacks, in either command line; any other error is a bug."""
+
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert run(folder, tmp_path / "out") == 5
+        assert "starts no more threads" in capsys.readouterr().err
+        assert cli.main(["convert", str(folder), str(tmp_path / "out")]) == 5
+    with monkeypatch.context() as patch:
+        patch.setattr("convert.write.job.Pipeline.run", refuse)
+        assert run(folder, tmp_path / "out") == 5 and "run the same command again" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out") == 0
+    monkeypatch.setattr("dsv32_jax.cli.doctor.run", refuse)
+    assert cli.main(["doctor"]) == 5 and "starts no more threads" in capsys.readouterr().err
+    monkeypatch.setattr("dsv32_jax.cli.doctor.run", lambda _: dict(x=1)[1])
+    with pytest.raises(KeyError):
+        cli.main(["doctor"])
+
+
+SMALL = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json", INDEX)
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("text", ['{"":0},', "[],", "9,"])
+def test_json_that_would_fill_the_memory(folder, tmp_path, capsys, name, text):
+    """Its parts are counted before it is parsed."""
+    (folder / name).write_text(f"[{text * 6_000_000}0]")
+    tracemalloc.start()
+    assert run(folder, tmp_path / "out") == 3
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300e6 and "too large a JSON text" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_sparse_file_of_four_tebibytes(folder, tmp_path, capsys, name):
+    """Sizes are compared before anything is read."""
+    with open(folder / name, "wb") as file:
+        file.truncate(4 << 40)
+    assert run(folder, tmp_path / "out") == 3 and "the limit is" in capsys.readouterr().err
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    assert run(folder, tmp_path / "out") == 3 and "not a regular file" in capsys.readouterr().err
 
 
 CALLS = (

@@ -18,6 +18,7 @@ from convert.plan import limits
 from convert.read.safetensors import Tensor
 from convert.read.weights import StoredWeight
 from convert.transform import cut
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.config import Config
@@ -352,6 +353,16 @@ def test_what_the_user_ignores_is_recorded(source, tmp_path):
     assert convert.convert(source, tmp_path / "a", **options).digest == manifest.digest
     with pytest.raises(UsageError, match="must be text"):
         convert.convert(source, tmp_path / "b", ignore_config=[5])
+
+
+def test_a_checkpoint_that_transformers_saved(tmp_path):
+    """It converts with the config as it was saved."""
+    file = Path(__file__).parents[1] / "data" / "config_saved_by_transformers_5.json"
+    random_checkpoint.write(tmp_path / "hf", Config.from_json(file), "fp8")
+    shutil.copy(file, tmp_path / "hf" / "config.json")
+    manifest = convert.convert(tmp_path / "hf", tmp_path / "out")
+    assert Config.from_dict(manifest.config) == Config.from_json(file)
+    assert "config.json: ignored mlp_bias, which is false" in manifest.report["notes"]
 
 
 def test_the_first_layers_of_a_config_that_lists_every_layer(source, tmp_path):
