@@ -389,9 +389,13 @@ def main() -> int:
     os.nice(10)
     with tempfile.TemporaryDirectory() as folder:
         world = World.make(Path(folder))
-        done, findings = fuzz(world, arguments.only or list(CASES), arguments.seed, arguments.cases)
-    print("\n".join([*findings, f"{done} cases, {len(findings)} findings"]))
-    return 1 if findings else 0
+        kinds, found = arguments.only or list(CASES), 0
+        for seed in range(arguments.seed, arguments.seed + -(-arguments.cases // len(kinds))):
+            _, findings = fuzz(world, kinds, seed, len(kinds))
+            found += len(findings)
+            print("\n".join(findings), end="\n" * bool(findings), flush=True)
+    print(f"{arguments.cases} cases, {found} findings")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
