@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from dsv32_jax.checkpoint.checksums import require_written
 from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
 from dsv32_jax.checkpoint.writer import UNFINISHED
-from dsv32_jax.errors import OutputExistsError, listing, pluralize
+from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, pluralize
 from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
 
 from ..read.safetensors import Tensor
@@ -29,6 +29,12 @@ PROBE_BYTES = 16 << 20
 
 RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
 """Names of the parts of a plan's recipe, for messages."""
+
+
+FIRST = {"plan": str, "source": str, "basis": dict, "stamps": dict}
+OTHERS = ({"begin": str}, {"part": str, "leaves": dict, "facts": dict, "outcomes": dict})
+BASIS = {"format_version": int, "config": dict, "files": dict, "recipe": list, "mesh": dict}
+"""The lines of a journal, and the basis in the first one."""
 
 
 def require_ours(dst: Path) -> None:
@@ -84,8 +90,11 @@ class Journal:
         self._begun = {line["begin"] for line in lines if "begin" in line}
         for line in lines:
             if "begin" not in line:
-                entries = {path: LeafEntry.from_json(leaf) for path, leaf in line["leaves"].items()}
-                outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
+                try:
+                    entries = {path: LeafEntry.from_json(leaf) for path, leaf in line["leaves"].items()}
+                    outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
+                except (CheckpointError, TypeError) as error:
+                    raise OutputExistsError(f"{self.file} is damaged ({error}); nothing was touched") from error
                 self.parts[line["part"]] = Part(line["part"], entries, line["facts"], outcomes)
 
     @property
@@ -168,8 +177,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]] | None:
             content = stream.read()
             *texts, torn = content.split(b"\n")
             lines = [_unseal(text.decode()) for text in texts]
-            if not lines:
-                raise ValueError("it has no first line")
+            _require_lines(lines)
             if torn:
                 stream.truncate(len(content) - len(torn))
                 os.fsync(descriptor)
@@ -181,6 +189,25 @@ def _read_lines(file: Path) -> list[dict[str, Any]] | None:
             "use another folder, or delete this one yourself"
         ) from None
     return lines
+
+
+def _require_lines(lines: list[Any]) -> None:
+    """Raise ValueError unless these are the lines of a journal."""
+    if not lines:
+        raise ValueError("it has no first line")
+    for number, line in enumerate(lines):
+        kinds = (FIRST,) if number == 0 else OTHERS
+        good = any(_is_like(line, kind) for kind in kinds) and str(line.get("begin", line.get("part", "0"))).isdecimal()
+        if not good or (number == 0 and line["basis"] and not _is_like(line["basis"], BASIS)):
+            raise ValueError(f"line {number + 1} is not that of a journal")
+    files = lines[0]["basis"].get("files", {}).values()
+    if not all(_is_like(file, {"size": int, "header_sha256": str}) for file in files):
+        raise ValueError("line 1 is not that of a journal")
+
+
+def _is_like(value: Any, kinds: Mapping[str, type]) -> bool:
+    known = isinstance(value, dict) and value.keys() == kinds.keys()
+    return known and all(type(value[key]) is kind for key, kind in kinds.items())
 
 
 def _seal(line: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ def compare_settings(folder: Path, cfg: Config) -> Iterator[str]:
     if (bos := generation.get("bos_token_id")) not in (None, cfg.bos_token_id):
         yield f"{GENERATION}: bos_token_id is {bos!r:.40}, but config.json says {cfg.bos_token_id}, which counts"
     added = (read_tokenizer(folder, cfg) or ({}, 0))[0].get("added_tokens") or []
-    ids = {token.get("content"): token["id"] for token in added}
+    ids = {str(token.get("content")): token["id"] for token in added}
     for key, name, expected in (
         ("bos_token", "bos_token_id", (cfg.bos_token_id,)),
         ("eos_token", "eos_token_id", cfg.eos_token_id),
