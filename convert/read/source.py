@@ -123,7 +123,7 @@ class Source:
             return {}
         names = {name for name in listed.values() if isinstance(name, str)}
         valid = {name for name in names if name == os.path.basename(name) and name.isprintable() and "\\" not in name}
-        valid -= {"", ".", ".."}
+        valid = {name for name in valid - {"", ".", ".."} if len(name.encode()) < 256}
         if wrong := sorted({ascii(name) for name in listed.values() if type(name) is not str or name not in valid}):
             self._problems.append(f"{INDEX} has {pluralize(len(wrong), 'invalid shard name')}: {listing(wrong)}")
         return {tensor: name for tensor, name in listed.items() if type(name) is str and name in valid}

@@ -269,7 +269,8 @@ def _expand_to_rows(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     rows, blocks = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
     scale = scale.astype(np.float32)
     if scale.shape in ((rows, blocks), (rows, 1, blocks, 1)):
-        return np.repeat(scale.reshape(rows, blocks), FP8_BLOCK, axis=0)[:out]
+        scale = scale.reshape(rows, blocks)
+        return np.repeat(scale, FP8_BLOCK, axis=0)[:out]
     return np.ascontiguousarray(np.broadcast_to(scale.reshape(-1, 1), (out, blocks)))
 
 
