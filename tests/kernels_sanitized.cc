@@ -70,13 +70,13 @@ double difference(Format format, const Kernel& kernel, const Kernel& plain, bool
   std::vector<int32_t> expert;
   for (int64_t i = 0; i < call.n; ++i) expert.push_back(int32_t(below(call.experts + 2)) - 1);
   call.row_bytes = format == kNvfp4 ? call.k / 2 : format == kFp8 ? call.k : 2 * call.k;
-  call.row_scales = format == kNvfp4 ? call.k / 16 : format == kFp8 ? (call.k + 127) / 128 : 0;
+  call.scale_bytes = format == kNvfp4 ? call.k / 16 : format == kFp8 ? (call.k + 127) / 128 * 4 : 0;
   auto weights = format >= kBf16 ? numbers(call.experts * call.o * call.k, true)
                                  : bytes(call.experts * call.o * call.row_bytes);
   if (format == kFp8)
     for (auto& byte : weights) byte = (byte & 127) == 127 ? 0 : byte;
-  const int64_t scales = call.experts * call.o * call.row_scales;
-  const auto scale = format == kFp8 ? numbers(scales, false) : bytes(scales);
+  const int64_t scales = call.experts * call.o * call.scale_bytes;
+  const auto scale = format == kFp8 ? numbers(scales / 4, false) : bytes(scales);
   call.x = x.data(), call.expert = expert.data(), call.weights = weights.data(), call.scales = scale.data();
   const auto got = result(kernel, call), want = result(plain, call);
   double most = 1e-30, off = 0;
@@ -85,6 +85,40 @@ double difference(Format format, const Kernel& kernel, const Kernel& plain, bool
     off = std::max(off, std::isfinite(got[i]) ? double(std::abs(got[i] - want[i])) : INFINITY);
   }
   return off / most;
+}
+
+// Sparse attention of random sizes, in the same way.
+double difference(dsv32::Attend attend, bool q_is_bf16) {
+  using dsv32::Storage;
+  const int64_t slots = 1 + below(150), storage = below(3), size = 1 + below(140), other = 1 + below(20);
+  dsv32::Attention call{};
+  call.queries = 1 + below(3), call.heads = 1 + below(20), call.count = 1 + below(130), call.q_is_bf16 = q_is_bf16;
+  const auto q_c = numbers(call.queries * call.heads * size, q_is_bf16);
+  const auto q_r = numbers(call.queries * call.heads * other, q_is_bf16);
+  auto latent = storage == 2 ? bytes(slots * size) : numbers(slots * size, storage == 1);
+  if (storage == 2)
+    for (auto& byte : latent) byte = (byte & 127) == 127 ? 0 : byte;
+  std::vector<float> scales(size_t(slots * ((size + 127) / 128)), 1 / 256.f);
+  const auto rotated = numbers(slots * other, true);
+  std::vector<int32_t> slot;
+  for (int64_t i = 0; i < call.queries * call.count; ++i)
+    slot.push_back(i % call.count == 0 ? 0 : int32_t(below(slots + 1)) - 1);
+  call.q_c = q_c.data(), call.q_r = q_r.data(), call.slot = slot.data(), call.scale = 0.4f;
+  call.latent = {latent.data(), scales.data(), Storage(storage), size};
+  call.rotated = {rotated.data(), nullptr, Storage::kBf16, other};
+  std::vector<float> got(size_t(call.queries * call.heads * size), NAN), want = got;
+  const auto run = [&](dsv32::Attend with, std::vector<float>& out) {
+    call.out = out.data();
+    Pool pool;
+    dsv32::run_attention(pool, with, call);
+  };
+  run(attend, got), run(dsv32::portable::attend, want);
+  double most = 1e-30, off = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    most = std::max(most, double(std::abs(want[i])));
+    off = std::max(off, std::isfinite(got[i]) ? double(std::abs(got[i] - want[i])) : INFINITY);
+  }
+  return off / most / (q_is_bf16 ? 1000 : 1);
 }
 
 int main() {
@@ -104,6 +138,13 @@ int main() {
   for (const auto& [kernels, x_is_bf16] : tried)
     for (const Format format : {kNvfp4, kFp8, kBf16, kColumns})
       for (int i = 0; i < 6; ++i) worst = std::max(worst, difference(format, kernels[format], plain[format], x_is_bf16));
+  std::vector<std::pair<dsv32::Attend, bool>> attention = {{dsv32::portable::attend, true}};
+#if defined(__x86_64__)
+  if (__builtin_cpu_supports("avx2")) attention.insert(attention.end(), {{dsv32::avx2::attend, false}, {dsv32::avx2::attend, true}});
+  if (__builtin_cpu_supports("avx512bf16")) attention.push_back({dsv32::avx512::attend, true});
+#endif
+  for (const auto& [attend, q_is_bf16] : attention)
+    for (int i = 0; i < 6; ++i) worst = std::max(worst, difference(attend, q_is_bf16));
   std::printf("%d kinds, largest difference %.1e\n", int(tried.size()), worst);
   return worst < 1e-5 ? 0 : 1;
 }

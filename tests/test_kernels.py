@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,8 +21,8 @@ import dsv32_jax as ds
 from dsv32_jax.cli import demo
 from dsv32_jax.errors import DsvError, UsageError
 from dsv32_jax.kernels import VARIABLE, cpu, dispatch, launch, reference
-from dsv32_jax.model import experts, ops
-from dsv32_jax.quantization import quantize
+from dsv32_jax.model import experts, mla, ops
+from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
 from dsv32_jax.system import compilation, host
 
@@ -169,6 +170,76 @@ def test_einsum(monkeypatch, spec, left, right):
     np.testing.assert_allclose(got, want, atol=1e-5 * float(jnp.abs(want).max()))
 
 
+CACHES = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn)
+
+
+def attention_operands(rng, dtype, stored, shape):
+    """Queries, pools of pages of 4 slots, slots with holes and tails of -1 but not without any, positions."""
+    batch, tokens, heads, latent, rotated, count = shape
+    q_c, q_r = (jnp.asarray(rng.standard_normal((batch, tokens, heads, size)), dtype) for size in (latent, rotated))
+    other = jnp.bfloat16 if stored == jnp.float8_e4m3fn else stored
+    pools = [
+        cache_formats.encode_like(
+            cache_formats.empty((1, 1, size), kind), jnp.asarray(rng.standard_normal((50, 4, size)), jnp.float32)
+        )
+        for size, kind in ((latent, stored), (rotated, other))
+    ]
+    slots = rng.permuted(np.tile(np.arange(200, dtype=np.int32), (batch, tokens, 1)), axis=-1)[..., :count]
+    hidden = (np.arange(count) >= rng.integers(1, count + 1, (batch, tokens, 1))) | (rng.random(slots.shape) < 0.1)
+    hidden[..., 0] = False
+    position = jnp.full((batch, tokens), 199, jnp.int32)
+    return q_c, q_r, *pools, jnp.asarray(np.where(hidden, -1, slots)), position
+
+
+def attend_both(operands) -> tuple[np.ndarray, np.ndarray]:
+    """What the kernel and what the reference makes of them."""
+    return tuple(np.asarray(jax.jit(partial(f, 0.3))(*operands)) for f in (cpu.attend, mla.attend_selected))
+
+
+@compiled
+@pytest.mark.parametrize("stored", CACHES, ids=str)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+@few
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (2, 3, 9, 140, 17, 150))),
+    seed=st.integers(0, 99),
+)
+def test_sparse_attention(dtype, stored, shape, seed):
+    """Any number of rows, queries, heads, elements and slots, in every storage, equals the reference: but for the last
+    bit of weights that are bfloat16."""
+    got, want = attend_both(attention_operands(np.random.default_rng(seed), dtype, stored, shape))
+    tolerance = 1e-5 if dtype == jnp.float32 else 2.0**-8
+    np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_sparse_attention_of_special_values(dtype):
+    """NaN and infinities reach the result as in the reference, no slot at all gives NaN, and equal scores share."""
+    rng = np.random.default_rng(0)
+    q_c, q_r, latent, rotated, slot, position = attention_operands(rng, dtype, jnp.float32, (1, 5, 4, 16, 8, 70))
+    latent = latent.at[0, 0, 3].set(jnp.nan).at[0, 1, 2].set(jnp.inf).at[0, 2, 2].set(-jnp.inf)
+    slot = np.where(np.asarray(slot) < 4, 60, slot)
+    slot[0, 0, 1], slot[0, 1, 1], slot[0, 2, 1], slot[0, 3] = 0, 1, 2, -1
+    slot[0, 4] = 77
+    got, want = attend_both((q_c, q_r, latent, rotated, jnp.asarray(slot), position))
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    assert np.isnan(got[0, 3]).all() and not np.isnan(got[0, 4]).any()
+    np.testing.assert_allclose(got[0, 4], want[0, 4], atol=1e-5 if dtype == jnp.float32 else 2.0**-7)
+
+
+@compiled
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
+def test_a_query_is_alone(dtype):
+    """Bit for bit what it is in any company."""
+    q_c, q_r, latent, rotated, slot, position = attention_operands(
+        np.random.default_rng(1), dtype, jnp.bfloat16, (2, 3, 40, 64, 16, 130)
+    )
+    together = np.asarray(cpu.attend(0.3, q_c, q_r, latent, rotated, slot, position))
+    alone = cpu.attend(0.3, q_c[1:, 1:2], q_r[1:, 1:2], latent, rotated, slot[1:, 1:2], position[1:, 1:2])
+    np.testing.assert_array_equal(alone, together[1:, 1:2])
+
+
 @compiled
 @pytest.mark.parametrize("kind", FORMATS)
 def test_derivatives_are_those_of_the_reference(kind):
@@ -225,10 +296,10 @@ def test_nothing_is_dequantized():
 @toolchain
 def test_without_vector_instructions(tmp_path):
     """The plain C++ that other processors run gives what the vectors do."""
-    source = Path(cpu.__file__).with_name("src") / "dot.cc"
+    sources = [str(Path(cpu.__file__).with_name("src") / name) for name in ("attention.cc", "dot.cc")]
     library = tmp_path / "portable.so"
     command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-DDSV32_PORTABLE", "-isystem", jax.ffi.include_dir()]
-    subprocess.run([*command, str(source), "-o", str(library)], check=True)
+    subprocess.run([*command, *sources, "-o", str(library)], check=True)
     script = f"""
 import numpy as np, jax.numpy as jnp
 from pathlib import Path
@@ -242,6 +313,11 @@ for kind in tests.FORMATS:
         w = tests.bank(kind, rng, 2, 37, 16 * 21)
         x, expert = jnp.asarray(rng.standard_normal((3, 11, 16 * 21)), dtype), jnp.asarray([1, 2, 0], jnp.int32)
         tests.close(dispatch._apply_tensor_scale(cpu.multiply_blocks)(x, expert, w), x, expert, w)
+for stored in tests.CACHES:
+    for dtype, tolerance in ((jnp.float32, 1e-5), (jnp.bfloat16, 2.0**-8)):
+        operands = tests.attention_operands(np.random.default_rng(0), dtype, stored, (2, 2, 5, 70, 9, 80))
+        got, want = tests.attend_both(operands)
+        np.testing.assert_allclose(got, want, atol=tolerance * np.abs(want).max(), rtol=0)
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -260,9 +336,11 @@ def test_sanitizers(pytestconfig, tmp_path, sanitizer):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize(("limits", "size"), [((8, 256), 8), ((1, 1), 1), ((1, 2), 2)])
 @pytest.mark.parametrize("tokens", [1, 9, 40])
-def test_blocks_with_room(monkeypatch, tokens):
-    """Where a kernel multiplies eight rows in the time of one, blocks have room for as many; the sums are the same."""
+def test_blocks_of_other_sizes(monkeypatch, tokens, limits, size):
+    """Where a kernel multiplies eight rows in the time of one, blocks have room for as many, and where it collects rows
+    itself, they have one; the sums are the same."""
     rng = np.random.default_rng(tokens)
     w = jnp.asarray(rng.standard_normal((8, 6, 16), np.float32))
     down = jnp.asarray(rng.standard_normal((8, 16, 6), np.float32))
@@ -270,8 +348,8 @@ def test_blocks_with_room(monkeypatch, tokens):
     chosen = jnp.asarray(np.argsort(rng.random((tokens, 9)))[:, :3].astype(np.int32))
     gates = jnp.asarray(rng.random((tokens, 3), np.float32))
     want = experts.apply_experts(h, chosen, gates, w, w, down)
-    monkeypatch.setattr(dispatch, "min_block", lambda: 8)
-    assert experts.assign_blocks(chosen, 8, 8).token_nb.shape[1] == (1 if tokens * 3 <= 8 else 8)
+    monkeypatch.setattr(dispatch, "limit_block", lambda *banks: limits)
+    assert experts.assign_blocks(chosen, 8, *limits).token_nb.shape[1] == (1 if tokens * 3 <= 8 else size)
     np.testing.assert_allclose(
         experts.apply_experts(h, chosen, gates, w, w, down), want, atol=1e-5 * float(jnp.abs(want).max())
     )

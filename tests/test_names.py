@@ -18,7 +18,7 @@ from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import replay
 from dsv32_jax.inspect.traces import KINDS
-from dsv32_jax.kernels import cpu, dispatch
+from dsv32_jax.kernels import VARIABLE, cpu, dispatch
 from dsv32_jax.model import cache, indexer, model, validation
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
@@ -90,6 +90,12 @@ def _trace(cfg) -> None:
     jax.eval_shape(lambda moe, h_BTD: moe(h_BTD), on_mesh, jax.ShapeDtypeStruct((11, 23, cfg.hidden_size), jnp.float32))
     _trace_kernels()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(VARIABLE, "xla")
+        for count in (short - 1, 1):
+            empty = jax.eval_shape(lambda: cache.empty(cfg, 11, short - 1, jnp.float32))
+            tokens_BT = jax.ShapeDtypeStruct((11, count), jnp.int32)
+            jax.eval_shape(_forward, weights, tokens_BT, empty, jax.ShapeDtypeStruct((11,), jnp.int32))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(indexer, "KEYS", 8)
         patch.setattr(cpu, "MAX_INDEX_MATCHES", 0)
         _trace_generation(cfg, weights)
@@ -101,7 +107,7 @@ def _trace_kernels() -> None:
     jax.eval_shape(dispatch.multiply_blocks, x_nbz, expert_n, jax.ShapeDtypeStruct((9, 7, 5), jnp.float32))
     jax.eval_shape(dispatch.multiply_columns, x_nbz, jax.ShapeDtypeStruct((11, 5, 7), jnp.float32))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "find_kernels", lambda w, rows: {"cpu": cpu.multiply_blocks})
+        patch.setattr(dispatch, "find_kernels", lambda w, rows, dtype=None: {"cpu": cpu.multiply_blocks})
         for spec, left, right in (
             ("BTD,QD->BTQ", (2, 3, 96), (64, 96)),
             ("BTHC,HPC->BTHP", (2, 3, 5, 48), (5, 16, 48)),

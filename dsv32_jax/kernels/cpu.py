@@ -9,21 +9,27 @@ import math
 from functools import cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from ..quantization.cache_formats import Bf16Rows, Fp8Rows, Rows
 from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
+from ..system import host
 from . import reference
 
 NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS = "dsv32_nvfp4_dot", "dsv32_fp8_dot", "dsv32_bf16_dot", "dsv32_bf16_columns"
+ATTENTION = "dsv32_attention"
 
-MIN_BLOCK = 1
-"""Rows that are multiplied in the time of one."""
+BLOCK = (1, 1)
+"""The kernels collect the rows of a matrix from all blocks, so that none has to be filled up."""
 
 MAX_ROWS, MAX_ROWS_FP8 = 128, 64
-"""With more rows it is faster to dequantize a matrix once to memory, as XLA does, than for every eight rows."""
+"""With more rows it is faster to dequantize a matrix once to memory, as XLA does, than for every eight rows: but for
+NVFP4 with instructions for bfloat16."""
 
 MAX_INDEX_MATCHES, INDEX_HEADS = 1 << 21, 4
 """With more products of query heads and keys, index scores are summed over INDEX_HEADS heads at a time."""
@@ -43,7 +49,7 @@ def find_obstacle() -> str:
         return "the package was built without a C++ compiler; reinstall it where there is one (g++ or clang)"
     try:
         library = ctypes.CDLL(str(file))
-        for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS):
+        for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS, ATTENTION):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return f"{file.name} does not load ({error}); rebuild the package for this Python and JAX"
@@ -57,11 +63,12 @@ def describe() -> str:
     return f"C++ with {library.dsv32_instructions().decode()}, XLA for the rest"
 
 
-def supports(w: Weight, rows: int) -> bool:
-    """Return whether a kernel is faster than XLA's product for `rows` rows and the weight `w` [..., o, z]."""
+def supports(w: Weight, rows: int, dtype: Any) -> bool:
+    """Return whether a kernel is faster than XLA's product of `rows` rows of this dtype with `w` [..., o, z]."""
     match w:
         case NVFP4():
-            return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0 and rows <= MAX_ROWS
+            fast = rows <= MAX_ROWS or (dtype == jnp.bfloat16 and host.has_avx512_bf16())
+            return fast and w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0
         case Fp8Block():
             return w.shape[-1] % FP8_BLOCK == 0 and rows <= MAX_ROWS_FP8
         case _:
@@ -102,3 +109,26 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.A
 
     zero_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
     return jax.lax.scan(add, zero_BTS, (q_gBTiJ, w_gBTi))[0]
+
+
+def attend(
+    softmax_scale: float,
+    q_c_BTHC: jax.Array,
+    q_r_BTHR: jax.Array,
+    c_kv_yqC: Rows,
+    k_r_yqR: Rows,
+    slot_BTk: jax.Array,
+    position_BT: jax.Array,
+) -> jax.Array:
+    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C], as `mla.attend_selected`."""
+    none = jnp.zeros(0, jnp.float32)
+    values, scale = (c_kv_yqC.bits, c_kv_yqC.scale) if isinstance(c_kv_yqC, Fp8Rows) else (_bits(c_kv_yqC), none)
+    call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q_c_BTHC.shape, jnp.float32), vmap_method="sequential")
+    operands = (q_c_BTHC, q_r_BTHR, values, scale, _bits(k_r_yqR), slot_BTk.astype(jnp.int32))
+    return call(*operands, scale=np.float32(softmax_scale / math.log(2)))
+
+
+def _bits(rows: Rows) -> jax.Array:
+    """Return the bits of bfloat16, or float32 itself."""
+    assert not isinstance(rows, Fp8Rows)
+    return rows.bits if isinstance(rows, Bf16Rows) else rows

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,7 +35,7 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     left, right, out = spec.replace("->", ",").split(",")
     contracted = reference.count_contracted(left, right, out)
     rows = math.prod(size for letter, size in zip(left, x.shape, strict=True) if letter not in right)
-    if not find_kernels(w, rows):
+    if not find_kernels(w, rows, x.dtype):
         return reference.einsum(spec, x, w)
     if contracted and left[:-contracted] + right[:-contracted] == out:
         return _multiply_linear(x, w, contracted)
@@ -66,7 +67,7 @@ def multiply_blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight, devices
     An id outside of the bank gives zeros. If experts are spread over `devices`, most blocks have such ids; a kernel
     may cut the work accordingly, which does not change the result.
     """
-    found = find_kernels(bank, x_nbz.shape[1])
+    found = find_kernels(bank, x_nbz.shape[1], x_nbz.dtype)
     kernels = {platform: _apply_tensor_scale(partial(kernel, devices=devices)) for platform, kernel in found.items()}
     product = differentiable(reference.multiply_blocks, kernels) if kernels else reference.multiply_blocks
     return product(x_nbz, expert_n, bank)
@@ -75,7 +76,7 @@ def multiply_blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Weight, devices
 def multiply_columns(x_nbz: jax.Array, bank_nzo: jax.Array) -> jax.Array:
     """Multiply block i of x by matrix i of the bank, which is stored as [in, out]: float32 [n, b, o]."""
     rows = x_nbz.shape[1]
-    if rows > MAX_COLUMN_ROWS or not find_kernels(bank_nzo, rows):
+    if rows > MAX_COLUMN_ROWS or not find_kernels(bank_nzo, rows, x_nbz.dtype):
         return reference.multiply_columns(x_nbz, bank_nzo)
     return differentiable(reference.multiply_columns, {"cpu": cpu.multiply_columns})(x_nbz, bank_nzo)
 
@@ -98,10 +99,20 @@ def find_sparse_attention(dtype, rows: tuple[Rows, ...], sizes: tuple[int, ...])
     return gpu_attention if gpu_attention.supports(dtype, rows, sizes) else None
 
 
-def min_block() -> int:
-    """Return the number of rows of different tokens that a kernel multiplies in the time of one."""
-    _, kernels = _platform()
-    return 1 if read_choice() == "xla" or kernels.find_obstacle() else kernels.MIN_BLOCK
+def find_attend(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> dict[str, Kernel]:
+    """Return the kernel of sparse attention under the name of JAX's default platform, or nothing."""
+    if kernels := find_sparse_attention(dtype, rows, sizes):
+        return {"cuda": kernels.attend}
+    if _platform()[0] != "cpu" or read_choice() == "xla" or cpu.find_obstacle():
+        return {}
+    return {"cpu": cpu.attend}
+
+
+def limit_block(*banks: Weight) -> tuple[int, int]:
+    """Return the least and the most rows that a block should have if it is multiplied by matrices of these banks."""
+    if all(find_kernels(bank, 1) for bank in banks):
+        return _platform()[1].BLOCK
+    return reference.BLOCK
 
 
 def describe() -> str:
@@ -113,11 +124,11 @@ def describe() -> str:
     return f"XLA only, which is slow: {obstacle}" if obstacle else kernels.describe()
 
 
-def find_kernels(w: Weight, rows: int) -> dict[str, Kernel]:
-    """Return the kernel for `rows` rows and the format and shape of `w` under the name of JAX's default platform, or
-    nothing. A program for another platform takes the reference."""
+def find_kernels(w: Weight, rows: int, dtype: Any = jnp.bfloat16) -> dict[str, Kernel]:
+    """Return the kernel for `rows` rows of this dtype and the format and shape of `w` under the name of JAX's default
+    platform, or nothing. A program for another platform takes the reference."""
     platform, kernels = _platform()
-    if read_choice() == "xla" or not kernels.supports(w, rows):
+    if read_choice() == "xla" or not kernels.supports(w, rows, dtype):
         return {}
     if obstacle := kernels.find_obstacle():
         _warn_slow(obstacle)

@@ -12,8 +12,8 @@ from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from .launch import launch
 
-MIN_BLOCK = 8
-"""Rows that are multiplied in the time of one."""
+BLOCK = (8, 256)
+"""The rows that are multiplied in the time of one, and those of the largest tile."""
 
 CAPABILITY = "9.0"
 """Of the GPUs that tiles were measured on: H100 and H200."""
@@ -75,8 +75,8 @@ def describe() -> str:
     return "Triton for quantized weights, XLA for the rest"
 
 
-def supports(w: Weight, rows: int) -> bool:
-    """Return whether there is a kernel for the format of `w` [..., o, z], for any number of rows."""
+def supports(w: Weight, rows: int, dtype: Any) -> bool:
+    """Return whether there is a kernel for the format of `w` [..., o, z], for any number of rows and any dtype."""
     match w:
         case NVFP4():
             return w.shape[-1] % (NVFP4_BLOCK * w.block_scale.shape[-1]) == 0

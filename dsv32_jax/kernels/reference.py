@@ -6,6 +6,9 @@ import jax.numpy as jnp
 from ..quantization.formats import Weight, exact
 from ..system import host
 
+BLOCK = (1, 256)
+"""The least and the most rows of a block: each is a product of its own, for which its matrix is dequantized."""
+
 
 def dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Return the einsum of two arrays of one dtype, accumulated and returned in float32, never in TF32.

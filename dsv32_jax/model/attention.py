@@ -32,7 +32,7 @@ def attention(
         position_BT,
     )
     kernels = forms.find_sparse_kernels(cfg, h_BTD.dtype, cache)
-    block = max_queries(cfg, len(position_BT), cache.capacity, kernels is None)
+    block = max_queries(cfg, len(position_BT), cache.capacity, not kernels)
 
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
         score_BTS = score_slots(q_index_BTIJ, w_BTI, cache, position_BT)
@@ -41,7 +41,7 @@ def attention(
         else:
             visible_BTS = cache.visible(position_BT)
             selected_BTk = select_all(visible_BTS)
-            if kernels is None:
+            if not kernels:
                 form = forms.choose_dense(cfg, position_BT.shape[1], cache.capacity)
                 return form(mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS), score_BTS, selected_BTk
         return forms.attend_sparse(mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk, position_BT), score_BTS, selected_BTk

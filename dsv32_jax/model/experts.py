@@ -17,8 +17,6 @@ from ..parallel.partition import find_axes
 from ..quantization.formats import Weight
 from .ops import einsum32, swiglu
 
-MAX_BLOCK = 256
-
 Matrices = tuple[Weight, Weight, Weight]
 """Gate, up and down projection."""
 
@@ -74,12 +72,15 @@ def apply_each_expert(
     devices: int = 1,
 ) -> jax.Array:
     """Return expert[t, x](h[t]), float32 [t, X, D]: the output of each of a token's experts."""
-    blocks = assign_blocks(expert_tX, w_gate_EMD.shape[0], dispatch.min_block())
+    limits = dispatch.limit_block(w_gate_EMD, w_up_EMD, w_down_EDM)
+    blocks = assign_blocks(expert_tX, w_gate_EMD.shape[0], *limits)
 
     def product(x_nbz, bank):
         return dispatch.multiply_blocks(x_nbz, blocks.expert_n, bank, devices)
 
     y_nbD = swiglu(h_tD[blocks.token_nb], w_gate_EMD, w_up_EMD, w_down_EDM, product, product)
+    if blocks.token_nb.shape[1] == 1:
+        return y_nbD.reshape(*expert_tX.shape, -1)
     return y_nbD.reshape(-1, y_nbD.shape[-1]).at[blocks.slot_tX].get(mode="fill", fill_value=0)
 
 
@@ -116,15 +117,15 @@ def mix_experts_on_mesh(
     return run(h_tD, expert_tX, gate_tX, routed, shared)
 
 
-def assign_blocks(expert_tX: jax.Array, experts: int, smallest: int = 1) -> Blocks:
+def assign_blocks(expert_tX: jax.Array, experts: int, smallest: int, largest: int) -> Blocks:
     """Lay the assignments out in as many blocks as any routing can need; unused blocks have the id E, no expert.
 
-    A block has slots for the assignments that an expert gets on average, and at least `smallest`. If there are fewer
-    assignments than experts, as in decoding, each is its own block and nothing is sorted.
+    A block has slots for the assignments that an expert gets on average, but not fewer than `smallest` or more than
+    `largest`. If there are fewer assignments than experts, as in decoding, each is its own block and nothing is sorted.
     """
     tokens, each = expert_tX.shape
     total, most = tokens * each, min(experts, tokens * each)
-    size = min(MAX_BLOCK, max(smallest, 1 << ((total // most).bit_length() - 1)))
+    size = min(largest, max(smallest, 1 << ((total // most).bit_length() - 1)))
     expert_a = expert_tX.reshape(-1)
     if total <= experts or size == 1:
         a = jnp.arange(total, dtype=jnp.int32)

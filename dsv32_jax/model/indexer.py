@@ -101,9 +101,18 @@ def score_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_
 def select_from_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
     """Return `select_topk` of scores that are -inf behind each query's position."""
     kernels = dispatch.find_sparse_attention(jnp.bfloat16, (), ())
-    if kernels is None or not kernels.selects(score_BTS.shape):
-        return map_rows(partial(select_topk, topk=topk))(score_BTS)
-    return map_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
+    if kernels is None:
+        return map_rows(partial(select_few_or_topk, topk=topk))(score_BTS, position_BT)
+    if kernels.selects(score_BTS.shape):
+        return map_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
+    return map_rows(partial(select_topk, topk=topk))(score_BTS)
+
+
+def select_few_or_topk(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
+    """Return `select_topk`, or all that a query sees, without sorting, while none sees more than `topk` positions."""
+    seen_BTk = score_BTS[..., :topk] != -jnp.inf
+    few = jnp.max(position_BT) < topk
+    return jax.lax.cond(few, lambda: select_all(seen_BTk), lambda: select_topk(score_BTS, topk))
 
 
 def select_topk(score_BTS: jax.Array, topk: int) -> jax.Array:

@@ -114,21 +114,20 @@ def attend_sparse(
     The position -1 is none; all of them stand behind the selected ones.
     """
     q_c_BTHC = einsum("BTHN,HNC->BTHC", q_c_BTHN, mla.w_uk_HNC)
-    attend = partial(attend_selected, softmax_scale(mla.cfg))
+    scale = softmax_scale(mla.cfg)
     kernels = find_sparse_kernels(mla.cfg, q_c_BTHN.dtype, cache)
+    attend = partial(attend_selected, scale)
     if kernels:
-        attend = dispatch.differentiable(attend, {"cuda": partial(kernels.attend, softmax_scale(mla.cfg))})
+        attend = dispatch.differentiable(attend, {name: partial(kernel, scale) for name, kernel in kernels.items()})
     attend = map_rows_and_heads(attend, ("BTH", "BTH", "y", "y", "BT", "BT"), "BTH")
     slot_BTk = map_rows(LayerCache.slots)(cache, selected_BTk)
     o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_yqC, cache.k_r_yqR, slot_BTk, position_BT)
     return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
 
 
-def find_sparse_kernels(cfg: Config, dtype, cache: LayerCache):
-    """Return the kernels that attend over this cache, or None."""
-    return dispatch.find_sparse_attention(
-        dtype, (cache.c_kv_yqC, cache.k_r_yqR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim)
-    )
+def find_sparse_kernels(cfg: Config, dtype, cache: LayerCache) -> dict[str, dispatch.Kernel]:
+    """Return the kernel that attends over this cache under the name of its platform, or nothing."""
+    return dispatch.find_attend(dtype, (cache.c_kv_yqC, cache.k_r_yqR), (cfg.kv_lora_rank, cfg.qk_rope_head_dim))
 
 
 def attend_selected(

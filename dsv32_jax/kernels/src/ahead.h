@@ -8,32 +8,27 @@ namespace dsv32 {
 
 class Ahead {
  public:
-  // Of a part that is empty, or whose block has no matrix, there is nothing to bring.
-  Ahead(const Call& call, Part part, int64_t scale_size) {
-    const int64_t matrix = part.first < part.last ? call.expert[part.block] : -1;
-    if (matrix < 0 || matrix >= call.experts) return;
-    const int64_t row = matrix * call.o + part.first, count = part.last - part.first;
-    weights_ = {call.weights + row * call.row_bytes, count * call.row_bytes};
-    scales_ = {call.scales + row * call.row_scales * scale_size, count * call.row_scales * scale_size};
+  // Where no part is next, nothing new is brought. A fetch outside of the array does nothing.
+  Ahead(const Call& call, Part next, int64_t code_step, int64_t scale_step) {
+    if (next.group == nullptr) return;
+    const int64_t row = next.group->matrix * call.o + next.first;
+    codes_ = call.weights + row * call.row_bytes, scales_ = call.scales + row * call.scale_bytes;
+    code_step_ = code_step, scale_step_ = scale_step;
   }
 
-  void bring(int64_t weight_bytes, int64_t scale_bytes) {
-    weights_.bring(weight_bytes);
-    scales_.bring(scale_bytes);
+  template <int kBytes>
+  void bring() {
+    for (int line = 0; line < kBytes; line += 64) __builtin_prefetch(codes_ + line, 0, 2);
+    if (scale_step_ > 0) __builtin_prefetch(scales_, 0, 2);
+    codes_ += code_step_, scales_ += scale_step_;
   }
+
+  // Called when all of the part has been brought: other rows of x go over the same weights.
+  void stop() { code_step_ = scale_step_ = 0; }
 
  private:
-  struct Rest {
-    const uint8_t* at = nullptr;
-    int64_t left = 0;
-
-    void bring(int64_t bytes) {
-      if (left <= 0) return;
-      for (int64_t line = 0; line < bytes; line += 64) __builtin_prefetch(at + line, 0, 2);
-      at += bytes, left -= bytes;
-    }
-  };
-  Rest weights_, scales_;
+  const uint8_t *codes_ = nullptr, *scales_ = nullptr;
+  int64_t code_step_ = 0, scale_step_ = 0;
 };
 
 }  // namespace dsv32

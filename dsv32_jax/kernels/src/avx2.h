@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "ahead.h"
+#include "attend.h"
 #include "call.h"
 
 #if defined(__clang__)
@@ -25,6 +26,26 @@ inline __m256i e4m3_to_half(__m256i w) {
   return _mm256_or_si256(sign, _mm256_slli_epi16(_mm256_and_si256(w, words(0x7f)), 7));
 }
 
+// Sixteen float8_e4m3fn numbers, 2^8 times as small.
+struct Sixteen {
+  __m256 half[2];
+};
+inline Sixteen e4m3_to_floats(const uint8_t* values) {
+  const __m256i word = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+  const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(word, words(0x7f)), words(0x7f));
+  const __m256i half = _mm256_or_si256(e4m3_to_half(word), _mm256_and_si256(nan, words(0x7e00)));
+  return {{_mm256_cvtph_ps(_mm256_castsi256_si128(half)), _mm256_cvtph_ps(_mm256_extracti128_si256(half, 1))}};
+}
+
+// Rounded to bfloat16, ties to even.
+inline __m256 rounded(__m256 v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i tie = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(tie, _mm256_set1_epi32(0x7fff)));
+  const __m256 near = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(0xffff0000)));
+  return _mm256_blendv_ps(near, v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+}
+
 // Eight sums, each added up.
 inline void totals(const __m256* sums, float* to) {
   __m256 two[4];
@@ -35,6 +56,7 @@ inline void totals(const __m256* sums, float* to) {
 }
 
 struct Float32X {
+  static constexpr int kOutputs = 1;
   using X = float;
   using Vector = __m256;
   static float packed(const Call& call, int64_t index) { return x_at(call, index); }
@@ -45,19 +67,18 @@ struct Float32X {
 inline __m256 even(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 inline __m256 odd(__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff0000))); }
 
-// Adds the products of w[0..7], a chunk of 64 weights, with R rows.
+// Adds the products of w[0..7], which are 64 weights, with R rows that are `stride` apart.
 template <int R>
-inline void multiply(const __m256* w, const float* x, __m256* sums) {
+inline void multiply(const __m256* w, const float* x, int stride, __m256* sums) {
   for (int r = 0; r < R; ++r) {
     __m256 part[2] = {};
-    for (int j = 0; j < 8; ++j) part[j % 2] = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * 64 + 8 * j), part[j % 2]);
+    for (int j = 0; j < 8; ++j) part[j % 2] = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * stride + 8 * j), part[j % 2]);
     sums[r] = _mm256_add_ps(sums[r], _mm256_add_ps(part[0], part[1]));
   }
 }
 
 struct Nvfp4 : Float32X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 64, kBytes = 32, kScales = 4;
+  static constexpr int kChunk = 64, kBytes = 32, kScaled = 16, kScaleBytes = 1;
 
   // A byte's nibbles are two neighbours; unpacking interleaves within halves of the register.
   static constexpr int order(int i) {
@@ -66,40 +87,29 @@ struct Nvfp4 : Float32X {
     return 2 * word + vector / 4;
   }
 
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    const int64_t width = call.k / call.row_scales, each = width / 16;
-    const int64_t before = start * kScales, from = before / each;
-    const int64_t count = (before + chunks * kScales + each - 1) / each - from;
-    const uint8_t* codes = call.scales + row * call.row_scales;
-    for (int64_t i = 0; i < count; i += 16) {
-      __m128i code = _mm_setzero_si128();
-      const int64_t there = call.row_scales - from - i;
-      if (there >= 16)
-        code = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + from + i));
-      else if (there > 0)
-        std::memcpy(&code, codes + from + i, size_t(there));
-      const __m128i most = _mm_set1_epi8(0x7e), nan = _mm_set1_epi8(0x7f);
-      code = _mm_blendv_epi8(code, most, _mm_cmpeq_epi8(_mm_and_si128(code, nan), nan));
-      const __m256i half = e4m3_to_half(_mm256_cvtepu8_epi16(code));
-      const __m256 unit = _mm256_set1_ps(256);
-      _mm256_store_ps(scale + i, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(half)), unit));
-      _mm256_store_ps(scale + i + 8, _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256(half, 1)), unit));
-    }
-    if (each > 1)
-      for (int64_t i = chunks * kScales - 1; i >= 0; --i) scale[i] = scale[(before + i) / each - from];
+  // Four scales, 2^8 times as small. A NaN stands for 448.
+  static __m128 four_scales(const uint8_t* codes) {
+    int32_t four;
+    std::memcpy(&four, codes, 4);
+    const __m128i stored = _mm_cvtsi32_si128(four);
+    const __m128i nan = _mm_cmpeq_epi8(_mm_or_si128(stored, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    const __m128i word = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_blendv_epi8(stored, _mm_set1_epi8(0x7e), nan)), 7);
+    return _mm_cvtph_ps(_mm_and_si128(word, _mm_set1_epi16(short(0xbf80))));
   }
 
-  // E2M1 as bfloat16, its upper byte by one table and its lower by another. The scales multiply sums of products.
+  // E2M1 times 2^8 as bfloat16, its upper byte by one table and its lower by another. The scales multiply sums of
+  // products.
   template <int R>
-  static void add(const uint8_t* codes, const float* scale, const float* x, __m256* sums) {
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, __m256 (*totals)[R]) {
+    __m256* sums = *totals;
     const __m256i upper = _mm256_setr_epi8(
-        0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64,
-        0, 0x3f, 0x3f, 0x3f, 0x40, 0x40, 0x40, 0x40, -128, -65, -65, -65, -64, -64, -64, -64);
+        0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60,
+        0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60);
     const __m256i lower = _mm256_setr_epi8(
         0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64,
         0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64);
     const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(*codes));
     __m256 w[8];
     for (int half = 0; half < 2; ++half) {
       const __m256i code = _mm256_and_si256(half ? _mm256_srli_epi16(both, 4) : both, nibble);
@@ -108,7 +118,8 @@ struct Nvfp4 : Float32X {
       w[4 * half] = even(first), w[4 * half + 1] = odd(first);
       w[4 * half + 2] = even(second), w[4 * half + 3] = odd(second);
     }
-    const __m256 four = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(scale));
+    const __m128 single = four_scales(*scale);
+    const __m256 four = _mm256_set_m128(single, single);
     const __m256 s[2] = {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2)),
                          _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3))};
     for (int r = 0; r < R; ++r) {
@@ -123,62 +134,121 @@ struct Nvfp4 : Float32X {
 };
 
 struct Fp8 : Float32X {
-  using Scale = float;
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
+  static constexpr int kChunk = 128, kBytes = 128, kScaled = 128, kScaleBytes = 4;
   static constexpr int order(int i) { return i; }
 
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    const float* blocks = reinterpret_cast<const float*>(call.scales) + row * call.row_scales;
-    for (int64_t c = 0; c < chunks; ++c) scale[c] = blocks[(start + c) * kChunk / 128];
-  }
-
-  // Rounded to bfloat16, ties to even, as the format says; nothing is left to round where the scale is a power of two.
-  static __m256 rounded(__m256 v) {
-    const __m256i bits = _mm256_castps_si256(v);
-    const __m256i tie = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-    const __m256i up = _mm256_add_epi32(bits, _mm256_add_epi32(tie, _mm256_set1_epi32(0x7fff)));
-    const __m256 near = _mm256_castsi256_ps(_mm256_and_si256(up, _mm256_set1_epi32(0xffff0000)));
-    return _mm256_blendv_ps(near, v, _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
-  }
-
+  // Weights are rounded to bfloat16, as the format says; nothing is left to round if the scale is a power of two.
   template <int R>
-  static void add(const uint8_t* values, const float* scale, const float* x, __m256* sums) {
-    const __m256 s = _mm256_set1_ps(256 * *scale);
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, __m256 (*sums)[R]) {
+    float step;
     uint32_t bits;
-    std::memcpy(&bits, scale, 4);
+    std::memcpy(&step, *scale, 4);
+    std::memcpy(&bits, *scale, 4);
+    const __m256 s = _mm256_set1_ps(256 * step);
     const bool exact = (bits & 0x7fffff) == 0;
-    __m256 w[8];
-    for (int j = 0; j < 8; j += 2) {
-      const __m256i word = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values + 8 * j)));
-      const __m256i nan = _mm256_cmpeq_epi16(_mm256_and_si256(word, words(0x7f)), words(0x7f));
-      const __m256i half = _mm256_or_si256(e4m3_to_half(word), _mm256_and_si256(nan, words(0x7e00)));
-      for (int i = 0; i < 2; ++i) {
-        const __m128i eight = i ? _mm256_extracti128_si256(half, 1) : _mm256_castsi256_si128(half);
-        w[j + i] = _mm256_mul_ps(_mm256_cvtph_ps(eight), s);
-        if (!exact) w[j + i] = rounded(w[j + i]);
+    for (int start = 0; start < kChunk; start += 64) {
+      __m256 w[8];
+      for (int j = 0; j < 8; j += 2) {
+        const Sixteen values = e4m3_to_floats(*codes + start + 8 * j);
+        for (int i = 0; i < 2; ++i) {
+          w[j + i] = _mm256_mul_ps(values.half[i], s);
+          if (!exact) w[j + i] = rounded(w[j + i]);
+        }
       }
+      multiply<R>(w, x + start, kChunk, *sums);
     }
-    multiply<R>(w, x, sums);
   }
 };
 
 struct Bf16 : Float32X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
+  static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
   static constexpr int order(int i) { return i / 16 * 16 + 2 * (i % 8) + i / 8 % 2; }
-  static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
 
   template <int R>
-  static void add(const uint8_t* values, const float*, const float* x, __m256* sums) {
+  static void add(const uint8_t* const* codes, const uint8_t* const*, const float* x, __m256 (*sums)[R]) {
     __m256 w[8];
     for (int j = 0; j < 4; ++j) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + 32 * j));
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(*codes + 32 * j));
       w[2 * j] = even(v), w[2 * j + 1] = odd(v);
     }
-    multiply<R>(w, x, sums);
+    multiply<R>(w, x, kChunk, *sums);
   }
 };
 
+// A vector of a pool in float32.
+inline void read_floats(const Vectors& from, int64_t row, float* to) {
+  const int64_t start = row * from.size, scales = (from.size + 127) / 128;
+  if (from.storage == Storage::kFloat32) {
+    std::memcpy(to, static_cast<const float*>(from.values) + start, size_t(from.size) * 4);
+  } else if (from.storage == Storage::kBf16) {
+    const auto* bits = static_cast<const uint16_t*>(from.values) + start;
+    for (int64_t i = 0; i < from.size; ++i) to[i] = from_bf16(bits[i]);
+  } else {
+    const auto* codes = static_cast<const uint8_t*>(from.values) + start;
+    for (int64_t i = 0; i < from.size; i += 16) {
+      const int64_t count = std::min<int64_t>(16, from.size - i);
+      uint8_t few[16] = {};
+      float wide[16];
+      if (count < 16) std::memcpy(few, codes + i, size_t(count));
+      const Sixteen values = e4m3_to_floats(count < 16 ? few : codes + i);
+      const __m256 unit = _mm256_set1_ps(256 * from.scales[row * scales + i / 128]);
+      for (int half = 0; half < 2; ++half)
+        _mm256_storeu_ps((count < 16 ? wide : to + i) + 8 * half, _mm256_mul_ps(values.half[half], unit));
+      if (count < 16) std::memcpy(to + i, wide, size_t(count) * 4);
+    }
+  }
+}
+
+struct Simd {
+  using Vector = __m256;
+  using X = float;
+  static constexpr int kLanes = 8, kPair = 1, kColumns = 2;
+
+  static Vector load(const void* from) { return _mm256_loadu_ps(static_cast<const float*>(from)); }
+  static void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }
+  static Vector set(float value) { return _mm256_set1_ps(value); }
+  static Vector add(Vector a, Vector b) { return _mm256_add_ps(a, b); }
+  static Vector max(Vector a, Vector b) { return _mm256_max_ps(a, b); }
+  static Vector scaled(Vector v, float least, float scale) {
+    return _mm256_mul_ps(_mm256_sub_ps(v, _mm256_set1_ps(least)), _mm256_set1_ps(scale));
+  }
+  static Vector multiply(Vector sum, Vector units, const uint32_t* one) {
+    return _mm256_fmadd_ps(units, _mm256_broadcast_ss(reinterpret_cast<const float*>(one)), sum);
+  }
+
+  // For v <= 0; what would be smaller than the smallest normal number is that number.
+  static Vector exp2(Vector v) {
+    v = _mm256_max_ps(_mm256_set1_ps(-126), v);
+    const __m256 n = _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm256_sub_ps(v, n);
+    __m256 sum = _mm256_set1_ps(kExp2[0]);
+    for (int i = 1; i < 7; ++i) sum = _mm256_fmadd_ps(sum, f, _mm256_set1_ps(kExp2[i]));
+    return _mm256_castsi256_ps(
+        _mm256_add_epi32(_mm256_castps_si256(sum), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23)));
+  }
+
+  static void read(const Vectors& from, int64_t row, bool as_bf16, float* to) {
+    read_floats(from, row, to);
+    if (as_bf16 && from.storage != Storage::kBf16)
+      for (int64_t i = 0; i < from.size; ++i) {
+        const __m256 one = rounded(_mm256_set1_ps(to[i]));
+        to[i] = _mm256_cvtss_f32(one);
+      }
+  }
+
+  static void pair(const float* rows, int64_t, int64_t count, uint32_t* units) {
+    std::memcpy(units, rows, size_t(count) * 4);
+    std::fill(units + count, units + 64, 0);
+  }
+
+  static void weights(const float* score, int64_t count, float factor, bool as_bf16, uint32_t* units) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __m256 weight = _mm256_mul_ps(_mm256_loadu_ps(score + i), _mm256_set1_ps(factor));
+      _mm256_storeu_ps(reinterpret_cast<float*>(units + i), as_bf16 ? rounded(weight) : weight);
+    }
+  }
+};
+
+#include "attend.inc"
 #include "rows.inc"
 
 }  // namespace dsv32::avx2

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "ahead.h"
+#include "attend.h"
 #include "avx2.h"
 #include "call.h"
 
@@ -21,6 +22,7 @@
 namespace dsv32::avx512 {
 
 struct Bf16X {
+  static constexpr int kOutputs = 1;
   using X = uint16_t;
   using Vector = __m512;
   static constexpr int order(int i) { return i; }
@@ -36,66 +38,69 @@ inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
   return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
 }
 
-// Adds the products of w[0..1], a chunk of 64 weights, with R rows.
+// Adds the products of w[0..1], which are 64 weights, with R rows that are `stride` apart.
 template <int R>
-inline void multiply(const __m512i* w, const uint16_t* x, __m512* sums) {
-  for (int r = 0; r < R; ++r)
-    sums[r] = _mm512_add_ps(sums[r], dot(dot(_mm512_setzero_ps(), w[0], x + r * 64), w[1], x + r * 64 + 32));
+inline void multiply(const __m512i* w, const uint16_t* x, int stride, __m512* sums) {
+  for (int r = 0; r < R; ++r, x += stride)
+    sums[r] = _mm512_add_ps(sums[r], dot(dot(_mm512_setzero_ps(), w[0], x), w[1], x + 32));
 }
 
 struct Nvfp4 : Bf16X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 128, kBytes = 64, kScales = 8;
+  static constexpr int kChunk = 256, kBytes = 128, kScaled = 16, kScaleBytes = 1, kOutputs = 2;
 
-  // Sixteen bits hold four neighbours: the j-th vector has the j-th of each.
-  static constexpr int order(int i) { return 4 * (i % 32) + i / 32; }
+  // Sixteen bits of a half of the chunk hold four neighbours: the j-th vector has the j-th of each.
+  static constexpr int order(int i) { return i / 128 * 128 + 4 * (i % 32) + i % 128 / 32; }
 
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    if (call.row_scales * 16 != call.k) return avx2::Nvfp4::scales(call, row, 2 * start, 2 * chunks, scale);
-    const uint8_t* codes = call.scales + row * call.row_scales + start * kScales;
-    const int64_t there = std::min(chunks * kScales, call.row_scales - start * kScales);
-    for (int64_t i = 0; i < there; i += 32) {
-      const __mmask32 valid = there - i < 32 ? (1u << (there - i)) - 1 : ~0u;
-      const __m256i code = _mm256_maskz_loadu_epi8(valid, codes + i);
-      const __m256i nan = _mm256_set1_epi8(0x7f);
-      const __mmask32 bad = _mm256_cmpeq_epi8_mask(_mm256_and_si256(code, nan), nan);
-      const __m512i w = _mm512_cvtepu8_epi16(_mm256_mask_mov_epi8(code, bad, _mm256_set1_epi8(0x7e)));
-      const __m512i half = _mm512_or_si512(_mm512_and_si512(_mm512_slli_epi16(w, 7), _mm512_set1_epi16(0x3f80)),
-                                           _mm512_and_si512(_mm512_slli_epi16(w, 8), _mm512_set1_epi16(short(0x8000))));
-      const __m512 unit = _mm512_set1_ps(256);
-      _mm512_store_ps(scale + i, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(half)), unit));
-      _mm512_store_ps(scale + i + 16, _mm512_mul_ps(_mm512_cvtph_ps(_mm512_extracti64x4_epi64(half, 1)), unit));
-    }
+  static void pack_chunk(const uint16_t* x, uint16_t* packed) {
+    const __m512i pair = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
+    const __m512i fourth =
+        _mm512_add_epi32(_mm512_mullo_epi32(pair, _mm512_set1_epi32(0x80008)), _mm512_set1_epi32(0x40000));
+    for (int i = 0; i < kChunk; i += 64, x += 64)
+      for (int j = 0; j < 4; ++j) {
+        const __m512i at = _mm512_add_epi16(fourth, _mm512_set1_epi16(short(j)));
+        const __m512i four = _mm512_permutex2var_epi16(_mm512_loadu_si512(x), at, _mm512_loadu_si512(x + 32));
+        auto* to = reinterpret_cast<__m256i*>(packed + i / 128 * 128 + 32 * j + i % 128 / 4);
+        _mm256_storeu_si256(to, _mm512_castsi512_si256(four));
+      }
+  }
+
+  // Sixteen scales, 2^8 times as small. A NaN stands for 448.
+  static __m512 sixteen_scales(const uint8_t* codes) {
+    const __m128i stored = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes));
+    const __m128i nan = _mm_cmpeq_epi8(_mm_or_si128(stored, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
+    const __m256i word = _mm256_cvtepi8_epi16(_mm_blendv_epi8(stored, _mm_set1_epi8(0x7e), nan));
+    return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(short(0xbf80))));
   }
 
   template <int R>
-  static void add(const uint8_t* codes, const float* scale, const uint16_t* x, __m512* sums) {
-    // E2M1 as bfloat16, twice: a lookup takes five bits, of which the fifth belongs to the next code.
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const uint16_t* x, __m512 (*sums)[R]) {
+    // E2M1 times 2^8 as bfloat16, twice: a lookup takes five bits, of which the fifth belongs to the next code.
     const __m512i e2m1 = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, short(0x8000), short(0xbf00), short(0xbf80),
-        short(0xbfc0), short(0xc000), short(0xc040), short(0xc080), short(0xc0c0)));
-    const __m512i four = _mm512_loadu_si512(codes);
-    const __m512i w[4] = {_mm512_permutexvar_epi16(four, e2m1),
-                          _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4), e2m1),
-                          _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 8), e2m1),
-                          _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 12), e2m1)};
+        0, 0x4300, 0x4380, 0x43c0, 0x4400, 0x4440, 0x4480, 0x44c0, short(0x8000), short(0xc300), short(0xc380),
+        short(0xc3c0), short(0xc400), short(0xc440), short(0xc480), short(0xc4c0)));
     const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512 s = _mm512_permutexvar_ps(twice, _mm512_castps256_ps512(_mm256_loadu_ps(scale)));
-    for (int r = 0; r < R; ++r) {
-      __m512 part = _mm512_setzero_ps();
-      for (int j = 0; j < 4; ++j) part = dot(part, w[j], x + r * kChunk + 32 * j);
-      sums[r] = _mm512_fmadd_ps(part, s, sums[r]);
+    const __m512 scales[2] = {sixteen_scales(scale[0]), sixteen_scales(scale[1])};
+    for (int half = 0; half < 2; ++half, x += 128) {
+      __m512i w[2][4];
+      __m512 s[2];
+      for (int o = 0; o < 2; ++o) {
+        const __m512i four = _mm512_loadu_si512(codes[o] + 64 * half);
+        for (int j = 0; j < 4; ++j) w[o][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4 * j), e2m1);
+        s[o] = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8 * half)), scales[o]);
+      }
+      for (int r = 0; r < R; ++r) {
+        __m512 part[2] = {};
+        for (int j = 0; j < 4; ++j)
+          for (int o = 0; o < 2; ++o) part[o] = dot(part[o], w[o][j], x + r * kChunk + 32 * j);
+        for (int o = 0; o < 2; ++o) sums[o][r] = _mm512_fmadd_ps(part[o], s[o], sums[o][r]);
+      }
     }
   }
 };
 
 struct Fp8 : Bf16X {
-  using Scale = float;
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
-
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    avx2::Fp8::scales(call, row, start, chunks, scale);
-  }
+  static constexpr int kChunk = 128, kBytes = 128, kScaled = 128, kScaleBytes = 4;
+  static void pack_chunk(const uint16_t* x, uint16_t* packed) { std::memcpy(packed, x, 2 * kChunk); }
 
   static __m512 decode(const uint8_t* values, __m512 unit) {
     const __m256i word = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
@@ -109,29 +114,87 @@ struct Fp8 : Bf16X {
 
   // The conversion rounds to bfloat16 as the format says.
   template <int R>
-  static void add(const uint8_t* values, const float* scale, const uint16_t* x, __m512* sums) {
-    const __m512 unit = _mm512_set1_ps(256 * *scale);
-    __m512i w[2];
-    for (int j = 0; j < 2; ++j) {
-      const __m512 low = decode(values + 32 * j, unit), high = decode(values + 32 * j + 16, unit);
-      w[j] = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const uint16_t* x, __m512 (*sums)[R]) {
+    float step;
+    std::memcpy(&step, *scale, 4);
+    const __m512 unit = _mm512_set1_ps(256 * step);
+    for (int start = 0; start < kChunk; start += 64) {
+      __m512i w[2];
+      for (int j = 0; j < 2; ++j) {
+        const uint8_t* half = *codes + start + 32 * j;
+        w[j] = (__m512i)_mm512_cvtne2ps_pbh(decode(half + 16, unit), decode(half, unit));
+      }
+      multiply<R>(w, x + start, kChunk, *sums);
     }
-    multiply<R>(w, x, sums);
   }
 };
 
 struct Bf16 : Bf16X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
-  static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
+  static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
+  static void pack_chunk(const uint16_t* x, uint16_t* packed) { std::memcpy(packed, x, 2 * kChunk); }
 
   template <int R>
-  static void add(const uint8_t* values, const float*, const uint16_t* x, __m512* sums) {
-    const __m512i w[2] = {_mm512_loadu_si512(values), _mm512_loadu_si512(values + 64)};
-    multiply<R>(w, x, sums);
+  static void add(const uint8_t* const* codes, const uint8_t* const*, const uint16_t* x, __m512 (*sums)[R]) {
+    const __m512i w[2] = {_mm512_loadu_si512(*codes), _mm512_loadu_si512(*codes + 64)};
+    multiply<R>(w, x, kChunk, *sums);
   }
 };
 
+struct Simd {
+  using Vector = __m512;
+  using X = uint16_t;
+  static constexpr int kLanes = 16, kPair = 2, kColumns = 4;
+
+  static Vector load(const void* from) { return _mm512_loadu_ps(from); }
+  static void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }
+  static Vector set(float value) { return _mm512_set1_ps(value); }
+  static Vector add(Vector a, Vector b) { return _mm512_add_ps(a, b); }
+  static Vector max(Vector a, Vector b) { return _mm512_max_ps(a, b); }
+  static Vector scaled(Vector v, float least, float scale) {
+    return _mm512_mul_ps(_mm512_sub_ps(v, _mm512_set1_ps(least)), _mm512_set1_ps(scale));
+  }
+  static Vector multiply(Vector sum, Vector units, const uint32_t* one) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)units, (__m512bh)_mm512_set1_epi32(int(*one)));
+  }
+
+  static Vector exp2(Vector v) {
+    v = _mm512_max_ps(_mm512_set1_ps(-150), v);
+    const __m512 n = _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), f = _mm512_sub_ps(v, n);
+    __m512 sum = _mm512_set1_ps(kExp2[0]);
+    for (int i = 1; i < 7; ++i) sum = _mm512_fmadd_ps(sum, f, _mm512_set1_ps(kExp2[i]));
+    return _mm512_scalef_ps(sum, n);
+  }
+
+  static void read(const Vectors& from, int64_t row, bool, uint16_t* to) {
+    if (from.storage == Storage::kBf16) {
+      std::memcpy(to, static_cast<const uint16_t*>(from.values) + row * from.size, size_t(from.size) * 2);
+      return;
+    }
+    auto& floats = scratch().floats;
+    floats.resize(size_t(from.size));
+    avx2::read_floats(from, row, floats.data());
+    round(floats.data(), from.size, 1, to);
+  }
+
+  static void round(const float* from, int64_t count, float factor, uint16_t* to) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const __mmask16 there = count - i < kLanes ? __mmask16((1 << (count - i)) - 1) : __mmask16(-1);
+      const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, from + i), _mm512_set1_ps(factor));
+      _mm256_mask_storeu_epi16(to + i, there, (__m256i)_mm512_cvtneps_pbh(v));
+    }
+  }
+
+  static void pair(const uint16_t* rows, int64_t width, int64_t count, uint32_t* units) {
+    for (int64_t i = 0; i < count; ++i) units[i] = rows[i] | uint32_t(rows[width + i]) << 16;
+    std::fill(units + count, units + 64, 0);
+  }
+
+  static void weights(const float* score, int64_t count, float factor, bool, uint32_t* units) {
+    round(score, count, factor, reinterpret_cast<uint16_t*>(units));
+  }
+};
+
+#include "attend.inc"
 #include "rows.inc"
 
 }  // namespace dsv32::avx512

@@ -1,4 +1,4 @@
-// A call: y[n, b, :] = W[expert[n]] x[n, b, :] for n blocks of b rows, each block with one of `experts` matrices [o, k].
+// A call: y[i, :] = W[expert[i / b]] x[i, :] for n blocks of b rows, each block with one of `experts` matrices [o, k].
 #pragma once
 
 #include <cstddef>
@@ -8,30 +8,39 @@ namespace dsv32 {
 
 struct Call {
   int64_t n, b, o, k, experts;
-  const void* x;  // [n, b, k], bfloat16 or float32
+  const void* x;  // [n * b, k], bfloat16 or float32
   bool x_is_bf16;
   const int32_t* expert;   // [n]; an id that is no expert means no matrix: zeros
   const uint8_t* weights;  // [experts, o, row_bytes]
   int64_t row_bytes;
-  const uint8_t* scales;  // [experts, o, row_scales], in the format's own type; nothing for bfloat16
-  int64_t row_scales;
-  float* y;  // [n, b, o]
+  const uint8_t* scales;  // [experts, o, scale_bytes], in the format's own type; nothing for bfloat16
+  int64_t scale_bytes;
+  float* y;  // [n * b, o]
+};
+
+// The rows of x that have one matrix, from however many blocks.
+struct Group {
+  int64_t matrix;
+  const int64_t* row;
+  int64_t count;
 };
 
 // Outputs that a thread computes at once: their weights stay in the second-level cache, their sums in the first.
 constexpr int64_t kTile = 16, kColumnTile = 512;
 
-// The outputs first..last-1 of a block: what a thread computes at once. Nothing where there are none.
+// The outputs first..last-1 of a group: what a thread computes at once. Nothing where there is no group.
 struct Part {
-  int64_t block, first, last;
+  const Group* group;
+  int64_t first, last;
 };
 
-// How one instruction set computes one format. `pack` lays the rows of one block out as `rows` wants them, in a buffer
-// of `packed_bytes`; `rows` computes a part of at most `tile` outputs, and is told which part the thread computes next.
+// How one instruction set computes one format. `pack` lays the rows of a group out as `rows` wants them, in a buffer of
+// count * `row_size` bytes; `rows` computes a part of at most `tile` outputs, and is told which part the thread computes
+// next.
 struct Kernel {
   int64_t tile;
-  size_t (*packed_bytes)(const Call&);
-  void (*pack)(const Call&, int64_t block, void* packed);
+  int64_t (*row_size)(const Call&);
+  void (*pack)(const Call&, const Group&, void* packed);
   void (*rows)(const Call&, const void* packed, Part part, Part next);
 };
 

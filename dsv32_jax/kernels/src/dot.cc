@@ -1,5 +1,6 @@
 // Matrix products with weights as they are stored, on XLA's CPU backend (its foreign function interface).
 #include "call.h"
+#include "instructions.h"
 #include "parallel.h"
 #include "portable.h"
 #if defined(__x86_64__)
@@ -13,18 +14,6 @@ namespace ffi = xla::ffi;
 namespace dsv32 {
 
 enum Format { kNvfp4, kFp8, kBf16, kBf16Columns };
-
-enum Instructions { kPortable, kAvx2, kAvx512Bf16 };
-
-Instructions instructions() {
-#if defined(__x86_64__) && !defined(DSV32_PORTABLE)
-  if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl"))
-    return kAvx512Bf16;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return kAvx2;
-#endif
-  return kPortable;
-}
 
 const Kernel& choose(Format format, [[maybe_unused]] bool x_is_bf16) {
 #if defined(__x86_64__) && !defined(DSV32_PORTABLE)
@@ -53,7 +42,7 @@ ffi::Error dot(Format format, ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Buff
   call.weights = static_cast<const uint8_t*>(weights.untyped_data());
   call.row_bytes = stored[2] * (format == kBf16 ? 2 : 1);
   if (scales != nullptr) {
-    call.row_scales = scales->dimensions()[2];
+    call.scale_bytes = scales->dimensions()[2] * (format == kFp8 ? 4 : 1);
     call.scales = static_cast<const uint8_t*>(scales->untyped_data());
   }
   call.y = y->typed_data();

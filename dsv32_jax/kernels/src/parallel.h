@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -49,25 +50,54 @@ void parallel(Pool& pool, int64_t items, const Work& work) {
   shared->idle.wait(lock, [&] { return shared->busy == 0; });
 }
 
-constexpr int64_t kPackedBytes = 32 << 20;  // of blocks that are worked on together, unless one has more
+constexpr int64_t kPackedBytes = 32 << 20;  // of groups that are worked on together, unless one has more
+
+constexpr int64_t kGroupRows = 32;  // whose x stays in the second-level cache while all outputs are computed
+
+// The rows of a call by matrix, up to kGroupRows in a group. `order` holds the rows that the groups point to.
+inline std::vector<Group> group_rows(const Call& call, std::vector<int64_t>& order) {
+  std::vector<int64_t> end(size_t(call.experts) + 1);
+  const auto has_matrix = [&](int64_t block) { return call.expert[block] >= 0 && call.expert[block] < call.experts; };
+  for (int64_t i = 0; i < call.n; ++i)
+    if (has_matrix(i)) end[size_t(call.expert[i]) + 1] += call.b;
+  for (size_t e = 0; e < size_t(call.experts); ++e) end[e + 1] += end[e];
+  order.resize(size_t(end.back()));
+  std::vector<Group> groups;
+  for (size_t e = 0; e < size_t(call.experts); ++e)
+    for (int64_t first = end[e]; first < end[e + 1]; first += kGroupRows)
+      groups.push_back({int64_t(e), order.data() + first, std::min(kGroupRows, end[e + 1] - first)});
+  for (int64_t i = 0; i < call.n; ++i)
+    for (int64_t row = i * call.b; row < (i + 1) * call.b; ++row)
+      if (has_matrix(i)) order[size_t(end[size_t(call.expert[i])]++)] = row;
+      else std::memset(call.y + row * call.o, 0, size_t(call.o) * sizeof(float));
+  return groups;
+}
 
 template <class Pool>
 void run(Pool& pool, const Kernel& kernel, const Call& call) {
-  const auto each = int64_t(kernel.packed_bytes(call) + 63) / 64 * 64;
-  const int64_t together = std::clamp<int64_t>(kPackedBytes / each, 1, call.n);
-  const int64_t tiles = (call.o + kernel.tile - 1) / kernel.tile;
-  std::vector<uint8_t> packed(size_t(each * together + 64));
-  uint8_t* base = packed.data() + (64 - reinterpret_cast<uintptr_t>(packed.data()) % 64);
-  for (int64_t start = 0; start < call.n; start += together) {
-    const int64_t count = std::min(together, call.n - start);
-    parallel(pool, count, [&](int64_t i, int64_t) { kernel.pack(call, start + i, base + i * each); });
+  std::vector<int64_t> order;
+  const std::vector<Group> groups = group_rows(call, order);
+  const int64_t row_size = (kernel.row_size(call) + 63) / 64 * 64, tiles = (call.o + kernel.tile - 1) / kernel.tile;
+  for (size_t first = 0, last; first < groups.size(); first = last) {
+    int64_t packed_rows = groups[first].count;
+    for (last = first + 1; last < groups.size() && (packed_rows + groups[last].count) * row_size <= kPackedBytes; ++last)
+      packed_rows += groups[last].count;
+    const auto count = int64_t(last - first);
+    std::unique_ptr<uint8_t[]> buffer(new uint8_t[size_t(packed_rows * row_size + 64)]);
+    uint8_t* base = buffer.get() + (64 - reinterpret_cast<uintptr_t>(buffer.get()) % 64);
+    const auto packed = [&](const Group& group) { return base + (group.row - groups[first].row) * row_size; };
+    parallel(pool, count, [&](int64_t item, int64_t) {
+      const Group& group = groups[first + size_t(item)];
+      kernel.pack(call, group, packed(group));
+    });
     const auto part = [&](int64_t item) {
       if (item >= count * tiles) return Part{};
-      const int64_t first = item % tiles * kernel.tile;
-      return Part{start + item / tiles, first, std::min(first + kernel.tile, call.o)};
+      const int64_t o = item % tiles * kernel.tile;
+      return Part{&groups[first + size_t(item / tiles)], o, std::min(o + kernel.tile, call.o)};
     };
     parallel(pool, count * tiles, [&](int64_t item, int64_t next) {
-      kernel.rows(call, base + item / tiles * each, part(item), part(next));
+      const Part now = part(item);
+      kernel.rows(call, packed(*now.group), now, part(next));
     });
   }
 }

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "ahead.h"
+#include "attend.h"
 #include "call.h"
 
 namespace dsv32::portable {
@@ -14,6 +15,7 @@ struct Lanes {
 };
 
 struct Float32X {
+  static constexpr int kOutputs = 1;
   using X = float;
   using Vector = Lanes;
   static constexpr int order(int i) { return i; }
@@ -34,6 +36,13 @@ struct Float32X {
   }
 };
 
+// To bfloat16, ties to even.
+inline float rounded(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return std::isnan(value) ? value : from_bf16(uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
+}
+
 inline float e4m3(uint8_t code) {
   const int exponent = code >> 3 & 15, mantissa = code & 7;
   const float magnitude = (code & 0x7f) == 0x7f ? NAN
@@ -51,68 +60,104 @@ struct E4m3 {
 inline const E4m3 kE4m3;
 
 struct Nvfp4 : Float32X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 16, kBytes = 8, kScales = 1;
-
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    const int64_t width = call.k / call.row_scales;
-    for (int64_t c = 0; c < chunks; ++c) {
-      const float value = kE4m3.value[call.scales[row * call.row_scales + (start + c) * kChunk / width]];
-      scale[c] = std::isnan(value) ? 448 : value;
-    }
-  }
+  static constexpr int kChunk = 16, kBytes = 8, kScaled = 16, kScaleBytes = 1;
 
   template <int R>
-  static void add(const uint8_t* codes, const float* scale, const float* x, Lanes* sums) {
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, Lanes (*sums)[R]) {
     static constexpr float kE2m1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+    const float stored = kE4m3.value[**scale], step = std::isnan(stored) ? 448 : stored;
     float w[kChunk];
     for (int i = 0; i < kBytes; ++i) {
-      w[2 * i] = kE2m1[codes[i] & 15] * *scale;
-      w[2 * i + 1] = kE2m1[codes[i] >> 4] * *scale;
+      w[2 * i] = kE2m1[(*codes)[i] & 15] * step;
+      w[2 * i + 1] = kE2m1[(*codes)[i] >> 4] * step;
     }
-    multiply<R, kChunk>(w, x, sums);
+    multiply<R, kChunk>(w, x, *sums);
   }
 };
 
 struct Fp8 : Float32X {
-  using Scale = float;
-  static constexpr int kChunk = 64, kBytes = 64, kScales = 1;
-
-  static void scales(const Call& call, int64_t row, int64_t start, int64_t chunks, float* scale) {
-    const float* blocks = reinterpret_cast<const float*>(call.scales) + row * call.row_scales;
-    for (int64_t c = 0; c < chunks; ++c) scale[c] = blocks[(start + c) * kChunk / 128];
-  }
-
-  // To bfloat16, ties to even.
-  static float rounded(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    return std::isnan(value) ? value : from_bf16(uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16));
-  }
+  static constexpr int kChunk = 128, kBytes = 128, kScaled = 128, kScaleBytes = 4;
 
   template <int R>
-  static void add(const uint8_t* values, const float* scale, const float* x, Lanes* sums) {
-    float w[kChunk];
-    for (int i = 0; i < kChunk; ++i) w[i] = rounded(kE4m3.value[values[i]] * *scale);
-    multiply<R, kChunk>(w, x, sums);
+  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, Lanes (*sums)[R]) {
+    float w[kChunk], step;
+    std::memcpy(&step, *scale, 4);
+    for (int i = 0; i < kChunk; ++i) w[i] = rounded(kE4m3.value[(*codes)[i]] * step);
+    multiply<R, kChunk>(w, x, *sums);
   }
 };
 
 struct Bf16 : Float32X {
-  using Scale = uint8_t;
-  static constexpr int kChunk = 64, kBytes = 128, kScales = 0;
-  static void scales(const Call&, int64_t, int64_t, int64_t, float*) {}
+  static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
 
   template <int R>
-  static void add(const uint8_t* values, const float*, const float* x, Lanes* sums) {
+  static void add(const uint8_t* const* codes, const uint8_t* const*, const float* x, Lanes (*sums)[R]) {
     float w[kChunk];
     uint16_t bits[kChunk];
-    std::memcpy(bits, values, kBytes);
+    std::memcpy(bits, *codes, kBytes);
     for (int i = 0; i < kChunk; ++i) w[i] = from_bf16(bits[i]);
-    multiply<R, kChunk>(w, x, sums);
+    multiply<R, kChunk>(w, x, *sums);
   }
 };
 
+struct Simd {
+  using Vector = Lanes;
+  using X = float;
+  static constexpr int kLanes = 8, kPair = 1, kColumns = 1;
+
+  template <class F>
+  static Lanes each(F f) {
+    Lanes result;
+    for (int i = 0; i < kLanes; ++i) result.lane[i] = f(i);
+    return result;
+  }
+
+  static Lanes load(const void* from) {
+    Lanes result;
+    std::memcpy(&result, from, sizeof result);
+    return result;
+  }
+  static void store(float* to, Lanes v) { std::memcpy(to, &v, sizeof v); }
+  static Lanes set(float value) { return each([&](int) { return value; }); }
+  static Lanes add(Lanes a, Lanes b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static Lanes max(Lanes a, Lanes b) { return each([&](int i) { return std::max(a.lane[i], b.lane[i]); }); }
+  static Lanes exp2(Lanes v) { return each([&](int i) { return std::exp2(v.lane[i]); }); }
+
+  static Lanes scaled(Lanes v, float least, float scale) {
+    return each([&](int i) { return (v.lane[i] - least) * scale; });
+  }
+
+  static Lanes multiply(Lanes sum, Lanes units, const uint32_t* one) {
+    float value;
+    std::memcpy(&value, one, 4);
+    return each([&](int i) { return sum.lane[i] + units.lane[i] * value; });
+  }
+
+  static void read(const Vectors& from, int64_t row, bool as_bf16, float* to) {
+    const int64_t start = row * from.size, scales = (from.size + 127) / 128;
+    for (int64_t i = 0; i < from.size; ++i) {
+      to[i] = from.storage == Storage::kFloat32 ? static_cast<const float*>(from.values)[start + i]
+              : from.storage == Storage::kBf16  ? from_bf16(static_cast<const uint16_t*>(from.values)[start + i])
+                                                : kE4m3.value[static_cast<const uint8_t*>(from.values)[start + i]] *
+                                                     from.scales[row * scales + i / 128];
+      if (as_bf16) to[i] = rounded(to[i]);
+    }
+  }
+
+  static void pair(const float* rows, int64_t, int64_t count, uint32_t* units) {
+    std::memcpy(units, rows, size_t(count) * 4);
+    std::fill(units + count, units + 64, 0);
+  }
+
+  static void weights(const float* score, int64_t count, float factor, bool as_bf16, uint32_t* units) {
+    for (int64_t i = 0; i < count; ++i) {
+      const float weight = as_bf16 ? rounded(score[i] * factor) : score[i] * factor;
+      std::memcpy(units + i, &weight, 4);
+    }
+  }
+};
+
+#include "attend.inc"
 #include "rows.inc"
 
 }  // namespace dsv32::portable
