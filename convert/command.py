@@ -56,7 +56,6 @@ def _main(argv: list[str]) -> int:
     options = _parser().parse_args(argv)
     reporter = make_reporter(options.log_format == "json")
     command = f"{NAME} {shlex.join(argv)}"
-    spelling = COMMAND_LINE.set(True)
     with report_to(reporter, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
         try:
             _run(options, reporter)
@@ -71,8 +70,6 @@ def _main(argv: list[str]) -> int:
         except (MemoryError, RuntimeError) as error:
             exhausted = explain_exhaustion(error)
             message, code = f"{exhausted}; {CONTINUE} with a smaller --max-memory", exhausted.exit_code
-        finally:
-            COMMAND_LINE.reset(spelling)
         reporter.error(message, code)
         return code
 

@@ -67,7 +67,7 @@ def writing_failed(target: object, error: Exception) -> CapacityError | StorageE
     text = str(error)
     if getattr(error, "errno", None) in FULL or any(full in text for full in FULL_TEXTS):
         return CapacityError(
-            f"{target} cannot be written: the disk, a quota or the limit of file sizes is full ({_first_line(text)}). "
+            f"{target} cannot be written: the disk or quota is full, or the file is too large ({_first_line(text)}). "
             "What was written before is kept: free some space, then run the same command again to continue"
         )
     return StorageError(

@@ -139,7 +139,7 @@ def _write(
             raise
         _clear(aside)
         raise CapacityError(
-            f"{aside} cannot be written: the disk, a quota or the limit of file sizes is full ({error.strerror}). "
+            f"{aside} cannot be written: the disk or quota is full, or the file is too large ({error.strerror}). "
             "Nothing of the export was kept; free some space, or export to another disk"
         ) from error
 

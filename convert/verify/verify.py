@@ -28,7 +28,6 @@ from . import inverse
 from .converted import Components, Converted, Group, Weight
 
 LEVELS = ("quick", "full")
-MOST_WORKERS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +143,7 @@ class _Proof:
     def run(self) -> None:
         """Read everything."""
         self._progress(Progress(0, self._converted.nbytes, ""))
-        with ThreadPoolExecutor(min(MOST_WORKERS, count_cores())) as pool:
+        with ThreadPoolExecutor(count_cores()) as pool:
             tasks = [pool.submit(self._check_group, group) for group in self._converted.groups]
             if self._source is not None:
                 tasks += [pool.submit(self._check_source, self._source, tensor) for tensor in self.recorded.values()]

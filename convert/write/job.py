@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from dsv32_jax.checkpoint.checksums import find_changed_files, list_files
+from dsv32_jax.checkpoint.checksums import find_changed_files, list_files, require_manifest
 from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer
@@ -131,6 +131,7 @@ def _read_finished(plan: Plan, dst: Path) -> Manifest:
             f"files or with other options; nothing was touched. Convert to another folder, or delete this one "
             f"yourself. The differences: {listing(changed)}"
         )
+    require_manifest(dst)
     require_same_bytes(plan.source, manifest.leaves.values())
     if damaged := find_changed_files(dst, manifest):
         raise VerificationError(

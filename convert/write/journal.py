@@ -172,8 +172,9 @@ def _read_lines(file: Path) -> list[dict[str, Any]] | None:
     try:
         descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "r+b") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise ValueError("it is not a regular file")
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
+                raise ValueError("it is a hard link, or no regular file")
             content = stream.read()
             *texts, torn = content.split(b"\n")
             lines = [_unseal(text.decode()) for text in texts]

@@ -182,9 +182,12 @@ class Manifest:
         leaves, problems = _parse(raw)
         if not problems:
             manifest = cls(raw["config"], leaves, *(raw[key] for key in ("source", "report", "versions", "storage")))
-            if raw.get("digest") == manifest.digest:
-                return manifest
-            problems = ["its digest does not match config and weights: it was edited or damaged"]
+            try:
+                if raw.get("digest") == manifest.digest:
+                    return manifest
+                problems = ["its digest does not match config and weights: it was edited or damaged"]
+            except ValueError as error:
+                problems = [f"its config holds NaN or infinity ({error})"]
         raise CheckpointError(
             f"{file} is invalid ({pluralize(len(problems), 'problem')}): {listing(problems, 20)}. {_advise(raw)}"
         )

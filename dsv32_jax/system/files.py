@@ -199,6 +199,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise StorageError(f"cannot write to {folder}: {error}; nothing was written") from error
     try:
+        if os.fstat(descriptor).st_nlink > 1:
+            another = "is a hard link, and what it is linked to would change; nothing was touched. Remove it"
+            raise OutputExistsError(f"{folder / LOCK} {another}")
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

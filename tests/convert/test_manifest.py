@@ -96,6 +96,7 @@ def changed(change, tmp_path) -> str:
         (lambda raw: raw["storage"].update(files={"../x": [3, SHA]}), "storage of ../x"),
         (lambda raw: raw["storage"].update(files={"x": [3, None]}), "storage of x"),
         (lambda raw: raw["config"].update(hidden_size=97), "digest does not match"),
+        (lambda raw: raw["config"].update(hidden_size=float("nan")), "its config holds NaN or infinity"),
     ],
 )
 def test_a_malformed_one_is_refused(change, message, tmp_path):

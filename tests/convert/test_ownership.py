@@ -10,7 +10,7 @@ import pytest
 import convert
 from convert.export.export import export
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.errors import OutputExistsError
+from dsv32_jax.errors import OutputExistsError, VerificationError
 
 from . import fakes
 
@@ -73,6 +73,29 @@ def test_planted_links_are_not_followed(name, source, tmp_path):
     (out / name).symlink_to(tmp_path / "thesis.tex")
     convert.convert(source, out, **OPTIONS)
     assert (tmp_path / "thesis.tex").read_text() == "precious"
+
+
+@pytest.mark.parametrize("name", [".lock", "journal.jsonl"])
+def test_files_that_are_written_in_place_are_no_hard_links(name, source, tmp_path):
+    """Locking and noting change a file where it lies, so what it is linked to would change."""
+    out = unfinished(source, tmp_path / "out")
+    precious = (out / name).rename(tmp_path / "precious")
+    precious.write_bytes(precious.read_bytes() + b"precious")
+    os.link(precious, out / name)
+    before = precious.read_bytes()
+    with pytest.raises(OutputExistsError, match="hard link.*[Nn]othing was touched"):
+        convert.convert(source, out, **OPTIONS)
+    assert precious.read_bytes() == before
+
+
+def test_a_manifest_that_was_edited_is_not_complete_already(source, tmp_path):
+    """Its report is shown, and no digest in it covers that."""
+    out = tmp_path / "out"
+    convert.convert(source, out, **OPTIONS)
+    raw = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps(raw | {"report": {}}))
+    with pytest.raises(VerificationError, match="manifest.json has changed"):
+        convert.convert(source, out, **OPTIONS)
 
 
 def test_a_journal_that_is_a_link_is_refused(source, tmp_path):
