@@ -94,7 +94,8 @@ class LmEval(TemplateLM):
     @property
     def tokenizer_name(self) -> str:
         """The tokenizer's name in the harness's caches."""
-        return f"dsv32-{self.model.origin.digest or id(self.model)}"
+        origin = self.model.origin
+        return "-".join(["dsv32", origin.digest or str(id(self.model)), *filter(None, [origin.edit])])
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """Return a name for the harness's records; the message format is a function, not a template."""

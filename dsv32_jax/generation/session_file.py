@@ -22,9 +22,10 @@ FORMAT = "dsv32_jax session 4"
 
 
 def identity(model: Model) -> str:
-    """Return the digest of the checkpoint's manifest; for a model without one, that of its config."""
+    """Return the digest of the checkpoint's manifest, for a model without one that of its config; and of its edits."""
     facts = json.dumps(model.cfg.to_dict(), sort_keys=True)
-    return model.origin.digest or "config " + hashlib.sha256(facts.encode()).hexdigest()
+    digest = model.origin.digest or "config " + hashlib.sha256(facts.encode()).hexdigest()
+    return f"{digest}, edit {model.origin.edit}" if model.origin.edit else digest
 
 
 def write(file: Path, model: Model, settings: dict[str, Any], caches: Caches | None) -> None:

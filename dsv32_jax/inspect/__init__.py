@@ -2,6 +2,7 @@
 
 trace = inspect.trace(model, [prompt + answer])      # routing, index scores, attention, predictions of every token
 trace.save("run.safetensors")                        # inspect.Trace.load reads it without the model
+edited = inspect.edit(model, experts_off=[(3, 17)])   # another model, which shares all other weights
 inspect.tree("checkpoint")                           # parameters, equal layers folded; also of a config.json or a model
 folder = inspect.Folder("checkpoint")                # converted, or in Hugging Face layout
 weight = folder.weight("layers.3.ffn.w_up_EMD", 5)   # one expert of one weight; nothing else is read
@@ -15,6 +16,7 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
+    from .edit import edit as edit
     from .placements import Placement as Placement
     from .placements import parameters_per_device as parameters_per_device
     from .placements import placement as placement
@@ -37,6 +39,7 @@ _HOME = {
     "Trace": ".traces",
     "Tree": ".trees",
     "count_clipped": ".weights",
+    "edit": ".edit",
     "expert_errors": ".weights",
     "parameters_per_device": ".placements",
     "placement": ".placements",

@@ -140,7 +140,8 @@ def attention_weights(
 
     def of(q_c_BTHN, q_r_BTHR, selected_BTk, position_BT):
         if cache.capacity <= layer.cfg.index_topk:
-            weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, cache.visible(position_BT))
+            visible_BTS = layer.indexer.restrict(cache.visible(position_BT), position_BT, False)
+            weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
         else:
             weight_BTHk, _ = mla.sparse_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
         return weight_BTHk.mean(axis=2), jax.scipy.special.entr(weight_BTHk).sum(axis=-1).mean(axis=2)

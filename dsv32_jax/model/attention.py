@@ -1,6 +1,7 @@
 """DeepSeek sparse attention: MLA over the tokens that the lightning indexer selects."""
 
 import jax
+import jax.numpy as jnp
 
 from ..config import Config
 from . import mla as forms
@@ -35,11 +36,11 @@ def attention(
     block = max_queries(cfg, len(position_BT), cache.capacity, not kernels)
 
     def attend(q_c_BTHN, q_r_BTHR, q_index_BTIJ, w_BTI, position_BT):
-        score_BTS = score_slots(q_index_BTIJ, w_BTI, cache, position_BT)
+        score_BTS = indexer.restrict(score_slots(q_index_BTIJ, w_BTI, cache, position_BT), position_BT, -jnp.inf)
         if cache.capacity > cfg.index_topk:
             selected_BTk = select_from_cache(score_BTS, position_BT, cfg.index_topk)
         else:
-            visible_BTS = cache.visible(position_BT)
+            visible_BTS = indexer.restrict(cache.visible(position_BT), position_BT, False)
             selected_BTk = select_all(visible_BTS)
             if not kernels:
                 form = forms.choose_dense(cfg, position_BT.shape[1], cache.capacity)

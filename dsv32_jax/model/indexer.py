@@ -9,6 +9,7 @@ and attention is restricted to the index_topk tokens with the largest scores. Al
 
 import dataclasses
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +39,10 @@ class Indexer(Module):
     k_norm_J: jax.Array = nnx.data()
     k_bias_J: jax.Array = nnx.data()
     w_w_ID: Weight = nnx.data()
+
+    def restrict(self, value_BTS: jax.Array, position_BT: jax.Array, hidden: Any) -> jax.Array:
+        """Return values of all positions with `hidden` where a query may not select: here nowhere beyond causality."""
+        return value_BTS
 
     @jax.named_scope("index projections")
     def keys(self, h_BTD: jax.Array, cos_BTr: jax.Array, sin_BTr: jax.Array) -> jax.Array:

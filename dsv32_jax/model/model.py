@@ -28,10 +28,12 @@ from .summary import Module, Summarized
 @dataclasses.dataclass(frozen=True)
 class Origin:
     """The checkpoint of a model: the digest of its manifest, "" if there is none, and the number of ids its tokenizer
-    has, None if that is the vocabulary."""
+    has, None if that is the vocabulary. `edit` is the digest of all edits since, "" if there are none; it does not
+    count in comparisons, so that models that differ in an edit's values alone share their programs."""
 
     digest: str = ""
     tokens: int | None = None
+    edit: str = dataclasses.field(default="", compare=False)
 
 
 @dataclasses.dataclass(eq=False, repr=False)

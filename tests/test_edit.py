@@ -1,0 +1,231 @@
+"""An edited model shares its weights, does what the edit says and nothing else, and works everywhere."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import convert
+import dsv32_jax as ds
+from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.errors import UsageError
+from dsv32_jax.generation.session_file import identity
+from dsv32_jax.inspect.edit import edit
+from dsv32_jax.model import model as model_module
+from dsv32_jax.system.compilation import count_compilations
+from tests import models
+
+TOKENS = [[0, *range(5, 45)]]
+"""Twice as long as index_topk."""
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    """A dense layer, an MoE layer and an MTP head, bound to a device as `load` does."""
+    return jax.device_put(models.random_model(dataclasses.replace(tiny, num_hidden_layers=2)), jax.devices()[0])
+
+
+@pytest.fixture(scope="module")
+def direction(tiny):
+    """A direction of the residual stream."""
+    return np.random.default_rng(0).normal(size=tiny.hidden_size).astype(np.float32)
+
+
+def hidden(model) -> np.ndarray:
+    """The hidden vectors after the final norm."""
+    return np.asarray(ds.forward(model, TOKENS).hidden)
+
+
+EDITS = {
+    "bias": {"experts_off": [(1, 3)], "favour": {(1, 5): 0.5}},
+    "direction": {"add": {0: np.ones(96, np.float32)}, "start": 7},
+    "heads": {"heads_off": [(0, 1), (1, 4)]},
+    "skip": {"skip": [1]},
+    "window": {"window": 4, "positions": [0, 2]},
+    "topk": {"index_topk": 5},
+}
+
+
+def lowered(model) -> str:
+    """The program of a forward pass."""
+    cache = model_module.empty(model.cfg, 1, 41, model.dtype)
+    return model_module._forward.lower(model, jnp.asarray(TOKENS), cache, np.full(1, 41, np.int32)).as_text()
+
+
+def test_editing_nothing_changes_nothing(model):
+    """The model itself comes back, and edits of biases run its very program."""
+    assert edit(model) is model and edit(model, index_topk=model.cfg.index_topk) is model
+    assert lowered(edit(model, **EDITS["bias"])) == lowered(model)
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_all_other_weights_are_shared(model, name):
+    """The arrays are the same objects but those of the edit; the identity differs, and so do the results."""
+    edited = edit(model, **EDITS[name])
+    own = {id(array) for array in jax.tree.leaves(model)}
+    new = [array for array in jax.tree.leaves(edited) if id(array) not in own]
+    assert sum(array.nbytes for array in new) < 10_000
+    assert identity(edited) != identity(model)
+    assert not np.array_equal(hidden(edited), hidden(model))
+
+
+def test_every_edit_has_an_identity(model, direction):
+    """Edits that differ in one value differ; equal ones are equal."""
+    made = [edit(model, **EDITS[name]) for name in EDITS]
+    made += [edit(model, add={0: direction}), edit(model, add={0: direction}, scale=2), edit(model, add={1: direction})]
+    made += [edit(made[0], **EDITS["heads"]), edit(model, window=5), edit(model, window=5, layers=[0])]
+    assert len({identity(one) for one in made}) == len(made)
+    assert identity(edit(model, window=5)) == identity(made[-2])
+
+
+def test_an_expert_that_is_off_is_never_selected(model, tiny):
+    """The gates of the others sum to the scaling factor, each in proportion to its affinity."""
+    before = ds.inspect.trace(model, TOKENS, {"routing"})
+    used = int(np.bincount(before["expert"].ravel()).argmax())
+    edited = edit(model, experts_off=[(1, used)])
+    after = ds.inspect.trace(edited, TOKENS, {"routing"})
+    assert used in before["expert"] and used not in after["expert"]
+    np.testing.assert_allclose(after["gate"].sum(axis=-1), tiny.routed_scaling_factor, rtol=1e-5)
+    seen = ds.forward(edited, TOKENS, seen=True).seen[1]
+    affinity = jax.nn.sigmoid(np.asarray(_router_logits(edited.layers[1], seen)))
+    chosen = np.take_along_axis(np.asarray(affinity), np.asarray(seen.routing.expert_BTX), axis=-1)
+    want = chosen / chosen.sum(axis=-1, keepdims=True) * tiny.routed_scaling_factor
+    np.testing.assert_allclose(seen.routing.gate_BTX, want, rtol=1e-4)
+
+
+def _router_logits(layer, seen):
+    eps = layer.cfg.rms_norm_eps
+    h_BTD = model_module.rms_norm(seen.x_BTD + seen.attention_BTD, layer.ffn_norm_D, eps)
+    return h_BTD @ layer.ffn.router_ED.T
+
+
+def test_a_favoured_expert_is_selected(model):
+    """A bias above all affinities selects it for every token."""
+    favoured = ds.inspect.trace(edit(model, favour={(1, 5): 4.0}), TOKENS, {"routing"})
+    assert (favoured["expert"] == 5).any(axis=-1).all()
+
+
+def test_a_direction_is_added(model, direction):
+    """A zero direction is no change; another one is added after its layer from a position on, `scale` times."""
+    np.testing.assert_array_equal(hidden(edit(model, add={0: 0 * direction})), hidden(model))
+    edited = edit(model, add={0: direction}, scale=3, start=7)
+    x, y = (np.asarray(ds.forward(one, TOKENS, seen=True).seen[1].x_BTD) for one in (model, edited))
+    np.testing.assert_array_equal(y[:, :7], x[:, :7])
+    np.testing.assert_allclose(y[:, 7:], x[:, 7:] + 3 * direction, rtol=1e-6, atol=1e-6)
+    twice = edit(edit(model, add={0: direction}), add={0: -direction})
+    np.testing.assert_allclose(hidden(twice), hidden(model), atol=1e-5)
+
+
+def test_a_skipped_layer_is_absent(model):
+    """The model without the layer, exactly."""
+    shorter = dataclasses.replace(
+        model, cfg=dataclasses.replace(model.cfg, num_hidden_layers=1), layers=model.layers[:1]
+    )
+    np.testing.assert_array_equal(hidden(edit(model, skip=[1])), hidden(shorter))
+
+
+def test_silent_heads_are_zero_columns(model):
+    """As if their columns of W^O were zero."""
+    mla = model.layers[0].mla
+    w_o_DHP = mla.w_o_DHP.at[:, jnp.array([1, 3])].set(0)
+    layer = dataclasses.replace(model.layers[0], mla=dataclasses.replace(mla, w_o_DHP=w_o_DHP))
+    want = hidden(dataclasses.replace(model, layers=(layer, *model.layers[1:])))
+    np.testing.assert_allclose(hidden(edit(edit(model, heads_off=[(0, 1)]), heads_off=[(0, 3)])), want, atol=1e-6)
+
+
+@pytest.mark.parametrize("capacity", [41, 16], ids=["sparse", "dense"])
+def test_a_restricted_indexer_selects_within_its_window(model, capacity):
+    """Positions of the window and those given, whether the cache is longer than index_topk or not."""
+    tokens = [TOKENS[0][:capacity]]
+    found = ds.inspect.trace(edit(model, window=4, positions=[0, 2], layers=[1]), tokens, {"indexer", "attention"})
+    for t in range(capacity):
+        selected = set(found["selected"][1, 0, t].tolist()) - {-1}
+        assert selected == {s for s in range(t + 1) if s > t - 4 or s in (0, 2)}
+    np.testing.assert_allclose(np.nansum(found["weight"], axis=-1), 1, rtol=1e-5)
+    untouched = ds.inspect.trace(model, tokens, {"indexer"})
+    np.testing.assert_array_equal(found["selected"][0], untouched["selected"][0])
+    wide = hidden(edit(model, window=model.cfg.max_position_embeddings))
+    np.testing.assert_array_equal(wide, hidden(model))
+
+
+def test_dense_by_edit(model):
+    """index_topk beyond the cache attends to everything, as a model with that config does."""
+    dense = edit(model, index_topk=model.cfg.max_position_embeddings)
+    want = models.random_model(dataclasses.replace(model.cfg, index_topk=41))
+    np.testing.assert_array_equal(hidden(dense), hidden(want))
+    assert dense.mtp.block.mla.cfg.index_topk == dense.layers[0].indexer.cfg.index_topk == dense.cfg.index_topk
+
+
+def test_another_value_compiles_nothing(model, direction):
+    """One program for each kind of edit."""
+    for name, other in (
+        ("direction", {"add": {0: direction}, "start": 3}),
+        ("heads", {"heads_off": [(0, 2), (1, 0)]}),
+        ("window", {"window": 9}),
+        ("bias", {"experts_off": [(1, 7)]}),
+    ):
+        hidden(edit(model, **EDITS[name]))
+        edited = edit(model, **other)
+        with count_compilations() as compiled:
+            hidden(edited)
+        assert compiled.count == 0, name
+
+
+def test_edits_work_with_drafts_and_layerwise(model):
+    """All kinds at once, those of layers together on one layer: the same tokens in every way of generating."""
+    edited = edit(model, **EDITS["window"])
+    for name in ("bias", "direction", "heads", "topk"):
+        edited = edit(edited, **EDITS[name])
+    plain, drafted = (ds.generate(edited, TOKENS, max_new_tokens=4, draft=draft) for draft in (0, 1))
+    layerwise = ds.generate.layerwise(edited, TOKENS, max_new_tokens=4)
+    assert plain.tokens == drafted.tokens == layerwise.tokens
+
+
+def test_edits_work_on_a_mesh(tiny, tmp_path):
+    """The same tokens as on one device."""
+    random_checkpoint.write(tmp_path / "hf", dataclasses.replace(tiny, num_hidden_layers=2), "fp8")
+    convert.convert(tmp_path / "hf", tmp_path / "same")
+    tokens = []
+    for mesh in (None, ds.mesh("expert=2")):
+        edited = ds.load(tmp_path / "same", dtype=jnp.float32, mesh=mesh)
+        for name in ("bias", "direction", "heads", "window"):
+            edited = edit(edited, **EDITS[name])
+        tokens.append(ds.generate(edited, TOKENS, max_new_tokens=4).tokens)
+    assert tokens[0] == tokens[1]
+
+
+def test_a_session_belongs_to_its_edit(model, tmp_path):
+    """A saved session is continued by the same edit and refused to any other."""
+    edited = edit(model, **EDITS["direction"])
+    session = ds.session(edited)
+    answer = session.generate(TOKENS[0], max_new_tokens=3)
+    assert answer.tokens == ds.generate(edited, TOKENS, max_new_tokens=3).tokens
+    session.save(tmp_path / "session")
+    assert ds.load_session(edit(model, **EDITS["direction"]), tmp_path / "session").tokens == session.tokens
+    for other in (model, edit(model, **EDITS["bias"])):
+        with pytest.raises(UsageError, match="another model"):
+            ds.load_session(other, tmp_path / "session")
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"experts_off": [(0, 3)]}, "dense"),
+        ({"experts_off": [(1, 99), (7, 0)]}, r"\(1, 99\).*\(7, 0\)"),
+        ({"experts_off": [(1, 0), (1, 2), (1, 4)]}, "too few experts"),
+        ({"favour": {(1, 0): float("nan")}}, "finite"),
+        ({"add": {0: np.ones(5)}}, r"\[96\]"),
+        ({"add": {2: np.ones(96)}}, "add"),
+        ({"heads_off": [(0, 5)]}, "heads_off"),
+        ({"skip": [-1]}, "skip"),
+        ({"window": 0}, "window"),
+        ({"positions": [4096]}, "positions"),
+        ({"index_topk": 0}, "index_topk"),
+    ],
+)
+def test_bad_edits(model, change, message):
+    """Each says what is wrong."""
+    with pytest.raises(UsageError, match=message):
+        edit(model, **change)
