@@ -1,6 +1,7 @@
 """An edited model shares its weights, does what the edit says and nothing else, and works everywhere."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import UsageError
 from dsv32_jax.generation.session_file import identity
-from dsv32_jax.inspect.edit import edit
+from dsv32_jax.inspect import edit
 from dsv32_jax.model import model as model_module
 from dsv32_jax.system.compilation import count_compilations
 from tests import models
@@ -33,12 +34,17 @@ def direction(tiny):
     return np.random.default_rng(0).normal(size=tiny.hidden_size).astype(np.float32)
 
 
+def observe(model) -> Any:
+    """What the layers saw."""
+    return ds.forward(model, TOKENS, seen=True).seen
+
+
 def hidden(model) -> np.ndarray:
     """The hidden vectors after the final norm."""
     return np.asarray(ds.forward(model, TOKENS).hidden)
 
 
-EDITS = {
+EDITS: dict[str, dict[str, Any]] = {
     "bias": {"experts_off": [(1, 3)], "favour": {(1, 5): 0.5}},
     "direction": {"add": {0: np.ones(96, np.float32)}, "start": 7},
     "heads": {"heads_off": [(0, 1), (1, 4)]},
@@ -88,7 +94,7 @@ def test_an_expert_that_is_off_is_never_selected(model, tiny):
     after = ds.inspect.trace(edited, TOKENS, {"routing"})
     assert used in before["expert"] and used not in after["expert"]
     np.testing.assert_allclose(after["gate"].sum(axis=-1), tiny.routed_scaling_factor, rtol=1e-5)
-    seen = ds.forward(edited, TOKENS, seen=True).seen[1]
+    seen = observe(edited)[1]
     affinity = jax.nn.sigmoid(np.asarray(_router_logits(edited.layers[1], seen)))
     chosen = np.take_along_axis(np.asarray(affinity), np.asarray(seen.routing.expert_BTX), axis=-1)
     want = chosen / chosen.sum(axis=-1, keepdims=True) * tiny.routed_scaling_factor
@@ -111,7 +117,7 @@ def test_a_direction_is_added(model, direction):
     """A zero direction is no change; another one is added after its layer from a position on, `scale` times."""
     np.testing.assert_array_equal(hidden(edit(model, add={0: 0 * direction})), hidden(model))
     edited = edit(model, add={0: direction}, scale=3, start=7)
-    x, y = (np.asarray(ds.forward(one, TOKENS, seen=True).seen[1].x_BTD) for one in (model, edited))
+    x, y = (np.asarray(observe(one)[1].x_BTD) for one in (model, edited))
     np.testing.assert_array_equal(y[:, :7], x[:, :7])
     np.testing.assert_allclose(y[:, 7:], x[:, 7:] + 3 * direction, rtol=1e-6, atol=1e-6)
     twice = edit(edit(model, add={0: direction}), add={0: -direction})
@@ -155,17 +161,19 @@ def test_dense_by_edit(model):
     dense = edit(model, index_topk=model.cfg.max_position_embeddings)
     want = models.random_model(dataclasses.replace(model.cfg, index_topk=41))
     np.testing.assert_array_equal(hidden(dense), hidden(want))
+    assert dense.mtp is not None
     assert dense.mtp.block.mla.cfg.index_topk == dense.layers[0].indexer.cfg.index_topk == dense.cfg.index_topk
 
 
 def test_another_value_compiles_nothing(model, direction):
     """One program for each kind of edit."""
-    for name, other in (
-        ("direction", {"add": {0: direction}, "start": 3}),
-        ("heads", {"heads_off": [(0, 2), (1, 0)]}),
-        ("window", {"window": 9}),
-        ("bias", {"experts_off": [(1, 7)]}),
-    ):
+    others: dict[str, dict[str, Any]] = {
+        "direction": {"add": {0: direction}, "start": 3},
+        "heads": {"heads_off": [(0, 2), (1, 0)]},
+        "window": {"window": 9},
+        "bias": {"experts_off": [(1, 7)]},
+    }
+    for name, other in others.items():
         hidden(edit(model, **EDITS[name]))
         edited = edit(model, **other)
         with count_compilations() as compiled:

@@ -29,7 +29,7 @@ MODULES = (
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
     *("generation.request", "generation.engine", "generation.score"),
-    *("inspect.replay", "evaluation.divergence", "evaluation.layer_errors"),
+    *("inspect.replay", "inspect.interventions", "evaluation.divergence", "evaluation.layer_errors"),
 )
 
 LOWERCASE = {
@@ -85,6 +85,10 @@ def _trace(cfg) -> None:
         layer = weights.layers[-1]
         jax.eval_shape(layer_errors.compare_blocks, layer, layer, h_BTD, empty.layers[0], tokens_BT)
         jax.eval_shape(layer_errors.mtp_block_input, weights.mtp, h_BTD, tokens_BT, empty.layers[0], tokens_BT)
+    changes = {"experts_off": [(1, 0)], "add": {0: np.ones(cfg.hidden_size)}, "heads_off": [(0, 1)], "skip": [2]}
+    edited = ds.inspect.edit(models.random_model(cfg), window=2, **changes)
+    empty = cache.empty(cfg, 11, long, jnp.float32)
+    jax.eval_shape(_forward, edited, np.zeros((11, long), np.int32), empty, np.zeros(11, np.int32))
     moe = weights.layers[-1].ffn
     on_mesh = dataclasses.replace(moe, mesh=ds.mesh("expert=1,model=1"))
     jax.eval_shape(lambda moe, h_BTD: moe(h_BTD), on_mesh, jax.ShapeDtypeStruct((11, 23, cfg.hidden_size), jnp.float32))

@@ -16,7 +16,7 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
-    from .edit import edit as edit
+    from .interventions import edit as edit
     from .placements import Placement as Placement
     from .placements import parameters_per_device as parameters_per_device
     from .placements import placement as placement
@@ -39,7 +39,7 @@ _HOME = {
     "Trace": ".traces",
     "Tree": ".trees",
     "count_clipped": ".weights",
-    "edit": ".edit",
+    "edit": ".interventions",
     "expert_errors": ".weights",
     "parameters_per_device": ".placements",
     "placement": ".placements",

@@ -78,17 +78,17 @@ class MutedMLA(MLA):
 
 @dataclasses.dataclass(eq=False, repr=False)
 class RestrictedIndexer(Indexer):
-    """An indexer that selects among the last `window` positions, a query's own included, and those of `always_S`, a
+    """An indexer that selects among the last `window` positions, a query's own included, and those of `always`, a
     mask of max_position_embeddings positions."""
 
     window: jax.Array = nnx.data()
-    always_S: jax.Array = nnx.data()
+    always: jax.Array = nnx.data()
 
     def restrict(self, value_BTS: jax.Array, position_BT: jax.Array, hidden: Any) -> jax.Array:
         """Return the values with `hidden` at every position that may not be selected."""
         slot_S = jnp.arange(value_BTS.shape[-1])
         recent_BTS = slot_S > position_BT[..., None] - self.window
-        return jnp.where(recent_BTS | self.always_S.at[slot_S].get(mode="fill", fill_value=False), value_BTS, hidden)
+        return jnp.where(recent_BTS | self.always.at[slot_S].get(mode="fill", fill_value=False), value_BTS, hidden)
 
 
 def edit(
@@ -168,12 +168,12 @@ def _add_biases(model: Model, biases: list[tuple[int, int, float]]) -> Model:
         for i, expert, bias in biases:
             if i == layer:
                 bias_E[expert] += np.asarray(bias, bias_E.dtype)
-        left_G = np.isfinite(bias_E.astype(np.float32)).reshape(cfg.n_group, -1).sum(axis=1)
-        usable_G = np.sort(left_G[left_G >= 2])[: cfg.topk_group]
-        if len(usable_G) < cfg.topk_group or usable_G.sum() < cfg.num_experts_per_tok:
+        left = np.isfinite(bias_E.astype(np.float32)).reshape(cfg.n_group, -1).sum(axis=1)
+        usable = np.sort(left[left >= 2])[: cfg.topk_group]
+        if len(usable) < cfg.topk_group or usable.sum() < cfg.num_experts_per_tok:
             raise UsageError(
                 f"layer {layer} has too few experts left: a token selects {cfg.num_experts_per_tok} from "
-                f"{cfg.topk_group} groups with at least two each, but its groups have {left_G.tolist()}"
+                f"{cfg.topk_group} groups with at least two each, but its groups have {left.tolist()}"
             )
         ffn = dataclasses.replace(block.ffn, bias_E=jax.device_put(bias_E, block.ffn.bias_E.sharding))
         model = _replace_layer(model, layer, dataclasses.replace(block, ffn=ffn))
@@ -219,9 +219,9 @@ def _restrict(model: Model, layers: list[int], window: int, positions: list[int]
     _check_places("window - 1 of window", [(window - 1,)], longest)
     if not layers:
         return model
-    always_S = np.zeros(longest, bool)
-    always_S[positions] = True
-    data = {"window": _place(model, np.int32(window)), "always_S": _place(model, always_S)}
+    always = np.zeros(longest, bool)
+    always[positions] = True
+    data = {"window": _place(model, np.int32(window)), "always": _place(model, always)}
     for i in layers:
         indexer = _extend(model.layers[i].indexer, RestrictedIndexer, **data)
         model = _replace_layer(model, i, dataclasses.replace(model.layers[i], indexer=indexer))
@@ -240,8 +240,9 @@ def _set_topk(model: Model, topk: int | None) -> Model:
             return tuple(map(change, node))
         if not isinstance(node, Module):
             return node
-        parts = {field.name: change(getattr(node, field.name)) for field in dataclasses.fields(node)}
-        return dataclasses.replace(node, **(parts | {"cfg": cfg}))
+        record: Any = node
+        parts = {field.name: change(getattr(record, field.name)) for field in dataclasses.fields(record)}
+        return dataclasses.replace(record, **(parts | {"cfg": cfg}))
 
     return change(model)
 
