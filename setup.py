@@ -12,7 +12,7 @@ setup(
     ext_modules=[
         Extension(
             "dsv32_jax.kernels._cpu",
-            [str(SOURCES / "attention.cc"), str(SOURCES / "dot.cc")],
+            [str(SOURCES / name) for name in ("attention.cc", "dot.cc", "host.cc")],
             depends=[str(file) for file in (*SOURCES.glob("*.h"), *SOURCES.glob("*.inc"))],
             include_dirs=[str(HEADERS)],
             extra_compile_args=["-std=c++17", "-O3"],

@@ -13,18 +13,20 @@ from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint.load import place_on_host
 from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import replay
 from dsv32_jax.inspect.traces import KINDS
-from dsv32_jax.kernels import VARIABLE, cpu, dispatch
-from dsv32_jax.model import cache, indexer, model, validation
+from dsv32_jax.kernels import VARIABLE, cpu, dispatch, host_experts
+from dsv32_jax.layout import leaves
+from dsv32_jax.model import cache, experts, indexer, model, validation
 from tests import models
 from tests.shapes import suffix, suffixed_functions, watched
 
 MODULES = (
-    *("quantization.cache_formats", "kernels.reference", "kernels.dispatch", "kernels.cpu"),
+    *("quantization.cache_formats", "kernels.reference", "kernels.dispatch", "kernels.cpu", "kernels.host_experts"),
     *("model.ops", "model.cache", "model.mla", "model.indexer", "model.attention", "model.experts", "model.moe"),
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
@@ -167,6 +169,16 @@ def _run(cfg, folder) -> None:
     random_checkpoint.write(folder / "hf", one_row, "bf16")
     convert(folder / "hf", folder / "converted")
     assert len(list(ds.evaluation.layers(folder / "converted", folder / "converted", [[5, 6, 7]]))) == 3
+    if cpu.find_obstacle():
+        return
+    banks = [leaf for leaf in leaves(cfg) if leaf.stacked][:3]
+    routed = [place_on_host(np.zeros(leaf.shape, np.float32), leaf, None) for leaf in banks]
+    chosen = 2, cfg.num_experts_per_tok
+    tokens = jnp.zeros((2, cfg.hidden_size)), jnp.zeros(chosen, jnp.int32), jnp.ones(chosen)
+    for fetch in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(host_experts, "pays_to_fetch", lambda tokens, fetch=fetch: fetch)
+            experts.apply_host_experts(*tokens, *routed)
 
 
 def test_names_tell_the_truth(watching):

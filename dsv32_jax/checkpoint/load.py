@@ -15,16 +15,17 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
-from ..kernels import read_choice
+from ..kernels import host_experts, read_choice
 from ..layout import Leaf, leaves
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
+from ..quantization.host_weight import HostWeight, divide_matrices
 from ..system import host
 from ..system.compilation import initialize
 from ..system.files import expand_path, hash_file
 from ..system.progress import show_slow
-from . import checksums
+from . import checksums, host_split
 from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest
 from .reader import SLAB_BYTES, Index, Key, Reader, allocate
@@ -40,7 +41,13 @@ ABSORBED = ("w_uk_HNC", "w_uv_HPC")
 
 
 def load(
-    folder: str | Path, *, mesh: Mesh | None = None, dtype=jnp.bfloat16, verify: str | None = None, mapped: bool = True
+    folder: str | Path,
+    *,
+    mesh: Mesh | None = None,
+    dtype=jnp.bfloat16,
+    verify: str | None = None,
+    mapped: bool = True,
+    experts: str = "device",
 ) -> Model:
     """Return the model in a folder that `dsv32 convert` wrote.
 
@@ -49,6 +56,8 @@ def load(
     On a CPU the weights are maps of the files, which must stay as they are while the model is used: memory is taken as
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
     devices always get copies; beside them the host needs memory for AHEAD_BYTES and two of the largest arrays.
+    `experts="host"` leaves routed experts in host memory, as maps, and computes with them there: of as few layers as
+    the devices cannot hold, on a CPU of all; "host:N" those of the first N MoE layers.
     `verify`: "quick" first compares the files with the manifest, "full" also every array with its SHA-256.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
     a tokenizer.json with other token ids; VerificationError that names what is damaged.
@@ -64,7 +73,9 @@ def load(
     if mesh is not None:
         sharding.check_mesh(mesh, [(stored.table[path], a.shape) for (path, _), a in stored.reader.entries.items()])
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
-    weights = stored.weights(own, dtype, mesh, mapped)
+    on_host = [] if experts == "device" else stored.choose_host_experts(experts, mesh)
+    on_devices = stored.weights([path for path in own if path not in on_host], dtype, mesh, mapped)
+    weights = {**on_devices, **stored.keep_on_host(on_host, mesh)}
     return build(stored.cfg, dtype, lambda path: weights[stored.home(path)], origin, mesh)
 
 
@@ -127,6 +138,30 @@ class Checkpoint:
             weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
             weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
         return weights
+
+    def choose_host_experts(self, experts: str, mesh: Mesh | None) -> list[str]:
+        """Return the weights that `load(experts=...)` leaves in host memory. Raises UsageError, CapacityError."""
+        return host_split.choose(self.cfg, self.table, self.manifest.leaves, experts, mesh)
+
+    def keep_on_host(self, paths: Collection[str], mesh: Mesh | None = None) -> dict[str, HostWeight]:
+        """Map the stacked weights `paths` and make them known to the kernels, without a copy."""
+        found: dict[str, HostWeight] = {}
+        for path in paths:
+            entry, leaf = self.manifest.leaves[path], self.table[path]
+            parts = {name: self.reader.map((path, name)) for name in entry.arrays}
+            weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
+            found[path] = place_on_host(weight, leaf, mesh)
+        return found
+
+
+def place_on_host(weight: Any, leaf: Leaf, mesh: Mesh | None) -> HostWeight:
+    """Return a weight of NumPy arrays as one that stays in host memory, for a model on the devices of `mesh`."""
+    arrays, first = host_experts.keep(weight)
+    parts = 1 if mesh is None else mesh.shape.get("model", 1)
+    matrix = divide_matrices(first, leaf.shape[0], leaf.letters, parts)
+    device = SingleDeviceSharding(jax.local_devices()[0])
+    target = device if mesh is None else sharding.leaf_sharding(mesh, leaf, matrix.shape)
+    return HostWeight(jax.device_put(matrix, target), arrays)
 
 
 def _map_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:

@@ -22,7 +22,6 @@ from ..model.model import Model
 from ..parallel import sharding
 from ..system.compilation import require_device
 from ..system.files import expand_path
-from ..system.progress import format_size
 from .screen import Screen
 
 
@@ -65,15 +64,15 @@ class OpenedCheckpoint:
         return request
 
     def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:
-        """Load the model with the `--dtype`, `--mesh` and `--verify` of `arguments`."""
+        """Load the model with the `--dtype`, `--mesh`, `--experts` and `--verify` of `arguments`."""
         mesh = None if arguments.mesh is None else sharding.mesh(arguments.mesh)
         screen.status(f"loading {self.folder}")
         start = time.perf_counter()
-        model = load(self.folder, mesh=mesh, dtype=jnp.dtype(arguments.dtype), verify=arguments.verify)
-        jax.block_until_ready(model)
-        size = sum(array.nbytes for array in jax.tree.leaves(model))
+        dtype, experts, verify = jnp.dtype(arguments.dtype), arguments.experts, arguments.verify
+        model = jax.block_until_ready(load(self.folder, mesh=mesh, dtype=dtype, experts=experts, verify=verify))
+        formats, seconds = model.summary()[1]["formats"], time.perf_counter() - start
         screen.note(
-            f"loaded {self.folder}: {format_size(size)} in {time.perf_counter() - start:.1f} s, computing in "
-            f"{arguments.dtype} on {1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
+            f"loaded {self.folder}: {formats} in {seconds:.1f} s, computing in {arguments.dtype} on "
+            f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
         )
         return model

@@ -141,6 +141,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)")
     add("--mesh", metavar="AXES", help="spread the model over devices, for example expert=8,model=2")
+    add("--experts", default="device", metavar="WHERE", help="device, host (as maps, computed there) or host:N layers")
     add("--verify", choices=("quick", "full"), help="first check the files, or all bytes, against their checksums")
     add("--quiet", action="store_true", help="write only errors to stderr")
 

@@ -6,15 +6,16 @@ chose are not read, and the whole is differentiable.
 """
 
 from functools import partial, reduce
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from ..kernels import dispatch
+from ..kernels import dispatch, host_experts
 from ..parallel.partition import find_axes
 from ..quantization.formats import Weight
+from ..quantization.host_weight import HostWeight
 from .ops import einsum32, swiglu
 
 Matrices = tuple[Weight, Weight, Weight]
@@ -48,9 +49,9 @@ def apply_experts(
     h_tD: jax.Array,
     expert_tX: jax.Array,
     gate_tX: jax.Array,
-    w_gate_EMD: Weight,
-    w_up_EMD: Weight,
-    w_down_EDM: Weight,
+    w_gate_EMD: Any,
+    w_up_EMD: Any,
+    w_down_EDM: Any,
     devices: int = 1,
 ) -> jax.Array:
     """Return the sum over x of gate[t, x] * expert[t, x](h[t]), float32 [t, D]. The id E is no expert.
@@ -58,8 +59,21 @@ def apply_experts(
     The matrices are the local shard if the experts are spread over `devices`. Terms are added one by one, because XLA's
     CPU backend takes ten times as long for a sum over the middle axis.
     """
+    if isinstance(w_gate_EMD, HostWeight):
+        return apply_host_experts(h_tD, expert_tX, gate_tX, w_gate_EMD, w_up_EMD, w_down_EDM)
     y_tXD = apply_each_expert(h_tD, expert_tX, w_gate_EMD, w_up_EMD, w_down_EDM, devices)
     return reduce(jnp.add, (gate_tX[:, x, None] * y_tXD[:, x] for x in range(gate_tX.shape[1])))
+
+
+@jax.named_scope("host experts")
+def apply_host_experts(h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array, *routed: HostWeight) -> jax.Array:
+    """Return what `apply_experts` does, of matrices in host memory: few tokens go to them, many have them sent."""
+    if not host_experts.pays_to_fetch(len(h_tD)):
+        w_gate, w_up, w_down = routed
+        return host_experts.mix(h_tD, expert_tX, gate_tX, w_gate, w_up, w_down)
+    own_tX = host_experts.select_own(expert_tX, routed[0])
+    w_gate_EMD, w_up_EMD, w_down_EDM = (host_experts.fetch(w, h_tD) for w in routed)
+    return apply_experts(h_tD, own_tX, gate_tX, w_gate_EMD, w_up_EMD, w_down_EDM)
 
 
 @jax.named_scope("experts")

@@ -15,11 +15,13 @@ from ..parallel.sharding import shard_product
 from ..quantization.formats import Weight
 
 
+@partial(jax.jit, static_argnames="spec", inline=True)
 def einsum32(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     """Return the product of `x` with a weight in any format: multiplied in x's dtype, accumulated in float32.
 
     A norm, rotation or activation that follows is computed in float32 too, and rounded once, at its end. The letters
-    of `spec` are those of the arrays' names; on a mesh they say how it is sharded.
+    of `spec` are those of the arrays' names; on a mesh they say how it is sharded. A shard_map outside of a jit would
+    be compiled again at each call.
     """
     return shard_product(spec, partial(dispatch.einsum, spec))(x, w)
 
@@ -29,6 +31,7 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
     return einsum32(spec, x, w).astype(x.dtype)
 
 
+@partial(jax.jit, inline=True)
 def look_up(token_BT: jax.Array, embed_VD: jax.Array) -> jax.Array:
     """Return the embedding of each token, float32 [B, T, D].
 

@@ -12,9 +12,10 @@ from flax import nnx
 from jax.core import Tracer
 
 from ..quantization.formats import NVFP4, Fp8Block
+from ..quantization.host_weight import HostWeight
 from ..system.progress import format_count, format_size
 
-FORMATS = {NVFP4: "nvfp4", Fp8Block: "fp8"}
+FORMATS = {NVFP4: "nvfp4", Fp8Block: "fp8", HostWeight: "in host memory"}
 
 
 class Summarized:
@@ -47,7 +48,8 @@ class Module(Summarized, nnx.Module):
         parameters = sum(math.prod(weight.shape) for weight in weights)
         sizes = collections.Counter[str]()
         for weight in weights:
-            sizes[FORMATS.get(type(weight)) or str(weight.dtype)] += sum(map(nbytes, jax.tree.leaves(weight)))
+            arrays: Any = weight.arrays.weight if isinstance(weight, HostWeight) else weight
+            sizes[FORMATS.get(type(weight)) or str(arrays.dtype)] += sum(map(nbytes, jax.tree.leaves(arrays)))
         formats = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.most_common())
         return type(self).__name__, {
             "parameters": f"{format_count(parameters)}, {format_size(sizes.total())}",

@@ -1,33 +1,12 @@
 // Matrix products with weights as they are stored, on XLA's CPU backend (its foreign function interface).
 #include "call.h"
-#include "instructions.h"
+#include "choose.h"
 #include "parallel.h"
-#include "portable.h"
-#if defined(__x86_64__)
-#include "avx2.h"
-#include "avx512.h"
-#endif
 #include "xla/ffi/api/ffi.h"
 
 namespace ffi = xla::ffi;
 
 namespace dsv32 {
-
-enum Format { kNvfp4, kFp8, kBf16, kBf16Columns };
-
-const Kernel& choose(Format format, [[maybe_unused]] bool x_is_bf16) {
-#if defined(__x86_64__) && !defined(DSV32_PORTABLE)
-  static constexpr Kernel wide[] = {avx512::kernel<avx512::Nvfp4>(), avx512::kernel<avx512::Fp8>(),
-                                    avx512::kernel<avx512::Bf16>(), avx512::column_kernel()};
-  static constexpr Kernel usual[] = {avx2::kernel<avx2::Nvfp4>(), avx2::kernel<avx2::Fp8>(),
-                                     avx2::kernel<avx2::Bf16>(), avx2::column_kernel()};
-  if (instructions() == kAvx512Bf16 && x_is_bf16) return wide[format];
-  if (instructions() != kPortable) return usual[format];
-#endif
-  static constexpr Kernel plain[] = {portable::kernel<portable::Nvfp4>(), portable::kernel<portable::Fp8>(),
-                                     portable::kernel<portable::Bf16>(), portable::column_kernel()};
-  return plain[format];
-}
 
 // x [n, b, k], expert [n], weights [E, o, ...] (columns: [E, k, o]), scales [E, o, ...] -> y [n, b, o].
 ffi::Error dot(Format format, ffi::ThreadPool& pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32>& expert,
