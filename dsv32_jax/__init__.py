@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from .checkpoint.load import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
-    from .generation.generate import Stream as Stream
+    from .generation.engine import Engine as Engine
     from .generation.generate import astream as astream
+    from .generation.generate import engine as engine
     from .generation.generate import generate as generate
     from .generation.generate import stream as stream
     from .generation.options import Sampling as Sampling
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from .generation.session import Session as Session
     from .generation.session import load_session as load_session
     from .generation.session import session as session
+    from .generation.stream import Stream as Stream
     from .model.model import Model as Model
     from .model.model import Output as Output
     from .model.model import forward as forward
@@ -40,15 +42,17 @@ if TYPE_CHECKING:
 _HOME = {
     "Config": ".config",
     "DsvError": ".errors",
+    "Engine": ".generation.engine",
     "Generation": ".generation.result",
     "Model": ".model.model",
     "Output": ".model.model",
     "Sampling": ".generation.options",
     "Score": ".generation.score",
     "Session": ".generation.session",
-    "Stream": ".generation.generate",
+    "Stream": ".generation.stream",
     "astream": ".generation.generate",
     "chat": ".chat",
+    "engine": ".generation.generate",
     "evaluation": ".evaluation",
     "forward": ".model.model",
     "generate": ".generation.generate",

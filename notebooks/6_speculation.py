@@ -56,12 +56,12 @@ runs[1] = ds.generate(model, prompts, max_new_tokens=NEW, draft=1)
 runs[3] = ds.generate(model, prompts, max_new_tokens=NEW, draft=3)
 for draft, run in runs.items():
     stats = run.stats
-    per_step = (stats.new_tokens - stats.rows) / stats.steps
+    per_step = stats.new_tokens / stats.steps
     accepted = f"{stats.acceptance:4.0%} of drafts accepted" if draft else ""
     print(f"draft={draft}: {stats.steps:4} steps, {per_step:.2f} tokens per step  {accepted}")
 assert all(run.tokens == runs[0].tokens for run in runs.values())
 inspect.plots.bars(
-    {f"draft={draft}": (run.stats.new_tokens - run.stats.rows) / run.stats.steps for draft, run in runs.items()},
+    {f"draft={draft}": run.stats.new_tokens / run.stats.steps for draft, run in runs.items()},
     "new tokens per step",
     digits=2,
 )

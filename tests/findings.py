@@ -137,7 +137,7 @@ def drafts(scratch: Path, corpus: Corpus) -> Iterator[str]:
         cells = []
         for model in models:
             stats = ds.generate(model, prompts, max_new_tokens=NEW, draft=count).stats
-            per_step = (stats.new_tokens - stats.rows) / stats.steps
+            per_step = stats.new_tokens / stats.steps
             cells += [f"{100 * stats.acceptance:.1f} %", f"{per_step:.2f}"]
         yield f"| {count} | {' | '.join(cells)} |"
 

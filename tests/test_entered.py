@@ -4,7 +4,7 @@ import pytest
 
 from tests import entered
 
-MOST = {"generate": 12, "load": 9, "convert": 29}
+MOST = {"generate": 17, "load": 9, "convert": 29}
 
 
 @pytest.fixture(scope="module")

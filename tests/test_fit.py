@@ -21,10 +21,11 @@ from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation import fit as fitting
 from dsv32_jax.generation import memory, prefill_decode, speculative
-from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
+from dsv32_jax.generation.batch import SEGMENT_TOKENS
 from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state
+from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.generation.request import chunk_size
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
@@ -129,13 +130,13 @@ def read(folder: Path, sizes, predicted: Fit, tokens: int):
     model = ds.load(folder, mesh=made_mesh(sizes))
     caches = empty_caches(model.cfg, 4, predicted.capacity, np.dtype(predicted.cache_dtype), 0)
     row = jnp.zeros((4, tokens), jnp.int32)
-    arguments = (model, new_state(model, caches, [], 0), row, row, jnp.ones(4, jnp.int32))
+    arguments = (model, new_state(model, caches, 0), row, row, jnp.ones(4, jnp.int32), jnp.arange(4))
     program = WHOLE.prefill.lower(*arguments).compile()
     return program(*arguments), program.memory_analysis()
 
 
 def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypatch):
-    """Three rows of 12 tokens are four of 16. Nothing but shapes was compiled for the prediction."""
+    """Three rows of 12 tokens are four of a page. Nothing but shapes was compiled for the prediction."""
     measured = []
 
     def measure(setup, rows, slots):
@@ -149,7 +150,7 @@ def test_cache_and_activations_are_those_of_a_model_that_reads(single, monkeypat
     assert on_each_device(state.cache.layers) == {cache_bytes(predicted, 4, 96)}
     more = account.output_size_in_bytes - account.alias_size_in_bytes
     assert predicted.activations == account.temp_size_in_bytes + more > 0
-    assert measured == [(4, 16), (8, 16), (4, 32)]
+    assert measured == [(4, 64), (8, 64), (4, 128)]
 
 
 def test_rows_are_split_over_data(single, no_programs):
@@ -164,7 +165,7 @@ def test_rows_are_split_over_data(single, no_programs):
 @pytest.mark.parametrize("cache_dtype", ["bf16", "fp32", "fp8"])
 def test_the_drafting_layer_has_a_cache(converted, small, no_programs, cache_dtype):
     predicted = fit(converted["nvfp4"], context=32, batch=2, cache_dtype=cache_dtype, draft=3)
-    cache, draft_cache = empty_caches(small, 2, 32, np.dtype(predicted.cache_dtype), 3)
+    cache, draft_cache = empty_caches(small, 2, predicted.capacity, np.dtype(predicted.cache_dtype), 3)
     assert on_each_device((cache.layers, draft_cache)) == {cache_bytes(predicted, 2, small.vocab_size)}
 
 
@@ -172,9 +173,9 @@ def measure_decode(model, rows: int, slots: int, draft: int) -> int:
     """Bytes that decoding takes beside weights and caches, by the account of the program that `generate` runs."""
     params = make_params([Sampling()] * rows, model.cfg.vocab_size, model.cfg.vocab_size)
     caches = functools.partial(empty_caches, model.cfg, rows, slots, BF16, draft)
-    state = jax.eval_shape(lambda: new_state(model, caches(), [], draft))
+    state = jax.eval_shape(lambda: new_state(model, caches(), draft))
     step = speculative.step if draft else prefill_decode.step
-    return count_temporary(WHOLE.decode.lower(step, model, params, state, 1, SEGMENT_TOKENS, 0))
+    return count_temporary(WHOLE.decode.lower(step, model, params, state, 1, 0, SEGMENT_TOKENS, 0))
 
 
 @pytest.mark.parametrize("draft", [0, 3])

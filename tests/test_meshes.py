@@ -3,6 +3,7 @@
 MESHES=all goes through every mesh that divides it.
 """
 
+import dataclasses
 import itertools
 import math
 import os
@@ -16,13 +17,16 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.generation.engine import SEGMENT_TOKENS, WHOLE
-from dsv32_jax.generation.prefill_decode import empty_caches, new_state, sample_first, step
+from dsv32_jax.generation.batch import SEGMENT_TOKENS
+from dsv32_jax.generation.prefill_decode import empty_caches, new_state, place, step
+from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.layout import leaves
+from dsv32_jax.model.cache import Cache
 from dsv32_jax.model.experts import apply_shared_expert, mix_experts, mix_experts_on_mesh
 from dsv32_jax.parallel import partition
+from dsv32_jax.parallel.sharding import count_row_groups
 from tests import golden
 from tests.conftest import DATA
 
@@ -84,10 +88,13 @@ def test_no_weight_is_gathered(checkpoint, sharded):
     token's row is looked up where is not left to the compiler: for a GPU it gathers the whole embedding. What comes out
     is spread as it went in, so the next call needs no program of its own."""
     rows, cfg = 4, checkpoint.cfg
-    state = new_state(sharded, empty_caches(cfg, rows, 64, np.dtype(np.float32), 0), [[5, 6, 7]] * rows, 0)
+    cache, _ = empty_caches(cfg, 2 * rows, 64, np.dtype(np.float32), 0)
+    table_Bd = np.arange(2 * rows, dtype=np.int32).reshape(rows, 2) % (2 * rows // count_row_groups(sharded.mesh, rows))
+    cache = Cache(cache.layers, np.zeros(rows, np.int32), table_Bd)
+    state = dataclasses.replace(new_state(sharded, (cache, None), 0), done_B=place(sharded, np.zeros(rows, bool)))
     params = make_params([ds.Sampling()] * rows, cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, max_new=16)
-    state, _ = sample_first(sharded, params, state, 0)
-    lowered = WHOLE.decode.lower(step, sharded, params, state, 5, SEGMENT_TOKENS, 0)
+    params = place(sharded, params)
+    lowered = WHOLE.decode.lower(step, sharded, params, state, 5, 0, SEGMENT_TOKENS, 0)
     program = lowered.compile()
     for part, after in zip(jax.tree.leaves(state), jax.tree.leaves(program.output_shardings[0]), strict=True):
         assert part.sharding.is_equivalent_to(after, part.ndim)

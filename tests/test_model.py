@@ -600,7 +600,7 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
     """From one layer to the next, the memory in use grows by the new cache of that layer."""
     deep = models.random_model(dataclasses.replace(cfg, num_hidden_layers=6, first_k_dense_replace=0))
     caches = prefill_decode.empty_caches(deep.cfg, 3, ROOMY, deep.dtype, 0)
-    state = prefill_decode.new_state(deep, caches, tokens.tolist(), 0)
+    state = prefill_decode.new_state(deep, caches, 0)
     run, alive = block.run, []
 
     def measured(*arguments):
@@ -609,7 +609,7 @@ def test_layerwise_prefill_does_not_keep_what_layers_saw(cfg, tokens, monkeypatc
         return result
 
     monkeypatch.setattr(block, "run", measured)
-    prefill_decode.prefill(deep, state, tokens, tokens, np.full(3, LENGTH, np.int32))
+    prefill_decode.prefill(deep, state, tokens, tokens, np.full(3, LENGTH, np.int32), np.arange(3))
     growth = set(np.diff(alive[1:]).tolist())
     assert growth == {nbytes(jax.tree.leaves(state.cache.layers[0]))}
 

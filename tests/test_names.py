@@ -15,6 +15,7 @@ import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.load import place_on_host
 from dsv32_jax.evaluation import layer_errors
+from dsv32_jax.generation import batch as batches
 from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import replay
@@ -30,14 +31,15 @@ MODULES = (
     *("model.ops", "model.cache", "model.mla", "model.indexer", "model.attention", "model.experts", "model.moe"),
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
-    *("generation.request", "generation.engine", "generation.score"),
+    *("generation.request", "generation.batch", "generation.score"),
     *("inspect.replay", "inspect.interventions", "evaluation.divergence", "evaluation.layer_errors"),
 )
 
 LOWERCASE = {
     "a": ("assignments of tokens to experts", lambda size: size["t"] * size["X"]),
     "b": ("rows of a block", None),
-    "d": ("pages of a row, or other runs of its positions", None),
+    "c": ("rows of a chunk of prompts", None),
+    "d": ("pages of a row", None),
     "e": ("experts of a group", lambda size: size["E"] // size["G"]),
     "g": ("groups of index heads that are scored one after the other", lambda size: size["I"] // size["i"]),
     "i": ("index heads of such a group", None),
@@ -128,20 +130,28 @@ def _trace_generation(cfg, weights) -> None:
     samplings = [ds.Sampling(temperature=1.0, allowed_ids=[5, 6])] * 11
     params = make_params(samplings, cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, 2, [9] * 11)
     tokens_BT, row_B = jax.ShapeDtypeStruct((11, 19), jnp.int32), jax.ShapeDtypeStruct((11,), jnp.int32)
+    tokens_cT, row_c = jax.ShapeDtypeStruct((4, 19), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
     for draft, dtype, step in ((0, jnp.float8_e4m3fn, prefill_decode.step), (3, jnp.float32, speculative.step)):
         empty = functools.partial(prefill_decode.empty_caches, cfg, 11, 37, np.dtype(dtype), draft)
         caches = jax.eval_shape(empty)
-        state = jax.eval_shape(lambda caches, u=draft: prefill_decode.new_state(weights, caches, [[5]], u), caches)
-        state = jax.eval_shape(prefill_decode.prefill, weights, state, tokens_BT, tokens_BT, row_B)
-        state = jax.eval_shape(prefill_decode.take_rows, state, row_B)
-        first = functools.partial(prefill_decode.sample_first, width=4)
-        state, _ = jax.eval_shape(first, weights, params, state)
+        paged = jax.eval_shape(lambda cache: cache_with_pages(cache), caches[0]), caches[1]
+        state = jax.eval_shape(lambda caches, u=draft: prefill_decode.new_state(weights, caches, u), paged)
+        state = jax.eval_shape(prefill_decode.prefill, weights, state, tokens_cT, tokens_cT, row_c, row_c)
+        jax.eval_shape(functools.partial(batches.copy_pages, None), paged, row_B, row_B)
+        new = make_params(samplings[:4], cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, 2, [9] * 4)
+        seat = functools.partial(batches.seat_rows, None)
+        jax.eval_shape(seat, state, params, row_c, {"length_B": row_c}, new)
         decode = functools.partial(prefill_decode.decode, step, slots=9, width=4)
-        jax.eval_shape(decode, weights, params, state, 5)
-        jax.eval_shape(lambda caches: prefill_decode.fit_caches(caches, 41, 3), caches)
+        jax.eval_shape(decode, weights, params, state, 5, 0)
         observe = functools.partial(replay.observe, tuple(KINDS))
         jax.eval_shape(observe, weights, caches[0], tokens_BT, tokens_BT, row_B)
         jax.eval_shape(functools.partial(score.score_chunk, width=4), weights, caches[0], tokens_BT, tokens_BT, row_B)
+
+
+def cache_with_pages(contiguous):
+    """Eleven pages for as many rows, three pages a row."""
+    table_Bd = jnp.zeros((len(contiguous.length_B), 3), jnp.int32)
+    return dataclasses.replace(contiguous, table_Bd=table_Bd)
 
 
 def _forward(weights, tokens_BT, filled, count_B):
@@ -161,8 +171,10 @@ def _run(cfg, folder) -> None:
     one_row = dataclasses.replace(cfg, num_hidden_layers=1, num_nextn_predict_layers=0)
     session = ds.session(models.random_model(one_row), capacity=32)
     session.generate([5, 6, 7], max_new_tokens=2)
+    session.generate([5, 6, 9], max_new_tokens=2)
     session.save(folder / "session")
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
+    ds.generate.layerwise(session.model, [[5, 6, 7]], max_new_tokens=2)
     ds.score(session.model, [[5, 6, 7]])
     ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})
     ds.evaluation.kl(session.model, session.model, [[5, 6, 7]])

@@ -16,6 +16,7 @@ def add(commands: Any) -> None:
     load.add_argument("--json", action="store_true", help="print one JSON object")
     load.set_defaults(run=partial(_run, "load"))
     _add_context(bench)
+    _add_engine(bench)
     _add_model(bench)
     _add_kernels(bench)
     _add_convert(bench)
@@ -38,6 +39,16 @@ def _add_convert(bench: Any) -> None:
     add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
     add("--folder", help="where the checkpoints are written (default: the temporary folder)")
     convert.set_defaults(run=partial(_run, "convert"))
+
+
+def _add_engine(bench: Any) -> None:
+    engine = bench.add_parser("engine", help="many requests of ragged lengths, shared beginnings, a long prompt")
+    add = engine.add_argument
+    add("--config", metavar="FILE", help="a model's config.json (default: three small layers)")
+    add("--requests", type=int, default=256, metavar="N", help="ragged requests (default: 256)")
+    add("--rows", type=int, default=16, metavar="B", help="rows at once (default: 16)")
+    add("--json", action="store_true", help="print one JSON object")
+    engine.set_defaults(run=partial(_run, "engine"))
 
 
 def _add_model(bench: Any) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 from ..checkpoint.random_weights import uniform
 from ..config import Config
 from ..errors import UsageError, require_integer
-from ..generation.engine import WHOLE
 from ..generation.prefill_decode import empty_caches, new_state
+from ..generation.programs import WHOLE
 from ..generation.request import chunk_size
 from ..model import indexer, mla
 from ..model.cache import Cache, dtype_of
@@ -126,14 +126,14 @@ def prefill_rows(cfg: Config, tokens: int, chunk: int) -> Iterator[Row]:
     """Yield a row for a quarter, half and all of a prompt of `tokens` tokens: seconds from the first token on."""
     model = make_model(cfg)
     prompt = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, tokens), np.int32)
-    count = np.full(1, chunk, np.int32)
-    state = new_state(model, empty_caches(cfg, 1, tokens, model.dtype, 0), [], 0)
-    program = WHOLE.prefill.lower(model, state, prompt[:, :chunk], prompt[:, :chunk], count).compile()
+    count, row = np.full(1, chunk, np.int32), np.zeros(1, np.int32)
+    state = new_state(model, empty_caches(cfg, 1, tokens, model.dtype, 0), 0)
+    program = WHOLE.prefill.lower(model, state, prompt[:, :chunk], prompt[:, :chunk], count, row).compile()
     seconds = []
     for start in range(0, tokens, chunk):
         part = prompt[:, start : start + chunk]
         begin = time.perf_counter()
-        state = jax.block_until_ready(program(model, state, part, part, count))
+        state = jax.block_until_ready(program(model, state, part, part, count, row))
         seconds.append(time.perf_counter() - begin)
     temporary = program.memory_analysis().temp_size_in_bytes
     for share in (4, 2, 1):

@@ -15,9 +15,10 @@ from ..checkpoint.random_weights import leaf_maker, storage, uniform
 from ..config import Config
 from ..errors import CapacityError, pluralize
 from ..generation import memory
-from ..generation.engine import SEGMENT_TOKENS, WHOLE
+from ..generation.batch import SEGMENT_TOKENS
 from ..generation.options import Sampling
-from ..generation.prefill_decode import State, new_state, sample_first, step
+from ..generation.prefill_decode import State, new_state, place, step
+from ..generation.programs import WHOLE
 from ..generation.sampler import make_params
 from ..generation.weight_shapes import shape_weight
 from ..layout import leaves
@@ -93,14 +94,14 @@ class DecodeStep:
         batch, size = len(self._lengths), model.cfg.vocab_size
         params = make_params([Sampling()] * batch, size, size, max_new=2**31 - 1)
         self._params = shard_rows(model.mesh, params)
-        hidden = uniform((batch, 1, model.cfg.hidden_size), model.dtype.name, jnp.uint32(7), 0.0, 1.0)
-        state = dataclasses.replace(new_state(model, (cache, None), [], 0), hidden_BuD=shard_rows(model.mesh, hidden))
-        self.state, _ = sample_first(model, self._params, state, 0)
+        tokens = np.random.default_rng(7).integers(0, size, batch, np.int32)
+        tokens, done = place(model, (tokens, np.zeros(batch, bool)))
+        self.state = dataclasses.replace(new_state(model, (cache, None), 0), token_B=tokens, done_B=done)
         self.program: Any = self._compile({}) if program is None else program
 
     def run(self) -> jax.Array:
         """Run the program once."""
-        self.state, _ = self.program(self._model, self._params, self._rewind(), self._steps)
+        self.state, _ = self.program(self._model, self._params, self._rewind(), self._steps, np.int32(0))
         return self.state.new_B
 
     def compile_for_profile(self) -> Any:
@@ -114,5 +115,5 @@ class DecodeStep:
         return dataclasses.replace(self.state, cache=cache)
 
     def _compile(self, options: dict[str, Any]) -> Any:
-        arguments = (self._model, self._params, self._rewind(), self._steps)
+        arguments = (self._model, self._params, self._rewind(), self._steps, np.int32(0))
         return WHOLE.decode.lower(step, *arguments, SEGMENT_TOKENS, 0).compile(options or None)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from ..config import Config
-from ..generation.engine import OPTIONS
+from ..generation.programs import OPTIONS
 from .measure import measure_median
 
 

@@ -18,8 +18,8 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import UsageError, listing
-from ..generation.engine import WHOLE
 from ..generation.prefill_decode import new_state
+from ..generation.programs import WHOLE
 from ..generation.request import bucket, chunk_size
 from ..layout import leaves
 from ..model.cache import dtype_of
@@ -151,14 +151,15 @@ def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
     """Yield the seconds of one row's chunk behind each context."""
     cfg, count, capacity = plan.cfg, np.full(1, chunk_size(), np.int32), bucket(max(plan.contexts) + chunk_size())
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, chunk_size()), np.int32)
+    row = np.zeros(1, np.int32)
     for length in plan.contexts:
         cache = fill_cache(cfg, capacity, plan.cache_dtype, 1, length, plan.mesh)
-        state, lengths = new_state(model, (cache, None), [], 0), np.asarray(cache.length_B)
+        state, lengths = new_state(model, (cache, None), 0), np.asarray(cache.length_B)
 
         def run(lengths=lengths) -> Any:
             nonlocal state
             cache = dataclasses.replace(state.cache, length_B=sharding.shard_rows(plan.mesh, jnp.asarray(lengths)))
-            state = WHOLE.prefill(model, dataclasses.replace(state, cache=cache), tokens, tokens, count)
+            state = WHOLE.prefill(model, dataclasses.replace(state, cache=cache), tokens, tokens, count, row)
             return jax.block_until_ready(state.hidden_BuD)
 
         yield {"kind": "read", "context": length, "step": measure_median(run, seconds).wall}

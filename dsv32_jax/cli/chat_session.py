@@ -12,10 +12,10 @@ from ..chat.encoding import encode_pieces
 from ..chat.messages import to_json
 from ..chat.parsing import UNENDED
 from ..errors import UsageError, pluralize
-from ..generation.generate import Stream
 from ..generation.options import Sampling
 from ..generation.result import Generation
 from ..generation.session import Session
+from ..generation.stream import Stream
 from ..system.compilation import is_cache_enabled
 from ..system.interrupts import defer_interrupt
 from .answer_view import AnswerView, describe_stats

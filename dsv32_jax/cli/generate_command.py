@@ -8,9 +8,11 @@ from typing import Any
 
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
-from ..generation.engine import LAYERWISE, WHOLE, Engine
-from ..generation.request import Row
+from ..generation.engine import Engine
+from ..generation.programs import LAYERWISE, WHOLE
+from ..generation.request import Request
 from ..generation.result import Stats, Token
+from ..generation.row import Row, summarize
 from ..parallel.multihost import make_agreed
 from ..system.interrupts import EXIT_CODE, defer_interrupt
 from .answer_view import describe_stats
@@ -41,7 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         if samples > 1 and not any(sampling.temperature for sampling in samplings):
             screen.note(f"--n {samples} without --temperature makes identical texts")
         try:
-            return results.write(Engine(model, request, LAYERWISE if arguments.layerwise else WHOLE))
+            engine = Engine.for_request(model, request, LAYERWISE if arguments.layerwise else WHOLE)
+            return results.write(engine, request)
         except FloatingPointError as error:
             raise CheckpointError(str(error)) from error
 
@@ -69,28 +72,25 @@ class _Results:
     streamed: int = 0
     """Characters of the text that were written."""
 
-    def write(self, engine: Engine) -> int:
-        """Generate, write all results and return the exit code."""
-        written = 0
+    def write(self, engine: Engine, request: Request) -> int:
+        """Generate, write all results in the order of prompts, and return the exit code."""
+        rows, ended, written = engine.add(request), set[int](), 0
         with defer_interrupt() as is_interrupted:
             must_stop = make_agreed(engine.model.mesh, is_interrupted)
-            for batch in engine.batches:
-                for row, token in engine.run(batch, 1 if self.stream else None, must_stop):
-                    self._write_token(row, token)
-                for row in sorted(batch):
-                    engine.rows[row].interrupt()
-                    self._write_row(row, engine.rows[row])
-                written += len(batch)
-                if must_stop():
-                    break
-        if not engine.batches:
-            for row, one in enumerate(engine.rows):
-                self._write_row(row, one)
-        gen, rows = engine.result(), len(engine.rows)
+            for row, token in engine.follow(rows, 1 if self.stream else None, must_stop):
+                if token is not None:
+                    self._write_token(row.index, token)
+                    continue
+                ended.add(row.index)
+                while written in ended:
+                    if rows[written].has_begun:
+                        self._write_row(written, rows[written])
+                    written += 1
+        gen, unstarted = summarize(rows, engine.loop.totals), sum(not row.has_begun for row in rows)
         self.screen.note(self._describe_stats(gen.stats))
         if "interrupted" not in gen.finish_reason:
             return 0
-        unstarted = f"; {rows - written} of {rows} rows were not started" if written < rows else ""
+        unstarted = f"; {unstarted} of {len(rows)} rows were not started" if unstarted else ""
         self.screen.note("interrupted" + unstarted)
         return EXIT_CODE
 

@@ -15,7 +15,7 @@ from ..checkpoint.load import load
 from ..checkpoint.manifest import Manifest
 from ..config import Config
 from ..errors import CheckpointError, UsageError
-from ..generation.engine import plan_batches
+from ..generation.engine import plan_rows
 from ..generation.options import Sampling
 from ..generation.request import Request, validate
 from ..model.model import Model
@@ -60,7 +60,7 @@ class OpenedCheckpoint:
         require_device()
         tokens = self.tokenizer.id_count if self.tokenizer else check_tokenizer(self.folder, self.cfg)
         request = validate(self.cfg, prompts, sampling, dtype=jnp.dtype(dtype), tokens=tokens, **options)
-        plan_batches(self.cfg, request)
+        plan_rows(self.cfg, request)
         return request
 
     def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:

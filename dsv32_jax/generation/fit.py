@@ -24,9 +24,10 @@ from ..parallel import partition
 from ..system.compilation import initialize
 from ..system.progress import parse_size
 from . import memory
-from .engine import WHOLE
 from .options import check_option
+from .pages import PAGE
 from .prefill_decode import empty_caches, new_state
+from .programs import WHOLE
 from .request import capacity_for, chunk_size
 from .weight_shapes import WeightShapes, read_weight_shapes
 
@@ -111,7 +112,7 @@ def fit(
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
 
-    batch_rows, capacity = memory.round_up_rows(batch), capacity_for(cfg, context)
+    batch_rows, capacity = memory.round_up_rows(batch), max(PAGE, capacity_for(cfg, context))
     rows = memory.count_local_rows(batch_rows, data)
     demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
     return Fit(
@@ -185,10 +186,10 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
 
     def measure(model: Model) -> int:
         caches = partial(empty_caches, model.cfg, rows, capacity, setup.cache_dtype, setup.draft)
-        state = jax.eval_shape(lambda: new_state(model, caches(), [], setup.draft))
+        state = jax.eval_shape(lambda: new_state(model, caches(), setup.draft))
         tokens = jax.ShapeDtypeStruct((rows, min(chunk_size(rows), capacity)), jnp.int32)
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count))
+        return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count, count))
 
     shallow, deeper = (build_shallow(setup.found, setup.compute, more) for more in (0, 1))
     missing = setup.found.cfg.num_hidden_layers - len(shallow.layers)

@@ -1,20 +1,25 @@
-"""The ways to generate: all at once, a layer at a time, and token by token."""
+"""The ways to generate: all at once, a layer at a time, token by token, and many requests side by side."""
 
-import asyncio
 import contextlib
-import threading
-from collections.abc import Generator, Iterator, Sequence
-from typing import Any, Self
+from collections.abc import Sequence
+from typing import Any
 
-from ..errors import UsageError, argument
+from ..errors import require_integer
+from ..model import validation
+from ..model.cache import dtype_of
 from ..model.model import Model
-from ..model.summary import Summarized
 from ..parallel.multihost import make_agreed
 from ..system.interrupts import defer_interrupt
-from .engine import LAYERWISE, WHOLE, Engine, Programs
-from .options import Sampling, accepts_options
-from .request import validate_for
-from .result import Generation, Token
+from . import memory
+from .engine import Engine
+from .options import Sampling, accepts_options, check_option
+from .programs import LAYERWISE, WHOLE, Programs
+from .request import Request, require_drafts, require_one_row, validate_for
+from .result import Generation
+from .row import summarize
+from .stream import Stream
+
+MAX_ROWS, MAX_PAGES = 1 << 16, 1 << 26
 
 
 @accepts_options()
@@ -27,7 +32,8 @@ def generate(
 ) -> Generation:
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens`.
 
-    `sampling` is one for all prompts or a list with one each. The first Ctrl-C returns what was generated so far.
+    `sampling` and `max_new_tokens` are one for all prompts or a list with one each. A row that ends makes room for the
+    next prompt; results are in the order of prompts. The first Ctrl-C returns what was generated so far.
     `generate.layerwise` does the same without compiling the whole model; `inspect.trace` shows afterwards what the
     layers computed. Raises UsageError for a request that makes no sense and CapacityError if its cache does not fit in
     memory, both before anything is compiled, and FloatingPointError if logits are not finite.
@@ -51,74 +57,70 @@ generate.layerwise = _layerwise
 
 
 def _generate(programs: Programs, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
-    engine = Engine(model, validate_for(model, prompts, sampling, **options), programs)
+    request = validate_for(model, prompts, sampling, **options)
+    return run_request(Engine.for_request(model, request, programs), request)
+
+
+def run_request(engine: Engine, request: Request) -> Generation:
+    """Generate in an engine until all rows of the request have ended, or Ctrl-C was pressed once."""
+    rows = engine.add(request)
     with defer_interrupt() as is_interrupted:
-        should_stop = make_agreed(model.mesh, is_interrupted)
-        for batch in engine.batches:
-            for _ in engine.run(batch, should_stop=should_stop):
+        should_stop = make_agreed(engine.model.mesh, is_interrupted)
+        with contextlib.closing(engine.follow(rows, should_stop=should_stop)) as tokens:
+            for _ in tokens:
                 pass
-            if should_stop():
-                break
-    return engine.result()
+    return summarize(rows, engine.loop.totals)
 
 
 @accepts_options(without=("n",))
-def stream(model: Model, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> "Stream":
+def stream(model: Model, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
     """Generate from one prompt and return an iterator over its tokens as they are sampled.
 
     The request is validated at once. Under `async for` each step runs in a thread. The stream's `result()` is what
     `generate` returns.
     """
     request = validate_for(model, [prompt], sampling, **options)
-    if request.options.n != 1:
-        raise UsageError(f"a stream has one row, not {argument('n', request.options.n)}; use generate")
-    engine = Engine(model, request)
-    return Stream(engine, _iterate(engine))
-
-
-def _iterate(engine: Engine) -> Generator[Token, None, None]:
-    for batch in engine.batches:
-        with contextlib.closing(engine.run(batch, steps=1)) as tokens:
-            yield from (token for _, token in tokens)
+    require_one_row(request)
+    return Engine.for_request(model, request).open(request, steps=1)
 
 
 astream = stream
 """`stream`, by the name it has in event loops: `async for token in astream(...)`."""
 
 
-class Stream(Summarized, Iterator[Token]):
-    """The tokens of one row as they are sampled. Under `async for` each step runs in a thread, and the event loop is
-    free meanwhile. Any thread may close the stream, which waits for the step that is running."""
+def engine(
+    model: Model,
+    *,
+    rows: int = 16,
+    capacity: int | None = None,
+    pages: int | None = None,
+    cache_dtype: Any = None,
+    draft: int = 0,
+) -> Engine:
+    """Return an engine for requests that come at any time, from any thread.
 
-    def __init__(self, engine: Engine, tokens: Generator[Token, None, None]):
-        self._engine, self._tokens = engine, tokens
-        self._lock = threading.RLock()
+    It computes `rows` rows at once, each of at most `capacity` tokens (default: the longest context), prompt included,
+    in `pages` pages of 64 tokens (default: as many as fit in memory). `submit` returns the stream of a prompt's tokens;
+    a beginning that another prompt or conversation had is not read again while its pages are not needed otherwise.
 
-    def __next__(self) -> Token:
-        with self._lock:
-            return next(self._tokens)
+        with ds.engine(model, rows=8) as engine:
+            streams = [engine.submit(prompt, max_new_tokens=100) for prompt in prompts]
+            for token in streams[0]: ...
 
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Token:
-        if (token := await asyncio.to_thread(next, self, None)) is None:
-            raise StopAsyncIteration
-        return token
-
-    def close(self) -> None:
-        """Generate no more tokens."""
-        with self._lock:
-            self._tokens.close()
-
-    def result(self) -> Generation:
-        """Return what `generate` returns. A stream that has not ended is closed, and its row is "interrupted"."""
-        with self._lock:
-            self.close()
-            return self._engine.result()
-
-    def summary(self) -> tuple[str, dict[str, str]]:
-        """Return how far the stream is."""
-        (row,), request = self._engine.rows, self._engine.request
-        tokens = f"{len(row.tokens)} of at most {request.max_new_tokens}"
-        return "Stream", {"tokens": tokens, "finished": row.finish_reason or "no", "capacity": str(request.capacity)}
+    Raises UsageError, and CapacityError if the pages do not fit in memory.
+    """
+    cfg, draft = validation.config_of(model), check_option("draft", draft)
+    longest = cfg.max_position_embeddings
+    capacity = longest if capacity is None else check_option("capacity", capacity, 1, longest)
+    assert capacity is not None
+    rows, stored = require_integer("rows", rows, 1, MAX_ROWS), dtype_of(cache_dtype, model.dtype)
+    require_drafts(cfg, draft)
+    wanted = None if pages is None else require_integer("pages", pages, 1, MAX_PAGES)
+    return Engine(
+        model,
+        rows=rows,
+        capacity=capacity,
+        pages=memory.plan_pages(cfg, rows, capacity, wanted, stored, draft, model.mesh),
+        cache_dtype=stored,
+        draft=draft,
+    )

@@ -12,6 +12,7 @@ from ..model import cache
 from ..parallel import multihost
 from ..system import host
 from ..system.compilation import require_device
+from .pages import PAGE, count_pages
 
 CACHE_SHARE = 0.8
 """The share of free memory that caches may take; temporaries of prefill and decode steps need the rest."""
@@ -25,6 +26,11 @@ def compute_row_bytes(cfg: Config, capacity: int, dtype: np.dtype, drafts: int) 
     layer = jax.eval_shape(lambda: cache.empty_layer(cfg, 1, capacity, dtype))
     layer_bytes = sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(layer))
     return layer_bytes * (cfg.num_hidden_layers + (drafts > 0)) + cfg.vocab_size * VOCABULARY_BYTES
+
+
+def compute_page_bytes(cfg: Config, dtype: np.dtype, drafts: int) -> int:
+    """Return the bytes of one page in all layers."""
+    return compute_row_bytes(cfg, PAGE, dtype, drafts) - cfg.vocab_size * VOCABULARY_BYTES
 
 
 def get_free_memory(devices: int = 1) -> int:
@@ -76,13 +82,39 @@ def plan_batch(
     return min(rows, max(fitting))
 
 
+def plan_pages(
+    cfg: Config,
+    rows: int,
+    capacity: int,
+    pages: int | None,
+    dtype: np.dtype,
+    drafts: int,
+    mesh: Mesh | None = None,
+) -> int:
+    """Return how many pages an engine of `rows` rows of `capacity` tokens has: those wanted, or a power of two that
+    fits in memory, at most what all rows need. Raises CapacityError if they do not fit."""
+    data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
+    vocabulary = cfg.vocab_size * VOCABULARY_BYTES
+    page_bytes = compute_page_bytes(cfg, dtype, drafts)
+    free = multihost.agree_on_minimum(mesh, get_free_memory(devices))
+    fitting = data * max(0, int(free * CACHE_SHARE - vocabulary * -(-rows // data)) // page_bytes)
+    wanted = pages or min(rows * count_pages(capacity), 1 << (max(1, fitting).bit_length() - 1))
+    if wanted > fitting:
+        raise CapacityError(
+            f"{pluralize(wanted, 'page')} of {PAGE} tokens need {wanted / data * page_bytes / 1e9:.2f} GB on a device, "
+            f"but {free / 1e9:.2f} GB are free; nothing was run. Use fewer {argument('pages')} or rows, or "
+            f"{argument('cache_dtype', 'fp8')}"
+        )
+    return wanted
+
+
 def explain_exhaustion(model: Any, cache_bytes: int, error: Exception) -> Exception:
     """Return a CapacityError in place of `error` if the device ran out of memory, else `error` itself."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
     weights = sum(array.nbytes for array in jax.tree.leaves(model))
     return CapacityError(
-        f"the device is out of memory: weights take {weights / 1e9:.2f} GB, the caches of this batch "
+        f"the device is out of memory: weights take {weights / 1e9:.2f} GB, the pages of the cache "
         f"{cache_bytes / 1e9:.2f} GB, temporaries of a step the rest. The model stays usable. Use a smaller "
         f"{argument('batch_size')}, a smaller {argument('capacity')}, or {argument('cache_dtype', 'fp8')} "
         f"({str(error).splitlines()[0][:200]})"

@@ -113,7 +113,7 @@ class Sampling:
 class Options:
     """The options of `generate`, `generate.layerwise`, `stream` and sessions beside prompts and sampling."""
 
-    max_new_tokens: int | None = option(
+    max_new_tokens: int | None | Sequence[int | None] = option(
         64, "count", "N", "maximum new tokens", unset="as many as the context holds", none="all", group="length"
     )
     min_new_tokens: int = option(0, "count", "N", "no end token before N new tokens, thoughts included", group="length")

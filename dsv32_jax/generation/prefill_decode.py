@@ -1,12 +1,12 @@
 """Prefill in chunks and the decode step: functions from a state to the next one.
 
-Rows are independent. A row that is done changes nothing and is a free slot. Lowercase axes of this room: u = 1 + draft,
-the tokens of a decode step; m, the tokens a row can generate in one call of `decode`; w, the most likely tokens that
-are reported at each position.
+Rows are independent. A row that is done changes nothing and is a free place. Lowercase axes of this room: c, the rows
+of a chunk; u = 1 + draft, the tokens of a decode step; m, the tokens a row can generate in one call of `decode`; w, the
+most likely tokens that are reported at each position.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -59,7 +59,7 @@ class State(Summarized):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, repr=False)
 class Generated(Summarized):
-    """The tokens of one call of `sample_first` or `decode`, the first `count_B` of each row, with their
+    """The tokens of one call of `decode`, the first `count_B` of each row, with their
     log-probabilities and the most likely tokens at their positions."""
 
     count_B: jax.Array
@@ -78,20 +78,10 @@ def empty_caches(cfg: Config, batch: int, capacity: int, dtype: np.dtype, draft:
     return empty(cfg, batch, capacity, dtype), empty_layer(cfg, batch, capacity, dtype) if draft else None
 
 
-def fit_caches(caches: Caches, capacity: int, length: int) -> Caches:
-    """Return the caches with the first `length` tokens of each row, and room for `capacity`."""
-    cache, draft_cache = caches
-    if capacity != cache.capacity:
-        cache, draft_cache = cache.resize(capacity), draft_cache and draft_cache.resize(capacity)
-    return dataclasses.replace(cache, length_B=jnp.full_like(cache.length_B, length)), draft_cache
-
-
-def new_state(model: Model, caches: Caches, prompts: Sequence[Sequence[int]], draft: int) -> State:
-    """Return the state of rows whose `caches` hold nothing, or the beginning of their prompts. Nothing is compiled."""
+def new_state(model: Model, caches: Caches, draft: int) -> State:
+    """Return the state of rows whose `caches` hold nothing, or the beginning of their prompts; all are done. Nothing is
+    compiled."""
     batch, vocab_size = len(caches[0].length_B), model.cfg.vocab_size
-    in_prompt_BV: Any = np.zeros((batch, vocab_size), bool)
-    for row_V, prompt in zip(in_prompt_BV, prompts, strict=False):
-        row_V[list(prompt)] = True
 
     def zeros(*sizes: int, dtype: Any = np.int32) -> Any:
         return np.zeros((batch, *sizes), dtype)
@@ -102,11 +92,11 @@ def new_state(model: Model, caches: Caches, prompts: Sequence[Sequence[int]], dr
         hidden_BuD=zeros(1 + draft, model.cfg.hidden_size, dtype=model.dtype),
         next_Bu=zeros(1 + draft),
         unread_B=zeros(),
-        in_prompt_BV=in_prompt_BV,
+        in_prompt_BV=zeros(vocab_size, dtype=bool),
         generated_BV=zeros(vocab_size),
         new_B=zeros(),
         step_B=zeros(),
-        done_B=zeros(dtype=bool),
+        done_B=~zeros(dtype=bool),
         finite_B=~zeros(dtype=bool),
     )
     return place(model, state)
@@ -123,38 +113,37 @@ def place(model: Model, tree: Tree) -> Tree:
     return jax.device_put(tree, jax.tree.leaves(model)[0].sharding)
 
 
-def prefill(model: Model, state: State, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array) -> State:
-    """Return the state after `count_B` more prompt tokens a row (0 is fine). `next_BT`: the token after each, where it
-    is known; only the MTP head reads it, and writes the slot of a row's last token again once the next one is known."""
-    position_BT = state.cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    h_BTD, cache = model(tokens_BT, state.cache, count_B)
-    draft_cache = state.draft_cache
+def prefill(
+    model: Model, state: State, tokens_cT: jax.Array, next_cT: jax.Array, count_c: jax.Array, row_c: jax.Array
+) -> State:
+    """Return the state after `count_c` more prompt tokens of the rows `row_c`; a row beyond the batch is padding.
+
+    `next_cT` has the token after each. The one after a row's last token here is what the next step processes.
+    """
+    cache, draft_cache = state.cache, state.draft_cache
+    length_c = cache.length_B.at[row_c].get(mode="fill", fill_value=0)
+    table_cd = cache.table_Bd
+    if table_cd is not None:
+        table_cd = table_cd.at[row_c].get(mode="fill", fill_value=-1)
+    rows = shard_rows(model.mesh, Cache(cache.layers, length_c, table_cd))
+    position_cT = length_c[:, None] + jnp.arange(tokens_cT.shape[1], dtype=jnp.int32)
+    h_cTD, rows = model(tokens_cT, rows, count_c)
     if draft_cache is not None and model.mtp is not None:
-        _, draft_cache = model.mtp(h_BTD, next_BT, draft_cache, position_BT)
-    last_BD = jnp.take_along_axis(h_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
-    last_BD = jnp.where((count_B > 0)[:, None], last_BD, state.hidden_BuD[:, 0])
+        _, draft_cache = model.mtp(h_cTD, next_cT, draft_cache.with_table(table_cd), position_cT)
+        draft_cache = draft_cache.with_table(None)
+    last_c1 = jnp.maximum(count_c - 1, 0)[:, None]
+    last_cD = jnp.take_along_axis(h_cTD, last_c1[..., None], axis=1)[:, 0]
+    next_c = jnp.take_along_axis(next_cT, last_c1, axis=1)[:, 0]
     state = dataclasses.replace(
-        state, cache=cache, draft_cache=draft_cache, hidden_BuD=state.hidden_BuD.at[:, 0].set(last_BD)
+        state,
+        cache=Cache(rows.layers, cache.length_B.at[row_c].set(rows.length_B, mode="drop"), cache.table_Bd),
+        draft_cache=draft_cache,
+        token_B=state.token_B.at[row_c].set(next_c, mode="drop"),
+        hidden_BuD=state.hidden_BuD.at[row_c, 0].set(last_cD, mode="drop"),
+        next_Bu=state.next_Bu.at[row_c, 0].set(next_c, mode="drop"),
+        unread_B=state.unread_B.at[row_c].set(1, mode="drop"),
     )
     return shard_rows(model.mesh, state)
-
-
-@jax.jit
-def take_rows(state: State, row_B: jax.Array) -> State:
-    """Return the state with row `row_B[b]` as its row b, to continue one prompt several times."""
-    return jax.tree.map(lambda x: x[row_B], state)
-
-
-@partial(jax.jit, static_argnames="width", donate_argnames="state")
-def sample_first(model: Model, params: SamplerParams, state: State, width: int) -> tuple[State, Generated]:
-    """Sample each row's first token, after its prompt."""
-    state = dataclasses.replace(state, done_B=params.max_new_B == 0)
-    logit_BV = shard_rows(model.mesh, model.logits(state.hidden_BuD[:, :1])[:, 0])
-    generated = _nothing_generated(len(logit_BV), 1, width)
-    state, generated = advance(params, state, generated, logit_BV, state.cache.length_B, ~state.done_B)
-    next_Bu = state.next_Bu.at[:, 0].set(state.token_B)
-    state = dataclasses.replace(state, next_Bu=next_Bu, unread_B=jnp.ones_like(state.unread_B))
-    return shard_rows(model.mesh, (state, generated))
 
 
 def step(model: Model, params: SamplerParams, state: State, generated: Generated) -> tuple[State, Generated]:
@@ -167,16 +156,16 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
 
 
 def decode(
-    step: Step, model: Model, params: SamplerParams, state: State, steps: Any, slots: int, width: int
+    step: Step, model: Model, params: SamplerParams, state: State, steps: Any, fewest: Any, slots: int, width: int
 ) -> tuple[State, Generated]:
-    """Take `step` until every row is done, at most `steps` times; a row has room for `slots` tokens.
+    """Take `step` while more than `fewest` rows go on, at most `steps` times; a row has room for `slots` tokens.
 
     The barrier ties the weights to the step: XLA would otherwise dequantize all of them before the loop, and keep that.
     """
 
     def unfinished(carry):
         taken, state, _ = carry
-        return (taken < steps) & ~jnp.all(state.done_B)
+        return (taken < steps) & (jnp.sum(~state.done_B) > fewest)
 
     def take_step(carry):
         taken, state, generated = carry
@@ -188,14 +177,14 @@ def decode(
 
 
 def decode_layerwise(
-    step: Step, model: Model, params: SamplerParams, state: State, steps: int, slots: int, width: int
+    step: Step, model: Model, params: SamplerParams, state: State, steps: int, fewest: int, slots: int, width: int
 ) -> tuple[State, Generated]:
     """Do what `decode` does, calling each step from Python."""
     generated = _nothing_generated(len(state.token_B), slots, width)
     for _ in range(steps):
-        if fetch(state.done_B).all():
-            break
         state, generated = step(model, params, state, generated)
+        if (~fetch(state.done_B)).sum() <= fewest:
+            break
     return state, generated
 
 

@@ -1,4 +1,4 @@
-"""A generation request: validated once, on the host, from the model's config; its rows as they grow; its shapes."""
+"""A generation request: validated once, on the host, from the model's config; and its shapes."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -12,11 +12,14 @@ from ..errors import UsageError, argument, pluralize
 from ..model import cache, validation
 from ..model.model import Model
 from .options import Options, Sampling, check_option
-from .result import Token, TopLogprobs
+from .pages import PAGE
 from .sampler import bias_row, check_ids
-from .text_stream import Detokenizer, StopStrings, require_tokenizer
+from .text_stream import StopStrings, require_tokenizer
 
 SMALLEST_BUCKET = 16
+
+SHORT_CHUNK = 256
+"""Tokens that an accelerator reads between two decode steps."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,60 +29,17 @@ class Request:
     prompts         lists of token ids
     samplings       one for each row: prompt 0 n times, prompt 1 n times, ...
     options         as given
-    max_new_tokens  the limit of every row;  end_ids: the tokens that end one
+    limits          the most new tokens of each row;  end_ids: the tokens that end one
     capacity        slots of a row's cache;  cache_dtype: their storage
     """
 
     prompts: list[list[int]]
     samplings: list[Sampling]
     options: Options
-    max_new_tokens: int
+    limits: list[int]
     end_ids: list[int]
     capacity: int
     cache_dtype: np.dtype
-
-
-class Row:
-    """The tokens of one row, the `index`-th of its request. `finish_reason` is "stop" after an end token or stop
-    string, "length" at the limit, "interrupted" if Ctrl-C came first, and None before."""
-
-    def __init__(self, request: Request, index: int = 0):
-        tokenizer, self._request = request.options.tokenizer, request
-        prompt = request.prompts[index // request.options.n]
-        self.tokens: list[int] = []
-        self.logprobs: list[float] = []
-        self.top: list[TopLogprobs] = []
-        self.finish_reason: str | None = None if request.max_new_tokens else "length"
-        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop, prompt)
-        self._pieces: list[str] = []
-
-    @property
-    def text(self) -> str | None:
-        """The text so far, without end token and stop string; None without a tokenizer."""
-        return None if self._detokenizer is None else "".join(self._pieces)
-
-    def add(self, token: int, logprob: float, top: TopLogprobs = ()) -> Token:
-        """Append a token and return it as a stream yields it."""
-        self.tokens.append(token)
-        self.logprobs.append(logprob)
-        self.top.append(top)
-        text, is_end = "", token in self._request.end_ids
-        if self._detokenizer and not is_end:
-            text = self._detokenizer.add([token])
-        if is_end or (self._detokenizer and self._detokenizer.has_stopped):
-            self.finish_reason = "stop"
-        elif len(self.tokens) == self._request.max_new_tokens:
-            self.finish_reason = "length"
-        if self._detokenizer and self.finish_reason:
-            text += self._detokenizer.end()
-        self._pieces.append(text)
-        return Token(token, logprob, self.finish_reason, text if self._detokenizer else None, top)
-
-    def interrupt(self) -> None:
-        """End the row where it is, unless it has ended."""
-        if self.finish_reason is None:
-            self.finish_reason = "interrupted"
-            self._pieces.append(self._detokenizer.end() if self._detokenizer else "")
 
 
 def validate_for(
@@ -106,15 +66,12 @@ def validate(
     given = Options.of(options)
     rows = validation.check_prompts(prompts, cfg.vocab_size)
     limits = {"capacity": (1, cfg.max_position_embeddings), "top_logprobs": (0, cfg.vocab_size)}
-    given = Options(**{name: check_option(name, value, *limits.get(name, ())) for name, value in vars(given).items()})
-    limit, capacity = _fit_context(cfg, max(map(len, rows)), given)
-    check_option("min_new_tokens", given.min_new_tokens, 0, limit)
-    check_option("batch_size", given.batch_size, given.n)
-    if given.draft and not cfg.num_nextn_predict_layers:
-        raise UsageError(
-            f"{argument('draft', given.draft)} needs the MTP head, which this checkpoint does not have; "
-            f"use {argument('draft', 0)}"
-        )
+    wanted = check_limits(given.max_new_tokens, len(rows))
+    checked = {name: check_option(name, value, *limits.get(name, ())) for name, value in _scalars(given)}
+    given = dataclasses.replace(given, **checked)
+    most, capacity = _fit_context(cfg, [len(row) for row in rows], wanted, given.capacity)
+    check_option("min_new_tokens", given.min_new_tokens, 0, min(most))
+    require_drafts(cfg, given.draft)
     end_ids = [*cfg.eos_token_id, *check_ids("stop_token_ids", given.stop_token_ids, cfg.vocab_size)]
     samplings = expand_samplings(sampling, len(rows), given.n)
     for one in samplings[:: given.n]:
@@ -124,16 +81,48 @@ def validate(
             wanted = argument("min_new_tokens", given.min_new_tokens)
             raise UsageError(f"{wanted}, but only tokens that end a row may be sampled")
     _check_text(given)
-    return Request(rows, samplings, given, limit, end_ids, capacity, cache.dtype_of(given.cache_dtype, dtype))
+    each = [limit for limit in most for _ in range(given.n)]
+    return Request(rows, samplings, given, each, end_ids, capacity, cache.dtype_of(given.cache_dtype, dtype))
 
 
-def _fit_context(cfg: Config, longest: int, options: Options) -> tuple[int, int]:
-    """Return how many tokens a row may generate, and the capacity."""
-    slots = options.capacity or cfg.max_position_embeddings
+def require_drafts(cfg: Config, draft: int) -> None:
+    """Raise UsageError if tokens are to be drafted and the model has no MTP head."""
+    if draft and not cfg.num_nextn_predict_layers:
+        raise UsageError(
+            f"{argument('draft', draft)} needs the MTP head, which this checkpoint does not have; "
+            f"use {argument('draft', 0)}"
+        )
+
+
+def require_one_row(request: Request) -> None:
+    """Raise UsageError if the request of a stream has several continuations."""
+    if request.options.n != 1:
+        raise UsageError(f"a stream has one row, not {argument('n', request.options.n)}; use generate")
+
+
+def check_limits(given: Any, prompts: int) -> list[int | None]:
+    """Return the most new tokens of each prompt, None for as many as the context holds."""
+    each = list(given) if isinstance(given, list | tuple) else [given] * prompts
+    if len(each) != prompts:
+        name = argument("max_new_tokens")
+        raise UsageError(f"{name} has {len(each)} values for {prompts} prompts; give one for all or one each")
+    return [check_option("max_new_tokens", one) for one in each]
+
+
+def _scalars(options: Options) -> list[tuple[str, Any]]:
+    """Return the options that are one for all prompts."""
+    return [(name, value) for name, value in vars(options).items() if name != "max_new_tokens"]
+
+
+def _fit_context(
+    cfg: Config, lengths: Sequence[int], wanted: Sequence[int | None], capacity: int | None
+) -> tuple[list[int], int]:
+    """Return how many tokens each row may generate, and the capacity."""
+    slots = capacity or cfg.max_position_embeddings
+    limits = [max(slots - length, 0) if limit is None else limit for length, limit in zip(lengths, wanted, strict=True)]
+    need, longest, limit = max((length + limit, length, limit) for length, limit in zip(lengths, limits, strict=True))
     available = slots - longest
-    limit = max(available, 0) if options.max_new_tokens is None else options.max_new_tokens
     if limit > available:
-        need = longest + limit
         fewer = f"use {argument('max_new_tokens', available)} or less"
         remedies = [fewer if available >= 0 else "shorten the prompt"]
         remedies += [f"use {argument('capacity', need)}"] if need <= cfg.max_position_embeddings else []
@@ -141,8 +130,7 @@ def _fit_context(cfg: Config, longest: int, options: Options) -> tuple[int, int]
             f"the longest prompt has {pluralize(longest, 'token')} and up to {limit} new ones were requested, but a "
             f"row holds {slots}; {' or '.join(remedies)}"
         )
-    prefilled = bucket(longest) if longest <= chunk_size() else longest
-    return limit, options.capacity or capacity_for(cfg, prefilled + limit)
+    return limits, capacity or capacity_for(cfg, max(need, PAGE))
 
 
 def expand_samplings(sampling: Any, prompts: int, n: int) -> list[Sampling]:
@@ -185,6 +173,19 @@ def split_into_chunks(
             tokens_BT[b, : len(part)], next_BT[b, : len(after)] = part, after
         count_B = np.array([len(prompt[start : start + size]) for prompt in prompts], np.int32)
         yield tokens_BT, next_BT, np.pad(count_B, (0, batch - len(prompts)))
+
+
+def plan_chunk(unread: Sequence[int], running: int) -> tuple[int, int]:
+    """Return how many of the rows with so many unread tokens are read next, and how many tokens of each.
+
+    While rows generate `running` tokens a step, a chunk takes about as long as two steps.
+    """
+    if not running:
+        rows = 1 << (len(unread) - 1).bit_length()
+        return rows, min(chunk_size(rows), bucket(max(unread)))
+    most = bucket(2 * running if jax.default_backend() == "cpu" else SHORT_CHUNK)
+    size = min(chunk_size(), bucket(unread[0]), most)
+    return min(1 << (len(unread) - 1).bit_length(), max(1, most // size)), size
 
 
 def chunk_size(rows: int = 1) -> int:

@@ -52,9 +52,8 @@ class Stats:
 
     @property
     def decode_tokens_per_second(self) -> float:
-        """Tokens generated per second, without the first of each row, which belongs to prefill."""
-        decoded = self.new_tokens - self.rows
-        return decoded / self.decode_seconds if self.decode_seconds and decoded > 0 else 0.0
+        """Tokens generated per second."""
+        return self.new_tokens / self.decode_seconds if self.decode_seconds else 0.0
 
     @property
     def acceptance(self) -> float:

@@ -80,7 +80,7 @@ def make_params(
         min_new_B=column([min_new] * rows, np.int32),
         max_new_B=column([max_new] * rows if isinstance(max_new, int) else max_new, np.int32),
     )
-    return jax.device_put(params)
+    return params
 
 
 def bias_row(sampling: Sampling, vocab_size: int, tokens: int) -> np.ndarray:

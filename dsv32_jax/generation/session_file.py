@@ -18,7 +18,7 @@ from ..model.model import Model
 from ..system.files import hash_chunks, replace_file, require_regular
 from .prefill_decode import Caches
 
-FORMAT = "dsv32_jax session 4"
+FORMAT = "dsv32_jax session 5"
 
 
 def identity(model: Model) -> str:

@@ -51,6 +51,7 @@ def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.
     """
     mtp, cache, length_B = model.mtp, state.draft_cache, state.cache.length_B
     assert mtp is not None and cache is not None
+    cache = cache.with_table(state.cache.table_Bd)
     slot_Bu = (length_B - state.unread_B)[:, None] + jnp.arange(state.next_Bu.shape[1], dtype=jnp.int32)
     z_BuD, cache = mtp(state.hidden_BuD, state.next_Bu, cache, slot_Bu)
     z_B1D = jnp.take_along_axis(z_BuD, jnp.maximum(state.unread_B - 1, 0)[:, None, None], axis=1)
@@ -61,4 +62,4 @@ def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.
         logit_BV = shard_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
         logit_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
         drafts.append(sample(params, logit_BV, length_B + 1 + u))
-    return drafts, cache
+    return drafts, cache.with_table(None)

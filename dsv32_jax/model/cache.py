@@ -43,11 +43,6 @@ class LayerCache(Summarized):
         """The number of positions of a row."""
         return self.k_r_yqR.shape[1] * (1 if self.table_Bd is None else self.table_Bd.shape[1])
 
-    def resize(self, capacity: int) -> Self:
-        """Return the first `capacity` slots of each page, padded with empty ones."""
-        more = (0, capacity - self.k_r_yqR.shape[1], 0)
-        return jax.tree.map(lambda x: jax.lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), more, (0, 0, 0)]), self)
-
     def with_table(self, table_Bd: jax.Array | None) -> Self:
         """Return the same pages with this table."""
         return dataclasses.replace(self, table_Bd=table_Bd)
@@ -83,11 +78,10 @@ class LayerCache(Summarized):
         """Return `count` vectors of each row from position `start` on, [B, count, n]. Both are multiples of runs that
         stand together in a page, and are read so."""
         pages, page = rows.shape[:2]
-        run = math.gcd(page, count)
-        position_d = start + jnp.arange(0, count, run)
-        batch = pages if self.table_Bd is None else len(self.table_Bd)
-        run_Bd = jnp.maximum(self.slots(jnp.broadcast_to(position_d, (batch, len(position_d)))), 0) // run
-        found = jax.tree.map(lambda x: x.reshape(-1, run, x.shape[-1])[run_Bd].reshape(batch, count, -1), rows)
+        batch, run = pages if self.table_Bd is None else len(self.table_Bd), math.gcd(page, count)
+        position = jnp.broadcast_to(start + jnp.arange(0, count, run), (batch, count // run))
+        at = jnp.maximum(self.slots(position), 0) // run
+        found = jax.tree.map(lambda x: x.reshape(-1, run, x.shape[-1])[at].reshape(batch, count, -1), rows)
         return cache_formats.read(found, dtype)
 
 
@@ -135,10 +129,6 @@ class Cache(Summarized):
             "layers": f"{len(self.layers)}, {self.layers[0].c_kv_yqC.dtype}, {format_size(sum(map(nbytes, arrays)))}",
             "devices": describe_devices(arrays),
         }
-
-    def resize(self, capacity: int) -> Self:
-        """Return the first `capacity` slots of each row, padded with empty ones."""
-        return dataclasses.replace(self, layers=tuple(layer.resize(capacity) for layer in self.layers))
 
 
 def empty_layer(cfg: Config, batch: int, capacity: int, dtype) -> LayerCache:

@@ -24,8 +24,9 @@ from dsv32_jax.cli.screen import Screen
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
-from dsv32_jax.generation.request import Row, validate
+from dsv32_jax.generation.request import validate
 from dsv32_jax.generation.result import Generation, Stats
+from dsv32_jax.generation.row import Row
 from dsv32_jax.generation.session import session
 from dsv32_jax.model.model import Origin
 from tests import models
@@ -121,7 +122,7 @@ def test_turns(talk, capsys):
     )
     out, err = capsys.readouterr()
     assert out == "Hello.\nBye.\n" and re.search(
-        r"\[read \d+ prompt tokens at [\d.]+ tokens/s, generated 5 tokens at 8.0 tokens/s; context \d+/2000\]", err
+        r"\[read \d+ prompt tokens at [\d.]+ tokens/s, generated 5 tokens at 10.0 tokens/s; context \d+/2000\]", err
     )
 
 

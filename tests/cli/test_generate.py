@@ -318,14 +318,14 @@ def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
 
     def interrupt(self, *given):
         steps.append(given)
-        if len(steps) == 2:
+        if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
         return decode(self, *given)
 
-    from dsv32_jax.generation.engine import Engine
+    from dsv32_jax.generation.batch import Batch
 
-    decode = Engine._decode
-    monkeypatch.setattr(Engine, "_decode", interrupt)
+    decode = Batch.decode
+    monkeypatch.setattr(Batch, "decode", interrupt)
     code, out, err = dsv32("generate", checkpoint, "ab", *FEW, "--json", "--stream")
     assert code == 130 and len(out.splitlines()) == 3 and "interrupted" in err
     steps.clear()

@@ -1,0 +1,147 @@
+"""`dsv32 bench engine`: ragged requests, shared beginnings, and a long prompt among running rows, on random weights."""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..config import Config
+from ..generation.engine import Engine
+from ..generation.generate import engine as make_engine
+from ..generation.generate import generate
+from ..generation.result import Generation
+from ..model.model import Model
+from .context import WIDE, make_config
+from .decode_step import make_model
+
+SIZES = {**WIDE, "num_attention_heads": 16, "q_lora_rank": 256, "index_n_heads": 8}
+LAYERS = 3
+
+LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
+SHARING, SHARED, PROMPT = 64, 1024, 1100
+RUNNING, LONG = 8, 8192
+
+EXPLANATION = """\
+ragged: {requests} requests, prompts of 8-512 tokens, answers of 1-256, {rows} rows at once. static: in groups, until
+the longest ends. full: decoding {rows} rows that do not end. prefix: how much faster 64 prompts of 1,100 tokens are
+read that share 1,024. stretch: 99th percentile of the time between tokens of 8 rows while a prompt of 8,192 is read,
+as a multiple of the usual time. Compilation is not counted."""
+
+
+def draw(rng: np.random.Generator, cfg: Config, length: int) -> list[int]:
+    """Return random token ids."""
+    return rng.integers(3, cfg.vocab_size, length).tolist()
+
+
+def measure_ragged(model: Model, requests: int, rows: int) -> dict[str, float]:
+    """Return the rates of ragged requests in one call, in groups, and of rows that do not end."""
+    rng, cfg = np.random.default_rng(0), model.cfg
+    prompts = [draw(rng, cfg, int(n)) for n in rng.integers(8, LONGEST_PROMPT + 1, requests)]
+    limits = rng.integers(1, LONGEST_ANSWER + 1, requests).tolist()
+    order = sorted(range(requests), key=lambda i: len(prompts[i]))
+    groups = [order[i : i + rows] for i in range(0, requests, rows)]
+
+    def run(chosen: Sequence[int]) -> tuple[int, float]:
+        begun = time.perf_counter()
+        made = generate(
+            model,
+            [prompts[i] for i in chosen],
+            max_new_tokens=[limits[i] for i in chosen],
+            min_new_tokens=1,
+            batch_size=rows,
+            capacity=LONGEST_PROMPT + LONGEST_ANSWER,
+        )
+        return made.stats.new_tokens, time.perf_counter() - begun - made.stats.compile_seconds
+
+    def rate(parts: Sequence[Sequence[int]]) -> float:
+        tokens, seconds = zip(*map(run, parts), strict=True)
+        return sum(tokens) / sum(seconds)
+
+    run(order[:rows])
+    full = _decode_all(model, [draw(rng, cfg, 16) for _ in range(rows)])
+    return {
+        "ragged_tokens_per_s": rate([range(requests)]),
+        "static_tokens_per_s": rate(groups),
+        "full_tokens_per_s": full.stats.decode_tokens_per_second,
+    }
+
+
+def _decode_all(model: Model, prompts: Sequence[Sequence[int]]) -> Generation:
+    capacity = LONGEST_PROMPT + LONGEST_ANSWER
+    count = LONGEST_ANSWER
+    return generate(model, prompts, max_new_tokens=count, min_new_tokens=count, capacity=capacity)
+
+
+def measure_prefixes(model: Model, rows: int) -> float:
+    """Return how much faster prompts are read that share most of their tokens."""
+    rng, cfg = np.random.default_rng(1), model.cfg
+    seconds = []
+    for shared in (draw(rng, cfg, SHARED), None):
+        prompts = [(shared or draw(rng, cfg, SHARED)) + draw(rng, cfg, PROMPT - SHARED) for _ in range(SHARING)]
+        for _ in range(2):
+            with _open(model, rows, PROMPT + 1) as engine:
+                begun = time.perf_counter()
+                streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
+                for stream in streams:
+                    list(stream)
+                spent = time.perf_counter() - begun - engine.loop.totals["compile_seconds"]
+        seconds.append(spent)
+    return seconds[1] / seconds[0]
+
+
+def measure_stretch(model: Model) -> tuple[float, int]:
+    """Return the stretch of the time between tokens while a long prompt is read, and the pages that are leaked."""
+    rng, cfg = np.random.default_rng(2), model.cfg
+    capacity = min(LONG + 1024, cfg.max_position_embeddings)
+    length, most = min(LONG, capacity - 1), capacity - 16
+    usual: list[float] = []
+    stretched: list[float] = []
+    with _open(model, RUNNING + 1, capacity) as engine:
+        for _ in range(2):
+            for seconds, prompt in ((usual, None), (stretched, draw(rng, cfg, length))):
+                seconds.clear()
+                prompts = [draw(rng, cfg, 8) for _ in range(RUNNING)]
+                running = [engine.submit(one, max_new_tokens=most, min_new_tokens=most) for one in prompts]
+                for stream in running:
+                    next(stream)
+                late = None if prompt is None else engine.submit(prompt, max_new_tokens=1)
+                while len(seconds) < 64 if late is None else engine.loop.scheduler.reading or not seconds:
+                    begun, before = time.perf_counter(), engine.loop.totals["compile_seconds"]
+                    engine.wait(lambda: False, steps=1)
+                    compiled = engine.loop.totals["compile_seconds"] - before
+                    seconds.append(time.perf_counter() - begun - compiled)
+                for stream in [*running, *([late] if late else [])]:
+                    stream.close()
+        stats = engine.stats()
+        known = sum(pool.known for pool in engine.loop.scheduler.pools)
+        leaked = int(stats["pages_of_rows"] + stats["pages_used"] - known)
+    return statistics.quantiles(stretched, n=100)[98] / statistics.median(usual), leaked
+
+
+def _open(model: Model, rows: int, capacity: int) -> Engine:
+    return make_engine(model, rows=rows, capacity=capacity)
+
+
+def measure_engine(cfg: Config, requests: int, rows: int) -> dict[str, Any]:
+    """Return all figures."""
+    model = make_model(cfg)
+    figures: dict[str, Any] = measure_ragged(model, requests, rows)
+    figures["prefix_speedup"] = measure_prefixes(model, rows)
+    figures["stretch_p99"], figures["pages_leaked"] = measure_stretch(model)
+    return figures
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Print the figures as a table or as one JSON object."""
+    cfg = Config.from_json(arguments.config) if arguments.config else make_config(SIZES, LAYERS)
+    figures = measure_engine(cfg, arguments.requests, arguments.rows)
+    if arguments.json:
+        print(json.dumps(figures))
+        return
+    print(EXPLANATION.format(requests=arguments.requests, rows=arguments.rows))
+    for name, value in figures.items():
+        print(f"{name:22}{value:10.2f}")

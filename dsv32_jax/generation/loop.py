@@ -1,0 +1,187 @@
+"""One step of the engine: rows are admitted, a chunk of prompts is read, rows that generate take some decode steps."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from itertools import zip_longest
+from typing import Any
+
+import jax
+
+from ..errors import pluralize
+from ..model.model import Model
+from ..parallel import multihost
+from ..system.compilation import count_compilations, log_slow_compilation
+from . import memory
+from .batch import SEGMENT_TOKENS, Batch, Made, find_nonfinite
+from .pages import PAGE, count_pages
+from .prefill_decode import Caches
+from .request import plan_chunk
+from .row import Row
+from .scheduler import Scheduler, Seat
+
+SEGMENT_SECONDS = 0.5
+"""`decode` returns to the host about this often, so that Ctrl-C is noticed."""
+
+COUNTERS = ("compiles", "generated", "prefix_hits", "preemptions", "answered")
+SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds", "first_token_seconds")
+
+
+class Loop:
+    """A batch of rows on the device, and the scheduler that fills it.
+
+    scheduler  which rows have places in the batch, which wait, and the pages they have
+    totals     counters of what was done so far
+    """
+
+    def __init__(self, model: Model, scheduler: Scheduler, batch: Batch):
+        self.model, self.scheduler, self.batch, self.draft = model, scheduler, batch, batch.draft
+        self.totals: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), **dict.fromkeys(SECONDS, 0.0)}
+        self._segment = self._blocks = 1
+
+    def submit(self, row: Row) -> None:
+        """Let the row wait. The table is as long as the longest row needs since there was none."""
+        empty = not any(self.scheduler.places) and not self.scheduler.waiting
+        blocks = memory.round_up_rows(count_pages(len(row.prompt) + row.limit))
+        self._blocks = blocks if empty else max(self._blocks, blocks)
+        self.scheduler.submit(row)
+
+    def advance(self, steps: int | None) -> None:
+        """Take a step. Raises CapacityError if the device runs out of memory."""
+        with self.protect():
+            self._seat(self.scheduler.admit())
+            self._read()
+            self._decode(steps)
+
+    @contextlib.contextmanager
+    def protect(self) -> Iterator[None]:
+        """If a program fails or is interrupted in the `with`, let the rows wait again, and read anew what they had."""
+        try:
+            yield
+        except BaseException:
+            if self.batch.state is None:
+                self.scheduler.clear()
+            raise
+
+    def copy_out(self, tokens: Sequence[int]) -> Caches | None:
+        """Return a contiguous cache of one row with what is known of these tokens, None if nothing is."""
+        shard, prefix = self.scheduler.find(tokens)
+        pages = [*prefix.pages, *([] if prefix.rest is None else [prefix.rest])]
+        first = shard * len(self.scheduler.pools[0].users)
+        return self.batch.copy_out([first + page for page in pages], prefix.count) if pages else None
+
+    def copy_in(self, tokens: Sequence[int], caches: Caches) -> None:
+        """Let these tokens be found, which are in a contiguous cache of one row."""
+        pool = self.scheduler.pools[0]
+        pages = pool.take(count_pages(len(tokens)))
+        assert pages is not None
+        self.batch.copy_in(pages, caches)
+        pool.insert(tokens, pages)
+        pool.release(pages)
+
+    def _seat(self, seats: Sequence[Seat]) -> None:
+        """Write what the device has to know of rows that were admitted."""
+        if not seats:
+            return
+        with self._measure("prefill"):
+            self.batch.state = self.batch.seat(seats)
+        for row, _ in seats:
+            self.totals["prefix_hits"] += row.length
+            row.read += not row.unread
+
+    def _read(self) -> None:
+        """Read the next chunk of prompts."""
+        scheduler, shards = self.scheduler, len(self.scheduler.pools)
+        if not (reading := scheduler.reading):
+            return
+        groups = [[row for row in reading if scheduler.shard_of(row) == shard] for shard in range(shards)]
+        unread = [max(row.unread for row in rows if row) for rows in zip_longest(*groups)]
+        rows, size = plan_chunk(unread, len(scheduler.running) and len(scheduler.places) * (1 + self.draft))
+        chunk: list[Row | None] = []
+        for group in groups:
+            chunk += [*group[:rows], *[None] * (rows - len(group))]
+        with self._measure("prefill"):
+            state = self.batch.read(chunk, size, self._blocks)
+            for row in filter(None, chunk):
+                count = min(size, row.unread)
+                row.length, row.read, row.unsure = row.length + count, row.read + count, 0
+                if not row.unread:
+                    row.read += 1
+                    scheduler.learn(row, row.length)
+            self.batch.state = state
+        for row in {id(row.request): row for row in chunk if row is not None}.values():
+            row.report()
+
+    def _decode(self, steps: int | None) -> None:
+        """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read."""
+        scheduler, each = self.scheduler, 1 + self.draft
+        count = 1 if scheduler.reading else min(steps or self._segment, SEGMENT_TOKENS // each)
+        waiting = len(scheduler.waiting)
+        while not scheduler.reserve(count * each):
+            count //= 2
+        self.totals["preemptions"] += len(scheduler.waiting) - waiting
+        if not (running := scheduler.running):
+            return
+        begun, fewest = time.perf_counter(), len(running) - 1 if scheduler.waiting else 0
+        with self._measure("decode"):
+            state, made = self.batch.decode(running, count, fewest, self._blocks)
+            if self._collect(running, made):
+                self.batch.state = state
+        if steps is None and not scheduler.reading:
+            slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
+            longer = min(self._segment * 2, SEGMENT_TOKENS // each)
+            self._segment = max(1, self._segment // 2) if slow else longer
+
+    def _collect(self, running: Sequence[Row], made: Made) -> bool:
+        """Hand out the tokens that a program generated. Returns False where logits were not finite: nothing in the
+        cache is trusted then, because what is masked is multiplied with zero, and a NaN stays one."""
+        if bad := [row for row in running if not made.finite_B[row.slot]]:
+            self._blame(bad, made)
+        for row in running:
+            count, row.steps = int(made.count_B[row.slot]), int(made.step_B[row.slot])
+            row.length, row.made = row.length + count, row.made + count
+            row.unsure = int(made.unread_B[row.slot]) - 1 if self.draft else 0
+            row.news.append(row)
+            for token in made.tokens(row, row.request.options.top_logprobs):
+                if row.finish_reason:
+                    break
+                if not row.tokens:
+                    self.totals["answered"] += 1
+                    self.totals["first_token_seconds"] += time.perf_counter() - row.submitted
+                row.pending.append(row.add(*token))
+                self.totals["generated"] += 1
+        if bad:
+            self.scheduler.clear()
+        for row in running:
+            if row.finish_reason:
+                self.scheduler.release(row)
+        return not bad
+
+    def _blame(self, bad: Sequence[Row], made: Made) -> None:
+        """End rows with logits that are not finite with an error that names the first of each request."""
+        for row in bad:
+            others = sum(row.request is other.request for other in bad)
+            tokens = row.tokens + [token for token, *_ in made.tokens(row, 0)][:-1]
+            origin = find_nonfinite(self.model, row.prompt + tokens)
+            error = FloatingPointError(
+                f"the logits of {pluralize(others, 'row')} are not finite: row {row.index}, new token {len(tokens)}; "
+                f"the first output that is not finite is that of {origin}. Check the checkpoint's weights"
+            )
+            row.interrupt(error)
+
+    @contextlib.contextmanager
+    def _measure(self, part: str) -> Iterator[None]:
+        """Add the seconds of the `with` to `part`, except those of compilation, which have an account of their own."""
+        begun, rows = time.perf_counter(), len(self.scheduler.places)
+        program = f"{part} (batch {rows}, {self._blocks * PAGE} tokens)"
+        with count_compilations() as compiled, log_slow_compilation(program, compiled):
+            try:
+                yield
+            except jax.errors.JaxRuntimeError as error:
+                page = memory.compute_page_bytes(self.model.cfg, self.batch.cache_dtype, self.draft)
+                raise memory.explain_exhaustion(
+                    self.model, page * len(self.scheduler.pools) * len(self.scheduler.pools[0].users), error
+                ) from error
+        self.totals["compiles"] += compiled.count
+        self.totals["compile_seconds"] += compiled.seconds
+        self.totals[f"{part}_seconds"] += max(0.0, time.perf_counter() - begun - compiled.seconds)

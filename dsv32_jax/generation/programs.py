@@ -1,0 +1,49 @@
+"""The programs that the engine runs, and how XLA compiles them."""
+
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from . import prefill_decode
+from .prefill_decode import Generated, State
+
+DEFAULTS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,COLLECTIVES",
+    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+}
+"""XLA's CPU backend by default runs as much as it can side by side, and would dequantize all layers at once. On a GPU a
+step runs as CUDA graphs that include the all-reduces, and a kernel waits only for its inputs. Each backend ignores the
+options of the other."""
+
+
+def compiler_options(flags: str) -> dict[str, str]:
+    """Return the compiler options of whole-model programs, except those that the user's XLA_FLAGS set."""
+    return {name: value for name, value in DEFAULTS.items() if f"--{name}=" not in flags}
+
+
+OPTIONS = compiler_options(os.environ.get("XLA_FLAGS", ""))
+
+
+class Programs(NamedTuple):
+    """The functions `prefill` and `decode` of prefill_decode.py, as they are run."""
+
+    prefill: Callable[..., State]
+    decode: Callable[..., tuple[State, Generated]]
+
+
+WHOLE = Programs(
+    jax.jit(prefill_decode.prefill, donate_argnames="state", compiler_options=OPTIONS),
+    jax.jit(
+        prefill_decode.decode,
+        static_argnames=("step", "slots", "width"),
+        donate_argnames="state",
+        compiler_options=OPTIONS,
+    ),
+)
+"""The whole model is one program, compiled once for each bucket of shapes."""
+
+LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise)
+"""Each kind of layer is one program, called from Python: compiles in seconds, runs slower."""

@@ -1,0 +1,35 @@
+"""`dsv32 bench engine`, at tiny size so that it cannot rot."""
+
+import json
+
+import pytest
+
+from dsv32_jax import cli
+from dsv32_jax.bench import engine as bench
+from tests.conftest import REPOSITORY
+
+
+@pytest.fixture
+def small_sizes(monkeypatch):
+    """A few short requests."""
+    sizes = {"LONGEST_PROMPT": 40, "LONGEST_ANSWER": 12, "SHARING": 4, "SHARED": 130, "PROMPT": 140}
+    for name, size in {**sizes, "RUNNING": 2, "LONG": 100}.items():
+        monkeypatch.setattr(bench, name, size)
+
+
+def test_figures(small_sizes, capsys):
+    """One JSON object: rates, a speedup by reuse, how far a long prompt holds up others, and no page lost."""
+    line = ["bench", "engine", "--config", str(REPOSITORY / "configs" / "tiny.json"), "--requests", "6", "--rows", "2"]
+    assert cli.main([*line, "--json"]) == 0
+    figures = json.loads(capsys.readouterr().out)
+    rates = {"ragged_tokens_per_s", "static_tokens_per_s", "full_tokens_per_s", "prefix_speedup", "stretch_p99"}
+    assert figures.keys() == {*rates, "pages_leaked"} and figures["pages_leaked"] == 0
+    assert all(figures[name] > 0 for name in rates)
+
+
+def test_the_table(monkeypatch, capsys):
+    """Figures with what they are."""
+    monkeypatch.setattr(bench, "measure_engine", lambda cfg, requests, rows: {"pages_leaked": requests + rows})
+    assert cli.main(["bench", "engine", "--rows", "3", "--requests", "4"]) == 0
+    out = capsys.readouterr().out
+    assert "4 requests" in out and "7.00" in out
