@@ -84,6 +84,19 @@ def pytest_xdist_make_scheduler(config, log):
     return ByProgram(config, log)
 
 
+MOST_MAPS = 20_000
+"""Linux gives a process 65,530 memory maps. XLA takes some for each program, and crashes if there are no more."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_programs():
+    """Programs of the files before are dropped once they are many."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > MOST_MAPS:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory) -> Path:
     """A folder for what is made once and used by many tests."""
