@@ -3,6 +3,7 @@
 python -m tests.gpu          # a few minutes; ends with "all is the same", or an error
 """
 
+import dataclasses
 import os
 from functools import partial
 
@@ -11,8 +12,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+import configs
 import dsv32_jax as ds
-from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.random_weights import leaf_maker
 from dsv32_jax.kernels import VARIABLE, dispatch, gpu_attention
 from dsv32_jax.model import indexer, mla
@@ -26,6 +27,19 @@ SIZES = (
     (1, 64, 70, 2048), (2, 100, 65, 384), (1, 256, 128, 1024), (1, 300, 257, 768), (4, 2, 512, 128),
 )  # fmt: skip
 """Blocks, rows, outputs, inputs."""
+
+SMALL = {
+    **{"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 1024, "moe_intermediate_size": 256},
+    **{"first_k_dense_replace": 1, "num_nextn_predict_layers": 0, "n_routed_experts": 16},
+    **{"num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8},
+}
+"""Sizes of whole models that differ from DeepSeek-V3.2."""
+
+
+def small_config(layers: int) -> ds.Config:
+    """DeepSeek-V3.2's config with SMALL sizes and `layers` layers, the first of them dense."""
+    cfg = ds.Config.from_json(configs.path("deepseek_v32"))
+    return dataclasses.replace(cfg, **SMALL, num_hidden_layers=layers)
 
 
 def bank(kind: str, rng, many: int, out: int, size: int):
@@ -122,8 +136,7 @@ def same(what: str, got, want, tolerance: float) -> None:
 
 def models(mesh: str | None) -> None:
     """The largest difference of logits between kernels and XLA's own products, and greedy tokens."""
-    small = {"hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8}
-    cfg = make_config({**WIDE, **small}, 2)
+    cfg = small_config(2)
     where = None if mesh is None else ds.mesh(mesh)
     tokens = np.random.default_rng(1).integers(3, cfg.vocab_size, (4, 40), np.int32)
     model = build(cfg, jnp.float32, leaf_maker(cfg, jnp.float32, mesh=where), mesh=where)

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import dsv32_jax as ds
-from dsv32_jax.bench.context import WIDE, make_config
 from dsv32_jax.checkpoint.load import place_on_host
 from dsv32_jax.checkpoint.random_weights import leaf_maker
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.model import build
+from tests.gpu import small_config
 
 
 def make(cfg, dtype, host_layers, mesh=None):
@@ -28,8 +28,7 @@ def make(cfg, dtype, host_layers, mesh=None):
 
 
 def main() -> None:
-    small = {"hidden_size": 256, "num_attention_heads": 8, "q_lora_rank": 128, "index_n_heads": 8}
-    cfg = make_config({**WIDE, **small}, 3)
+    cfg = small_config(3)
     tokens = np.random.default_rng(1).integers(3, cfg.vocab_size, (2, 300), np.int32)
     for mesh in [None] if jax.device_count() == 1 else ["expert=2", "model=2", "data=2"]:
         where = None if mesh is None else ds.mesh(mesh)

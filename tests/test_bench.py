@@ -9,60 +9,13 @@ import numpy as np
 import pytest
 
 from dsv32_jax.bench import convert as bench_convert
-from dsv32_jax.bench import layer as bench
 from dsv32_jax.bench import load as bench_load
 from dsv32_jax.bench import measure
 from dsv32_jax.checkpoint import random_weights
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.experts import apply_experts
-from dsv32_jax.model.moe import MoE
 from dsv32_jax.quantization.formats import NVFP4, dequantize
-
-KEYS = set(
-    "part batch context compile_seconds seconds cpu_seconds bytes read_seconds temporary_bytes peak_bytes".split()
-)
-
-
-@pytest.fixture(scope="module")
-def rows(tiny):
-    """Every row of `bench layer`, with a context beyond index_topk."""
-    return list(bench.measure_layer(tiny, batches=(1, 2), contexts=(1, tiny.index_topk + 4), seconds=0.01))
-
-
-def test_layer_rows(rows, tiny):
-    """A row for each batch of the MoE block, then for each batch and context of attention."""
-    assert all(set(row) == KEYS for row in rows)
-    assert [(row["part"].split(",")[0], row["batch"], row["context"]) for row in rows] == [
-        *(("MoE", 1, None), ("MoE", 2, None)),
-        *(("attention", batch, context) for batch in (1, 2) for context in (1, 24)),
-    ]
-    used, experts = tiny.num_experts_per_tok, tiny.n_routed_experts
-    assert rows[0]["part"] == f"MoE, {used} of {experts} experts chosen"
-    assert "sparse, 20 of 24 tokens" in rows[5]["part"]
-    assert all(row["seconds"] > 0 and row["peak_bytes"] > 0 and row["read_seconds"] > 0 for row in rows)
-
-
-def test_layer_bytes(rows, tiny):
-    """NVFP4 is 9/16 of a byte a weight and 4 bytes a matrix; the experts that a row names are those it counts."""
-    sizes = tiny.dims
-    expert = 3 * (sizes["D"] * sizes["M"] * 9 // 16 + 4)
-    for row in rows[:2]:
-        chosen, experts = (int(word) for word in row["part"].split() if word.isdigit())
-        assert row["bytes"] == experts * (2 * sizes["D"] + 4) + expert + chosen * expert
-    table = {leaf.path: leaf for leaf in leaves(tiny) if leaf.path.startswith(("layers.0.mla.", "layers.0.indexer."))}
-    bits = {"nvfp4": 4.5, "bfloat16": 16, "float32": 32}
-    kinds = [(random_weights.storage(leaf), np.prod(leaf.shape)) for leaf in table.values()]
-    expected = sum(bits[kind] * size / 8 + 4 * (kind == "nvfp4") for kind, size in kinds)
-    assert {row["bytes"] for row in rows if row["part"].startswith("attention")} == {expected}
-
-
-def test_bytes_of_chosen_experts(tiny):
-    """Repeated ids count once."""
-    moe = bench.make_block(MoE, tiny, "layers.1.ffn.")
-    whole, each = bench._count_bytes(moe), 3 * (tiny.hidden_size * tiny.moe_intermediate_size * 9 // 16 + 4)
-    assert bench.count_read_bytes(moe, np.arange(12)) == whole
-    assert bench.count_read_bytes(moe, np.array([[[3, 5]], [[5, 3]], [[3, 11]]])) == whole - 9 * each
 
 
 def test_random_leaves(tiny):
@@ -135,13 +88,6 @@ def test_convert_layers():
     for text in ("5", "0+0", "1+1+1", "60+2", "-1+2"):
         with pytest.raises(UsageError, match=re.escape(repr(text))):
             bench_convert.make_config(text)
-
-
-def test_tables_fit(rows):
-    """All lines of the table end in the same column, and no number runs into its neighbour."""
-    heading, *lines = measure.format_table(bench.COLUMNS, rows)
-    assert {len(line) for line in lines} == {len(heading)}
-    assert heading.split("  ")[0] == "part"
 
 
 def test_temporaries_do_not_grow_with_the_experts():

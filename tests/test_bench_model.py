@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,8 +12,10 @@ import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.bench import decode_step, profile
 from dsv32_jax.bench import model as bench
-from dsv32_jax.bench.decode_step import count_weight_bytes, make_model
+from dsv32_jax.bench.decode_step import DecodeStep, count_weight_bytes, fill_cache, make_model
 from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.model.cache import dtype_of
+from dsv32_jax.quantization import cache_formats
 from tests.conftest import REPOSITORY
 
 TINY = str(REPOSITORY / "configs" / "tiny.json")
@@ -38,13 +41,38 @@ def test_rows(asked):
     """One for the weights, one a batch and context with its parts, one for reading."""
     made, decode, read = bench.measure_model(asked, seconds=0.0)
     assert made["kind"] == "made" and made["memory"] > 0 and made["copied"] > 0 and made["all_reduce"] > 0
+    assert decode["cpu"] > 0 and decode["plain_read"] > 0
     assert decode["floor"] > decode["read"] / made["copied"] + made["all_reduce"]
     assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
     assert {"attention", "experts", "head", "sampling", "collectives"} <= set(decode["parts"])
     assert decode["parts"].keys() <= {*profile.SCOPES, profile.OTHER, "collectives"}
     assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
     assert read["kind"] == "read" and read["step"] > 0
-    assert all(bench.format_row(row) for row in (made, decode, read))
+    assert bench.format_row(read).startswith("prefill of ")
+    headings, line = bench.format_row(made).splitlines()[1], bench.format_row(decode).splitlines()[0]
+    assert headings.split()[:3] == ["batch", "context", "step"] and len(line) <= len(headings)
+
+
+def test_a_filled_cache_has_no_empty_slot(asked):
+    """Different in every slot, component and layer, of standard deviation 1; the last slot is for the new token."""
+    cache = fill_cache(asked.cfg, 64, dtype_of("bfloat16", jnp.bfloat16))
+    assert cache.length_B.tolist() == [63] and cache.capacity == 64 and len(cache.layers) == 2
+    values = [layer.latents(jnp.float32)[0] for layer in cache.layers]
+    values += [cache_formats.read(layer.k_index_yqJ, jnp.float32)[:, :64] for layer in cache.layers]
+    assert len({value.tobytes() for array in values for value in np.asarray(array)[0, :, :16]}) == 4 * 64
+    assert all(abs(float(array.std()) - 1) < 0.05 for array in values)
+
+
+def test_a_step_stays_in_the_last_slot(asked):
+    """Each run processes one token at the same place, the cache having been handed over."""
+    cache = fill_cache(asked.cfg, 32, dtype_of("bfloat16", jnp.bfloat16))
+    before = np.asarray(cache_formats.read(cache.layers[0].k_index_yqJ, jnp.float32)[:, :32])
+    step = DecodeStep(make_model(asked.cfg), cache)
+    for _ in range(3):
+        step.run()
+    assert step.state.cache.length_B.tolist() == [32] and step.state.step_B.tolist() == [3]
+    after = np.asarray(cache_formats.read(step.state.cache.layers[0].k_index_yqJ, jnp.float32)[:, :32])
+    assert (before != after).any(axis=-1).tolist() == [[False] * 31 + [True]]
 
 
 def test_kernels_that_exchange():

@@ -51,7 +51,7 @@ CONVERT_MUST_NOT_IMPORT = {
 
 ENTRANCES = {
     *("cli.app", "cli.demo", "inspect.weights"),
-    *("bench.layer", "bench.load", "bench.model", "bench.kernels", "bench.convert", "bench.context"),
+    *("bench.load", "bench.model", "bench.kernels", "bench.convert", "bench.engine"),
 }
 """Where the library calls `convert` and reads `configs`."""
 

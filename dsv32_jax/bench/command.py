@@ -9,26 +9,14 @@ from typing import Any
 def add(commands: Any) -> None:
     """Add `bench` to the subparsers `commands`; each of its commands sets `run`, which takes the parsed arguments."""
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
-    layer = bench.add_parser("layer", help="one attention and one MoE block at the true dimensions (needs 12 GB)")
-    layer.set_defaults(run=partial(_run, "layer"))
     load = bench.add_parser("load", help="loading a checkpoint, beside a plain read of its bytes")
     load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
     load.add_argument("--json", action="store_true", help="print one JSON object")
     load.set_defaults(run=partial(_run, "load"))
-    _add_context(bench)
     _add_engine(bench)
     _add_model(bench)
     _add_kernels(bench)
     _add_convert(bench)
-
-
-def _add_context(bench: Any) -> None:
-    context = bench.add_parser("context", help="the cost of a long context, part by part (needs 4 GB)")
-    add = context.add_argument
-    add("--section", choices=("decode", "prefill"), action="append", help="what to measure (default: both)")
-    add("--prefill", type=int, default=8192, metavar="N", help="tokens of the prompt (default: 8192)")
-    add("--layers", type=int, default=1, metavar="N", help="layers that read it (default: 1)")
-    context.set_defaults(run=partial(_run, "context"))
 
 
 def _add_convert(bench: Any) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 from ..config import Config
 from ..errors import UsageError
 from ..system.progress import parse_size
-from . import wide_source
+from . import full_size_source
 from .measure import Row, format_table, get_peak_memory
 
 VOCABULARY = 2048
@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the table for a source in each format."""
     cfg, limit = make_config(arguments.layers), arguments.max_memory
     print(EXPLANATION)
-    storages = arguments.source or list(wide_source.SUFFIXES)
+    storages = arguments.source or list(full_size_source.SUFFIXES)
     rows = (row for storage in storages for row in measure_convert(cfg, storage, limit, arguments.folder))
     for line in format_table(COLUMNS, rows):
         print(line, flush=True)
@@ -87,7 +87,7 @@ def measure_convert(cfg: Config, storage: str, max_memory: str, folder: str | No
     with tempfile.TemporaryDirectory(prefix="dsv32-bench-", dir=folder) as scratch:
         source, out = Path(scratch, "source"), Path(scratch, "converted")
         print(f"writing a checkpoint in {storage}", file=sys.stderr, flush=True)
-        wide_source.write(source, cfg, storage)
+        full_size_source.write(source, cfg, storage)
         size = _count_bytes(source)
         seconds = _time_cp(source, Path(scratch, "copy"))
         row = {"cp_speed": size / seconds, "cpu_seconds": None, "peak_bytes": None, "limit_bytes": None}

@@ -1,6 +1,7 @@
 """`dsv32 bench engine`: ragged requests, shared beginnings, and a long prompt among running rows, on random weights."""
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -15,11 +16,22 @@ from ..generation.generate import engine as make_engine
 from ..generation.generate import generate
 from ..generation.result import Generation
 from ..model.model import Model
-from .context import WIDE, make_config
 from .decode_step import make_model
 
-SIZES = {**WIDE, "num_attention_heads": 16, "q_lora_rank": 256, "index_n_heads": 8}
-LAYERS = 3
+SIZES = {
+    "vocab_size": 2048,
+    "hidden_size": 1024,
+    "intermediate_size": 1024,
+    "moe_intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "first_k_dense_replace": 1,
+    "num_nextn_predict_layers": 0,
+    "n_routed_experts": 16,
+    "num_attention_heads": 16,
+    "q_lora_rank": 256,
+    "index_n_heads": 8,
+}
+"""The sizes that differ from DeepSeek-V3.2 in the small model."""
 
 LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
 SHARING, SHARED, PROMPT = 64, 1024, 1100
@@ -137,7 +149,10 @@ def measure_engine(cfg: Config, requests: int, rows: int) -> dict[str, Any]:
 
 def run(arguments: argparse.Namespace) -> None:
     """Print the figures as a table or as one JSON object."""
-    cfg = Config.from_json(arguments.config) if arguments.config else make_config(SIZES, LAYERS)
+    from .. import configs
+
+    cfg = Config.from_json(arguments.config or configs.path("deepseek_v32"))
+    cfg = cfg if arguments.config else dataclasses.replace(cfg, **SIZES)
     figures = measure_engine(cfg, arguments.requests, arguments.rows)
     if arguments.json:
         print(json.dumps(figures))

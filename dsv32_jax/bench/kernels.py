@@ -18,8 +18,8 @@ from ..config import Config
 from ..kernels import VARIABLE, dispatch
 from ..quantization.formats import Weight, dequantize
 from ..system.compilation import require_device
-from .limits import make_copy
-from .measure import Row, format_table, make_reader, measure_fastest, measure_median
+from .limits import make_copy, make_reader
+from .measure import Row, format_table, measure_fastest, measure_median
 
 EXPLANATION = """\
 A product of M rows with one matrix [out, in], cycling through the matrices of a bank; activations in bfloat16. us:

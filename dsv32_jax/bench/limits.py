@@ -1,16 +1,22 @@
-"""Lower bounds of a step: how fast a device copies memory, and how long an all-reduce takes."""
+"""Lower bounds of a step: how fast a device copies memory or a host reads it, and how long an all-reduce takes."""
 
+import collections
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from ..config import Config
 from ..generation.programs import OPTIONS
+from ..system.host import count_cores
 from .measure import measure_median
+
+MAX_BUFFER = 256 << 20
 
 
 def measure_copy_speed(mesh: Mesh | None) -> float:
@@ -27,6 +33,19 @@ def make_copy(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
     x = jax.jit(lambda: jnp.zeros(size * devices // 4, jnp.uint32), out_shardings=sharding)()
     copy = jax.jit(lambda x: x + 1)
     return lambda: jax.block_until_ready(copy(x)), 2 * size
+
+
+def make_reader(nbytes: int) -> Callable[[], Any]:
+    """Return a function that reads `nbytes` of memory and adds them up on all cores: no computation is faster.
+
+    It goes over a buffer larger than caches as often as needed, so it takes little memory.
+    """
+    threads = count_cores()
+    buffer = np.ones(max(1, min(nbytes, MAX_BUFFER) // 8), np.uint64)
+    passes, rest = divmod(nbytes // 8, buffer.size)
+    parts = [part for piece in [*[buffer] * passes, buffer[:rest]] for part in np.array_split(piece, threads)]
+    pool = ThreadPoolExecutor(threads)
+    return lambda: collections.deque(pool.map(np.add.reduce, parts), maxlen=0)
 
 
 def measure_all_reduce(cfg: Config, mesh: Mesh | None, count: int = 64) -> float:

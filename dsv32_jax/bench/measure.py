@@ -1,22 +1,15 @@
-"""Times and memory of a function, a plain read of memory to compare with, and tables."""
+"""Times and memory of a function, and tables."""
 
-import collections
 import random
 import resource
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
-
-from ..system.host import count_cores
-
 MIN_REPEATS = 3
-MAX_BUFFER = 256 << 20
 
 Row = dict[str, Any]
 Key = TypeVar("Key")
@@ -58,19 +51,6 @@ def _repeat(runs: Mapping[Key, Callable[[], Any]], seconds: float) -> dict[Key, 
     return found
 
 
-def make_reader(nbytes: int) -> Callable[[], Any]:
-    """Return a function that reads `nbytes` of memory and adds them up on all cores: no computation is faster.
-
-    It goes over a buffer larger than caches as often as needed, so it takes little memory.
-    """
-    threads = count_cores()
-    buffer = np.ones(max(1, min(nbytes, MAX_BUFFER) // 8), np.uint64)
-    passes, rest = divmod(nbytes // 8, buffer.size)
-    parts = [part for piece in [*[buffer] * passes, buffer[:rest]] for part in np.array_split(piece, threads)]
-    pool = ThreadPoolExecutor(threads)
-    return lambda: collections.deque(pool.map(np.add.reduce, parts), maxlen=0)
-
-
 def get_peak_memory() -> int:
     """Return the most memory this process has held. Unlike VmHWM, ru_maxrss of a child starts at its parent's."""
     status = Path("/proc/self/status")
@@ -81,12 +61,23 @@ def get_peak_memory() -> int:
 
 
 def format_table(columns: Sequence[Column], rows: Iterable[Row]) -> Iterator[str]:
-    """Yield the lines of a table, each as soon as its row is there; the first column is aligned left."""
-
-    def align(texts: Sequence[str]) -> str:
-        first, *rest = zip(texts, (width for _, width, _ in columns), strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip()
-
-    yield align([heading for heading, _, _ in columns])
+    """Yield the lines of a table, each as soon as its row is there."""
+    yield format_headings(columns)
     for row in rows:
-        yield align([text(row) for _, _, text in columns])
+        yield format_line(columns, row)
+
+
+def format_headings(columns: Sequence[Column]) -> str:
+    """Return the first line of a table."""
+    return _align(columns, [heading for heading, _, _ in columns])
+
+
+def format_line(columns: Sequence[Column], row: Row) -> str:
+    """Return the line of a row."""
+    return _align(columns, [text(row) for _, _, text in columns])
+
+
+def _align(columns: Sequence[Column], texts: Sequence[str]) -> str:
+    """Align the first column left, the others right."""
+    first, *rest = zip(texts, (width for _, width, _ in columns), strict=True)
+    return "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip()

@@ -27,19 +27,35 @@ from ..model.model import Model
 from ..parallel import sharding
 from ..system.compilation import count_compilations, require_device
 from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model, require_memory
-from .limits import count_all_reduces, measure_all_reduce, measure_copy_speed
-from .measure import Row, get_peak_memory, measure_median
+from .limits import count_all_reduces, make_reader, measure_all_reduce, measure_copy_speed
+from .measure import Row, format_headings, format_line, get_peak_memory, measure_median
 from .profile import profile_scopes
 
 EXPLANATION = """\
-step: ms of a decode step of all rows, median; tok/s: tokens a second of all rows together. experts: the share that the
-rows of a device choose together in a layer, for the last tokens after a short context. weights: GB a device reads in a
-step, these experts and all the rest. GB/s: the two together, and as a share of what the device copies a second in this
-run (bytes read and written). floor: ms that reading these weights at that speed and the step's all-reduces take. Below
-each row: ms of a step by part, from a profile, as a device is busy with it; on a GPU of the same step without CUDA
-graphs, inside which a profile sees nothing."""
+step: ms of a decode step of all rows, median; cpu: the processor time in it, all cores together; tok/s: tokens a second
+of all rows together. experts: the share that the rows of a device choose together in a layer, for the last tokens after
+a short context. weights: GB a device reads in a step, these experts and all the rest. GB/s: the two together, and as a
+share of what the device copies a second in this run (bytes read and written). floor: ms that reading these weights at
+that speed and the step's all-reduces take. read: ms of a plain read of as many bytes, on a CPU by all cores, elsewhere
+at the speed of a copy. ratio: step / read. Below each row: ms of a step by part, from a profile, as a device is busy
+with it; on a GPU of the same step without CUDA graphs, inside which a profile sees nothing."""
 
-HEADINGS = "batch  context   step ms     tok/s  experts  weights GB     GB/s  of copy  floor ms  memory GB  compile s"
+COLUMNS = (
+    ("batch", 5, lambda row: str(row["batch"])),
+    ("context", 7, lambda row: str(row["context"])),
+    ("step ms", 8, lambda row: f"{row['step'] * 1e3:.2f}"),
+    ("cpu ms", 8, lambda row: f"{row['cpu'] * 1e3:.1f}"),
+    ("tok/s", 8, lambda row: f"{row['batch'] / row['step']:.1f}"),
+    ("experts", 7, lambda row: f"{row['experts']:.1%}"),
+    ("weights GB", 10, lambda row: f"{row['read'] / 1e9:.3f}"),
+    ("GB/s", 7, lambda row: f"{row['read'] / row['step'] / 1e9:.1f}"),
+    ("of copy", 7, lambda row: f"{row['share']:.1%}"),
+    ("floor ms", 8, lambda row: f"{row['floor'] * 1e3:.2f}"),
+    ("read ms", 8, lambda row: f"{row['plain_read'] * 1e3:.2f}"),
+    ("ratio", 6, lambda row: f"{row['step'] / row['plain_read']:.2f}"),
+    ("memory GB", 9, lambda row: f"{row['memory'] / 1e9:.2f}"),
+    ("compile s", 9, lambda row: f"{row['compile']:.1f}" if row["compile"] > 1 else ""),
+)
 
 BATCHES, CONTEXTS = (1, 8), (1024, 8192)
 STEPS = {"cpu": 8, "gpu": 64}
@@ -124,7 +140,8 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
             with count_compilations() as compiled:
                 step = DecodeStep(model, cache, plan.steps, program)
             program = step.program
-            each = measure_median(lambda step=step: jax.block_until_ready(step.run()), seconds).wall / plan.steps
+            times = measure_median(lambda step=step: jax.block_until_ready(step.run()), seconds)
+            each = times.wall / plan.steps
             peak = _get_device_peak(plan.mesh)
             share = measure_expert_share(model, step.state.token_B)
             read = count_step_bytes(plan.cfg, weights, share)
@@ -136,15 +153,24 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
                 "context": context,
                 "compile": compiled.seconds,
                 "step": each,
+                "cpu": times.cpu / plan.steps,
                 "experts": share,
                 "read": read,
                 "share": read / each / copied,
+                "plain_read": _measure_plain_read(read, copied, seconds),
                 "floor": read / copied + count_all_reduces(program.as_text()) * reduced,
                 "memory": peak,
                 "parts": {name: spent / plan.steps for name, spent in parts.items()},
             }
             del step, cache
     yield from _measure_prefill(plan, model, seconds)
+
+
+def _measure_plain_read(nbytes: float, copied: float, seconds: float) -> float:
+    """Return the seconds of reading `nbytes`: by all cores of a CPU, elsewhere at the speed `copied` of a copy."""
+    if jax.default_backend() != "cpu":
+        return nbytes / copied
+    return measure_median(make_reader(int(nbytes)), seconds).wall
 
 
 def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
@@ -188,17 +214,10 @@ def format_row(row: Row) -> str:
         reduced = f", an all-reduce takes {row['all_reduce'] * 1e6:.0f} us" if row["all_reduce"] else ""
         return (
             f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held; a device copies "
-            f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{HEADINGS}"
+            f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{format_headings(COLUMNS)}"
         )
     if row["kind"] == "read":
         speed = f"{chunk_size() / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
         return f"prefill of {chunk_size()} tokens after {row['context']}: {speed}"
-    compiled = f"{row['compile']:.1f}" if row["compile"] > 1 else ""
     parts = sorted(row["parts"].items(), key=lambda part: -part[1])
-    return (
-        f"{row['batch']:5}  {row['context']:7}  {row['step'] * 1e3:8.2f}  {row['batch'] / row['step']:8.1f}"
-        f"  {row['experts']:7.1%}  {row['read'] / 1e9:10.3f}"
-        f"  {row['read'] / row['step'] / 1e9:7.1f}  {row['share']:7.1%}"
-        f"  {row['floor'] * 1e3:8.2f}  {row['memory'] / 1e9:9.2f}  {compiled:>9}\n"
-        f"       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
-    )
+    return f"{format_line(COLUMNS, row)}\n       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
