@@ -5,8 +5,6 @@ import collections
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
 REPOSITORY = Path(__file__).parents[1]
 FILES = sorted([*(REPOSITORY / "dsv32_jax").rglob("*.py"), *(REPOSITORY / "convert").rglob("*.py")])
 
@@ -30,6 +28,9 @@ def definitions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef |
             yield node
 
 
+FUNCTIONS = [(file, node) for file in FILES for node in definitions(file) if not isinstance(node, ast.ClassDef)]
+
+
 def name_of(file: Path) -> str:
     """The path of a file within the repository."""
     return str(file.relative_to(REPOSITORY))
@@ -41,28 +42,25 @@ def is_property(node: ast.AST) -> bool:
     return bool(names & {"property", "cached_property"})
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_docstrings_say_what_is_done(file):
+def test_docstrings_say_what_is_done():
     """`Return the ...`, `Raise ...`, `A ...`: a docstring does not begin with `What`."""
-    documented = [ast.parse(file.read_text()), *definitions(file)]
-    found = [ast.get_docstring(node) or "" for node in documented]
-    assert not [text.partition("\n")[0] for text in found if text.startswith("What ")]
+    documented = [(file, node) for file in FILES for node in (ast.parse(file.read_text()), *definitions(file))]
+    found = [(name_of(file), (ast.get_docstring(node) or "").partition("\n")[0]) for file, node in documented]
+    assert not [(name, text) for name, text in found if text.startswith("What ")]
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_functions_are_verbs(file):
+def test_functions_are_verbs():
     """No function is named by a bare participle."""
-    functions = (node for node in definitions(file) if not isinstance(node, ast.ClassDef) and not is_property(node))
-    assert not {node.name for node in functions if node.name.lstrip("_") in PARTICIPLES}
+    functions = [(file, node) for file, node in FUNCTIONS if not is_property(node)]
+    assert not [(name_of(file), node.name) for file, node in functions if node.name.lstrip("_") in PARTICIPLES]
 
 
-@pytest.mark.parametrize("file", FILES, ids=name_of)
-def test_functions_and_files_are_short(file):
+def test_functions_and_files_are_short():
     """A file is one concept, a function fits on a screen."""
-    assert len(file.read_text().splitlines()) <= LINES_OF_A_FILE
-    functions = (node for node in definitions(file) if not isinstance(node, ast.ClassDef))
-    lengths = {node.name: (node.end_lineno or 0) - node.lineno + 1 for node in functions}
-    assert not {name: lines for name, lines in lengths.items() if lines > LINES_OF_A_FUNCTION}
+    files = {name_of(file): len(file.read_text().splitlines()) for file in FILES}
+    assert not {name: lines for name, lines in files.items() if lines > LINES_OF_A_FILE}
+    functions = [(name_of(file), node.name, (node.end_lineno or 0) - node.lineno + 1) for file, node in FUNCTIONS]
+    assert not [found for found in functions if found[2] > LINES_OF_A_FUNCTION]
 
 
 def test_a_file_name_says_where_one_is():
