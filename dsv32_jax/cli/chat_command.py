@@ -81,7 +81,7 @@ def _talk(keyboard: Keyboard, chat: ChatSession, arguments: argparse.Namespace) 
         chat.warm_up()
     if keyboard.interactive:
         screen.note("/help lists commands, Ctrl-C stops an answer, Ctrl-D leaves")
-    with keyboard.use_history([*COMMANDS, "/file"], keep=not arguments.no_history):
+    with keyboard.use_history(list(COMMANDS), keep=not arguments.no_history):
         while True:
             try:
                 if not _take_turn(keyboard, chat, commands) and not keyboard.interactive:
@@ -91,7 +91,7 @@ def _talk(keyboard: Keyboard, chat: ChatSession, arguments: argparse.Namespace) 
             except KeyboardInterrupt:
                 if not keyboard.interactive:
                     raise
-                screen.note("\n(Ctrl-D or /quit leaves)")
+                screen.note("\n(Ctrl-D or /exit leaves)")
             except BrokenPipeError:
                 raise
             except (DsvError, OSError, FloatingPointError) as error:

@@ -90,6 +90,21 @@ class ChatSession:
         results, self._results = self._results, []
         return self._answer(self.conversation.results(results))
 
+    def find_last_turn(self) -> int:
+        """Return the index of the user's last message. Raises UsageError if there is none."""
+        turns = [i for i, message in enumerate(self.conversation.messages) if message["role"] == "user"]
+        if not turns:
+            raise UsageError("the conversation has no turn of yours yet; nothing was done")
+        return turns[-1]
+
+    def retry(self) -> bool:
+        """Answer the user's last turn again, with the next seed, in place of what follows it; return as `send`."""
+        messages, seed = self.conversation.messages[: self.find_last_turn() + 1], self.sampling.seed
+        if not self.sampling.temperature or not isinstance(seed, int):
+            raise UsageError("/retry needs a temperature above 0 and one seed, or the answer is the same: see /set")
+        self.sampling, self._results = dataclasses.replace(self.sampling, seed=seed + 1), []
+        return self._answer(dataclasses.replace(self.conversation, messages=messages))
+
     def _answer(self, conversation: Conversation) -> bool:
         ids = conversation.prompt(self._tokenizer).ids
         gen = self._generate(ids, conversation.thinking)
@@ -104,7 +119,7 @@ class ChatSession:
         if reason == "interrupted":
             notes.append("stopped; the answer so far stays in the conversation, /undo takes it back")
         elif used >= self.capacity:
-            notes.append(f"the context of {self.capacity} tokens is full: /undo, /reset or /save")
+            notes.append(f"the context of {self.capacity} tokens is full: /undo, /clear or /save")
         elif reason == "length":
             notes.append(f"cut after {pluralize(len(tokens), 'token')} by --max-new-tokens")
         for note in notes:
@@ -121,7 +136,7 @@ class ChatSession:
         room = self.capacity - len(ids)
         if room < 1:
             raise UsageError(
-                f"the conversation has {len(ids)} tokens, but the context holds {self.capacity}: /undo or /reset, or "
+                f"the conversation has {len(ids)} tokens, but the context holds {self.capacity}: /undo or /clear, or "
                 "/save it and start again with --load and a larger --capacity. Your turn was not taken"
             )
         with defer_interrupt() as is_interrupted:

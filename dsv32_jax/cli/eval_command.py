@@ -8,7 +8,7 @@ from typing import Any
 
 from .screen import Screen, json_line
 
-VARIANTS = "A and B are CKPT or CKPT:WORD,...: bfloat16, float32 (compute dtype), fp8-cache, bfloat16-cache, ..."
+VARIANTS = "A and B are CHECKPOINT[:WORD,...]: bfloat16, float32 (compute dtype), fp8-cache, bfloat16-cache, ..."
 
 
 def add(commands: Any) -> None:
@@ -17,7 +17,7 @@ def add(commands: Any) -> None:
     measures = evaluate.add_subparsers(required=True, metavar="MEASURE")
 
     ppl = measures.add_parser("ppl", help="perplexity of a text", description="Perplexity of a text.")
-    ppl.add_argument("checkpoint", metavar="CKPT", help="converted checkpoint")
+    ppl.add_argument("checkpoint", metavar="CHECKPOINT", help="converted checkpoint")
     _add_texts(ppl)
     _add_windows(ppl)
     add = ppl.add_argument

@@ -3,6 +3,7 @@
 import argparse
 import collections
 import dataclasses
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -36,7 +37,9 @@ def run(arguments: argparse.Namespace) -> int:
     options["tokenizer"] = opened.tokenizer
     options["progress"] = lambda read, tokens: screen.status(f"read {read} of {tokens} tokens")
     request = opened.validate(arguments.dtype, prompts, samplings, **options)
-    results = _Results(screen, opened.cfg.eos_token_id, inputs, samples, as_json, arguments.stream)
+    alone = arguments.coordinator is None  # several processes must run the same programs, whoever prints
+    stream = alone and not as_json and sys.stdout.isatty() if arguments.stream is None else arguments.stream
+    results = _Results(screen, opened.cfg.eos_token_id, inputs, samples, as_json, stream)
     with screen.show_log():
         model = opened.load(arguments, screen)
         screen.note(_describe_inputs(inputs))

@@ -52,7 +52,7 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a prompt, or a file of them",
-        usage="dsv32 generate CKPT [PROMPT] [options]",
+        usage="dsv32 generate CHECKPOINT [PROMPT] [options]",
         description=GENERATE,
         epilog=GENERATE_EPILOG,
     )
@@ -64,7 +64,8 @@ def _add_generate(commands: Any) -> None:
     add("--thinking", action="store_true", help="with messages: think before the answer")
     add("--allow-special", action="store_true", help="let the text of special tokens in prompts become such tokens")
     add("--ids", action="store_true", help="token ids in and out; needs no tokenizer")
-    add("--stream", action="store_true", help="write each token as soon as it is generated")
+    stream = "write each token as soon as it is generated (default: on a terminal)"
+    add("--stream", action=argparse.BooleanOptionalAction, help=stream)
     add("--json", action="store_true", help="write a JSON object for each result (with --stream: for each token)")
     add("--layerwise", action="store_true", help="compile one program for each kind of layer, not the whole model")
     _add_options(generate, "sampling", Sampling, specs(Sampling))
@@ -76,7 +77,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_chat(commands: Any) -> None:
-    usage = "dsv32 chat CKPT [options]"
+    usage = "dsv32 chat CHECKPOINT [options]"
     chat = commands.add_parser("chat", help="talk to the model", usage=usage, description=CHAT)
     _add_model(chat)
     add = chat.add_argument
@@ -92,7 +93,7 @@ def _add_chat(commands: Any) -> None:
 
 def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="show what is installed and would run", description=DOCTOR)
-    doctor.add_argument("checkpoint", metavar="CKPT", nargs="?", type=Path, help="a checkpoint to examine")
+    doctor.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="a checkpoint to examine")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
     doctor.set_defaults(run=_run_late("doctor"))
 
@@ -104,7 +105,7 @@ def _add_fit(commands: Any) -> None:
         description="Predict a model's memory on each device without loading it. Exit code 5 if it does not fit.",
     )
     add = fit.add_argument
-    add("path", metavar="CKPT", help="a converted checkpoint, or a config.json")
+    add("path", metavar="CHECKPOINT", help="a converted checkpoint, or a config.json")
     add("--context", type=int, metavar="N", help="tokens in a row, prompt included (default: 4096, or the maximum)")
     add("--batch", type=int, default=1, metavar="B", help="rows at once (default: 1)")
     add("--mesh", metavar="AXES", help="for example expert=8,model=2 (default: one device)")
@@ -137,7 +138,7 @@ def _run_fit(arguments: argparse.Namespace) -> int:
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", metavar="CKPT", help="a converted checkpoint (dsv32 convert SRC CKPT)")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a converted checkpoint (dsv32 convert SRC DST)")
     add = parser.add_argument_group("model").add_argument
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)")
     add("--mesh", metavar="AXES", help="spread the model over devices, for example expert=8,model=2")

@@ -32,8 +32,6 @@ class SlashCommands:
     def run(self, line: str) -> bool:
         """Run a line that begins with /. Returns what `ChatSession.send` returns where the line sends a turn."""
         name, _, rest = line.strip().partition(" ")
-        if name == "/file":
-            return self._chat.send(read_text(_parse_path(rest)))
         if name not in COMMANDS:
             raise UsageError(
                 f"unknown command {one_line(name, 40)}; /help lists all (begin with a space to send it as text)"
@@ -41,31 +39,33 @@ class SlashCommands:
         command, argument = COMMANDS[name], rest.strip()
         if argument and not command.usage:
             raise UsageError(f"{name} takes no arguments, but {one_line(argument, 40)!r} follows; nothing was done")
-        command.run(self, argument)
-        return True
+        return command.run(self, argument) is not False
 
     def help(self, _: str) -> None:
         rows = [*((f"{name} {command.usage}", command.help) for name, command in COMMANDS.items()), *KEYS]
         self._screen.note("\n".join(f"{usage:<24} {help}" for usage, help in rows))
 
-    def reset(self, _: str) -> None:
+    def clear(self, _: str) -> None:
         self._chat.update(messages=())
         self._screen.note("new conversation")
 
+    def retry(self, _: str) -> bool:
+        return self._chat.retry()
+
+    def file(self, name: str) -> bool:
+        return self._chat.send(read_text(_parse_path(name)))
+
     def undo(self, _: str) -> None:
-        messages = self._chat.conversation.messages
-        turns = [i for i, message in enumerate(messages) if message["role"] == "user"]
-        if not turns:
-            raise UsageError("nothing to undo")
-        self._chat.update(messages=messages[: turns[-1]])
-        self._screen.note(f"removed: {one_line(str(messages[turns[-1]].get('content')), 60)}")
+        messages, last = self._chat.conversation.messages, self._chat.find_last_turn()
+        self._chat.update(messages=messages[:last])
+        self._screen.note(f"removed: {one_line(str(messages[last].get('content')), 60)}")
 
     def system(self, text: str) -> None:
         if not text:
             self._screen.note(f"system text: {self._chat.conversation.system or 'none'}")
             return
         self._chat.update(system=None if text == "-" else text)
-        again = "; the conversation is read again with it (/reset starts a new one)"
+        again = "; the conversation is read again with it (/clear starts a new one)"
         self._screen.note("system text set" + again * bool(self._chat.conversation.messages))
 
     def think(self, mode: str) -> None:
@@ -83,11 +83,10 @@ class SlashCommands:
         name, _, value = text.partition(" ")
         if name and name not in FIELDS:
             raise UsageError(f"unknown option {one_line(name, 40)!r}; options: {', '.join(FIELDS)}")
-        if name:
+        if value:
             self._change_sampling(name, value)
-        default, chosen = vars(Sampling()), vars(self._chat.sampling)
-        changed = {name: value for name, value in chosen.items() if value != default[name]}
-        self._screen.note(json.dumps(changed) if changed else f"all defaults; options: {', '.join(FIELDS)}")
+        shown = {field: getattr(self._chat.sampling, field) for field in ([name] if name else FIELDS)}
+        self._screen.note("\n".join(f"{field:<20} {json.dumps(value)}" for field, value in shown.items()))
 
     def _change_sampling(self, name: str, value: str) -> None:
         try:
@@ -118,7 +117,7 @@ class SlashCommands:
         self._screen.note(pluralize(len(turns), "turn") + last + again)
         chat.show_calls()
 
-    def quit(self, _: str) -> None:
+    def exit(self, _: str) -> None:
         raise Quit
 
 
@@ -133,22 +132,23 @@ class Command(NamedTuple):
 
     usage: str
     help: str
-    run: Callable[[SlashCommands, str], None]
+    run: Callable[[SlashCommands, str], bool | None]
 
 
 COMMANDS = {
     "/help": Command("", "this list", SlashCommands.help),
-    "/reset": Command("", "start a new conversation", SlashCommands.reset),
+    "/clear": Command("", "start a new conversation", SlashCommands.clear),
     "/undo": Command("", "remove your last turn and its answer", SlashCommands.undo),
+    "/retry": Command("", "answer your last turn again, with the next seed", SlashCommands.retry),
+    "/file": Command("FILE", "send the text in a file", SlashCommands.file),
     "/system": Command("TEXT", "set the system text; - removes, alone shows it", SlashCommands.system),
     "/think": Command("on|off|hide|show", "think first; hide or show the reasoning", SlashCommands.think),
-    "/set": Command("NAME VALUE", "as /set temperature 0.6; alone: show changes", SlashCommands.set),
+    "/set": Command("NAME VALUE", "as /set temperature 0.6; alone: show all values", SlashCommands.set),
     "/save": Command("FILE", "write FILE.json and FILE.safetensors", SlashCommands.save),
     "/load": Command("FILE", "continue a saved conversation", SlashCommands.load),
-    "/quit": Command("", "leave", SlashCommands.quit),
+    "/exit": Command("", "leave", SlashCommands.exit),
 }
 KEYS = (
-    ("/file FILE", "send the text in a file"),
     ('"""', "starts and ends several lines; or end them with \\"),
     ("Ctrl-C", "stops the answer"),
     ("Ctrl-D", "leaves"),

@@ -16,7 +16,7 @@ from ..system.files import expand_path
 COMPUTE = {"bfloat16": jnp.bfloat16, "float32": jnp.float32}
 CACHES = {"bfloat16-cache": "bfloat16", "float32-cache": "float32", "fp8-cache": "fp8"}
 
-SYNTAX = f"CKPT[:WORD,...] with one of {listing(COMPUTE)} and one of {listing(CACHES)}"
+SYNTAX = f"CHECKPOINT[:WORD,...] with one of {listing(COMPUTE)} and one of {listing(CACHES)}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Variant:
 
     @classmethod
     def of(cls, given: "Variant | Model | str | Path") -> "Variant":
-        """Return the variant that `given` names. Text is CKPT[:WORD,...]: "ckpt:float32" computes in float32,
+        """Return the variant that `given` names. Text is CHECKPOINT[:WORD,...]: "ckpt:float32" computes in float32,
         "ckpt:fp8-cache" uses an FP8 cache. An existing folder of that name comes first. Raises UsageError."""
         if isinstance(given, Variant):
             return given

@@ -221,11 +221,13 @@ def test_commands(talk, capsys, tmp_path):
     assert "system text: Be kind." in capsys.readouterr().err
     commands.run("/system -")
     assert chat.conversation.system is None
-    commands.run("/reset")
+    commands.run("/clear")
     assert chat.conversation == Conversation()
     commands.run("/set temperature 0.5")
     commands.run("/set")
-    assert chat.sampling == Sampling(temperature=0.5) and '{"temperature": 0.5}' in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert chat.sampling == Sampling(temperature=0.5) and re.search("^temperature +0.5$", said, re.MULTILINE)
+    assert all(re.search(f"^{field} ", said, re.MULTILINE) for field in FIELDS)
     commands.run('/set logit_bias {"42": -1.5}')
     assert chat.sampling == Sampling(temperature=0.5, logit_bias={42: -1.5})
     (tmp_path / "long.txt").write_text("from a file\n", encoding="utf-8")
@@ -233,14 +235,32 @@ def test_commands(talk, capsys, tmp_path):
     assert chat.session.options[-1]["sampling"].temperature == 0.5
     assert chat.conversation.messages[0]["content"] == "from a file\n"
     with pytest.raises(Quit):
-        commands.run("/quit")
+        commands.run("/exit")
+
+
+def test_retry(talk):
+    """Another answer in place of the last one, with the next seed; not where it would be the same."""
+    chat = talk("One.", "Two.", "Three^C")
+    commands = SlashCommands(chat)
+    chat.send("Count.")
+    with pytest.raises(UsageError, match="temperature above 0"):
+        commands.run("/retry")
+    assert chat.conversation.messages[-1]["content"] == "One."
+    commands.run("/set temperature 1")
+    assert commands.run("/retry") is True
+    assert [message["content"] for message in chat.conversation.messages] == ["Count.", "Two."]
+    assert chat.session.prompts[0] == chat.session.prompts[1]
+    assert [options["sampling"].seed for options in chat.session.options] == [0, 1]
+    assert commands.run("/retry") is False and chat.conversation.messages[-1]["content"] == "Th"
 
 
 @pytest.mark.parametrize(
     "line, error, why",
     [
         ("/nonsense\x1b", UsageError, r"unknown command /nonsense\\x1b"),
-        ("/undo", UsageError, "nothing to undo"),
+        ("/undo", UsageError, "no turn of yours yet"),
+        ("/retry", UsageError, "no turn of yours yet"),
+        ("/retry now", UsageError, "takes no arguments"),
         ("/undo now", UsageError, "takes no arguments, but 'now' follows; nothing was done"),
         ("/set warmth 3", UsageError, "unknown option 'warmth'"),
         ("/set top_k many", UsageError, "needs a number or a list"),
@@ -267,7 +287,7 @@ def test_commands_refuse(talk, line, error, why):
 def test_help_lists_every_command(talk, capsys):
     SlashCommands(talk()).run("/help")
     listed = capsys.readouterr().err
-    assert all(name in listed for name in [*COMMANDS, "/file", '"""', "Ctrl-C", "Ctrl-D"])
+    assert all(name in listed for name in [*COMMANDS, '"""', "Ctrl-C", "Ctrl-D"])
     assert max(map(len, listed.splitlines())) < 80 and set(FIELDS) == {f.name for f in dataclasses.fields(Sampling)}
 
 
@@ -319,7 +339,7 @@ FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
 def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
     """Answers go to stdout, what is saved is loaded, and only what is new is read."""
     monkeypatch.chdir(tmp_path)
-    code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/reset\n\n/load talk\n")
+    code, out, err = dsv32("chat", checkpoint, *FEW, piped="Hi\n/save talk\n/clear\n\n/load talk\n")
     assert code == 0 and out.endswith("\n") and "read 5 prompt tokens" in err and "1 turn; the last: Hi" in err
     saved = json.loads((tmp_path / "talk.json").read_text(encoding="utf-8"))
     assert saved["messages"][0] == {"role": "user", "content": "Hi"}
@@ -470,7 +490,7 @@ def test_a_terminal(checkpoint, tmp_path):
     terminal.type("half a line")
     terminal.wait_for("half a line")
     terminal.interrupt()
-    terminal.wait_for("(Ctrl-D or /quit leaves)")
+    terminal.wait_for("(Ctrl-D or /exit leaves)")
     terminal.wait_for("> ")
     terminal.type("\x1b[200~/system two\nlines\x1b[201~\n")
     terminal.wait_for("is read again with it")

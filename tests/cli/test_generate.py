@@ -13,6 +13,7 @@ import dsv32_jax as ds
 from dsv32_jax import chat
 from dsv32_jax.chat import template
 from dsv32_jax.cli import app, open_checkpoint
+from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.options import Options
 from tests.cli.conftest import byte_tokenizer
 
@@ -62,6 +63,18 @@ def test_the_prompt_comes_from_anywhere(dsv32, checkpoint, tmp_path):
     assert dsv32("generate", checkpoint, *FEW, piped="Aé\n")[1] == out
     assert dsv32("generate", checkpoint, "-", *FEW, piped="Aé\n")[1] == out
     assert dsv32("generate", checkpoint, "--file", tmp_path / "prompt.txt", *FEW, "--stream")[1] == out
+
+
+def test_a_terminal_sees_each_token(dsv32, checkpoint, monkeypatch):
+    """Unless the whole text or JSON is asked for; a pipe gets the whole text."""
+    asked, follow = [], Engine.follow
+    spy = lambda self, rows, steps, stop: asked.append(steps) or follow(self, rows, steps, stop)  # noqa: E731
+    monkeypatch.setattr(Engine, "follow", spy)
+    dsv32("generate", checkpoint, "ab", *FEW)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    for flags in ((), ("--no-stream",), ("--json",)):
+        assert dsv32("generate", checkpoint, "ab", *FEW, *flags)[0] == 0
+    assert asked == [None, 1, None, None]
 
 
 def test_sampling_options_arrive(dsv32, checkpoint, model, tokenizer):

@@ -161,7 +161,7 @@ def test_misuse(model, measure, options, message):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ("x:fp16", "'fp16' cannot follow the colon; write CKPT"),
+        ("x:fp16", "'fp16' cannot follow the colon; write CHECKPOINT"),
         ("x:float32,bfloat16", "names two dtypes for one thing"),
         ("x:fp8-cache,float32-cache", "names two dtypes for one thing"),
         (7, "not int"),
