@@ -68,11 +68,11 @@ def writing_failed(target: object, error: Exception) -> CapacityError | StorageE
     if getattr(error, "errno", None) in FULL or any(full in text for full in FULL_TEXTS):
         return CapacityError(
             f"{target} cannot be written: the disk or quota is full, or the file is too large ({_first_line(text)}). "
-            "What was written before is kept: free some space, then run the same command again to continue"
+            "Files completed before it are kept: free some space, then run the same command again to continue"
         )
     return StorageError(
         f"{target} cannot be written: {_first_line(text)}. "
-        "What was written before is kept; run the same command again to continue"
+        "Files completed before it are kept; run the same command again to continue"
     )
 
 

@@ -86,7 +86,7 @@ for event in ds.stream(model, prompt.ids, max_new_tokens=40, tokenizer=tokenizer
 # %% [markdown]
 # ## Draft
 #
-# The MTP layer drafts tokens, and the model verifies them in one step: the same tokens in fewer steps.
+# The MTP head drafts tokens, and the model verifies them in one step: the same tokens in fewer steps.
 
 # %%
 plain = ds.generate(model, prompts, max_new_tokens=32)

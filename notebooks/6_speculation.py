@@ -10,10 +10,10 @@
 # %% [markdown]
 # # Speculation
 #
-# The MTP layer drafts the next tokens, the model verifies all of them in one step, and the result is token for token
+# The MTP head drafts the next tokens, the model verifies all of them in one step, and the result is token for token
 # what the model would have generated alone. How many drafts are accepted, and where in a text are they right? Uses the
 # small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout that includes
-# the MTP layer.
+# the MTP head.
 
 # %%
 import keyword
@@ -69,7 +69,7 @@ inspect.plots.bars(
 # %% [markdown]
 # ## Along a text
 #
-# Slot i of the MTP layer combines the model's hidden state of token i with token i + 1 and drafts token i + 2. In a
+# Slot i of the MTP head combines the model's hidden state of token i with token i + 1 and drafts token i + 2. In a
 # text that the model has generated, a draft is right if it equals the actual token.
 
 

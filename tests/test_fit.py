@@ -372,7 +372,7 @@ def test_paths_that_are_no_model(converted, small, no_programs, capsys, tmp_path
     assert run(capsys, tmp_path / "config.json")[0] == 3
     (tmp_path / "plain.json").write_text(json.dumps(dataclasses.replace(small, num_nextn_predict_layers=0).to_dict()))
     code, _, err = run(capsys, tmp_path / "plain.json", "--draft", 1)
-    assert code == 2 and "needs the MTP layer" in err
+    assert code == 2 and "needs the MTP head" in err
 
 
 def test_a_manifest_with_other_leaves_is_refused(converted, tmp_path, capsys):

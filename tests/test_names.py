@@ -18,7 +18,7 @@ from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import batch as batches
 from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
-from dsv32_jax.inspect import replay
+from dsv32_jax.inspect import capture
 from dsv32_jax.inspect.traces import KINDS
 from dsv32_jax.kernels import VARIABLE, cpu, dispatch, host_experts
 from dsv32_jax.layout import leaves
@@ -32,7 +32,7 @@ MODULES = (
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
     *("generation.request", "generation.batch", "generation.score"),
-    *("inspect.replay", "inspect.interventions", "evaluation.divergence", "evaluation.layer_errors"),
+    *("inspect.capture", "inspect.interventions", "evaluation.divergence", "evaluation.layer_errors"),
 )
 
 LOWERCASE = {
@@ -143,7 +143,7 @@ def _trace_generation(cfg, weights) -> None:
         jax.eval_shape(seat, state, params, row_c, {"length_B": row_c}, new)
         decode = functools.partial(prefill_decode.decode, step, slots=9, width=4)
         jax.eval_shape(decode, weights, params, state, 5, 0)
-        observe = functools.partial(replay.observe, tuple(KINDS))
+        observe = functools.partial(capture.observe, tuple(KINDS))
         jax.eval_shape(observe, weights, caches[0], tokens_BT, tokens_BT, row_B)
         jax.eval_shape(functools.partial(score.score_chunk, width=4), weights, caches[0], tokens_BT, tokens_BT, row_B)
 

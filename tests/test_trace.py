@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
 from dsv32_jax.generation import request
-from dsv32_jax.inspect import replay, traces
+from dsv32_jax.inspect import capture, traces
 from dsv32_jax.model import mla
 from dsv32_jax.model.ops import rms_norm, rotation
 from dsv32_jax.quantization import cache_formats
@@ -25,7 +25,7 @@ NEW = 6
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    """An MoE layer and an MTP layer; one token in sixteen ends a row."""
+    """An MoE layer and an MTP head; one token in sixteen ends a row."""
     layers = {"num_hidden_layers": 1, "first_k_dense_replace": 0}
     return models.random_model(dataclasses.replace(tiny, **layers, eos_token_id=(1, *range(300, 320))))
 
@@ -143,7 +143,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
     out = ds.forward(single, tokens, capacity=capacity, seen=True)
     (one,), (cache,) = out.seen, out.cache.layers
     position = jnp.broadcast_to(jnp.arange(18, dtype=jnp.int32), (2, 18))
-    weight, spread = replay.attention_weights(layer, one, cache, position)
+    weight, spread = capture.attention_weights(layer, one, cache, position)
     selected = np.asarray(one.selected_BTk)
     np.testing.assert_allclose(weight.sum(-1), 1, atol=1e-5)
     assert (np.asarray(weight)[selected < 0] == 0).all()
@@ -292,15 +292,15 @@ def test_memory(tiny, model, monkeypatch):
     cfg = dataclasses.replace(tiny, num_hidden_layers=2)
 
     def size(tokens, *kinds):
-        return replay.nbytes(cfg, kinds, 1, tokens) - replay.nbytes(cfg, (), 1, tokens)
+        return capture.nbytes(cfg, kinds, 1, tokens) - capture.nbytes(cfg, (), 1, tokens)
 
-    assert replay.nbytes(cfg, (), 3, 64) == 3 * (4 * 64 + 4)
+    assert capture.nbytes(cfg, (), 3, 64) == 3 * (4 * 64 + 4)
     assert size(64, "routing") == 64 * 8 * cfg.num_experts_per_tok
     assert size(64, "indexer") == 2 * 64 * 8 * cfg.index_topk
     assert size(10, "attention") == 2 * 10 * (8 * 10 + 4)
     assert size(64, "logits") == 64 * (8 * traces.TOP + 4)
     assert size(64, "attention", "indexer") == 2 * 64 * (12 * cfg.index_topk + 4)
     asked = []
-    monkeypatch.setattr(replay.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
+    monkeypatch.setattr(capture.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
     ds.inspect.trace(model, PROMPTS[:1], {"routing"})
-    assert asked == [replay.nbytes(model.cfg, ("routing",), 1, 16)]
+    assert asked == [capture.nbytes(model.cfg, ("routing",), 1, 16)]

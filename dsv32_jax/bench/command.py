@@ -26,6 +26,7 @@ def _add_convert(bench: Any) -> None:
     add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
     add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
     add("--folder", help="where the checkpoints are written (default: the temporary folder)")
+    add("--json", action="store_true", help="print one JSON object a line")
     convert.set_defaults(run=partial(_run, "convert"))
 
 
@@ -60,6 +61,7 @@ def _add_kernels(bench: Any) -> None:
     add("--rows", type=int, action="append", metavar="M", help="activation rows (default: 1, 2, 4, 8, 16, 64, 256)")
     add("--weight", action="append", metavar="NAME", help="a weight of the first column (default: all)")
     add("--by", choices=("auto", "xla"), action="append", help="implementation (default: both)")
+    add("--json", action="store_true", help="print one JSON object a line")
     kernels.set_defaults(run=partial(_run, "kernels"))
 
 

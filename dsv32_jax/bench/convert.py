@@ -20,7 +20,7 @@ from ..config import Config
 from ..errors import UsageError
 from ..system.progress import parse_size
 from . import full_size_source
-from .measure import Row, format_table, get_peak_memory
+from .measure import Row, get_peak_memory, print_rows
 
 VOCABULARY = 2048
 """Tokens: the embedding and the head add nothing to what the experts say about a conversion."""
@@ -53,11 +53,9 @@ COLUMNS = (
 def run(arguments: argparse.Namespace) -> None:
     """Print the table for a source in each format."""
     cfg, limit = make_config(arguments.layers), arguments.max_memory
-    print(EXPLANATION)
     storages = arguments.source or list(full_size_source.SUFFIXES)
     rows = (row for storage in storages for row in measure_convert(cfg, storage, limit, arguments.folder))
-    for line in format_table(COLUMNS, rows):
-        print(line, flush=True)
+    print_rows(EXPLANATION, COLUMNS, rows, arguments.json)
 
 
 def make_config(layers: str) -> Config:
@@ -126,17 +124,13 @@ def _run_alone(job: Callable[..., None], folder: Path, *arguments: Any) -> dict[
 
 
 def _convert(source: Path, out: Path, max_memory: str, storage: str) -> None:
-    to = None if storage == "nvfp4" else "nvfp4"
-    _import_converter("write.job").convert(source, out, max_memory=max_memory, to=to)
+    from .. import convert
+
+    convert.convert(source, out, max_memory=max_memory, to=None if storage == "nvfp4" else "nvfp4")
 
 
 def _verify(folder: Path) -> None:
-    _import_converter("verify.verify").verify(folder)
-
-
-def _import_converter(module: str) -> Any:
-    """Return a module of the converter; in a checkout it lies outside this package."""
-    return importlib.import_module(f"..convert.{module}", __package__)
+    importlib.import_module("..convert.verify.verify", __package__).verify(folder)
 
 
 def _drop_from_cache(folder: Path) -> None:

@@ -4,10 +4,10 @@ A time is that of one matrix of a bank larger than caches, beside a plain read o
 """
 
 import argparse
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from ..kernels import VARIABLE, dispatch
 from ..quantization.formats import Weight, dequantize
 from ..system.compilation import require_device
 from .limits import make_copy, make_reader
-from .measure import Row, format_table, measure_fastest, measure_median
+from .measure import Row, measure_fastest, measure_median, print_rows
 
 EXPLANATION = """\
 A product of M rows with one matrix [out, in], cycling through the matrices of a bank; activations in bfloat16. us:
@@ -74,9 +74,8 @@ def run(arguments: argparse.Namespace) -> None:
     shapes = list_shapes(Config.from_json(configs.path("deepseek_v32")))
     chosen = [shape for shape in shapes if not arguments.weight or shape.name in arguments.weight]
     formats, counts, by = arguments.format or ["nvfp4"], arguments.rows or ROWS, arguments.by or IMPLEMENTATIONS
-    print(EXPLANATION.format(verb="copied" if jax.default_backend() == "gpu" else "read"))
-    for line in format_table(COLUMNS, measure_kernels(chosen, formats, counts, by)):
-        print(line, flush=True)
+    explanation = EXPLANATION.format(verb="copied" if jax.default_backend() == "gpu" else "read")
+    print_rows(explanation, COLUMNS, measure_kernels(chosen, formats, counts, by), arguments.json)
 
 
 def list_shapes(cfg: Config) -> list[Shape]:
@@ -133,22 +132,12 @@ def _measure(weight: str, by: str, bank: Any, counts: Sequence[int]) -> Iterator
 
 def _make_product(by: str, x: jax.Array, bank: Weight) -> tuple[Callable[[], Any], np.ndarray]:
     """Return a function that multiplies x [n, b, z] with a bank of n matrices REPEATS times, and the first result."""
-    with _set_variable(by):
+    with patch.dict(os.environ, {VARIABLE: by}):
         expert = jnp.arange(len(x), dtype=jnp.int32)
         program = jax.jit(lambda *operands: dispatch.multiply_blocks(*operands)).lower(x, expert, bank).compile()
     repeats = range(REPEATS[jax.default_backend()])
     run = lambda: jax.block_until_ready([program(x, expert, bank) for _ in repeats])  # noqa: E731
     return run, np.asarray(program(x, expert, bank)[0])
-
-
-@contextlib.contextmanager
-def _set_variable(kernels: str) -> Iterator[None]:
-    before = os.environ.get(VARIABLE)
-    os.environ[VARIABLE] = kernels
-    try:
-        yield
-    finally:
-        os.environ.pop(VARIABLE) if before is None else os.environ.update({VARIABLE: before})
 
 
 def _compute_error(result: np.ndarray, x: jax.Array, bank: Weight) -> float:

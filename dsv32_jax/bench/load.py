@@ -21,7 +21,7 @@ from ..checkpoint.reader import SLAB_BYTES, Reader, allocate
 from ..config import Config
 from ..system.files import expand_path
 from ..system.host import count_cores, get_resident_memory
-from .measure import Row, format_table, get_peak_memory
+from .measure import Row, get_peak_memory, print_rows
 
 ROUNDS = 3
 
@@ -61,9 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(found))
         return
-    print(EXPLANATION)
-    for line in format_table(COLUMNS, list_rows(found)):
-        print(line)
+    print_rows(EXPLANATION, COLUMNS, list_rows(found), False)
     print(f"host memory beyond the model: {found['peak_over_model_bytes'] / 1e9:.3f} GB at most")
 
 
@@ -75,7 +73,7 @@ def measure_load(checkpoint: str | Path | None = None, cfg: Config | None = None
     with contextlib.ExitStack() as stack:
         if checkpoint is None:
             scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsv32-bench-")))
-            checkpoint = _write_random(scratch, cfg or _configure())
+            checkpoint = _write_random(scratch, cfg)
         folder = expand_path(checkpoint).resolve()
         Manifest.read(folder)
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:
@@ -108,10 +106,11 @@ def _measure(folder: Path) -> dict[str, Any]:
     jnp.zeros(()).block_until_ready()
     before = get_resident_memory()
     _, model = _time(lambda: jax.block_until_ready(load(folder, mapped=False)))
-    on_host = sum(array.nbytes for array in _arrays(model)) if device.platform == "cpu" else 0
+    arrays = {id(array): array for array in jax.tree.leaves(model)}.values()
+    on_host = sum(array.nbytes for array in arrays) if device.platform == "cpu" else 0
     peak = get_peak_memory() - before - on_host
     generate(model, prompt, max_new_tokens=1)
-    del model
+    del model, arrays
     times: dict[str, list[float]] = {"read": [], "copied": [], "mapped": [], "token": []}
     for _ in range(ROUNDS):
         times["read"].append(_time(lambda: _read(reader))[0])
@@ -132,12 +131,6 @@ def _measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def _arrays(model: Any) -> list[Any]:
-    import jax
-
-    return list({id(array): array for array in jax.tree.leaves(model)}.values())
-
-
 def _time(run: Callable[[], Any]) -> tuple[float, Any]:
     start = time.perf_counter()
     result = run()
@@ -156,16 +149,11 @@ def _read(reader: Reader) -> None:
                 pool.submit(reader.copy, key, block, (slice(start, start + len(block)), *rest))
 
 
-def _configure() -> Config:
-    from .. import configs
-
-    return dataclasses.replace(Config.from_json(configs.path("deepseek_v32")), **SIZES)
-
-
-def _write_random(scratch: Path, cfg: Config) -> Path:
+def _write_random(scratch: Path, cfg: Config | None) -> Path:
     """Write and convert a checkpoint of `cfg` with random NVFP4 weights."""
-    from .. import convert
+    from .. import configs, convert
 
+    cfg = cfg or dataclasses.replace(Config.from_json(configs.path("deepseek_v32")), **SIZES)
     print("writing a random checkpoint", file=sys.stderr, flush=True)
     random_checkpoint.write(scratch / "source", cfg)
     print("converting it", file=sys.stderr, flush=True)

@@ -1,5 +1,6 @@
 """Times and memory of a function, and tables."""
 
+import json
 import random
 import resource
 import statistics
@@ -58,6 +59,14 @@ def get_peak_memory() -> int:
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return 1024 * int(line.split()[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def print_rows(explanation: str, columns: Sequence[Column], rows: Iterable[Row], as_json: bool) -> None:
+    """Print each row as soon as it is there: as a line of JSON, or as one of a table below its explanation."""
+    if not as_json:
+        print(explanation)
+    for line in map(json.dumps, rows) if as_json else format_table(columns, rows):
+        print(line, flush=True)
 
 
 def format_table(columns: Sequence[Column], rows: Iterable[Row]) -> Iterator[str]:

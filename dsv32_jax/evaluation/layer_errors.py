@@ -81,7 +81,7 @@ def layers(
     tokenizer: Any = None,
     tokens: int | None = None,
 ) -> Iterator[LayerError]:
-    """Yield the errors of checkpoint B against A as they are computed: embedding, layers, head, MTP layer.
+    """Yield the errors of checkpoint B against A as they are computed: embedding, layers, head, MTP head.
 
     Outputs are for the first `tokens` tokens of the first text (1024, if the model's longest context allows). Arguments
     are checked at once. Raises UsageError if the checkpoints are not of the same model.
@@ -180,7 +180,7 @@ def _sum_by_expert(y_tXD: jax.Array, routing: Routing, cfg: Config) -> jax.Array
 def mtp_block_input(
     mtp: MTP, h_BTD: jax.Array, next_BT: jax.Array, cache: LayerCache, position_BT: jax.Array
 ) -> jax.Array:
-    """Return the stream that enters the block of the MTP layer."""
+    """Return the stream that enters the block of the MTP head."""
     _, _, seen = mtp.observe(h_BTD, next_BT, cache, position_BT)
     return seen.x_BTD
 

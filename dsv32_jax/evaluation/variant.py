@@ -53,7 +53,7 @@ class Variant:
             raise UsageError(f"{str(given)!r}: {listing(map(repr, unknown))} cannot follow the colon; write {SYNTAX}")
         dtypes, caches = ([table[word] for word in split if word in table] for table in (COMPUTE, CACHES))
         if len(dtypes) > 1 or len(caches) > 1:
-            raise UsageError(f"{str(given)!r} names two dtypes for one thing; write {SYNTAX}")
+            raise UsageError(f"{str(given)!r} gives more than one compute dtype or cache dtype; write {SYNTAX}")
         return cls(Path(folder), *(one[0] if one else None for one in (dtypes, caches)))
 
     @property

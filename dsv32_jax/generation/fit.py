@@ -105,8 +105,7 @@ def fit(
     check_option("draft", draft)
     if draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
-            f"{argument('draft', draft)} needs the MTP layer, which this model does not have; "
-            f"use {argument('draft', 0)}"
+            f"{argument('draft', draft)} needs the MTP head, which this model does not have; use {argument('draft', 0)}"
         )
     weights = shapes.device_bytes(sizes, compute)
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)

@@ -23,7 +23,7 @@ from ..system.files import expand_path
 
 FORMATS = ("nvfp4", "fp8", "bf16")
 """nvfp4: as published by NVIDIA, with experts, dense feed-forward and W^O in NVFP4, the rest of attention, the indexer
-and the MTP layer in bfloat16. fp8: the linears that DeepSeek publishes in FP8. bf16: every matrix in bfloat16."""
+and the MTP head in bfloat16. fp8: the linears that DeepSeek publishes in FP8. bf16: every matrix in bfloat16."""
 
 
 class WeightShapes(NamedTuple):

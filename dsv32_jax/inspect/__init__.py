@@ -16,11 +16,11 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
+    from .capture import trace as trace
     from .interventions import edit as edit
     from .placements import Placement as Placement
     from .placements import parameters_per_device as parameters_per_device
     from .placements import placement as placement
-    from .replay import trace as trace
     from .traces import Trace as Trace
     from .trees import Tree as Tree
     from .trees import tree as tree
@@ -45,7 +45,7 @@ _HOME = {
     "placement": ".placements",
     "plots": ".plots",
     "statistics": ".weights",
-    "trace": ".replay",
+    "trace": ".capture",
     "tree": ".trees",
 }
 

@@ -60,7 +60,7 @@ def placement(cfg: Config, path: str, mesh: str) -> Placement:
 
 
 def parameters_per_device(cfg: Config, mesh: str) -> dict[str, int]:
-    """Return the number of parameters that one device of `mesh` holds, by kind, including the MTP layer; shared copies
+    """Return the number of parameters that one device of `mesh` holds, by kind, including the MTP head; shared copies
     count once. Raises CapacityError if the mesh does not divide the weights evenly."""
     require(cfg, Config, "cfg must be a Config, such as model.cfg")
     sizes = partition.parse_mesh(mesh)

@@ -105,7 +105,7 @@ class Folder:
         return StoredWeight(f"{path}[{expert}]", format, leaf.letters[1:], leaf.shape[1:], parts)
 
     def layer(self, layer: int | str) -> dict[str, StoredWeight]:
-        """Read all weights of a decoder layer, or of the MTP layer ("mtp"), by their path within the layer."""
+        """Read all weights of a decoder layer, or of the MTP head ("mtp"), by their path within the layer."""
         prefix = "mtp." if layer == "mtp" else f"layers.{layer}."
         paths = [path for path in self.table if path.startswith(prefix)]
         if not paths:

@@ -56,7 +56,7 @@ def _handle(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
 def raise_on_interrupt() -> Iterator[None]:
     """Inside the `with`, make Ctrl-C raise KeyboardInterrupt reliably, during imports and garbage collection too.
 
-    Changes nothing outside the main thread, or if SIGINT has a handler of somebody else.
+    Changes nothing outside the main thread, or if another handler of SIGINT is installed.
     """
     with _handle(raise_interrupt) if _can_handle() else contextlib.nullcontext():
         yield
@@ -66,7 +66,7 @@ def raise_on_interrupt() -> Iterator[None]:
 def defer_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield a function that returns whether Ctrl-C was pressed inside the `with`; twice raises KeyboardInterrupt.
 
-    Changes nothing outside the main thread, or if SIGINT has a handler of somebody else.
+    Changes nothing outside the main thread, or if another handler of SIGINT is installed.
     """
     interrupted = False
 

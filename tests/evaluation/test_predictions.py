@@ -162,8 +162,8 @@ def test_misuse(model, measure, options, message):
     ("given", "message"),
     [
         ("x:fp16", "'fp16' cannot follow the colon; write CHECKPOINT"),
-        ("x:float32,bfloat16", "names two dtypes for one thing"),
-        ("x:fp8-cache,float32-cache", "names two dtypes for one thing"),
+        ("x:float32,bfloat16", "gives more than one compute dtype or cache dtype"),
+        ("x:fp8-cache,float32-cache", "gives more than one compute dtype or cache dtype"),
         (7, "not int"),
     ],
 )
