@@ -325,7 +325,7 @@ def test_the_table(converted, no_programs, capsys):
     code, out, _ = run(capsys, converted["nvfp4"], "--batch", 2, "--context", 100, "--draft", 1, "--cache-dtype", "fp8")
     assert code == 0
     names = [line.split("  ")[0] for line in out.splitlines()]
-    assert names[1:6] == ["weights", "W^UK, W^UV", "cache", "activations", "total"]
+    assert names[1:7] == ["weights", "W^UK, W^UV", "cache", "activations", "total", "resident"]
     assert "on one device, cache in float8_e4m3fn, drafting 1" in out and "rows of 128 tokens" in out
     assert "fits: 2 rows of 100 tokens" in out and "not counted:" in out and "(cpu)" in out
 
@@ -336,6 +336,36 @@ def test_what_does_not_fit_ends_with_5(converted, no_programs, capsys):
     assert (
         "on each of 8 devices" in out and "does not fit: 1 row" in out and "largest batch at this context: none" in out
     )
+
+
+def test_weights_that_stay_on_disk(converted, small, no_programs, capsys, monkeypatch, tmp_path):
+    """On a CPU only what is not mapped must be in memory; the rest costs time at each step, as the disk is fast."""
+    whole = fit(converted["nvfp4"])
+    assert whole.fits and whole.page_seconds == 0 and whole.mapped == whole.stored
+    half = whole.total - whole.mapped // 2
+    monkeypatch.setattr(memory, "get_free_memory", lambda devices: half)
+    found = fit(converted["nvfp4"], disk_speed="1MB")
+    read = read_weight_shapes(converted["nvfp4"]).count_step_bytes(1)
+    assert found.fits and 0 < read < whole.stored and found.page_seconds == pytest.approx(read / 2 / 1e6, rel=1e-3)
+    assert found.longest_context > 0 and fit(converted["nvfp4"]).page_seconds > 0, "the speed is measured"
+    code, out, _ = run(capsys, converted["nvfp4"], "--disk-speed", "1MB")
+    assert code == 0 and f"about {found.page_seconds:.1f} s of disk a token" in out
+    (tmp_path / "config.json").write_text(json.dumps(small.to_dict()))
+    assert fit(tmp_path / "config.json").page_seconds is None, "there is no disk to measure"
+    monkeypatch.setattr(memory, "get_free_memory", lambda devices: whole.total - whole.mapped - 1)
+    assert not fit(converted["nvfp4"]).fits
+    assert fit(converted["nvfp4"], device_memory="1GB").mapped == 0, "of a device that is not here"
+
+
+def test_bytes_of_a_step(converted, small):
+    """Each row has its own experts; with very many rows all are read, and the embedding never is."""
+    found = read_weight_shapes(converted["nvfp4"])
+    stacked = {path for path, leaf in found.table.items() if leaf.stacked and not path.startswith("mtp.")}
+    sizes = {path: sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(found.weights[path])) for path in stacked}
+    share = small.num_experts_per_tok / small.n_routed_experts
+    few, many = found.count_step_bytes(1), found.count_step_bytes(10_000)
+    assert many - few == pytest.approx((1 - share) * sum(sizes.values()))
+    assert many < found.device_bytes({}, BF16)[0]
 
 
 def test_json(converted, no_programs, capsys):

@@ -114,27 +114,18 @@ def _add_fit(commands: Any) -> None:
     add("--draft", type=int, default=0, metavar="K", help="tokens drafted at each step (default: 0)")
     add("--format", choices=("nvfp4", "fp8", "bf16"), help="weight format of a config.json (default: nvfp4)")
     add("--device-memory", metavar="SIZE", help="for example 141GB (default: what is free here)")
+    add(
+        "--disk-speed",
+        metavar="SIZE",
+        help="bytes a second that weights are read at, for example 2GB (default: measured)",
+    )
     add("--json", action="store_true", help="print one JSON object")
-    fit.set_defaults(run=_run_fit)
+    fit.set_defaults(run=_run_late("fit_command"))
 
 
 def _run_late(module: str) -> Callable[[argparse.Namespace], int]:
     """Return `run` of a module of this folder, imported when it is called."""
     return lambda arguments: importlib.import_module(f".{module}", __package__).run(arguments)
-
-
-def _run_fit(arguments: argparse.Namespace) -> int:
-    from ..generation.fit import fit, print_fit
-    from .screen import Screen
-
-    options = {name: value for name, value in vars(arguments).items() if name not in ("path", "json", "run")}
-    screen = Screen()
-    screen.status("compiling, to measure what programs take")
-    try:
-        found = fit(arguments.path, **options)
-    finally:
-        screen.status("")
-    return print_fit(found, arguments.json)
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

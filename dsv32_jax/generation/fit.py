@@ -5,8 +5,9 @@ the account of a dense layer with two MoE layers, and of one layer more, is extr
 """
 
 import dataclasses
-import json
 import math
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,11 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import CapacityError, UsageError, argument, listing, pluralize, require_integer
+from ..config import Config
+from ..errors import UsageError, argument, listing, require_integer
 from ..model import cache
 from ..model.model import Model, build
 from ..parallel import partition
 from ..system.compilation import initialize
+from ..system.files import expand_path
 from ..system.progress import parse_size
 from . import memory
 from .options import check_option
@@ -37,20 +40,17 @@ CACHE_DTYPES = {**COMPUTE_DTYPES, "fp8": "fp8"}
 MAX_BATCH = 1 << 20
 DEFAULT_CONTEXT = 4096
 
-NOT_COUNTED = """\
-not counted: programs and their constants, temporaries of loading (one parameter,
-or 64 MiB of small ones), communication buffers, fragmentation, other processes.
-Activations are those of this backend's compiler ({backend}); on a mesh, those of a
-device that computes its rows alone, an upper bound. Largest batch and longest
-context assume that activations grow linearly; a batch is rounded up to a power
-of two, and so is a context unless {capacity} is given."""
+DISK_SAMPLE = 256 << 20
+"""Bytes that are read to measure the speed of a disk."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
     """Bytes on each device. `stored`: weights in their formats; `dequantized`: those that `load` dequantizes.
 
-    `total` is what must be free: `cache` may take memory.CACHE_SHARE of what the weights leave, and steps the rest.
+    `total` is what takes memory: `cache` may take memory.CACHE_SHARE of what the weights leave, and steps the rest.
+    `mapped` of it are weights that a CPU uses in their files: what memory does not hold is read from disk at each step.
+    That takes `page_seconds`, an estimate, 0 if all is in memory and None if the speed of the disk is not known.
     largest_batch, longest_context: the most that fit with everything else unchanged, 0 if nothing does.
     """
 
@@ -67,14 +67,16 @@ class Fit:
     cache: int
     activations: int
     total: int
+    mapped: int
     free: int
+    page_seconds: float | None
     largest_batch: int
     longest_context: int
 
     @property
     def fits(self) -> bool:
-        """Whether `total` is free."""
-        return self.total <= self.free
+        """Whether what must stay in memory, `total` without `mapped`, is free."""
+        return self.total - self.mapped <= self.free
 
 
 def fit(
@@ -88,11 +90,14 @@ def fit(
     draft: int = 0,
     format: str | None = None,
     device_memory: str | None = None,
+    disk_speed: str | None = None,
 ) -> Fit:
     """Return what a converted checkpoint, or a config.json with its matrices in `format`, needs on each device.
 
-    Rows hold `context` tokens, prompts included; by default DEFAULT_CONTEXT or the model's longest context. Nothing is
-    loaded. Raises UsageError, ConfigError, CheckpointError, and CapacityError if the mesh does not divide the model.
+    Rows hold `context` tokens, prompts included; by default DEFAULT_CONTEXT or the model's longest context. Without
+    `device_memory` the devices are those here; CPUs map the weights, from a disk that reads `disk_speed` bytes a second
+    (default: measured on the checkpoint). Nothing is loaded. Raises UsageError, ConfigError, CheckpointError, and
+    CapacityError if the mesh does not divide the model.
     """
     initialize()
     sizes = partition.parse_optional_mesh(mesh)
@@ -102,18 +107,19 @@ def fit(
     cfg, longest = shapes.cfg, shapes.cfg.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
-    check_option("draft", draft)
-    if draft and not cfg.num_nextn_predict_layers:
-        raise UsageError(
-            f"{argument('draft', draft)} needs the MTP head, which this model does not have; use {argument('draft', 0)}"
-        )
+    _check_draft(cfg, draft)
     weights = shapes.device_bytes(sizes, compute)
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)
+    speed: float | None = parse_size(disk_speed or 0)
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
+    mapped = weights[0] if device_memory is None and jax.default_backend() == "cpu" else 0
 
     batch_rows, capacity = memory.round_up_rows(batch), max(PAGE, capacity_for(cfg, context))
     rows = memory.count_local_rows(batch_rows, data)
     demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
+    total = demand(batch_rows, capacity)
+    paged = min(max(0, total - free), mapped) / max(1, mapped)
+    speed = measure_disk_speed(path) if paged and not speed else speed
     return Fit(
         shapes.parameters,
         devices,
@@ -126,11 +132,36 @@ def fit(
         demand.row_bytes(2) - demand.row_bytes(1),
         rows * demand.row_bytes(capacity),
         demand.peak,
-        demand(batch_rows, capacity),
+        total,
+        mapped,
         free,
-        (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) <= free, 20)) >> 1,
-        _find_largest(lambda slots: demand(batch_rows, slots) <= free, longest),
+        (paged * shapes.count_step_bytes(rows) / speed if speed else None) if paged else 0.0,
+        (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) - mapped <= free, 20)) >> 1,
+        _find_largest(lambda slots: demand(batch_rows, slots) - mapped <= free, longest),
     )
+
+
+def measure_disk_speed(path: str | Path) -> float | None:
+    """Return the bytes a second read from the largest file of a checkpoint, past the page cache if the system allows
+    it; None for a config.json."""
+    files = [file for file in expand_path(path).rglob("*") if file.is_file()]
+    if not files:
+        return None
+    with open(max(files, key=lambda file: file.stat().st_size), "rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start, count = time.perf_counter(), 0
+        while count < DISK_SAMPLE and (chunk := file.read(8 << 20)):
+            count += len(chunk)
+        return max(count, 1) / max(time.perf_counter() - start, 1e-6)
+
+
+def _check_draft(cfg: Config, draft: int) -> None:
+    check_option("draft", draft)
+    if draft and not cfg.num_nextn_predict_layers:
+        raise UsageError(
+            f"{argument('draft', draft)} needs the MTP head, which this model does not have; use {argument('draft', 0)}"
+        )
 
 
 class Setup(NamedTuple):
@@ -235,43 +266,3 @@ def _parse_dtype(label: str, name: str, known: dict[str, str]) -> np.dtype:
     if name not in known:
         raise UsageError(f"the {label} is one of {listing(known)}, not {name!r}; nothing was read")
     return cache.dtype_of(known[name], None)
-
-
-def print_fit(found: Fit, as_json: bool) -> int:
-    """Print a table or a JSON object on stdout. Return the exit code: CapacityError's if the model does not fit."""
-    facts = {**dataclasses.asdict(found), "fits": found.fits}
-    print(json.dumps(facts) if as_json else format_fit(found))
-    return 0 if found.fits else CapacityError.exit_code
-
-
-def format_fit(found: Fit) -> str:
-    """Return the table, the verdict and what is not counted."""
-    reserve = found.total - found.stored - found.dequantized - found.cache - found.activations
-    parameters = found.parameters
-    count = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
-    rows = [
-        ("weights", found.stored, f"{count} parameters, as stored"),
-        ("W^UK, W^UV", found.dequantized, "dequantized by load"),
-        ("cache", found.cache, f"rows of {found.capacity} tokens, {found.token_bytes} bytes each"),
-        ("activations", found.activations, "peak temporary memory"),
-        ("reserve", reserve, f"caches take at most {memory.CACHE_SHARE:.0%} of what weights leave"),
-        ("total", found.total, ""),
-        ("free", found.free, ""),
-    ]
-    where = f"on each of {found.devices} devices" if found.devices > 1 else "on one device"
-    drafting = f", drafting {found.draft}" if found.draft else ""
-    verdict = "fits" if found.fits else "does not fit"
-    return "\n".join(
-        [
-            f"{'':14}{'GB':>10}   {where}, cache in {found.cache_dtype}{drafting}",
-            *(
-                f"{name:14}{size / 1e9:10.2f}   {note}".rstrip()
-                for name, size, note in rows
-                if size or name != "reserve"
-            ),
-            f"{verdict}: {pluralize(found.batch, 'row')} of {pluralize(found.context, 'token')}",
-            f"largest batch at this context: {found.largest_batch or 'none'}",
-            f"longest context at this batch: {found.longest_context or 'none'}",
-            NOT_COUNTED.format(backend=jax.default_backend(), capacity=argument("capacity")),
-        ]
-    )

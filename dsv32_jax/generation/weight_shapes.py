@@ -48,6 +48,14 @@ class WeightShapes(NamedTuple):
             return jax.ShapeDtypeStruct(self.table[path].shape, dtype)
         return self.weights[self.homes.get(path, path)]
 
+    def count_step_bytes(self, rows: int) -> float:
+        """Return the bytes of stored weights that a decode step is expected to read if `rows` rows choose experts each
+        for itself: all that are used but the embedding, without the MTP head."""
+        share = 1 - (1 - self.cfg.num_experts_per_tok / self.cfg.n_routed_experts) ** rows
+        read = [path for path in self.weights if not path.startswith(("embed", "mtp.")) and not path.endswith(ABSORBED)]
+        arrays = [(self.table[path], array) for path in read for array in jax.tree.leaves(self.weights[path])]
+        return sum(a.size * a.dtype.itemsize * (share if leaf.stacked else 1) for leaf, a in arrays)
+
     def device_bytes(self, mesh: partition.MeshShape, dtype) -> tuple[int, int]:
         """Return the bytes that one device of `mesh` holds of weights as stored, and of those that `load` dequantizes.
 
