@@ -97,6 +97,17 @@ def _forget_programs():
         jax.clear_caches()
 
 
+@pytest.fixture(autouse=True)
+def _restore_signals():
+    """A command that is run to its end ignores signals from then on, and so would the processes of later tests."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number in numbers:
+        if signal.getsignal(number) is not before[number]:
+            signal.signal(number, before[number])
+
+
 @pytest.fixture(scope="session")
 def scratch(tmp_path_factory) -> Path:
     """A folder for what is made once and used by many tests."""
