@@ -3,6 +3,7 @@
 On a CPU the same call is made as on a GPU, where `python -m tests.gpu_host` compares.
 """
 
+import dataclasses
 import gc
 import re
 
@@ -121,6 +122,16 @@ def test_a_freed_model_is_an_error_and_nothing_hangs(stored):
         jax.block_until_ready(host_experts.mix(h_tD, expert_tX, gate_tX, *dead))
     ffn = model.layers[-1].ffn
     assert np.isfinite(np.asarray(host_experts.mix(h_tD, expert_tX, gate_tX, *ffn.routed))).all()
+
+
+def test_a_fault_in_a_stream_is_the_cause_of_what_it_made_nan(stored, monkeypatch):
+    """On a GPU the outputs of a call that failed are NaN; the error says why instead of blaming the weights."""
+    model = load(stored, "host")
+    assert host_experts.take_error() == ""
+    broken = dataclasses.replace(model, norm_D=model.norm_D * jnp.nan)
+    monkeypatch.setattr(host_experts, "take_error", lambda: "experts in host memory: no thread")
+    with pytest.raises(FloatingPointError, match="experts in host memory: no thread"):
+        ds.generate(broken, [[5, 6]], max_new_tokens=2)
 
 
 @pytest.mark.parametrize("experts", ["gpu", "host:", "host:-1", "host:99", "HOST", 3, None])

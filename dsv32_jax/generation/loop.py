@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from ..errors import pluralize
+from ..kernels import host_experts
 from ..model.model import Model
 from ..parallel import multihost
 from ..system.compilation import count_compilations, log_slow_compilation
@@ -159,13 +160,14 @@ class Loop:
 
     def _blame(self, bad: Sequence[Row], made: Made) -> None:
         """End rows with logits that are not finite with an error that names the first of each request."""
+        cause = host_experts.take_error() or "Check the checkpoint's weights"
         for row in bad:
             others = sum(row.request is other.request for other in bad)
             tokens = row.tokens + [token for token, *_ in made.tokens(row, 0)][:-1]
             origin = find_nonfinite(self.model, row.prompt + tokens)
             error = FloatingPointError(
                 f"the logits of {pluralize(others, 'row')} are not finite: row {row.index}, new token {len(tokens)}; "
-                f"the first output that is not finite is that of {origin}. Check the checkpoint's weights"
+                f"the first output that is not finite is that of {origin}. {cause}"
             )
             row.interrupt(error)
 

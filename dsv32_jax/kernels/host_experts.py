@@ -45,15 +45,11 @@ def keep(weight: Any) -> tuple[HostArrays, int]:
     values, scales, tensor_scale = (*parts, None, None)[:3]
     experts, out, size = weight.shape
     pointers = [None if part is None else part.ctypes.data for part in (values, scales, tensor_scale)]
-    arrays = HostArrays(weight, _Release())
+    arrays = HostArrays(weight)
     row_bytes, scale_bytes = (0 if part is None else part.nbytes // (experts * out) for part in (values, scales))
     first = library.dsv32_host_add(format_of(arrays), experts, out, size, row_bytes, scale_bytes, *pointers)
-    weakref.finalize(arrays.release, library.dsv32_host_remove, first).atexit = False
+    weakref.finalize(arrays, library.dsv32_host_remove, first).atexit = False
     return arrays, first
-
-
-class _Release:
-    """Something to hold."""
 
 
 def pays_to_fetch(tokens: int) -> bool:
@@ -96,7 +92,10 @@ def _find_matrices(w: HostWeight, expert_tX: jax.Array) -> jax.Array:
 
 
 def take_error() -> str:
-    """Return why experts in host memory failed in a stream since the last call, or ""."""
+    """Return why experts in host memory failed in a GPU's stream since the last call, where their outputs became NaN;
+    "" if they did not."""
+    if not load_library.cache_info().currsize:
+        return ""
     text = ctypes.create_string_buffer(1024)
     load_library().dsv32_host_error(text, ctypes.c_size_t(len(text)))
     return text.value.decode()

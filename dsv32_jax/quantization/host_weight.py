@@ -18,8 +18,6 @@ class HostArrays:
     """
 
     weight: Any
-    release: Any
-    """Keeps the arrays known to the kernels as long as it lives."""
 
     @property
     def shapes(self) -> tuple[Any, ...]:
