@@ -15,6 +15,6 @@ if TYPE_CHECKING:
     from .command import program as program
     from .write.job import convert as convert
 
-_HOME = {"main": ".command", "program": ".command", "Progress": "dsv32_jax.system.progress", "convert": ".write.job"}
+_NAMES = {".command": "main program", ".write.job": "convert", "dsv32_jax.system.progress": "Progress"}
 
-__getattr__, __dir__ = attach(__name__, _HOME)
+__getattr__, __dir__ = attach(__name__, _NAMES)

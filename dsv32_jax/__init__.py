@@ -39,32 +39,24 @@ if TYPE_CHECKING:
     from .model.model import forward as forward
     from .parallel.sharding import mesh as mesh
 
-_HOME = {
-    "Config": ".config",
-    "DsvError": ".errors",
-    "Engine": ".generation.engine",
-    "Generation": ".generation.result",
-    "Model": ".model.model",
-    "Output": ".model.model",
-    "Sampling": ".generation.options",
-    "Score": ".generation.score",
-    "Session": ".generation.session",
-    "Stream": ".generation.stream",
-    "astream": ".generation.generate",
-    "chat": ".chat",
-    "engine": ".generation.generate",
-    "evaluation": ".evaluation",
-    "forward": ".model.model",
-    "generate": ".generation.generate",
-    "inspect": ".inspect",
-    "load": ".checkpoint.load",
-    "load_session": ".generation.session",
-    "mesh": ".parallel.sharding",
-    "score": ".generation.score",
-    "session": ".generation.session",
-    "stream": ".generation.generate",
+_NAMES = {
+    ".chat": "chat",
+    ".checkpoint.load": "load",
+    ".config": "Config",
+    ".errors": "DsvError",
+    ".evaluation": "evaluation",
+    ".generation.engine": "Engine",
+    ".generation.generate": "astream engine generate stream",
+    ".generation.options": "Sampling",
+    ".generation.result": "Generation",
+    ".generation.score": "Score score",
+    ".generation.session": "Session load_session session",
+    ".generation.stream": "Stream",
+    ".inspect": "inspect",
+    ".model.model": "Model Output forward",
+    ".parallel.sharding": "mesh",
 }
 
-__all__ = sorted([*_HOME, "__version__"])
+__getattr__, __dir__ = attach(__name__, _NAMES)
 
-__getattr__, __dir__ = attach(__name__, _HOME)
+__all__ = [*__dir__(), "__version__"]

@@ -13,6 +13,7 @@ from dsv32_jax import cli
 from dsv32_jax.bench import decode_step, profile
 from dsv32_jax.bench import model as bench
 from dsv32_jax.bench.decode_step import DecodeStep, count_weight_bytes, fill_cache, make_model
+from dsv32_jax.bench.measure import measure_median
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.model.cache import dtype_of
 from dsv32_jax.quantization import cache_formats
@@ -148,8 +149,9 @@ def test_numbers_below_one_are_refused():
         bench.make_plan(TINY, 2, None, (1, 0), (24,), "fp8", -3)
 
 
-def test_the_command(capsys):
+def test_the_command(capsys, monkeypatch):
     """JSON lines."""
+    monkeypatch.setattr(bench, "measure_median", lambda run, seconds: measure_median(run, 0.0))
     sizes = ["--layers", "1", "--batch", "1", "--context", "16", "--steps", "2", "--cache-dtype", "fp8"]
     assert cli.main(["bench", "model", "--config", TINY, *sizes, "--json"]) == 0
     kinds = [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()]

@@ -107,13 +107,20 @@ def test_a_command_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """A checkpoint with random weights."""
+    folder = tmp_path_factory.mktemp("interrupts")
+    random_checkpoint.write(folder / "hf", Config.from_json(configs.path("tiny")), "bf16")
+    convert.convert(folder / "hf", folder / "out")
+    return folder / "out"
+
+
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2])
-def test_a_command_leaves_without_a_word_more(seconds, tmp_path):
+def test_a_command_leaves_without_a_word_more(seconds, converted):
     """Whatever it was importing, loading or compiling."""
-    random_checkpoint.write(tmp_path / "hf", Config.from_json(configs.path("tiny")), "bf16")
-    convert.convert(tmp_path / "hf", tmp_path / "out")
     asked = ["--ids", "0 1 2", "--max-new-tokens", "4000"]
-    line = [sys.executable, "-m", "dsv32_jax", "generate", str(tmp_path / "out"), *asked]
+    line = [sys.executable, "-m", "dsv32_jax", "generate", str(converted), *asked]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(seconds)
     process.send_signal(signal.SIGINT)

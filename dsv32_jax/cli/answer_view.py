@@ -7,7 +7,7 @@ from ..chat import StopStrings, template
 from ..errors import pluralize
 from ..generation.result import Stats
 from ..generation.text_stream import CALLS_START
-from .screen import Screen
+from .terminal import Screen
 
 REASONING, ANSWER, CALLS = "reasoning", "answer", "calls"
 

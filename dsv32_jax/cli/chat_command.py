@@ -10,12 +10,11 @@ from ..system.files import parse_json
 from ..system.interrupts import EXIT_CODE
 from .chat_session import ChatSession
 from .conversation_file import load_conversation
-from .keyboard import Keyboard
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import CACHE, CHAT_DEFAULTS, LENGTH, collect_options, collect_sampling
 from .prompt_input import read_text
-from .screen import Screen, one_line
 from .slash_commands import COMMANDS, Quit, SlashCommands
+from .terminal import Keyboard, Screen, one_line
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,7 +19,7 @@ from ..generation.stream import Stream
 from ..system.compilation import is_cache_enabled
 from ..system.interrupts import defer_interrupt
 from .answer_view import AnswerView, describe_stats
-from .screen import Screen, one_line
+from .terminal import Screen, one_line
 
 
 class ChatSession:

@@ -16,7 +16,7 @@ from ..errors import DsvError, printable
 from ..system import host
 from ..system.files import expand_path, find_home
 from ..system.progress import format_count, format_size
-from .screen import Screen, json_line, one_line
+from .terminal import Screen, json_line, one_line
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 OPTIONAL = {"tokenizers": "text needs it: pip install 'dsv32-jax[text]' (token ids work without)"}

@@ -8,7 +8,7 @@ import jax
 from ..errors import CapacityError, argument, pluralize
 from ..generation import memory
 from ..generation.fit import Fit, fit
-from .screen import Screen, json_line
+from .terminal import Screen, json_line
 
 NOT_COUNTED = """\
 not counted: programs and their constants, temporaries of loading (one parameter,

@@ -20,7 +20,7 @@ from .answer_view import describe_stats
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import BATCH, CACHE, LENGTH, collect_options
 from .prompt_input import PromptInput, PromptReader
-from .screen import Screen, json_line
+from .terminal import Screen, json_line
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -22,7 +22,7 @@ from ..model.model import Model
 from ..parallel import sharding
 from ..system.compilation import require_device
 from ..system.files import expand_path
-from .screen import Screen
+from .terminal import Screen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ..model import validation
 from ..system.files import expand_path, parse_json
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import collect_sampling, parse_token_ids
-from .screen import Screen
+from .terminal import Screen
 
 MAX_BYTES = 1 << 30
 

@@ -13,7 +13,7 @@ from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import ChatSession
 from .prompt_input import parse_sampling, read_text
-from .screen import one_line
+from .terminal import one_line
 
 FIELDS = [field.name for field in dataclasses.fields(Sampling)]
 

@@ -23,17 +23,14 @@ if TYPE_CHECKING:
     from .loss import perplexity as perplexity
     from .variant import Variant as Variant
 
-_HOME = {
-    "Divergence": ".divergence",
-    "LayerError": ".layer_errors",
-    "LmEval": ".lm_eval_adapter",
-    "Perplexity": ".loss",
-    "Variant": ".variant",
-    "kl": ".divergence",
-    "layers": ".layer_errors",
-    "perplexity": ".loss",
+_NAMES = {
+    ".divergence": "Divergence kl",
+    ".layer_errors": "LayerError layers",
+    ".lm_eval_adapter": "LmEval",
+    ".loss": "Perplexity perplexity",
+    ".variant": "Variant",
 }
 
-__all__ = sorted(_HOME)
+__getattr__, __dir__ = attach(__name__, _NAMES)
 
-__getattr__, __dir__ = attach(__name__, _HOME)
+__all__ = __dir__()

@@ -31,24 +31,16 @@ if TYPE_CHECKING:
     from .weights import expert_errors as expert_errors
     from .weights import statistics as statistics
 
-_HOME = {
-    "Folder": ".weights",
-    "Placement": ".placements",
-    "Statistics": ".weights",
-    "StoredWeight": ".weights",
-    "Trace": ".traces",
-    "Tree": ".trees",
-    "count_clipped": ".weights",
-    "edit": ".interventions",
-    "expert_errors": ".weights",
-    "parameters_per_device": ".placements",
-    "placement": ".placements",
-    "plots": ".plots",
-    "statistics": ".weights",
-    "trace": ".capture",
-    "tree": ".trees",
+_NAMES = {
+    ".capture": "trace",
+    ".interventions": "edit",
+    ".placements": "Placement parameters_per_device placement",
+    ".plots": "plots",
+    ".traces": "Trace",
+    ".trees": "Tree tree",
+    ".weights": "Folder Statistics StoredWeight count_clipped expert_errors statistics",
 }
 
-__all__ = sorted(_HOME)
+__getattr__, __dir__ = attach(__name__, _NAMES)
 
-__getattr__, __dir__ = attach(__name__, _HOME)
+__all__ = __dir__()

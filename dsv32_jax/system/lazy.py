@@ -6,12 +6,13 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def attach(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` for a package (PEP 562).
 
-    `modules` maps each public name to the module that defines it, relative to the package; a name that maps to
-    `.name` is that module itself.
+    `names` has for each module, relative to the package, its public names; `.name` with the name `name` is that module
+    itself.
     """
+    modules = {name: module for module, some in names.items() for name in some.split()}
 
     def get(name: str) -> Any:
         if name not in modules:

@@ -18,10 +18,9 @@ import pytest
 from dsv32_jax.chat import Conversation, Tokenizer, template
 from dsv32_jax.cli import app, conversation_file
 from dsv32_jax.cli.chat_session import ChatSession, format_call
-from dsv32_jax.cli.keyboard import Keyboard
 from dsv32_jax.cli.open_checkpoint import OpenedCheckpoint
-from dsv32_jax.cli.screen import Screen
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
+from dsv32_jax.cli.terminal import Keyboard, Screen
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, UsageError
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.request import validate

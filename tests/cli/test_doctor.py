@@ -101,12 +101,23 @@ def test_gpus_without_a_plugin(dsv32, monkeypatch):
     assert code == 0 and "4711, 60000 MiB, python" in out and "JAX computes on the CPU" in out
 
 
-@pytest.mark.parametrize("command", ["doctor", "generate", "fit", "bench"])
-def test_without_a_device(command, checkpoint):
+RUN_ALL = """
+import contextlib, io, json, sys
+from dsv32_jax import cli
+for line in json.loads(sys.argv[1]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+        code = cli.main(line)
+    print(json.dumps([code, said.getvalue()]))
+"""
+"""Runs the commands of a JSON list, and prints the exit code and the output of each."""
+
+
+def test_without_a_device(checkpoint):
     """Where JAX is told to use what is not there, a sentence says so."""
-    argv = {"doctor": [], "generate": [checkpoint, "a"], "fit": [checkpoint], "bench": ["model", "--layers", "1"]}
-    line = [sys.executable, "-W", "ignore", "-m", "dsv32_jax", command, *map(str, argv[command])]
-    done = subprocess.run(line, env={**os.environ, "JAX_PLATFORMS": "none"}, capture_output=True, text=True)
-    assert done.returncode == (0 if command == "doctor" else 5)
-    assert "JAX finds no device" in done.stdout + done.stderr and "JAX_PLATFORMS=none" in done.stdout + done.stderr
-    assert "Traceback" not in done.stderr and (done.stdout + done.stderr).count("JAX finds no device") == 1
+    lines = [["generate", str(checkpoint), "a"], ["fit", str(checkpoint)], ["bench", "model", "--layers", "1"]]
+    command = [sys.executable, "-W", "ignore", "-c", RUN_ALL, json.dumps([["doctor"], *lines])]
+    done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "none"}, capture_output=True, text=True)
+    found = list(map(json.loads, done.stdout.splitlines()))
+    assert [code for code, _ in found] == [0, 5, 5, 5], done.stderr
+    for _, said in found:
+        assert said.count("JAX finds no device") == 1 and "JAX_PLATFORMS=none" in said and "Traceback" not in said

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from dsv32_jax.chat import template
 from dsv32_jax.cli.answer_view import AnswerSplitter
-from dsv32_jax.cli.screen import Screen, json_line, one_line
+from dsv32_jax.cli.terminal import Screen, json_line, one_line
 from dsv32_jax.errors import printable
 from tests.cli.conftest import Terminal
 
