@@ -18,7 +18,7 @@ from ..config import Config
 from ..kernels import VARIABLE, dispatch
 from ..quantization.formats import Weight, dequantize
 from ..system.compilation import require_device
-from .limits import make_copy, make_reader
+from .limits import make_move
 from .measure import Row, measure_fastest, measure_median, print_rows
 
 EXPLANATION = """\
@@ -106,8 +106,7 @@ def measure_kernels(
 
 def _measure(weight: str, by: str, bank: Any, counts: Sequence[int]) -> Iterator[Row]:
     many, out, size = bank.shape
-    backend = jax.default_backend()
-    move, moved = make_copy(None) if backend == "gpu" else (make_reader(BANK["cpu"]), BANK["cpu"])
+    move, moved = make_move(None)
     runs: dict[Any, Callable[[], Any]] = {"memory": move}
     errors: dict[int, float] = {}
     for count in counts:
@@ -122,7 +121,7 @@ def _measure(weight: str, by: str, bank: Any, counts: Sequence[int]) -> Iterator
             "weight": weight,
             "by": by,
             "rows": count,
-            "seconds": times[count].wall / REPEATS[backend] / many,
+            "seconds": times[count].wall / REPEATS[jax.default_backend()] / many,
             "bytes": sum(array.nbytes for array in jax.tree.leaves(bank)) / many,
             "limit": moved / times["memory"].wall,
             "operations": 2 * count * out * size,

@@ -1,4 +1,4 @@
-"""Lower bounds of a step: how fast a device copies memory or a host reads it, and how long an all-reduce takes."""
+"""Lower bounds of a step: how fast a device moves memory, and how long an all-reduce takes."""
 
 import collections
 import re
@@ -16,35 +16,32 @@ from ..generation.programs import OPTIONS
 from ..system.host import count_cores
 from .measure import measure_median
 
-MAX_BUFFER = 256 << 20
+BUFFER_BYTES = 256 << 20
+"""Memory that no cache of a host holds."""
 
 
-def measure_copy_speed(mesh: Mesh | None) -> float:
-    """Return the bytes a second that a device reads and writes while copying."""
-    run, nbytes = make_copy(mesh)
+def measure_move_speed(mesh: Mesh | None) -> float:
+    """Return the bytes a second that a device moves at best."""
+    run, nbytes = make_move(mesh)
     return nbytes / measure_median(run, 0.5).wall
 
 
-def make_copy(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
-    """Return a function that copies memory on every device, and the bytes each one reads and writes."""
-    size = (1 << 30) if jax.default_backend() == "gpu" else (1 << 27)
+def make_move(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
+    """Return a function that moves memory as fast as the devices can, and the bytes each one moves: a plain read by all
+    cores on CPUs, which share them, elsewhere a copy on every device, read and written."""
     devices = 1 if mesh is None else mesh.size
+    if jax.default_backend() == "cpu":
+        return make_reader(), BUFFER_BYTES // devices
     sharding = None if mesh is None else jax.NamedSharding(mesh, jax.P(tuple(mesh.axis_names)))
-    x = jax.jit(lambda: jnp.zeros(size * devices // 4, jnp.uint32), out_shardings=sharding)()
+    x = jax.jit(lambda: jnp.zeros((1 << 28) * devices, jnp.uint32), out_shardings=sharding)()
     copy = jax.jit(lambda x: x + 1)
-    return lambda: jax.block_until_ready(copy(x)), 2 * size
+    return lambda: jax.block_until_ready(copy(x)), 2 << 30
 
 
-def make_reader(nbytes: int) -> Callable[[], Any]:
-    """Return a function that reads `nbytes` of memory and adds them up on all cores: no computation is faster.
-
-    It goes over a buffer larger than caches as often as needed, so it takes little memory.
-    """
-    threads = count_cores()
-    buffer = np.ones(max(1, min(nbytes, MAX_BUFFER) // 8), np.uint64)
-    passes, rest = divmod(nbytes // 8, buffer.size)
-    parts = [part for piece in [*[buffer] * passes, buffer[:rest]] for part in np.array_split(piece, threads)]
-    pool = ThreadPoolExecutor(threads)
+def make_reader() -> Callable[[], Any]:
+    """Return a function that reads BUFFER_BYTES of memory and adds them up on all cores: no computation is faster."""
+    parts = np.array_split(np.ones(BUFFER_BYTES // 8, np.uint64), count_cores())
+    pool = ThreadPoolExecutor(len(parts))
     return lambda: collections.deque(pool.map(np.add.reduce, parts), maxlen=0)
 
 
