@@ -147,7 +147,7 @@ class LenientMessage(NamedTuple):
     warnings: list[str]
 
 
-class _Dropped(Exception):
+class Dropped(Exception):
     """A call that must not be run."""
 
 
@@ -164,10 +164,10 @@ def parse_lenient(text: str, *, thinking: bool) -> LenientMessage:
     ended = text + template.EOS if text.endswith(template.READ_CALLS_END) else text
     if ended.endswith(template.EOS):
         try:
-            message = parse_strictly(ended, thinking, lambda key, value: _read_value(key, value, warnings))
+            message = parse_strictly(ended, thinking, lambda key, value: read_value(key, value, warnings))
             if not any(template.DSML in call["function"]["name"] for call in message["tool_calls"]):
                 return LenientMessage(message, warnings if ended == text else [*warnings, UNENDED])
-        except (ParsingError, _Dropped):
+        except (ParsingError, Dropped):
             pass
         warnings.clear()
     body, eos, rest = text.partition(template.EOS)
@@ -223,7 +223,7 @@ def _split_calls(body: str, ended: bool, warnings: list[str]) -> tuple[str, list
         label = f"tool call {number} ({tags[i]['name']})"
         try:
             calls.append(_read_call(body, [tags[j] for j in path], is_closed, label, warnings))
-        except _Dropped as reason:
+        except Dropped as reason:
             warnings.append(f"dropped {label}: {reason}")
         at, i, number = tags[path[-1]].end(), following[path[-1]], number + 1
     tail = body[at:]
@@ -270,31 +270,31 @@ def _find_following(text: str, tags: list[re.Match]) -> list[Any]:
 
 
 def _read_call(body: str, tags: list[re.Match], is_closed: bool, label: str, warnings: list[str]) -> tuple[str, str]:
-    """Return the name and the arguments of the call with these tags. Raises _Dropped."""
+    """Return the name and the arguments of the call with these tags. Raises Dropped."""
     opening, *inner, closing = tags
     if not inner and (text := body[opening.end() : closing.start()].strip()):
         if not (text.startswith("{") and is_json(text)):
-            raise _Dropped("it has neither parameters nor a JSON object")
+            raise Dropped("it has neither parameters nor a JSON object")
         warnings.append(f"{label}: its arguments are written as a JSON object")
         return opening["name"], text
     values: dict[str, str] = {}
     for head, end in zip(inner[::2], inner[1::2], strict=True):
         key, is_string, value = head["key"], head["string"], body[head.end() : end.start()]
         if key in values:
-            raise _Dropped(f"{key!r} appears twice")
+            raise Dropped(f"{key!r} appears twice")
         if template.DSML in value and not is_closed:
-            raise _Dropped(f"{key!r} holds tags of the format, and what follows does not close")
+            raise Dropped(f"{key!r} holds tags of the format, and what follows does not close")
         if is_string not in ("true", "false"):
             warnings.append(f"{label}: {key!r} is not marked as a string or JSON")
-        values[key] = to_json(value) if is_string == "true" else _read_value(key, value, warnings)
+        values[key] = to_json(value) if is_string == "true" else read_value(key, value, warnings)
     return opening["name"], join_arguments(values)
 
 
-def _read_value(key: str, text: str, warnings: list[str]) -> str:
-    """Return the JSON of a value that is not marked as a string. Raises _Dropped where it seems to be unclosed."""
+def read_value(key: str, text: str, warnings: list[str]) -> str:
+    """Return the JSON of a value that is not marked as a string. Raises Dropped where it seems to be unclosed."""
     if is_json(text):
         return text
     if template.DSML in text:
-        raise _Dropped(f"an unclosed parameter: the value of {key!r} is not JSON and holds tags of the format")
+        raise Dropped(f"an unclosed parameter: the value of {key!r} is not JSON and holds tags of the format")
     warnings.append(f"the value of {key!r} is not JSON; read as a string")
     return to_json(text)

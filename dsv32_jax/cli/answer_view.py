@@ -1,38 +1,12 @@
 """One streamed answer on the screen: reasoning dimmed or hidden, text verbatim, tool calls only counted."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable
 
-from ..chat import StopStrings, template
+from ..chat.answer_parts import ARGUMENTS, CALL, CONTENT, AnswerParts, Piece
 from ..errors import pluralize
 from ..generation.result import Stats
-from ..generation.text_stream import CALLS_START
 from .terminal import Screen
-
-REASONING, ANSWER, CALLS = "reasoning", "answer", "calls"
-
-
-class AnswerSplitter:
-    """Split a streamed answer into its parts. Text that may begin a tag is held back until that is decided."""
-
-    def __init__(self, *, thinking: bool):
-        self.part = REASONING if thinking else ANSWER
-        self._stops = StopStrings(template.THINK_END if thinking else CALLS_START)
-
-    def add(self, text: str) -> Iterator[tuple[str, str]]:
-        """Yield (part, text) for what can be assigned now, without tags and without tool calls."""
-        for char in text:
-            if self.part == CALLS:
-                continue
-            if piece := self._stops.add(char):
-                yield self.part, piece
-            if self._stops.hit is not None:
-                self.part, self._stops = (ANSWER if self.part == REASONING else CALLS), StopStrings(CALLS_START)
-
-    def end(self) -> Iterator[tuple[str, str]]:
-        """Yield what was held back, at the end of the answer."""
-        if piece := self._stops.end():
-            yield self.part, piece
 
 
 class AnswerView:
@@ -40,31 +14,34 @@ class AnswerView:
 
     def __init__(self, screen: Screen, *, thinking: bool, hide_reasoning: bool):
         self._screen, self._hide_reasoning = screen, hide_reasoning
-        self._splitter = AnswerSplitter(thinking=thinking)
-        self._part, self._last_char = self._splitter.part, ""
+        self._parts = AnswerParts(thinking=thinking)
+        self._part, self._last_char = self._parts.part, ""
         self._tokens, self._start = 0, time.perf_counter()
 
     def add(self, text: str) -> None:
         """Show the text of one more token."""
         self._start = self._start if self._tokens else time.perf_counter()
         self._tokens += 1
-        for part, piece in self._splitter.add(text):
-            self._switch_to(part)
-            self._show(piece)
-        self._switch_to(self._splitter.part)
-        if self._part == CALLS:
+        self._show(self._parts.add(text))
+        self._switch_to(self._parts.part)
+        if self._part == CALL:
             self._screen.status(f"calling: {pluralize(self._tokens, 'token')}")
 
     def end(self) -> None:
         """Show what is left, at the end of the answer."""
-        for _, piece in self._splitter.end():
-            self._show(piece)
+        self._show(self._parts.end())
         self._switch_to("")
         self._screen.status("")
 
-    def _show(self, text: str) -> None:
+    def _show(self, pieces: Iterable[Piece]) -> None:
+        for part, text in pieces:
+            if part not in (CALL, ARGUMENTS):
+                self._switch_to(part)
+                self._show_text(text)
+
+    def _show_text(self, text: str) -> None:
         self._last_char = text[-1]
-        if self._part == ANSWER:
+        if self._part == CONTENT:
             self._screen.result(text)
         elif self._hide_reasoning:
             self._screen.status(f"thinking: {pluralize(self._tokens, 'token')} (Ctrl-C stops it)")
@@ -75,7 +52,7 @@ class AnswerView:
         """Finish the part shown so far, unless it goes on."""
         if part == self._part:
             return
-        if self._last_char and self._part == ANSWER:
+        if self._last_char and self._part == CONTENT:
             self._screen.result("\n" * (self._last_char != "\n"))
         elif self._last_char and self._hide_reasoning:
             self._screen.note(f"(thought for {time.perf_counter() - self._start:.1f} s; /think show shows it)")

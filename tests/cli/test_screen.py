@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dsv32_jax.chat import template
-from dsv32_jax.cli.answer_view import AnswerSplitter
 from dsv32_jax.cli.terminal import Screen, json_line, one_line
 from dsv32_jax.errors import printable
 from tests.cli.conftest import Terminal
@@ -135,37 +133,3 @@ def test_plain_where_it_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
     Screen().result("\ub4e4\n")
     assert raw.getvalue() == b"\\ub4e4\n"
-
-
-CALLS = "\n\n<｜DSML｜function_calls>\n<｜DSML｜invoke"
-
-
-@pytest.mark.parametrize(
-    "thinking, text, parts",
-    [
-        (False, "plain", [("answer", "plain")]),
-        (False, "a <b </think> c", [("answer", "a <b </think> c")]),
-        (True, "why</think>so", [("reasoning", "why"), ("answer", "so")]),
-        (True, "</think>so", [("answer", "so")]),
-        (True, "a </thin", [("reasoning", "a </thin")]),
-        (False, "look" + CALLS, [("answer", "look")]),
-        (False, CALLS, []),
-        (True, "x" + CALLS + "</think>y" + CALLS, [("reasoning", "x" + CALLS), ("answer", "y")]),
-        (False, "a\n\nb<", [("answer", "a\n\nb<")]),
-    ],
-)
-@given(cut=st.integers(1, 50))
-def test_parts(thinking, text, parts, cut):
-    """However the text is cut; what looks like a call in reasoning is reasoning."""
-    found: dict[str, str] = {}
-    answer = AnswerSplitter(thinking=thinking)
-    for start in range(0, len(text), cut):
-        for part, piece in answer.add(text[start : start + cut]):
-            found[part] = found.get(part, "") + piece
-    for part, piece in answer.end():
-        found[part] = found.get(part, "") + piece
-    assert list(found.items()) == parts
-
-
-def test_every_mark_of_a_call_is_known():
-    assert template.CALLS.startswith("<" + template.DSML)
