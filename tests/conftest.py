@@ -1,6 +1,7 @@
 """What every test runs under: strict dtypes, eight virtual CPU devices, no compiled programs on the user's disk."""
 
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,6 +14,11 @@ import pytest
 
 from dsv32_jax.config import Config
 from tests import golden
+
+IN_MEMORY = Path("/dev/shm")
+if IN_MEMORY.is_dir() and shutil.disk_usage(IN_MEMORY).free > 8 << 30:
+    os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", str(IN_MEMORY))
+"""Folders of tests are in memory where there is room: on a disk half the suite waits for what is flushed to it."""
 
 for number in (signal.SIGINT, signal.SIGHUP):
     if signal.getsignal(number) is signal.SIG_IGN:

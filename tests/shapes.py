@@ -42,9 +42,16 @@ class Shapes:
         self.wrong: list[str] = []
         self.seen: set[tuple[str, str]] = set()
 
-    def on_event(self, frame, event: str, _) -> None:
+    def on_call(self, frame, event: str, _) -> Callable | None:
+        """Watch a function of the package until it returns: Python calls this for all that are called."""
+        if not self._ours(frame.f_globals.get("__name__", "")):
+            return None
+        frame.f_trace_lines = False
+        return self._on_event
+
+    def _on_event(self, frame, event: str, _) -> None:
         """Compare the locals of a function that returns with their suffixes."""
-        if event != "return" or not self._ours(frame.f_globals.get("__name__", "")):
+        if event != "return":
             return
         where = f"{frame.f_globals['__name__']}.{_qualname(frame.f_code)}"
         sizes = dict(self.dims)
@@ -104,14 +111,14 @@ def watched(dims: Mapping[str, int], rules: Mapping[str, Rule | None], package: 
     """Inside the `with`, every function of `package` is checked as it returns, in this thread and in those that it
     starts; under jit too: tracers have shapes."""
     shapes = Shapes(dims, rules, package)
-    before = [(module, module.getprofile()) for module in (sys, threading)]
+    before = [(module, module.gettrace()) for module in (sys, threading)]
     for module, _ in before:
-        module.setprofile(shapes.on_event)
+        module.settrace(shapes.on_call)
     try:
         yield shapes
     finally:
-        for module, profile in before:
-            module.setprofile(profile)
+        for module, trace in before:
+            module.settrace(trace)
 
 
 def suffixed_functions(module) -> dict[str, set[str]]:

@@ -1,12 +1,12 @@
 """`dsv32 bench engine`, at tiny size so that it cannot rot."""
 
+import dataclasses
 import json
 
 import pytest
 
 from dsv32_jax import cli
 from dsv32_jax.bench import engine as bench
-from tests.conftest import REPOSITORY
 
 
 @pytest.fixture
@@ -17,9 +17,11 @@ def small_sizes(monkeypatch):
         monkeypatch.setattr(bench, name, size)
 
 
-def test_figures(small_sizes, capsys):
+def test_figures(small_sizes, tiny, tmp_path, capsys):
     """One JSON object: rates, a speedup by reuse, how far a long prompt holds up others, and no page lost."""
-    line = ["bench", "engine", "--config", str(REPOSITORY / "configs" / "tiny.json"), "--requests", "6", "--rows", "2"]
+    cfg = dataclasses.replace(tiny, num_hidden_layers=1, first_k_dense_replace=0, num_nextn_predict_layers=0)
+    (tmp_path / "config.json").write_text(json.dumps(cfg.to_dict()))
+    line = ["bench", "engine", "--config", str(tmp_path / "config.json"), "--requests", "6", "--rows", "2"]
     assert cli.main([*line, "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
     rates = {"ragged_tokens_per_s", "static_tokens_per_s", "full_tokens_per_s", "prefix_speedup", "stretch_p99"}

@@ -2,7 +2,6 @@
 
 import ast
 import collections
-from collections.abc import Iterator
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
@@ -21,14 +20,14 @@ PARTICIPLES = frozenset(
 argument may be a state."""
 
 
-def definitions(file: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef]:
-    """Every function and class of a file."""
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            yield node
-
-
-FUNCTIONS = [(file, node) for file in FILES for node in definitions(file) if not isinstance(node, ast.ClassDef)]
+TREES = {file: ast.parse(file.read_text()) for file in FILES}
+DEFINITIONS = [
+    (file, node)
+    for file, tree in TREES.items()
+    for node in ast.walk(tree)
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+]
+FUNCTIONS = [(file, node) for file, node in DEFINITIONS if not isinstance(node, ast.ClassDef)]
 
 
 def name_of(file: Path) -> str:
@@ -44,7 +43,7 @@ def is_property(node: ast.AST) -> bool:
 
 def test_docstrings_say_what_is_done():
     """`Return the ...`, `Raise ...`, `A ...`: a docstring does not begin with `What`."""
-    documented = [(file, node) for file in FILES for node in (ast.parse(file.read_text()), *definitions(file))]
+    documented = [*TREES.items(), *DEFINITIONS]
     found = [(name_of(file), (ast.get_docstring(node) or "").partition("\n")[0]) for file, node in documented]
     assert not [(name, text) for name, text in found if text.startswith("What ")]
 

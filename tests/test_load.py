@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,7 +27,7 @@ from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, VerificationError
-from dsv32_jax.system import progress
+from dsv32_jax.system import files, progress
 
 
 @pytest.fixture(scope="module")
@@ -232,10 +233,14 @@ print(size("Rss"), size("Private_Dirty"), size("Anonymous"))
 
 
 def test_memory_is_that_of_the_page_cache(folder):
-    """Another process maps the same pages: none of its own."""
-    command = [sys.executable, "-c", SHARED, str(folder)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    """Another process maps the same pages of a disk: none of its own."""
+    with tempfile.TemporaryDirectory() as disk:
+        shutil.copytree(folder, Path(disk, "out"))
+        for file in Path(disk).rglob("*.*"):
+            files.sync(file)
+        command = [sys.executable, "-c", SHARED, str(Path(disk, "out"))]
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     resident, dirty, anonymous = map(int, done.stdout.split())
     arrays = [array.nbytes for leaf in Manifest.read(folder).leaves.values() for array in leaf.arrays.values()]
     assert resident > 0.8 * sum(arrays) and dirty == anonymous == 0

@@ -6,6 +6,7 @@ KILLS=200 kills so many times; by default about fifty times.
 import os
 import random
 import signal
+import time
 
 import pytest
 
@@ -30,11 +31,13 @@ def killer():
 
 @pytest.fixture(scope="module")
 def undisturbed(killer, tmp_path_factory, tiny):
-    """A source, the digest of what it becomes, and the steps that takes."""
+    """A source, the digest of what it becomes, the steps that takes, and the seconds."""
     root = tmp_path_factory.mktemp("kills")
     random_checkpoint.write(root / "hf", tiny, "nvfp4")
     steps = killer.trace(root / "hf", root / "out", OPTIONS)
-    return root / "hf", killer.finish(root / "hf", root / "out", OPTIONS), steps
+    start = time.perf_counter()
+    digest = killer.finish(root / "hf", root / "again", OPTIONS)
+    return root / "hf", digest, steps, time.perf_counter() - start
 
 
 def require_tidy(out):
@@ -42,7 +45,7 @@ def require_tidy(out):
 
 
 def test_steps_of_every_kind_are_seen(undisturbed):
-    _, _, steps = undisturbed
+    _, _, steps, _ = undisturbed
     for step in (
         "os.mkdir weights",
         "open .journal.jsonl.*.tmp",
@@ -63,7 +66,7 @@ def test_steps_of_every_kind_are_seen(undisturbed):
 
 def test_everything_is_flushed_before_the_manifest(undisturbed):
     """A part is named in the journal before it is made and once it is flushed, the manifest's name comes last."""
-    _, _, steps = undisturbed
+    _, _, steps, _ = undisturbed
     written = [number for number, step in enumerate(steps) if step == "os.rename weights/#.unfinished"]
     noted = [number for number, step in enumerate(steps) if step == "os.fsync journal.jsonl"]
     flushed = [number for number, step in enumerate(steps) if step == "os.fsync weights"]
@@ -85,7 +88,7 @@ def test_everything_is_flushed_before_the_manifest(undisturbed):
 
 def test_killed_before_every_kind_of_step(killer, undisturbed, tmp_path):
     """Each output lives through several kills, the first of them early, the last of them late."""
-    source, digest, steps = undisturbed
+    source, digest, steps, _ = undisturbed
     kinds = list(dict.fromkeys(steps))
     for chain in range(CHAINS):
         out = tmp_path / str(chain)
@@ -97,14 +100,14 @@ def test_killed_before_every_kind_of_step(killer, undisturbed, tmp_path):
 
 def test_killed_at_random_times(killer, undisturbed, tmp_path):
     """One output is killed again and again; each run finds what those before it left."""
-    source, digest, steps = undisturbed
+    source, digest, steps, seconds = undisturbed
     dice = random.Random(0)
     kills = 0
     while kills < max(CHAIN, RANDOM):
         out = tmp_path / str(kills)
         for _ in range(CHAIN):
             if dice.random() < 0.5:
-                kills += killer.after(source, out, OPTIONS, seconds=dice.uniform(0.02, 0.6)) == -signal.SIGKILL
+                kills += killer.after(source, out, OPTIONS, seconds=dice.uniform(0, seconds)) == -signal.SIGKILL
             else:
                 kills += killer.before(source, out, OPTIONS, step=dice.randrange(len(steps))) == -signal.SIGKILL
             if (out / "manifest.json").exists():
@@ -114,7 +117,7 @@ def test_killed_at_random_times(killer, undisturbed, tmp_path):
 
 
 def test_other_limits_may_be_given_to_the_run_that_continues(killer, undisturbed, tmp_path):
-    source, digest, steps = undisturbed
+    source, digest, steps, _ = undisturbed
     middle = [number for number, step in enumerate(steps) if step.startswith("open journal.jsonl")][1]
     assert killer.before(source, tmp_path / "out", OPTIONS, step=middle) == -signal.SIGKILL
     other = OPTIONS | {"group_bytes": 90_000, "max_memory": "2GiB", "workers": 1}
