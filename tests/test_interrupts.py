@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -46,6 +47,19 @@ def test_out_of_a_destructor():
 
     with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
         Gone()
+        wait()
+
+
+def test_out_of_the_callback_of_a_weak_reference():
+    """Python would print what it raises, and go on; the garbage collector calls many."""
+
+    class Gone:
+        pass
+
+    gone = Gone()
+    weakref.finalize(gone, signal.raise_signal, signal.SIGINT)
+    with interrupts.raise_on_interrupt(), pytest.raises(KeyboardInterrupt):
+        del gone
         wait()
 
 

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import signal
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
 
@@ -12,6 +13,11 @@ EXIT_CODE = 130
 
 RETRY_SECONDS = 0.05
 """Seconds before a signal is sent again that arrived where an exception would be lost."""
+
+
+FINALIZERS = (weakref.finalize, weakref.WeakSet)
+SWALLOWING = ("<frozen importlib", *(one.__init__.__code__.co_filename for one in FINALIZERS))
+"""The files of imports, and of the callbacks of Python's finalizers and weak collections."""
 
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
@@ -27,10 +33,11 @@ def raise_interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _swallows_exceptions(code: CodeType) -> bool:
-    """Return whether an exception is lost in `code`: a destructor, a hook of the garbage collector (JAX has one), or an
-    import, which would leave modules half initialized or turn it into an ImportError."""
+    """Return whether an exception is lost in `code`: a destructor, the callback of a weak reference, a hook of the
+    garbage collector (JAX has one), or an import, which would leave modules half initialized or turn it into an
+    ImportError."""
     hooks = [getattr(hook, "__code__", None) for hook in gc.callbacks]
-    return code.co_name == "__del__" or code in hooks or code.co_filename.startswith("<frozen importlib")
+    return code.co_name == "__del__" or code in hooks or code.co_filename.startswith(SWALLOWING)
 
 
 DEFAULT_HANDLERS = (signal.default_int_handler, raise_interrupt)
