@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dsv32_jax.errors import printable
 from dsv32_jax.system.progress import format_count, format_duration, format_size
 
-from .names import format_ranges
+from .name_folding import format_ranges
 
 if TYPE_CHECKING:
     from .export.export import Exported

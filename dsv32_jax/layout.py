@@ -10,6 +10,7 @@ The model's shapes and shardings, the converter's plan and its inverse follow fr
 """
 
 import math
+import re
 from typing import NamedTuple
 
 from .config import Config
@@ -72,6 +73,10 @@ LOOKED_UP = "embed_VD"
 other matrix may be quantized."""
 
 
+LAYER = re.compile(r"(?:model\.)?layers\.(\d{1,9})\.")
+EXPERT = re.compile(r"(^|\.)experts\.\d+\.")
+
+
 class Cut(NamedTuple):
     """The part of a tensor's axis that a parameter takes: positions start..stop-1 of every run of `size`."""
 
@@ -96,6 +101,17 @@ class Leaf(NamedTuple):
     cut: Cut | None
     stacked: bool
     out_axes: int
+
+
+def split_layer(name: str) -> tuple[int | None, str]:
+    """Return the layer of a tensor or parameter (None outside the layers), and its name within the layer."""
+    match = LAYER.match(name)
+    return (int(match[1]), name[match.end() :]) if match else (None, name)
+
+
+def fold_expert(name: str) -> str:
+    """Return `name` with a star in place of the expert's number."""
+    return EXPERT.sub(r"\1experts.*.", name)
 
 
 def leaves(cfg: Config) -> tuple[Leaf, ...]:

@@ -17,7 +17,7 @@ import numpy as np
 import dsv32_jax as ds
 from configs import path
 from convert.transform.cut import LeafFormat, list_arrays
-from convert.write.provenance import describe_array
+from convert.write.pipeline import describe_array
 from dsv32_jax.bench.measure import get_peak_memory
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.random_weights import storage

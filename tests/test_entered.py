@@ -4,7 +4,7 @@ import pytest
 
 from tests import entered
 
-MOST = {"generate": 17, "load": 9, "convert": 29}
+MOST = {"generate": 17, "load": 8, "convert": 25}
 
 
 @pytest.fixture(scope="module")

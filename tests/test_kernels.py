@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 import dsv32_jax as ds
 from dsv32_jax.cli import demo
 from dsv32_jax.errors import DsvError, UsageError
-from dsv32_jax.kernels import VARIABLE, cpu, dispatch, launch, reference
+from dsv32_jax.kernels import VARIABLE, cpu, dispatch, reference, triton_launch
 from dsv32_jax.model import experts, mla, ops
 from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
@@ -379,19 +379,19 @@ def test_a_launch_tells_jaxlib_what_jax_triton_does(monkeypatch):
         return jax.ffi.ffi_call("triton_kernel_call", out_shape, **old)(*operands)
 
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
-    launch._compile.cache_clear()
+    triton_launch._compile.cache_clear()
     out, x = jax.ShapeDtypeStruct((4, 5), np.float32), np.zeros((4, 3), np.float32)
 
     def twice(x):
-        return [launch.launch("kernel", out, x, grid=(1, 2, 3), WIDTH=7) for _ in range(2)]
+        return [triton_launch.launch("kernel", out, x, grid=(1, 2, 3), WIDTH=7) for _ in range(2)]
 
     start = time.perf_counter()
     with compilation.count_compilations() as meter:
         text = jax.jit(twice).lower(x).as_text()
     assert 0.2 < meter.seconds < time.perf_counter() - start
-    assert text.count(f"@{launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
+    assert text.count(f"@{triton_launch.TARGET}") == text.count('opaque = "x\\9C\\00 \\FF"') == 2
     assert traced == [("kernel", (1, 2, 3), {"WIDTH": 7})]
-    launch._compile.cache_clear()
+    triton_launch._compile.cache_clear()
 
 
 @pytest.mark.parametrize("calls", [0, 2])
@@ -403,11 +403,11 @@ def test_a_program_of_jax_triton_without_its_kernel_is_refused(monkeypatch, call
         return sum((call(*operands) for _ in range(calls)), jnp.zeros(out_shape.shape))
 
     monkeypatch.setitem(sys.modules, "jax_triton", SimpleNamespace(triton_call=triton_call))
-    monkeypatch.setattr(launch.importlib.metadata, "version", lambda name: "1.2.3")
-    launch._compile.cache_clear()
+    monkeypatch.setattr(triton_launch.importlib.metadata, "version", lambda name: "1.2.3")
+    triton_launch._compile.cache_clear()
     out, x = jax.ShapeDtypeStruct((4, 5), np.float32), np.zeros((4, 3), np.float32)
     with pytest.raises(DsvError, match=f"{calls} custom calls.*jax-triton 1.2.3 do not work.*{VARIABLE}=xla"):
-        jax.jit(lambda x: launch.launch("kernel", out, x, grid=(1, 2, 3))).lower(x)
+        jax.jit(lambda x: triton_launch.launch("kernel", out, x, grid=(1, 2, 3))).lower(x)
 
 
 PRODUCTS = (

@@ -63,7 +63,7 @@ from others."""
 
 RULES = {letter: rule for letter, (_, rule) in LOWERCASE.items()}
 
-UNWATCHED = {"kernels.triton_kernels", "kernels.gpu", "kernels.triton_attention", "kernels.gpu_attention"}
+UNWATCHED = {"kernels.triton_products", "kernels.gpu_products", "kernels.triton_attention", "kernels.gpu_attention"}
 """Modules that only run with a GPU. Those of bench, which run at true sizes, are not watched either."""
 
 

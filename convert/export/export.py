@@ -17,13 +17,13 @@ from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsE
 from dsv32_jax.system.files import LOCK, expand_path, is_abandoned, lock_folder, read_json, require_apart, sync
 from dsv32_jax.system.progress import Progress, ignore_progress
 
-from ..names import fold_names
+from ..name_folding import fold_names
 from ..plan.limits import require_disk_space
+from ..read.converted import Converted, Group, raise_damaged
 from ..read.source import CONFIG, INDEX, QUANTIZATION
-from ..verify.converted import Converted, Group, raise_damaged
-from .quantization import compressed_tensors_config, modelopt_config
+from .encode import Target, choose_targets, describe_changes, encode
+from .quantization_config import compressed_tensors_config, modelopt_config
 from .shards import SHARD_BYTES, Shard, ShardsWriter, plan_shards, write_index, write_json
-from .targets import Target, choose_targets, describe_changes, encode
 
 FAMILIES = ("modelopt", "compressed-tensors", "bf16")
 RECORD = ".export.json"

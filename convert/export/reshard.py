@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 
-from dsv32_jax.checkpoint.checksums import list_files
 from dsv32_jax.checkpoint.companions import copy_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, Manifest, digest, is_complete
 from dsv32_jax.checkpoint.reader import Key
-from dsv32_jax.checkpoint.writer import Writer
-from dsv32_jax.errors import OutputExistsError, VerificationError
+from dsv32_jax.checkpoint.writer import Writer, list_files
+from dsv32_jax.errors import VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path, lock_folder, require_apart
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.limits import require_disk_space
-from ..verify.converted import Converted
-from ..write.journal import Journal, Part, manifest_basis, require_ours
-from ..write.provenance import describe_array
+from ..read.converted import Converted
+from ..write.differences import manifest_basis, read_finished
+from ..write.journal import Journal, Part, require_ours
+from ..write.pipeline import describe_array
 
 
 def reshard(
@@ -49,10 +49,13 @@ def reshard(
     require_apart(converted.folder, out)
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])
+    basis = {**manifest_basis(converted.manifest), "mesh": sizes}
     with lock_folder(out):
         if is_complete(out):
-            return _read_finished(out, plan)
-        journal = Journal(out, plan, converted.folder.name, {**manifest_basis(converted.manifest), "mesh": sizes})
+            manifest = read_finished(out, plan, basis)
+            (out / JOURNAL).unlink(missing_ok=True)
+            return manifest
+        journal = Journal(out, plan, converted.folder.name, basis)
         journal.reconcile(out / WEIGHTS)
         _write_parts(converted, out, sizes, journal, progress)
         written = journal.entries
@@ -66,15 +69,6 @@ def reshard(
         manifest = dataclasses.replace(converted.manifest, leaves=entries, source=source, storage=storage)
         journal.complete(manifest)
         return manifest
-
-
-def _read_finished(out: Path, plan: str) -> Manifest:
-    """The manifest of a finished output. Raises OutputExistsError where it is another job's."""
-    manifest = Manifest.read(out)
-    if manifest.source.get("plan") != plan:
-        raise OutputExistsError(f"{out} holds another converted checkpoint; nothing was touched. Write to a new folder")
-    (out / JOURNAL).unlink(missing_ok=True)
-    return manifest
 
 
 def _write_parts(

@@ -14,7 +14,7 @@ from dsv32_jax.system.files import write_file
 
 from ..read.safetensors import DTYPES
 from ..read.source import INDEX
-from .targets import OutputTensor
+from .encode import OutputTensor
 
 SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8

@@ -12,8 +12,8 @@ import numpy as np
 from dsv32_jax.errors import argument, listing, pluralize
 from dsv32_jax.quantization.quantize import E4M3, E4M3_AS_SCALE
 
+from ..read.converted import Converted, Weight
 from ..transform.requantize import FUSED
-from ..verify.converted import Converted, Weight
 
 Pair = tuple[Weight, Weight]
 

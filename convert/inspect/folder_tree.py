@@ -16,11 +16,10 @@ from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_converted
 from dsv32_jax.config import Config
 from dsv32_jax.config.keys import find_assumptions
 from dsv32_jax.errors import CheckpointError, ConfigError
-from dsv32_jax.layout import leaves
+from dsv32_jax.layout import fold_expert, leaves, split_layer
 from dsv32_jax.system.files import expand_path
 
-from ..names import fold_expert, split_layer
-from ..read.safetensors import NUMPY_DTYPES, Tensor
+from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..read.weights import detect
 
@@ -190,22 +189,14 @@ def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
     for path, entry in entries.items():
         kind = _kind_of(sources.get(path, ""), path.startswith("mtp."))
         layer, name = split_layer(path)
+        shape = entries[entry.same_as or path].shape or ()
         if entry.same_as is not None:
-            shape = _logical_shape(entries[entry.same_as])
             items.append(Item(layer, name, kind, f"= {entry.same_as}", shape, 0, 0))
             continue
-        shape = _logical_shape(entry)
-        nbytes = sum(math.prod(array.shape) * NUMPY_DTYPES[array.dtype].itemsize for array in entry.arrays.values())
+        nbytes = sum(array.nbytes for array in entry.arrays.values())
         format = entry.arrays["values"].dtype if entry.format == "dense" else entry.format
         items.append(Item(layer, name, kind, format, shape, math.prod(shape), nbytes))
     return items
-
-
-def _logical_shape(entry: LeafEntry) -> tuple[int, ...]:
-    if entry.format != "nvfp4":
-        return entry.arrays["values"].shape
-    *outer, packed = entry.arrays["codes"].shape
-    return (*outer, 2 * packed)
 
 
 def summarize(

@@ -15,12 +15,11 @@ from dsv32_jax.quantization.quantize import E2M1, E4M3
 from dsv32_jax.system.files import expand_path
 
 from ..read import weights
+from ..read.converted import Converted, raise_damaged
 from ..read.safetensors import Tensor
 from ..read.source import Source
-from ..read.weights import StoredWeight, detect
+from ..read.weights import StoredWeight, dequantize, detect
 from ..transform.requantize import count_odd_scales
-from ..verify.converted import Converted, raise_damaged
-from ..write.provenance import amax
 
 PIECE = 1 << 20
 """Bytes counted at a time."""
@@ -132,7 +131,7 @@ def summarize_values(matrices: Iterable[Mapping[str, np.ndarray]]) -> dict[str, 
                 codes.update({f"2^{e}": n for e, n in _count_e4m3_exponents(values).items()})
                 exponents.update(_count_exponents(parts["block_scale"]))
             parts["values"] = np.where(finite, values, np.zeros((), values.dtype))
-        largest = max(largest, amax(parts))
+        largest = max(largest, float(np.abs(dequantize(parts)).max(initial=0)))
     scale_exponents = {str(exponent): count for exponent, count in sorted(exponents.items())}
     return {"amax": largest, **totals, "codes": dict(codes), "scale_exponents": scale_exponents}
 

@@ -14,12 +14,12 @@ from dsv32_jax.config.keys import find_assumptions
 from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
 
-from ..names import fold_details
+from ..name_folding import fold_details
 from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
 from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays
 from .policy import FormatChooser, Recipe
-from .scope import Surplus
+from .scope import UnneededTensors
 
 SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 """Names of formats and dtypes as users write them."""
@@ -80,10 +80,10 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
             "config.json declares an MTP layer, but the checkpoint has no tensors of it: converted without MTP"
         )
     chooser = FormatChooser(recipe.policy, cfg.num_hidden_layers)
-    survey = _Survey(source.tensors, chooser)
-    planned = [leaf for leaf in map(survey.plan_leaf, leaves(cfg)) if leaf is not None]
-    ignored = survey.ignore_surplus(Surplus(cfg, source.tensors, source.ignored_tensors))
-    survey.raise_problems(str(source.folder))
+    planner = _LeafPlanner(source.tensors, chooser)
+    planned = [leaf for leaf in map(planner.plan_leaf, leaves(cfg)) if leaf is not None]
+    ignored = planner.ignore_unneeded(UnneededTensors(cfg, source.tensors, source.ignored_tensors))
+    planner.raise_problems(str(source.folder))
     by_path = {leaf.leaf.path: leaf for leaf in planned}
     planned = tuple(
         dataclasses.replace(leaf, form=by_path[leaf.same_as].form) if leaf.same_as else leaf for leaf in planned
@@ -135,7 +135,7 @@ def _describe_effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any
     return [wanted, recipe.scales if quantizes else None, recipe.tensor_scales if quantizes else None]
 
 
-class _Survey:
+class _LeafPlanner:
     """Looks up the sources of every leaf and collects all problems instead of stopping at the first."""
 
     def __init__(self, tensors: Mapping[str, Any], chooser: FormatChooser):
@@ -177,11 +177,11 @@ class _Survey:
             return None
         return self._chooser.choose(stored)
 
-    def ignore_surplus(self, surplus: Surplus) -> dict[str, int]:
+    def ignore_unneeded(self, unneeded: UnneededTensors) -> dict[str, int]:
         """Claim the tensors that the model does not need; return their number by reason."""
-        reasons = {name: surplus.explain(name) for name in self._tensors if name not in self._claimed}
+        reasons = {name: unneeded.explain(name) for name in self._tensors if name not in self._claimed}
         found = {name: reason for name, reason in reasons.items() if reason is not None}
-        surplus.require_effect()
+        unneeded.require_effect()
         self._claimed |= found.keys()
         return dict(collections.Counter(found.values()))
 

@@ -10,11 +10,9 @@ from dsv32_jax.checkpoint.companions import GENERATION, compare_settings, read_e
 from dsv32_jax.config import Config, interpret
 from dsv32_jax.config.keys import LAYERS
 from dsv32_jax.errors import UsageError, argument, listing, pluralize
+from dsv32_jax.layout import split_layer
 
-from ..names import split_layer
 from ..read.source import CONFIG, Source
-
-LAYER = re.compile(r"model\.layers\.(\d{1,9})\.")
 
 SCALE = r"(scales?|scale_inv|scaling_factor|zero_point|amax)"
 
@@ -34,7 +32,7 @@ NOT_NEEDED = (
 UNANNOUNCED = "an MTP layer that config.json does not announce (num_nextn_predict_layers)"
 
 
-def settle(source: Source, keys: Any, patterns: Any) -> Source:
+def interpret_source(source: Source, keys: Any, patterns: Any) -> Source:
     """Return `source` with its config in the usual spelling, without the `keys` that the user ignores; and with the
     `patterns` of tensors that he ignores. Either may be one string, several, or None.
 
@@ -48,17 +46,17 @@ def settle(source: Source, keys: Any, patterns: Any) -> Source:
     if more:
         config["eos_token_id"] = [*known, *more]
         name += f" with the end tokens of {GENERATION}"
-    settled = copy.copy(source)
-    settled.ignored_tensors = _list_names(patterns)
-    cfg, settled.config, notes, settled.ignored_config = interpret(config, name, _list_names(keys))
-    settled.notes = [
+    understood = copy.copy(source)
+    understood.ignored_tensors = _list_names(patterns)
+    cfg, understood.config, notes, understood.ignored_config = interpret(config, name, _list_names(keys))
+    understood.notes = [
         *source.notes,
         *notes,
-        *(f"config.json: ignored {key} at the user's word" for key in settled.ignored_config),
+        *(f"config.json: ignored {key} at the user's word" for key in understood.ignored_config),
         *([f"{GENERATION}: end tokens in addition to those of config.json: {listing(more)}"] if more else []),
         *compare_settings(source.folder, cfg),
     ]
-    return settled
+    return understood
 
 
 def _list_names(given: Any) -> list[str]:
@@ -84,7 +82,7 @@ def select_first_layers(source: Source, layers: str) -> Source:
     small.tensors = {
         name: tensor
         for name, tensor in source.tensors.items()
-        if (match := LAYER.match(name)) is None or int(match[1]) < count
+        if (layer := split_layer(name)[0]) is None or layer < count
     }
     small.config = {
         **{key: value for key, value in source.config.items() if key not in LAYERS},
@@ -100,7 +98,7 @@ def select_first_layers(source: Source, layers: str) -> Source:
     return small
 
 
-class Surplus:
+class UnneededTensors:
     """Tells why tensors are not needed: by NOT_NEEDED, or because the user's `patterns` leave them out."""
 
     def __init__(self, cfg: Config, names: Iterable[str], patterns: Sequence[str]):

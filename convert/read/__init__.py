@@ -1,1 +1,1 @@
-"""Source checkpoints: safetensors files, the folder, and each weight as it is stored."""
+"""Reading checkpoints: safetensors files, their folder, each weight as it is stored, and what was converted."""

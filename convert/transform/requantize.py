@@ -15,9 +15,9 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError
+from dsv32_jax.layout import fold_expert, split_layer
 from dsv32_jax.quantization.quantize import FP8_BLOCK, RTN, Scaling, fp8_quantize, largest, nvfp4_quantize
 
-from ..names import fold_expert, split_layer
 from ..read.weights import Read, StoredWeight, dequantize, dequantize_whole, read_components
 
 PIECE_WEIGHTS = 1 << 17

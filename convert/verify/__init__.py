@@ -1,1 +1,1 @@
-"""Reading a converted checkpoint back, and comparing it with its source."""
+"""Proving that a converted checkpoint is undamaged and lossless."""

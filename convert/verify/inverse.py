@@ -6,7 +6,6 @@ dtype and shape. Neither shares code with `cut`: a proof that used the code it p
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -16,7 +15,7 @@ from dsv32_jax.layout import Leaf
 from dsv32_jax.quantization.quantize import FP8_BLOCK
 
 from ..read.safetensors import DTYPES, Tensor
-from ..read.weights import StoredWeight, detect
+from ..read.weights import StoredWeight
 
 Components = Mapping[str, np.ndarray]
 
@@ -25,15 +24,6 @@ CODES_PER_BYTE = 2
 
 class NotInvertible(CheckpointError):
     """The components do not come from the recorded tensors."""
-
-
-def describe_storage(name: str, sources: Sequence[SourceTensor]) -> StoredWeight:
-    """How the weight `name` was stored, from its recorded tensors."""
-    tensors = {}
-    for source in sources:
-        nbytes = int(np.prod(source.shape, dtype=np.int64)) * DTYPES[source.dtype].itemsize
-        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, nbytes)
-    return detect(name, tensors)
 
 
 def join_leaves(leaves: Sequence[Leaf], parts: Sequence[Components], format: str, block: int) -> dict[str, np.ndarray]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv32_jax.checkpoint.checksums import find_damaged_files, require_manifest
+from dsv32_jax.checkpoint.checksums import find_damage, find_damaged_files, require_manifest
 from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import raw
@@ -21,11 +21,11 @@ from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress, ignore_progress
 
-from ..names import fold_names
+from ..name_folding import fold_names
+from ..read.converted import Components, Converted, Group, Weight
 from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
 from . import inverse
-from .converted import Components, Converted, Group, Weight
 
 LEVELS = ("quick", "full")
 
@@ -160,8 +160,8 @@ class _Proof:
         if not self._converted.is_readable(group):
             return
         if _is_copy(group, entries):
-            if group.leaves[0].path == keys[0][0]:
-                self._converted.check(keys[0], self.damaged.append)
+            if group.leaves[0].path == keys[0][0] and (problem := find_damage(self._converted.arrays, keys[0])):
+                self.damaged.append(problem)
             for source in group.weights[0].sources:
                 self._compare(source.name, entries[0].sha256)
         else:

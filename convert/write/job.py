@@ -8,14 +8,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from dsv32_jax.checkpoint.checksums import find_changed_files, list_files, require_manifest
+from dsv32_jax.checkpoint.checksums import find_changed_files, require_manifest
 from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
 from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
-from dsv32_jax.checkpoint.writer import Writer
+from dsv32_jax.checkpoint.writer import Writer, list_files
 from dsv32_jax.config import Config
 from dsv32_jax.errors import (
     CheckpointError,
-    OutputExistsError,
     UsageError,
     VerificationError,
     argument,
@@ -32,15 +31,15 @@ from ..plan import limits
 from ..plan.limits import Budget, size_of
 from ..plan.plan import Plan, make_plan
 from ..plan.policy import make_recipe
-from ..plan.scope import select_first_layers, settle
+from ..plan.scope import interpret_source, select_first_layers
 from ..read.downloads import verify_downloads
 from ..read.source import Source
 from ..read.weights import read_tensor_scale
 from ..transform.cut import PlannedLeaf
 from ..transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
-from .journal import Journal, describe_differences, manifest_basis, require_ours, require_same_bytes
-from .pipeline import Pipeline
-from .provenance import HashingReader
+from .differences import read_finished
+from .journal import Journal, require_ours, require_same_bytes
+from .pipeline import HashingReader, Pipeline
 
 
 class Options(TypedDict, total=False):
@@ -82,7 +81,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
     budget = limits.make_budget(options.get("max_memory"), options.get("workers"), options.get("group_bytes"))
     mesh = partition.parse_optional_mesh(options.get("mesh"))
     require_apart(source_folder, dst)
-    source = settle(Source(source_folder), options.get("ignore_config"), options.get("ignore_tensors"))
+    source = interpret_source(Source(source_folder), options.get("ignore_config"), options.get("ignore_tensors"))
     if options.get("strict_index"):
         source.require_complete_index()
     if (layers := options.get("layers")) is not None:
@@ -111,7 +110,7 @@ def convert(
     require_ours(dst)
     with lock_folder(dst):
         if is_complete(dst):
-            return _read_finished(plan, dst)
+            return _check_finished(plan, dst)
         limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
         if options.get("verify_source"):
             verify_downloads(plan.source.files, budget.workers, progress)
@@ -121,16 +120,9 @@ def convert(
             return _finish(plan, dst, journal)
 
 
-def _read_finished(plan: Plan, dst: Path) -> Manifest:
-    """The manifest of a finished output. Raises OutputExistsError where it is another conversion's."""
-    manifest = Manifest.read(dst)
-    if manifest.source.get("plan") != plan.digest:
-        changed = describe_differences(manifest_basis(manifest), plan.basis)
-        raise OutputExistsError(
-            f"{dst} holds a converted checkpoint (of {manifest.source.get('folder')!r}) that was made from other "
-            f"files or with other options; nothing was touched. Convert to another folder, or delete this one "
-            f"yourself. The differences: {listing(changed)}"
-        )
+def _check_finished(plan: Plan, dst: Path) -> Manifest:
+    """Return the manifest of a finished output. Raises OutputExistsError, or VerificationError if it is damaged."""
+    manifest = read_finished(dst, plan.digest, plan.basis)
     require_manifest(dst)
     require_same_bytes(plan.source, manifest.leaves.values())
     if damaged := find_changed_files(dst, manifest):

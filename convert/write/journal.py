@@ -14,22 +14,19 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.checksums import require_written
 from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
+from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.checkpoint.writer import UNFINISHED
-from dsv32_jax.errors import CheckpointError, OutputExistsError, listing, pluralize
+from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, listing, pluralize
 from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..transform.requantize import ErrorStats
+from .differences import describe_differences
 
 PROBE_BYTES = 16 << 20
 """Largest tensor that is read again in each file before a conversion continues."""
-
-RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
-"""Names of the parts of a plan's recipe, for messages."""
-
 
 FIRST = {"plan": str, "source": str, "basis": dict, "stamps": dict}
 OTHERS = ({"begin": str}, {"part": str, "leaves": dict, "facts": dict, "outcomes": dict})
@@ -154,8 +151,9 @@ class Journal:
         self.parts[part.name] = part
 
     def complete(self, manifest: Manifest) -> None:
-        """Make the folder a converted checkpoint, once it was read back: write its manifest, remove the journal."""
-        require_written(self.file.parent, manifest)
+        """Write the manifest, which makes the folder a converted checkpoint, if its files are there; then end."""
+        if problems := Reader(self.file.parent, manifest.leaves).find_problems():
+            raise StorageError(f"{self.file.parent} was written but reads back as something else: {listing(problems)}")
         manifest.write(self.file.parent)
         self.file.unlink()
 
@@ -222,43 +220,6 @@ def _unseal(text: str) -> dict[str, Any]:
     if _seal(sealed["line"]) != text + "\n":
         raise ValueError("a line has changed")
     return sealed["line"]
-
-
-def manifest_basis(manifest: Manifest) -> dict[str, Any]:
-    """The basis of a finished conversion."""
-    return {
-        "format_version": manifest.format_version,
-        "config": manifest.config,
-        "files": manifest.source.get("files", {}),
-        "recipe": manifest.source.get("recipe", []),
-        "mesh": manifest.storage.get("mesh", {}),
-    }
-
-
-def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """How two bases differ, in the user's words; never empty."""
-    found = []
-    if before.get("format_version") != now["format_version"]:
-        found.append(f"the checkpoint format was {before.get('format_version')}, now {now['format_version']}")
-    found += _describe_changes("config.json: {} was {}, now {}", before.get("config", {}), now["config"])
-    found += _describe_changes("file {} was {}, now {}", _describe_files(before), _describe_files(now))
-    found += _describe_changes("{}: was {}, now {}", _describe_recipe(before), _describe_recipe(now))
-    found += _describe_changes("--mesh: {} was {}, now {}", before.get("mesh", {}), now["mesh"])
-    return found or ["the weights that the options select"]
-
-
-def _describe_changes(text: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
-    return [text.format(key, before.get(key, "absent"), now.get(key, "absent")) for key in keys]
-
-
-def _describe_recipe(basis: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(RECIPE, basis.get("recipe", []), strict=False))
-
-
-def _describe_files(basis: Mapping[str, Any]) -> dict[str, str]:
-    files = basis.get("files", {})
-    return {name: f"{file['size']} bytes (header {file['header_sha256'][:8]})" for name, file in files.items()}
 
 
 def require_same_bytes(source: Source, entries: Iterable[LeafEntry], touched: Collection[str] = ()) -> None:

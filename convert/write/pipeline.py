@@ -1,27 +1,152 @@
-"""Group after group of parameters: read and converted by many threads, then hashed and written while the next is read.
+"""Group after group of parameters: read and converted by many threads, then hashed, checked and written while the next
+is read.
 
 The first exception of any thread ends everything; parts that were yielded before stay good.
 """
 
 import collections
 import dataclasses
+import hashlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
-from dsv32_jax.checkpoint.manifest import LeafEntry, Place
-from dsv32_jax.checkpoint.reader import Key
+from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Place
+from dsv32_jax.checkpoint.provenance import Passport, SourceTensor
+from dsv32_jax.checkpoint.reader import Key, raw
 from dsv32_jax.checkpoint.writer import Writer
+from dsv32_jax.errors import CheckpointError, listing, pluralize
 
 from ..plan.limits import Budget, Group, fits_beside, size_of
+from ..read.safetensors import DTYPES, Tensor
+from ..read.weights import Read, StoredWeight
 from ..transform import cut
-from ..transform.requantize import ErrorStats, Requantizer
+from ..transform.cut import PlannedLeaf
+from ..transform.requantize import ErrorStats, Requantizer, count_odd_scales
 from .journal import Part
-from .provenance import HashingReader, describe
+
+SCALAR_BYTES = 8
+FIRST_BYTES = 1 << 12
+"""Enough to see that a tensor is not constant, but for very few."""
+
+PIECE_BYTES = 1 << 20
+"""Bytes looked at together."""
+
+UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32}
+EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "float8_e4m3fn": 0x7F}
+"""The bits that are all ones in NaN and infinity (float8_e4m3fn has NaN alone)."""
 
 Components = dict[str, np.ndarray]
+
+
+class HashingReader:
+    """Reads tensors and keeps the SHA-256 of each, and the bytes of scalars. Threads may share it."""
+
+    def __init__(self, read: Read):
+        self._read = read
+        self._sources: dict[str, SourceTensor] = {}
+        self._zero: set[str] = set()
+        self._constant: set[str] = set()
+
+    def __call__(self, tensor: Tensor) -> np.ndarray:
+        array = self._read(tensor)
+        if tensor.name not in self._sources:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            if not raw[:FIRST_BYTES].any() and not raw.any():
+                self._zero.add(tensor.name)
+            elif (raw[:FIRST_BYTES] == raw[0]).all() and (raw == raw[0]).all():
+                self._constant.add(tensor.name)
+            sha256 = hashlib.sha256(raw.data).hexdigest()
+            bits = raw.tobytes().hex() if tensor.nbytes <= SCALAR_BYTES else ""
+            self._sources[tensor.name] = SourceTensor(tensor.name, tensor.dtype, tensor.shape, sha256, bits)
+        return array
+
+    def source(self, tensor: Tensor, with_bits: bool) -> SourceTensor:
+        """Provenance of a tensor, which is read if it was not; `with_bits` keeps the bytes of a scalar."""
+        if tensor.name not in self._sources:
+            self(tensor)
+        found = self._sources[tensor.name]
+        return found if with_bits else found._replace(bits="")
+
+    def require_downloaded(self, planned: PlannedLeaf) -> None:
+        """Raise CheckpointError that lists the source matrices of a parameter which are zero throughout.
+
+        A download that reserves its space first leaves such holes. In NVFP4 a matrix of zeros is stored with a tensor
+        scale of zero, or with block scales that are all the same.
+        """
+        holes = []
+        for stored in planned.sources:
+            if len(stored.shape) == 2 and not self._is_zero_matrix(stored):
+                holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self._zero]
+        if holes:
+            names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
+            raise CheckpointError(
+                f"{len(holes)} tensors of {planned.leaf.path} are zero throughout: {names}. The files have their full "
+                "size but were not downloaded completely: download them again. Completed parts are kept"
+            )
+
+    def _is_zero_matrix(self, stored: StoredWeight) -> bool:
+        if stored.tensor_scale is None or stored.scale is None:
+            return False
+        return stored.tensor_scale.name in self._zero or stored.scale.name in self._constant
+
+
+def describe(
+    planned: PlannedLeaf, arrays: Components, original: LeafEntry | None, read: HashingReader
+) -> tuple[LeafEntry, dict[str, int]]:
+    """The manifest entry of a parameter whose components are `arrays`, and the counts of odd scales in it.
+
+    A copy with the bytes of its `original` shares its arrays. Raises CheckpointError on values that cannot be right.
+    """
+    read.require_downloaded(planned)
+    require_finite(planned.leaf.path, arrays)
+    entry = LeafEntry(planned.form.format, {n: describe_array(a) for n, a in arrays.items()}, planned.same_as)
+    if entry == original:
+        entry = LeafEntry(entry.format, {}, planned.copy_of)
+    sources = tuple(
+        read.source(tensor, stored.kind == "packed-nvfp4" and tensor is stored.tensor_scale)
+        for stored in planned.sources
+        for tensor in stored.tensors
+    )
+    passport = Passport(describe_change(planned), planned.leaf.cut, sources)
+    return dataclasses.replace(entry, origin=passport.to_json()), count_odd_scales(arrays)
+
+
+def describe_change(planned: PlannedLeaf) -> str:
+    """How the conversion changes the values of a parameter; empty where every bit is kept."""
+    form = planned.form
+    if form.dequantized is not None:
+        return f"dequantized to {form.dtype}: {form.dequantized}"
+    formats = sorted({stored.format for stored in planned.sources} - {form.format})
+    if formats:
+        return f"{' and '.join(formats)} became {form.dtype or form.format}"
+    dtypes = {DTYPES[stored.values.dtype].name for stored in planned.sources if stored.format == "dense"}
+    if form.format == "dense" and form.dtype != "float32" and dtypes - {form.dtype}:
+        return f"{' and '.join(sorted(dtypes - {form.dtype}))} became {form.dtype}"
+    return ""
+
+
+def describe_array(array: np.ndarray) -> ArrayEntry:
+    """Return the dtype, shape and SHA-256 of an array."""
+    return ArrayEntry(array.dtype.name, array.shape, hashlib.sha256(raw(array)).hexdigest())
+
+
+def require_finite(path: str, components: dict[str, np.ndarray]) -> None:
+    """Raise CheckpointError if a float array or FP8 values contain NaN or infinity; NVFP4 block scales may."""
+    for name, array in components.items():
+        mask = EXPONENTS.get(array.dtype.name)
+        if mask is None or (array.dtype.itemsize == 1 and name == "block_scale"):
+            continue
+        bits = array.reshape(-1).view(UNSIGNED[array.dtype.itemsize])
+        pieces = (bits[at : at + PIECE_BYTES] for at in range(0, bits.size, PIECE_BYTES))
+        if count := sum(int(np.count_nonzero((piece & mask) == mask)) for piece in pieces):
+            raise CheckpointError(
+                f"{path}.{name} ({array.dtype.name} {list(array.shape)}) has {pluralize(count, 'value')} that "
+                f"{'is' if count == 1 else 'are'} NaN or infinite: the source is damaged. "
+                "What was written so far is kept"
+            )
 
 
 class _Write(NamedTuple):

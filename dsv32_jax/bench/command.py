@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -9,40 +10,15 @@ from typing import Any
 def add(commands: Any) -> None:
     """Add `bench` to the subparsers `commands`; each of its commands sets `run`, which takes the parsed arguments."""
     bench = commands.add_parser("bench", help="measure on this machine").add_subparsers(required=True, metavar="WHAT")
-    load = bench.add_parser("load", help="loading a checkpoint, beside a plain read of its bytes")
-    load.add_argument("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
-    load.add_argument("--json", action="store_true", help="print one JSON object")
-    load.set_defaults(run=partial(_run, "load"))
-    _add_engine(bench)
-    _add_model(bench)
-    _add_kernels(bench)
-    _add_convert(bench)
+    add = _add_command(bench, "load", "loading a checkpoint, beside a plain read of its bytes")
+    add("checkpoint", nargs="?", help="a converted checkpoint (default: a random one of about 1 GB)")
 
-
-def _add_convert(bench: Any) -> None:
-    convert = bench.add_parser("convert", help="convert layers of the true dimensions to NVFP4, beside cp (20 GB disk)")
-    add = convert.add_argument
-    add("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (default: 1+1, 12 GB in FP8)")
-    add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
-    add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
-    add("--folder", help="where the checkpoints are written (default: the temporary folder)")
-    add("--json", action="store_true", help="print one JSON object a line")
-    convert.set_defaults(run=partial(_run, "convert"))
-
-
-def _add_engine(bench: Any) -> None:
-    engine = bench.add_parser("engine", help="many requests of ragged lengths, shared beginnings, a long prompt")
-    add = engine.add_argument
+    add = _add_command(bench, "engine", "many requests of ragged lengths, shared beginnings, a long prompt")
     add("--config", metavar="FILE", help="a model's config.json (default: three small layers)")
     add("--requests", type=int, default=256, metavar="N", help="ragged requests (default: 256)")
     add("--rows", type=int, default=16, metavar="B", help="rows at once (default: 16)")
-    add("--json", action="store_true", help="print one JSON object")
-    engine.set_defaults(run=partial(_run, "engine"))
 
-
-def _add_model(bench: Any) -> None:
-    model = bench.add_parser("model", help="layers of the true dimensions with random NVFP4 weights, on any mesh")
-    add = model.add_argument
+    add = _add_command(bench, "model", "layers of the true dimensions with random NVFP4 weights, on any mesh")
     add("--config", metavar="FILE", help="another model's config.json")
     add("--layers", type=int, metavar="N", help="number of layers (default: all)")
     add("--mesh", metavar="AXES", help="for example expert=4 (default: one device)")
@@ -50,19 +26,26 @@ def _add_model(bench: Any) -> None:
     add("--context", type=int, action="append", metavar="N", help="tokens of a row (default: 1024 and 8192)")
     add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
     add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
-    add("--json", action="store_true", help="print one JSON object a line")
-    model.set_defaults(run=partial(_run, "model"))
 
-
-def _add_kernels(bench: Any) -> None:
-    kernels = bench.add_parser("kernels", help="products with stored weights at the true shapes, beside XLA alone")
-    add = kernels.add_argument
+    add = _add_command(bench, "kernels", "products with stored weights at the true shapes, beside XLA alone")
     add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="weight formats (default: nvfp4)")
     add("--rows", type=int, action="append", metavar="M", help="activation rows (default: 1, 2, 4, 8, 16, 64, 256)")
     add("--weight", action="append", metavar="NAME", help="a weight of the first column (default: all)")
     add("--by", choices=("auto", "xla"), action="append", help="implementation (default: both)")
-    add("--json", action="store_true", help="print one JSON object a line")
-    kernels.set_defaults(run=partial(_run, "kernels"))
+
+    add = _add_command(bench, "convert", "convert layers of the true dimensions to NVFP4, beside cp (20 GB disk)")
+    add("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (default: 1+1, 12 GB in FP8)")
+    add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
+    add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
+    add("--folder", help="where the checkpoints are written (default: the temporary folder)")
+
+
+def _add_command(bench: Any, name: str, summary: str) -> Callable[..., Any]:
+    """Add the parser of one bench, and return the function that adds its options."""
+    parser = bench.add_parser(name, help=summary)
+    parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
+    parser.set_defaults(run=partial(_run, name))
+    return parser.add_argument
 
 
 def _run(name: str, arguments: argparse.Namespace) -> int:

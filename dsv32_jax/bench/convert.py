@@ -16,10 +16,10 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from ..checkpoint import random_checkpoint
 from ..config import Config
 from ..errors import UsageError
 from ..system.progress import parse_size
-from . import full_size_source
 from .measure import Row, get_peak_memory, print_rows
 
 VOCABULARY = 2048
@@ -53,7 +53,7 @@ COLUMNS = (
 def run(arguments: argparse.Namespace) -> None:
     """Print the table for a source in each format."""
     cfg, limit = make_config(arguments.layers), arguments.max_memory
-    storages = arguments.source or list(full_size_source.SUFFIXES)
+    storages = arguments.source or ("fp8", "nvfp4")
     rows = (row for storage in storages for row in measure_convert(cfg, storage, limit, arguments.folder))
     print_rows(EXPLANATION, COLUMNS, rows, arguments.json)
 
@@ -85,7 +85,7 @@ def measure_convert(cfg: Config, storage: str, max_memory: str, folder: str | No
     with tempfile.TemporaryDirectory(prefix="dsv32-bench-", dir=folder) as scratch:
         source, out = Path(scratch, "source"), Path(scratch, "converted")
         print(f"writing a checkpoint in {storage}", file=sys.stderr, flush=True)
-        full_size_source.write(source, cfg, storage)
+        random_checkpoint.write_large(source, cfg, storage)
         size = _count_bytes(source)
         seconds = _time_cp(source, Path(scratch, "copy"))
         row = {"cp_speed": size / seconds, "cpu_seconds": None, "peak_bytes": None, "limit_bytes": None}

@@ -11,10 +11,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..generation.engine import Engine
 from ..generation.generate import engine as make_engine
 from ..generation.generate import generate
-from ..generation.result import Generation
 from ..model.model import Model
 from .decode_step import make_model
 
@@ -51,7 +49,7 @@ def draw(rng: np.random.Generator, cfg: Config, length: int) -> list[int]:
 
 def measure_ragged(model: Model, requests: int, rows: int) -> dict[str, float]:
     """Return the rates of ragged requests in one call, in groups, and of rows that do not end."""
-    rng, cfg = np.random.default_rng(0), model.cfg
+    rng, cfg, capacity = np.random.default_rng(0), model.cfg, LONGEST_PROMPT + LONGEST_ANSWER
     prompts = [draw(rng, cfg, int(n)) for n in rng.integers(8, LONGEST_PROMPT + 1, requests)]
     limits = rng.integers(1, LONGEST_ANSWER + 1, requests).tolist()
     order = sorted(range(requests), key=lambda i: len(prompts[i]))
@@ -65,7 +63,7 @@ def measure_ragged(model: Model, requests: int, rows: int) -> dict[str, float]:
             max_new_tokens=[limits[i] for i in chosen],
             min_new_tokens=1,
             batch_size=rows,
-            capacity=LONGEST_PROMPT + LONGEST_ANSWER,
+            capacity=capacity,
         )
         return made.stats.new_tokens, time.perf_counter() - begun - made.stats.compile_seconds
 
@@ -74,18 +72,13 @@ def measure_ragged(model: Model, requests: int, rows: int) -> dict[str, float]:
         return sum(tokens) / sum(seconds)
 
     run(order[:rows])
-    full = _decode_all(model, [draw(rng, cfg, 16) for _ in range(rows)])
+    whole: dict[str, Any] = {"max_new_tokens": LONGEST_ANSWER, "min_new_tokens": LONGEST_ANSWER, "capacity": capacity}
+    full = generate(model, [draw(rng, cfg, 16) for _ in range(rows)], **whole)
     return {
         "ragged_tokens_per_s": rate([range(requests)]),
         "static_tokens_per_s": rate(groups),
         "full_tokens_per_s": full.stats.decode_tokens_per_second,
     }
-
-
-def _decode_all(model: Model, prompts: Sequence[Sequence[int]]) -> Generation:
-    capacity = LONGEST_PROMPT + LONGEST_ANSWER
-    count = LONGEST_ANSWER
-    return generate(model, prompts, max_new_tokens=count, min_new_tokens=count, capacity=capacity)
 
 
 def measure_prefixes(model: Model, rows: int) -> float:
@@ -95,7 +88,7 @@ def measure_prefixes(model: Model, rows: int) -> float:
     for shared in (draw(rng, cfg, SHARED), None):
         prompts = [(shared or draw(rng, cfg, SHARED)) + draw(rng, cfg, PROMPT - SHARED) for _ in range(SHARING)]
         for _ in range(2):
-            with _open(model, rows, PROMPT + 1) as engine:
+            with make_engine(model, rows=rows, capacity=PROMPT + 1) as engine:
                 begun = time.perf_counter()
                 streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
                 for stream in streams:
@@ -112,7 +105,7 @@ def measure_stretch(model: Model) -> tuple[float, int]:
     length, most = min(LONG, capacity - 1), capacity - 16
     usual: list[float] = []
     stretched: list[float] = []
-    with _open(model, RUNNING + 1, capacity) as engine:
+    with make_engine(model, rows=RUNNING + 1, capacity=capacity) as engine:
         for _ in range(2):
             for seconds, prompt in ((usual, None), (stretched, draw(rng, cfg, length))):
                 seconds.clear()
@@ -132,10 +125,6 @@ def measure_stretch(model: Model) -> tuple[float, int]:
         known = sum(pool.known for pool in engine.loop.scheduler.pools)
         leaked = int(stats["pages_of_rows"] + stats["pages_used"] - known)
     return statistics.quantiles(stretched, n=100)[98] / statistics.median(usual), leaked
-
-
-def _open(model: Model, rows: int, capacity: int) -> Engine:
-    return make_engine(model, rows=rows, capacity=capacity)
 
 
 def measure_engine(cfg: Config, requests: int, rows: int) -> dict[str, Any]:

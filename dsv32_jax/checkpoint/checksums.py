@@ -4,9 +4,9 @@ Every byte is covered: the file of an array is the bytes of the array, whose SHA
 is listed there with its size and SHA-256; the first line of the manifest is the SHA-256 of its other lines.
 """
 
-import hashlib
+import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,15 +14,8 @@ from ..errors import CheckpointError, StorageError, VerificationError, listing
 from ..system import host
 from ..system.files import hash_chunks, is_stray
 from ..system.progress import show_slow
-from .manifest import FILE, WEIGHTS, LeafEntry, Manifest, is_sealed
+from .manifest import FILE, WEIGHTS, Manifest, is_sealed
 from .reader import Key, Reader, raw
-from .writer import list_metadata
-
-
-def list_files(folder: str | Path, companions: Iterable[str], leaves: Mapping[str, LeafEntry]) -> dict[str, list]:
-    """Return size and SHA-256 of all files but those of arrays: `companions`, and the metadata of the weights."""
-    reader = Reader(folder, leaves)
-    return {name: _measure(reader, name) for name in (*companions, *list_metadata(reader.entries))}
 
 
 def find_changed_files(folder: str | Path, manifest: Manifest) -> list[str]:
@@ -31,7 +24,7 @@ def find_changed_files(folder: str | Path, manifest: Manifest) -> list[str]:
     problems = reader.find_problems()
     for name, (size, sha256) in manifest.storage.get("files", {}).items():
         try:
-            if _measure(reader, name, size)[1] != sha256:
+            if reader.measure_file(name, size) != [size, sha256]:
                 problems.append(f"{name} has changed")
         except (CheckpointError, StorageError) as error:
             problems.append(str(error))
@@ -48,30 +41,27 @@ def find_damaged_files(folder: str | Path, manifest: Manifest) -> list[str]:
     return sorted([*find_changed_files(folder, manifest), *surplus])
 
 
+def find_damage(reader: Reader, key: Key, count: Callable[[int], None] = lambda nbytes: None) -> str | None:
+    """Return what is wrong with the array `key`, None if it matches its SHA-256. Bytes are counted as they are read."""
+
+    def read() -> Iterator[memoryview]:
+        for slab in reader.slabs(key):
+            count(slab.nbytes)
+            yield raw(slab)
+
+    try:
+        return None if hash_chunks(read()) == reader.entries[key].sha256 else f"{reader.where(key)} has changed"
+    except (CheckpointError, StorageError) as error:
+        return str(error)
+
+
 def find_damaged_arrays(reader: Reader) -> list[str]:
     """Return the arrays that do not match their SHA-256. A thread per core reads and hashes."""
-
-    def check(key: Key) -> str | None:
-        def chunks() -> Iterator[memoryview]:
-            for slab in reader.slabs(key):
-                count(slab.nbytes)
-                yield raw(slab)
-
-        try:
-            return None if hash_chunks(chunks()) == reader.entries[key].sha256 else f"{reader.where(key)} has changed"
-        except (CheckpointError, StorageError) as error:
-            return str(error)
-
     sizes = {key: entry.nbytes for key, entry in reader.entries.items()}
     with ThreadPoolExecutor(host.count_cores()) as pool, show_slow(sum(sizes.values())) as count:
-        problems = list(pool.map(check, sorted(sizes, key=lambda key: -sizes[key])))
-    return sorted(problem for problem in problems if problem)
-
-
-def require_written(folder: str | Path, manifest: Manifest) -> None:
-    """Raise StorageError unless the files for `manifest`, which is yet to be written, can be read back."""
-    if problems := find_changed_files(folder, manifest):
-        raise StorageError(f"{folder} was written but reads back as something else: {listing(problems)}")
+        keys = sorted(sizes, key=lambda key: -sizes[key])
+        problems = pool.map(find_damage, itertools.repeat(reader), keys, itertools.repeat(count))
+        return sorted(filter(None, problems))
 
 
 def require_manifest(folder: str | Path) -> None:
@@ -94,8 +84,3 @@ def require_intact(folder: str | Path, manifest: Manifest, level: str) -> None:
             f"{folder} is not as written; nothing was loaded: {listing(problems, len(problems))}. "
             "Copy the folder again, or convert again"
         )
-
-
-def _measure(reader: Reader, name: str, nbytes: int | None = None) -> list:
-    with open(reader.open_file(name, nbytes), "rb") as stream:
-        return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]

@@ -246,17 +246,9 @@ def _require_leaves(folder: Path, table: dict[str, Leaf], entries: dict[str, Lea
     problems = [f"{path} is missing" for path in table.keys() - entries.keys()]
     problems += [f"{path} is unknown" for path in entries.keys() - table.keys()]
     for path in table.keys() & entries.keys():
-        shape = _logical_shape(entries[path])
-        if shape not in (None, table[path].shape):
+        if (shape := entries[path].shape) not in (None, table[path].shape):
             problems.append(f"{path} is {shape}, not {table[path].shape}")
     if problems:
         raise CheckpointError(
             f"{folder} does not hold the weights of its config; nothing was read: {listing(sorted(problems), 20)}"
         )
-
-
-def _logical_shape(entry: LeafEntry) -> tuple[int, ...] | None:
-    if entry.format == "nvfp4" and entry.arrays:
-        *out, packed = entry.arrays["codes"].shape
-        return (*out, 2 * packed)
-    return entry.arrays["values"].shape if entry.arrays else None

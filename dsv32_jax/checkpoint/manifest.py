@@ -115,6 +115,14 @@ class LeafEntry:
         """Provenance of the weight, parsed on first use: for the real model that takes longer than a load."""
         return None if self.origin is None else Passport.from_json(self.origin)
 
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """The shape of the weight, whatever it is packed into; None if it shares the arrays of another."""
+        if self.format == "nvfp4" and self.arrays:
+            *out, packed = self.arrays["codes"].shape
+            return (*out, 2 * packed)
+        return self.arrays["values"].shape if self.arrays else None
+
     def at(self, path: str, places: Mapping[tuple[str, str], Place]) -> Self:
         """Return this entry with its arrays at `places`, which are keyed by the weight's `path` and component."""
         arrays = {name: dataclasses.replace(array, place=places[path, name]) for name, array in self.arrays.items()}

@@ -1,4 +1,4 @@
-"""The provenance of one weight: the tensors it was made of, how it was made of them, and what is in it.
+"""The provenance of one weight: the tensors it was made of, and how it was made of them.
 
 None of it is part of the manifest's digest: two ways to the same arrays give the same digest.
 """
@@ -26,15 +26,12 @@ class SourceTensor(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Passport:
-    """Where a weight came from. `amax` is its largest magnitude, dequantized; the counts are of its NVFP4 block scales.
+    """Where a weight came from. `change` says what was done to its values, empty where every bit was kept.
 
-    `change` says what was done to its values, empty where every bit was kept; `cut` is the part of its sources that it
-    takes, None for all of it; `sources` are their tensors, expert by expert, none where the source left a copy out.
+    `cut` is the part of its sources that it takes, None for all of it; `sources` are their tensors, expert by expert,
+    none where the source left a copy out.
     """
 
-    amax: float
-    nan_scales: int
-    zero_blocks: int
     change: str
     cut: Cut | None
     sources: tuple[SourceTensor, ...]
@@ -43,25 +40,20 @@ class Passport:
         """Return the JSON that `from_json` reads back."""
         sources = [[t.name, t.dtype, list(t.shape), t.sha256, *([t.bits] if t.bits else [])] for t in self.sources]
         cut = None if self.cut is None else list(self.cut)
-        return {**{key: getattr(self, key) for key in FACTS}, "cut": cut, "sources": sources}
+        return {"change": self.change, "cut": cut, "sources": sources}
 
     @classmethod
     def from_json(cls, raw: Any) -> Self:
         """Return the passport that `to_json` wrote. Raises CheckpointError that says what else it is."""
         if not isinstance(raw, dict) or not isinstance(raw.get("sources"), list):
             raise CheckpointError("the passport of a weight is not an object with sources")
-        for key, kind in FACTS.items():
-            if not isinstance(raw.get(key), kind):
-                raise CheckpointError(f"{key} of a weight's passport is {raw.get(key)!r:.200}")
+        if not isinstance(raw.get("change"), str):
+            raise CheckpointError(f"change of a weight's passport is {raw.get('change')!r:.200}")
         cut = raw.get("cut", "missing")
         if cut is not None and not (_are_sizes(cut) and len(cut) == 4):
             raise CheckpointError(f"the cut of a weight's passport is {cut!r:.200}")
         sources = tuple(map(_parse_source, raw["sources"]))
-        facts = {key: raw[key] for key in FACTS}
-        return cls(**facts, cut=None if cut is None else Cut(*cut), sources=sources)
-
-
-FACTS = {"amax": (int, float), "nan_scales": int, "zero_blocks": int, "change": str}
+        return cls(raw["change"], None if cut is None else Cut(*cut), sources)
 
 
 def _parse_source(row: Any) -> SourceTensor:

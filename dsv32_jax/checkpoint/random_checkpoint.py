@@ -1,9 +1,9 @@
 """Write a checkpoint with random weights in Hugging Face layout, for benches, notebooks and tests."""
 
+import itertools
 import json
 import os
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,6 +20,12 @@ DENSE_MATRICES = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "weight
 
 ORIGINALS = {path: name for name, _, path in MODEL}
 
+SHARD_BYTES = 1_000_000_000
+"""Bytes of a shard of `write_large`, about."""
+
+Shard = dict[str, np.ndarray]
+"""Tensors by their names."""
+
 
 def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> None:
     """Write config.json, three shards and their index to `folder`, which must not exist.
@@ -27,10 +33,32 @@ def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> N
     `storage` of the linear layers is "bf16", "fp8", "nvfp4" (ModelOpt's names) or "compressed-tensors" (NVFP4). The
     tensors of one layer are spread over the shards, as in large checkpoints.
     """
+    shards: list[Shard] = [{}, {}, {}]
+    sources = _list_sources(cfg)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = pool.map(lambda name: _generate(sources[name], name, storage, seed), sources)
+        for i, (name, array) in enumerate(itertools.chain.from_iterable(found)):
+            shards[i % len(shards)][name] = np.ascontiguousarray(array)
+    _write_shards(folder, cfg, shards)
+
+
+def write_large(folder: Path, cfg: Config, storage: str) -> None:
+    """Write the same in shards of about 1 GB, where weights of one shape are equal: this takes little time, and memory
+    for one weight of each shape and for two shards."""
+    shards: list[Shard] = [{}]
+    generated: dict[tuple[tuple[int, ...], bool], Shard] = {}
+    for name, leaf in _list_sources(cfg).items():
+        kind = leaf.source_shape, _is_quantized(name, leaf)
+        if kind not in generated:
+            generated[kind] = {key.removeprefix(name): array for key, array in _generate(leaf, name, storage, 0)}
+        shards[-1] |= {name + suffix: array for suffix, array in generated[kind].items()}
+        if sum(array.nbytes for array in shards[-1].values()) > SHARD_BYTES:
+            shards.append({})
+    _write_shards(folder, cfg, [shard for shard in shards if shard])
+
+
+def _write_shards(folder: Path, cfg: Config, shards: list[Shard]) -> None:
     folder.mkdir(parents=True)
-    shards: list[dict[str, np.ndarray]] = [{}, {}, {}]
-    for i, (name, array) in enumerate(_generate_tensors(cfg, storage, seed)):
-        shards[i % len(shards)][name] = np.ascontiguousarray(array)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
         file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
@@ -42,19 +70,19 @@ def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> N
     (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1))
 
 
-def _generate_tensors(cfg: Config, storage: str, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    sources = {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
+def _list_sources(cfg: Config) -> dict[str, Leaf]:
+    return {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
 
-    def generate(name: str) -> list[tuple[str, np.ndarray]]:
-        leaf = sources[name]
-        original = COPIES.get(leaf.path)
-        value = _generate_values(leaf, ORIGINALS[original] if original else name, seed)
-        matrix = value.ndim == 2 and not any(part in name for part in DENSE_MATRICES)
-        return _encode(name, value, storage) if matrix else [(name, value)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for tensors in pool.map(generate, sources):
-            yield from tensors
+def _generate(leaf: Leaf, name: str, storage: str, seed: int) -> list[tuple[str, np.ndarray]]:
+    """Return the tensors of the weight `name`. A copy has the values of its original."""
+    original = COPIES.get(leaf.path)
+    values = _generate_values(leaf, ORIGINALS[original] if original else name, seed)
+    return _encode(name, values, storage) if _is_quantized(name, leaf) else [(name, values)]
+
+
+def _is_quantized(name: str, leaf: Leaf) -> bool:
+    return len(leaf.source_shape) == 2 and not any(part in name for part in DENSE_MATRICES)
 
 
 def _generate_values(leaf: Leaf, name: str, seed: int) -> np.ndarray:

@@ -6,6 +6,7 @@ here, and only if they are what the manifest says: regular, of that size, in the
 
 import ctypes
 import errno
+import hashlib
 import math
 import mmap
 import os
@@ -72,6 +73,11 @@ class Reader:
         os.close(descriptor)
         found = f"has {status.st_size} bytes instead of {nbytes}" if stat.S_ISREG(status.st_mode) else "is not a file"
         raise CheckpointError(f"{name} {found}")
+
+    def measure_file(self, name: str, nbytes: int | None = None) -> list:
+        """Return size and SHA-256 of a file, as the manifest has them. Raises as `open_file` does."""
+        with open(self.open_file(name, nbytes), "rb") as stream:
+            return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
     def _require_no_links(self, folders: list[str]) -> None:
         """Raise CheckpointError if a folder on the way to a file, except the first, is a link."""

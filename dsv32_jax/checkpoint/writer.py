@@ -14,7 +14,7 @@ first axis are contiguous in one file, so a device reads its own bytes there as 
 import json
 import os
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +34,12 @@ Piece = Callable[[Key, tuple[int, ...]], tuple[int, ...]]
 """Returns the shape of one device's slice of an array, given the key and the shape of the array."""
 
 
-def list_metadata(entries: Mapping[Key, ArrayEntry]) -> list[str]:
-    """Return the names of the files that describe the stored arrays to Orbax, relative to the checkpoint."""
-    descriptions = {f"{entry.place.files[0].rpartition('/')[0]}/{DESCRIPTION}" for entry in entries.values()}
-    return sorted(descriptions | {f"{WEIGHTS}/{entry.part}/{METADATA}" for entry in entries.values()})
+def list_files(folder: str | Path, companions: Iterable[str], leaves: Mapping[str, LeafEntry]) -> dict[str, list]:
+    """Return size and SHA-256 of all files but those of arrays: `companions`, and those that describe the arrays."""
+    reader = Reader(folder, leaves)
+    descriptions = {f"{entry.place.files[0].rpartition('/')[0]}/{DESCRIPTION}" for entry in reader.entries.values()}
+    descriptions |= {f"{WEIGHTS}/{entry.part}/{METADATA}" for entry in reader.entries.values()}
+    return {name: reader.measure_file(name) for name in (*companions, *sorted(descriptions))}
 
 
 class Writer:

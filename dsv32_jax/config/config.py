@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, listing, pluralize
 from ..system.files import read_json
-from . import keys, yarn
+from . import keys
 from .keys import ASSUMED, REQUIRED
-from .yarn import INT_MAX, Yarn, parse_number, parse_yarn
 
 LARGEST = 16 << 20
 """Size limit of a config.json in bytes. The real model's has 2 kB."""
@@ -21,7 +20,32 @@ LARGEST = 16 << 20
 MAX_LAYERS, MAX_EXPERTS = 1_000, 500_000
 """Every weight has a name: with far more of them than any model has, listing them would exhaust time and memory."""
 
+INT_MAX = 2**31 - 1
+SMALLEST = 2.0**-126
+"""The smallest normal number in float32: processors take smaller ones for zero."""
+
 MAY_BE_ZERO = {"bos_token_id", "first_k_dense_replace", "num_nextn_predict_layers"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Yarn:
+    """YaRN (arXiv 2309.00071) as DeepSeek applies it: at every length, also of short prompts."""
+
+    factor: float
+    original_max_position_embeddings: int
+    beta_fast: float
+    beta_slow: float
+    mscale: float
+    mscale_all_dim: float
+
+
+FIXED_IN_YARN = {"attention_factor": 1, "truncate": True, "partial_rotary_factor": 1, "apply_yarn_scaling": True}
+"""Keys with the only value that is supported, which follows from the others or is the default."""
+
+YARN_KEYS = {"type", *FIXED_IN_YARN, *(field.name for field in dataclasses.fields(Yarn))}
+"""The keys that a normalized `rope_scaling` may have."""
+
+YARN_PATHS = {f"rope_scaling.{key}" for key in YARN_KEYS - FIXED_IN_YARN.keys()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -135,11 +159,11 @@ def interpret(raw: Any, name: str = "config", ignored: Collection[str] = ()) -> 
     problems: list[str] = []
     fields = {field.name: field for field in dataclasses.fields(Config)}
     known = {*fields, *REQUIRED, *keys.REPEATED}
-    raw, dropped = keys.drop_ignored(dict(raw), ignored, {*fields, *REQUIRED, *yarn.PATHS})
-    raw = yarn.normalize_rope(keys.rename(raw, problems), problems)
+    raw, dropped = keys.drop_ignored(dict(raw), ignored, {*fields, *REQUIRED, *YARN_PATHS})
+    raw = keys.normalize_rope(keys.rename(raw, problems), problems)
     notes = [*keys.drop_neutral(raw, known, "", problems)]
     if isinstance(raw.get("rope_scaling"), dict):
-        notes += keys.drop_neutral(raw["rope_scaling"], yarn.KEYS, "rope_scaling.", problems)
+        notes += keys.drop_neutral(raw["rope_scaling"], YARN_KEYS, "rope_scaling.", problems)
     stated = {key: value for key, value in raw.items() if value is not None or key in REQUIRED or key not in ASSUMED}
     config = _parse({**ASSUMED, **stated}, fields, problems)
     if config is not None:
@@ -164,13 +188,55 @@ def _parse(raw: Mapping[str, Any], fields: Mapping[str, dataclasses.Field], prob
 
 def _parse_field(field: dataclasses.Field, value: Any, problems: list[str]) -> Any:
     if field.name == "rope_scaling":
-        return None if value is None else parse_yarn(value, problems)
+        return None if value is None else _parse_yarn(value, problems)
     if field.name != "eos_token_id":
-        return parse_number(field.name, field.type, value, 0 if field.name in MAY_BE_ZERO else 1, problems)
+        return _parse_number(field.name, field.type, value, 0 if field.name in MAY_BE_ZERO else 1, problems)
     ids = value if isinstance(value, list | tuple) else [value]
     if ids and all(type(token) is int and 0 <= token <= INT_MAX for token in ids):
         return tuple(ids)
     problems.append(f"eos_token_id must be a token id or a list of them, not {value!r}")
+    return None
+
+
+def _parse_yarn(raw: Any, problems: list[str]) -> Yarn | None:
+    """Return the Yarn of a normalized `rope_scaling` object, or None after adding to `problems`."""
+    if not isinstance(raw, Mapping):
+        problems.append(f"rope_scaling must be an object or null, not {raw!r}")
+        return None
+    raw = dict(raw)
+    if (kind := raw.pop("type", "default")) != "yarn":
+        others = listing(map(str, raw)) or "no other keys"
+        problems.append(f"rope_scaling has the type {kind!r} (with {others}); only yarn is supported")
+        return None
+    found = [
+        f"rope_scaling.{key} is {raw[key]!r}, but only {value!r} is supported"
+        for key, value in FIXED_IN_YARN.items()
+        if raw.get(key, value) != value
+    ]
+    fields = {field.name: field for field in dataclasses.fields(Yarn)}
+    if missing := sorted(set(fields) - set(raw)):
+        found.append(f"missing keys in rope_scaling ({len(missing)}): {listing(missing)}")
+    values = {key: _parse_number(key, field.type, raw[key], 1, found) for key, field in fields.items() if key in raw}
+    if not found and values["mscale"] != values["mscale_all_dim"]:
+        found.append(
+            f"rope_scaling.mscale ({values['mscale']}) and mscale_all_dim ({values['mscale_all_dim']}) differ; "
+            "reference implementations disagree on what that means"
+        )
+    problems += found
+    return None if found else Yarn(**values)
+
+
+def _parse_number(name: str, kind: Any, value: Any, smallest: int, problems: list[str]) -> Any:
+    """Return `value` as an int of at least `smallest` if `kind` is int, else as a positive float; or None after adding
+    to `problems`."""
+    if kind in (int, "int"):
+        if type(value) is int and smallest <= value <= INT_MAX:
+            return value
+        problems.append(f"{name} must be an integer from {smallest} to {INT_MAX}, not {value!r}")
+    elif type(value) in (int, float) and SMALLEST <= value <= INT_MAX:
+        return float(value)
+    else:
+        problems.append(f"{name} must be a positive number that is not zero in float32, not {value!r}")
     return None
 
 

@@ -7,7 +7,7 @@ the user takes it on himself to ignore it.
 
 import fnmatch
 import json
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 from ..errors import UsageError, argument, listing
@@ -158,6 +158,43 @@ def rename(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             inner.setdefault("mscale_all_dim", inner.get("mscale", 1.0))
             raw[parent] = inner
     return {name: value for name, value in raw.items() if name not in RENAMED}
+
+
+def normalize_rope(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
+    """Return a config.json's object with `rope_theta` and, if it says anything of it, `rope_scaling`, which is None
+    without scaling.
+
+    transformers 5 writes both as `rope_parameters`, and some tools put `rope_theta` into `rope_scaling`. If two
+    spellings disagree, that is added to `problems`.
+    """
+    raw, spellings = dict(raw), [name for name in ("rope_scaling", "rope_parameters") if raw.get(name) is not None]
+    if "rope_parameters" in raw and not isinstance(raw["rope_parameters"], Mapping | None):
+        problems.append(f"rope_parameters must be an object, not {raw['rope_parameters']!r}")
+        spellings.remove("rope_parameters")
+    found = []
+    for name in spellings:
+        scaling = raw[name]
+        if isinstance(scaling, Mapping):
+            scaling = dict(scaling)
+            theta = scaling.pop("rope_theta", None)
+            if theta is not None and raw.setdefault("rope_theta", theta) != theta:
+                problems.append(f"rope_theta is {raw['rope_theta']!r}, but {theta!r} in {name}")
+        found.append(_normalize_scaling(scaling))
+    if len(found) == 2 and found[0] != found[1]:
+        problems.append(f"rope_scaling ({found[0]!r}) and rope_parameters ({found[1]!r}) disagree")
+    stated = raw.pop("rope_parameters", None) is not None or "rope_scaling" in raw
+    return {**raw, "rope_scaling": found[0] if found else None} if stated else raw
+
+
+def _normalize_scaling(scaling: Any) -> Any:
+    """Name the type `type`, drop nulls, and return None if nothing but the type "default" is left."""
+    if not isinstance(scaling, Mapping):
+        return scaling
+    values = {key: value for key, value in scaling.items() if value is not None}
+    types = [values.pop(key) for key in ("type", "rope_type") if key in values]
+    types = ["yarn" if kind == "deepseek_yarn" else kind for kind in types]
+    kind = types[0] if types and types == types[:1] * len(types) else types or "default"
+    return None if kind == "default" and not values else {"type": kind, **values}
 
 
 def drop_neutral(raw: dict[str, Any], known: Collection[str], prefix: str, problems: list[str]) -> Iterator[str]:

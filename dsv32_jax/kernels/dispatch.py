@@ -140,9 +140,9 @@ def _platform() -> tuple[str, ModuleType]:
     """Return the platform and its kernels; those for GPUs are not imported without one."""
     if jax.default_backend() != "gpu":
         return "cpu", cpu
-    from . import gpu
+    from . import gpu_products
 
-    return "cuda", gpu
+    return "cuda", gpu_products
 
 
 @cache

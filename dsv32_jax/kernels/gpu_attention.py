@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quantization.cache_formats import Bf16Rows, Fp8Rows, Rows
-from .launch import launch
+from .triton_launch import launch
 
 SLOTS_SCORED, QUERIES_SCORED = 128, 32
 SAMPLE, CANDIDATES, BLOCK = 8192, 4096, 4096

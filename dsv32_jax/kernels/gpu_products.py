@@ -1,4 +1,4 @@
-"""Kernels for NVIDIA GPUs: how the products of `triton_kernels` are launched."""
+"""Kernels for NVIDIA GPUs: how the products of `triton_products` are launched."""
 
 import importlib
 import importlib.util
@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
-from .launch import launch
+from .triton_launch import launch
 
 BLOCK = (8, 256)
 """The rows that are multiplied in the time of one, and those of the largest tile."""
@@ -88,15 +88,15 @@ def supports(w: Weight, rows: int, dtype: Any) -> bool:
 
 def multiply_blocks(x_nbz: jax.Array, expert_n: jax.Array, bank: Any, devices: int) -> jax.Array:
     """`reference.multiply_blocks` without the tensor scale. The experts of the blocks are spread over `devices`."""
-    triton_kernels: Any = importlib.import_module(".triton_kernels", __package__)
+    triton_products: Any = importlib.import_module(".triton_products", __package__)
     if isinstance(bank, Fp8Block):
         return _multiply(
-            triton_kernels.fp8_kernel, FP8_TILES, 1, x_nbz, expert_n, bank.values, bank.block_scale, devices
+            triton_products.fp8_kernel, FP8_TILES, 1, x_nbz, expert_n, bank.values, bank.block_scale, devices
         )
     width, scale = x_nbz.shape[-1] // bank.block_scale.shape[-1], bank.block_scale
     if width > MAX_SCALE_WIDTH or width & (width - 1):
         scale = jnp.repeat(scale, width // NVFP4_BLOCK, axis=-1)
-    return _multiply(triton_kernels.nvfp4_kernel, NVFP4_TILES, 8, x_nbz, expert_n, bank.codes, scale, devices)
+    return _multiply(triton_products.nvfp4_kernel, NVFP4_TILES, 8, x_nbz, expert_n, bank.codes, scale, devices)
 
 
 def _multiply(kernel, tiles, elements: int, x_nbz, expert_n, values, scale, devices: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Products with quantized weights on NVIDIA GPUs, in the Triton language; `gpu` launches them.
+"""Products with quantized weights on NVIDIA GPUs, in the Triton language; `gpu_products` launches them.
 
 A program multiplies a tile of one weight with a tile of a block of x. The weight is the left operand of the tensor
 cores and is dequantized in the registers it was loaded to; its bytes stay as they are stored. What would have to be

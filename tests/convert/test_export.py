@@ -18,7 +18,7 @@ from safetensors import safe_open
 
 import convert
 from convert.export.export import export
-from convert.export.quantization import list_globs, list_regexes
+from convert.export.quantization_config import list_globs, list_regexes
 from convert.export.shards import ShardsWriter
 from convert.export.shared_scales import rescale_bytes
 from convert.read import weights

@@ -28,7 +28,7 @@ from convert.plan import limits
 from convert.read import safetensors
 from convert.read.downloads import DOWNLOADS
 from convert.read.source import Source
-from convert.write import provenance
+from convert.write import pipeline
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.system.progress import BarReporter, Progress, Reporter
@@ -431,9 +431,9 @@ def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatc
 
 
 def test_f45_a_source_that_changes(folder, tmp_path, monkeypatch, capsys):
-    entry = provenance.describe_array
+    entry = pipeline.describe_array
     monkeypatch.setattr(limits, "GROUP_BYTES", 60_000)
-    monkeypatch.setattr(provenance, "describe_array", lambda array: os.utime(folder / SHARD) or entry(array))
+    monkeypatch.setattr(pipeline, "describe_array", lambda array: os.utime(folder / SHARD) or entry(array))
     assert run(folder, tmp_path / "out", "--workers", "1") == 74
     assert f"{SHARD} changed while it was being read" in capsys.readouterr().err
 
@@ -454,7 +454,7 @@ def test_f52_no_room_for_temporary_files(folder, tmp_path, monkeypatch):
 
 
 def test_f54_an_exception_in_a_worker(folder, tmp_path, monkeypatch):
-    entry, calls = provenance.describe_array, []
+    entry, calls = pipeline.describe_array, []
 
     def failing(array):
         calls.append(1)
@@ -463,7 +463,7 @@ def test_f54_an_exception_in_a_worker(folder, tmp_path, monkeypatch):
         return entry(array)
 
     with monkeypatch.context() as patch:
-        patch.setattr(provenance, "describe_array", failing)
+        patch.setattr(pipeline, "describe_array", failing)
         with pytest.raises(RuntimeError, match="lost"):
             convert.convert(folder, tmp_path / "out", group_bytes=60_000)
     whole = convert.convert(folder, tmp_path / "whole")

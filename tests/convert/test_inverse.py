@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from convert.read.converted import describe_storage
 from convert.transform import cut
 from convert.verify import inverse
 from convert.verify.verify import verify
@@ -87,7 +88,7 @@ def test_every_tensor_comes_back(encode, width, tiny):
                 for leaf, arrays in zip(group, built, strict=True)
             ]
             tensors = noted(one, sources.arrays)
-            again = inverse.describe_storage(one.name, tensors)
+            again = describe_storage(one.name, tensors)
             assert (again.kind, again.format, again.shape, again.block) == (one.kind, one.format, one.shape, one.block)
             found = inverse.restore_tensors(inverse.join_leaves(group, parts, one.format, one.block), again, tensors)
             assert found.keys() == {tensor.name for tensor in one.tensors}
@@ -180,13 +181,13 @@ def test_scales_that_were_one_and_differ_now_are_an_error(shape):
 
 
 def test_values_that_do_not_fit_the_source_any_more_are_an_error():
-    stored = inverse.describe_storage("x.weight", [SourceTensor("x.weight", "BF16", (2,), "")])
+    stored = describe_storage("x.weight", [SourceTensor("x.weight", "BF16", (2,), "")])
     with pytest.raises(inverse.NotInvertible, match="x.weight: the float32 values are not exact in bfloat16"):
         inverse.restore_tensors({"values": np.float32([1, 1 / 3])}, stored, [])
     shapes = {"_packed": ("U8", (1, 8)), "_scale": ("F8_E4M3", (1, 1)), "_global_scale": ("F32", (1,))}
     tensors = [SourceTensor("x.weight" + suffix, *what, "", "0000803f") for suffix, what in shapes.items()]
     joined = {"codes": np.zeros((1, 8), np.uint8), "block_scale": np.zeros((1, 1), ml_dtypes.float8_e4m3fn)}
-    stored = inverse.describe_storage("x.weight", tensors)
+    stored = describe_storage("x.weight", tensors)
     assert inverse.restore_tensors(joined | {"tensor_scale": np.float32([1])}, stored, tensors)
     with pytest.raises(inverse.NotInvertible, match="weight_global_scale: the stored tensor scale is not its inverse"):
         inverse.restore_tensors(joined | {"tensor_scale": np.float32([0.5])}, stored, tensors)

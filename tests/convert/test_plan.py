@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 import convert
-from convert.names import fold_names
+from convert.name_folding import fold_names
 from convert.plan import limits
 from convert.plan.plan import make_plan
-from convert.plan.scope import UNANNOUNCED, settle
+from convert.plan.scope import UNANNOUNCED, interpret_source
 from convert.read.source import Source
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, ConfigError, UsageError
@@ -149,12 +149,12 @@ def test_adapters_are_ignored_at_the_users_word_only(original, tmp_path):
     source = Source(fakes.write_checkpoint(tmp_path / "a", config, arrays | adapters))
     with pytest.raises(CheckpointError, match="2 unknown tensors.*ignore_tensors=.PATTERN"):
         make_plan(source)
-    whole = make_plan(settle(source, None, "*.lora_?.weight"))
+    whole = make_plan(interpret_source(source, None, "*.lora_?.weight"))
     assert list(whole.ignored.values()) == [2] and "lora_" in next(iter(whole.ignored))
-    assert whole.digest == make_plan(settle(source, None, ["*lora*"])).digest
+    assert whole.digest == make_plan(interpret_source(source, None, ["*lora*"])).digest
     for pattern in ("*.norm.weight", "nothing*"):
         with pytest.raises(UsageError, match="could do without"):
-            make_plan(settle(source, None, ["*lora*", pattern]))
+            make_plan(interpret_source(source, None, ["*lora*", pattern]))
 
 
 @pytest.mark.parametrize("storage", ["fp8", "nvfp4", "compressed-tensors"])

@@ -205,7 +205,7 @@ def test_the_command_says_what_was_written(converted, tmp_path, capsys):
 
 def test_other_content_is_never_touched(converted, tmp_path, capsys):
     reshard(converted["bf16"], tmp_path / "out", "expert=8")
-    with pytest.raises(OutputExistsError, match="another converted checkpoint; nothing was touched"):
+    with pytest.raises(OutputExistsError, match=r"nothing was touched.*--mesh: expert was 8, now 4"):
         reshard(converted["bf16"], tmp_path / "out", "expert=4")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("precious")

@@ -14,13 +14,11 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert.names import fold_names
+from convert.name_folding import fold_names
 from convert.verify.verify import verify
-from convert.write.provenance import amax
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
-from dsv32_jax.quantization.quantize import fp8_dequantize, fp8_quantize, nvfp4_dequantize, nvfp4_quantize
 
 from . import fakes
 from .conftest import STORAGES
@@ -314,30 +312,10 @@ def test_verifying_needs_no_jax(converted):
 
 
 def test_the_passport_tells_where_a_leaf_came_from(converted, originals):
-    arrays, manifest = fakes.load(originals["nvfp4"]), Manifest.read(converted["nvfp4"])
+    manifest = Manifest.read(converted["nvfp4"])
     entry = manifest.leaves["layers.0.mla.w_qr_HRQ"]
     name = "model.layers.0.self_attn.q_b_proj.weight"
     assert entry.passport is not None and entry.passport.cut == (0, 32, 24, 32) and not entry.passport.change
     assert [source.name for source in entry.passport.sources] == [name, name + "_scale", name + "_scale_2"]
-    whole = nvfp4_dequantize(*(arrays[source.name] for source in entry.passport.sources))
-    assert entry.passport.amax == np.abs(whole.reshape(4, 32, -1)[:, 24:]).max()
     assert manifest.source["files"].keys() == {file.name for file in originals["nvfp4"].glob("*.safetensors")}
     assert all(len(file["header_sha256"]) == 64 for file in manifest.source["files"].values())
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_the_largest_magnitude_is_found_without_dequantizing(seed):
-    rng = np.random.default_rng(seed)
-    w = (rng.standard_normal((64, 160)) * np.exp(rng.standard_normal((64, 1)))).astype(np.float32)
-    codes, scale, factor = nvfp4_quantize(w)
-    odd = scale.view(np.uint8).copy()
-    odd[rng.integers(0, 64, 9), rng.integers(0, 10, 9)] = rng.choice([0, 0x7F, 0xFF, 0x7E], 9)
-    parts = {"codes": codes, "block_scale": odd.view(scale.dtype), "tensor_scale": factor}
-    assert amax(parts) == np.abs(nvfp4_dequantize(**parts)).max()
-    values, grid = fp8_quantize(w[:, :150])
-    rows = np.repeat(grid, 128, 0)[:64] * np.float32(1.1)
-    assert amax({"values": values, "block_scale": rows}) == np.abs(fp8_dequantize(values, rows)).max()
-    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
-        assert amax({"values": w.astype(dtype)}) == np.abs(w.astype(dtype).astype(np.float32)).max()
-    zero = {"codes": codes, "block_scale": np.zeros_like(scale), "tensor_scale": factor}
-    assert amax(zero) == 0 and amax({"values": np.zeros((2, 3), np.float32)}) == 0

@@ -1,0 +1,65 @@
+"""How a job differs from the one that an output belongs to.
+
+The `basis` of a job is everything in its plan that a user can change. The journal of an unfinished output has it, and
+it follows from the manifest of a finished one.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.errors import OutputExistsError, listing
+
+RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
+"""Names of the parts of a plan's recipe, for messages."""
+
+
+def read_finished(folder: Path, plan: str, basis: Mapping[str, Any]) -> Manifest:
+    """Return the manifest of a finished output. Raises OutputExistsError if another plan (by its digest) made it."""
+    manifest = Manifest.read(folder)
+    if manifest.source.get("plan") != plan:
+        changed = describe_differences(manifest_basis(manifest), basis)
+        raise OutputExistsError(
+            f"{folder} holds a converted checkpoint (of {manifest.source.get('folder')!r}) that was made from other "
+            f"files or with other options; nothing was touched. Write to another folder, or delete this one "
+            f"yourself. The differences: {listing(changed)}"
+        )
+    return manifest
+
+
+def manifest_basis(manifest: Manifest) -> dict[str, Any]:
+    """The basis of a finished conversion."""
+    return {
+        "format_version": manifest.format_version,
+        "config": manifest.config,
+        "files": manifest.source.get("files", {}),
+        "recipe": manifest.source.get("recipe", []),
+        "mesh": manifest.storage.get("mesh", {}),
+    }
+
+
+def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """How two bases differ, in the user's words; never empty."""
+    found = []
+    if before.get("format_version") != now["format_version"]:
+        found.append(f"the checkpoint format was {before.get('format_version')}, now {now['format_version']}")
+    found += _describe_changes("config.json: {} was {}, now {}", before.get("config", {}), now["config"])
+    found += _describe_changes("file {} was {}, now {}", _describe_files(before), _describe_files(now))
+    found += _describe_changes("{}: was {}, now {}", _describe_recipe(before), _describe_recipe(now))
+    found += _describe_changes("--mesh: {} was {}, now {}", before.get("mesh", {}), now["mesh"])
+    return found or ["the weights that the options select"]
+
+
+def _describe_changes(text: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    keys = [key for key in dict.fromkeys((*before, *now)) if before.get(key) != now.get(key)]
+    return [text.format(key, before.get(key, "absent"), now.get(key, "absent")) for key in keys]
+
+
+def _describe_recipe(basis: Mapping[str, Any]) -> dict[str, Any]:
+    return dict(zip(RECIPE, basis.get("recipe", []), strict=False))
+
+
+def _describe_files(basis: Mapping[str, Any]) -> dict[str, str]:
+    files = basis.get("files", {})
+    return {name: f"{file['size']} bytes (header {file['header_sha256'][:8]})" for name, file in files.items()}
