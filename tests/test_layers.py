@@ -24,7 +24,7 @@ FLOORS = (
     {"checkpoint"},
     {"generation"},
     {"inspect", "chat"},
-    {"evaluation", "bench"},
+    {"evaluation", "bench", "serve"},
     {"cli"},
 )
 """The rooms of dsv32_jax from the ground up. A room imports from lower floors and from itself; rooms of one

@@ -64,7 +64,8 @@ from others."""
 RULES = {letter: rule for letter, (_, rule) in LOWERCASE.items()}
 
 UNWATCHED = {"kernels.triton_products", "kernels.gpu_products", "kernels.triton_attention", "kernels.gpu_attention"}
-"""Modules that only run with a GPU. Those of bench, which run at true sizes, are not watched either."""
+"""Modules that only run with a GPU. Those of bench, which run at true sizes, and of serve, which has no arrays, are
+not watched either."""
 
 
 @pytest.fixture(scope="module")
@@ -220,7 +221,7 @@ def test_other_modules_have_no_suffixed_names():
     folder = Path(ds.__file__).parent
     names = {".".join(file.relative_to(folder).with_suffix("").parts) for file in folder.rglob("*.py")}
     others = {name for name in names if not name.endswith(("__init__", "__main__"))} - set(MODULES) - UNWATCHED
-    others = {name for name in others if not name.startswith("bench.")}
+    others = {name for name in others if not name.startswith(("bench.", "serve."))}
     named = {name for name in others if suffixed_functions(importlib.import_module(f"dsv32_jax.{name}"))}
     assert named == set()
 

@@ -50,6 +50,7 @@ def encode(
     assistant  content, reasoning_content, tool_calls (`arguments` is the JSON text of an object)
     tool       content, tool_call_id, name; results without ids belong to the preceding calls in order
 
+    The tool calls of an assistant message are not written where its content is `Sampled`, which holds them already.
     Other fields are refused, unless they say nothing (null, false, empty). `reasoning` and `thinking` are other names
     of reasoning_content.
 
@@ -189,6 +190,8 @@ def _encode_response_format(message: Message) -> list[str]:
 
 
 def _encode_calls(message: Message) -> list[str]:
+    if isinstance(message.get("content"), template.Sampled):
+        return []
     invokes = []
     for name, arguments in get_calls(message):
         parameters = [[template.PARAMETER, key, *_encode_value(value)] for key, value in arguments.items()]

@@ -1,5 +1,7 @@
 """The fixed text of the DeepSeek-V3.2 message format, character for character; blank lines are part of it."""
 
+from collections.abc import Sequence
+
 from ..generation import text_stream
 
 
@@ -7,6 +9,18 @@ class Mark(str):
     """Text that the format itself writes. Special tokens count only in a Mark: in any other string they are text."""
 
     __slots__ = ()
+
+
+class Sampled(str):
+    """Text that the model sampled, with its tokens `ids`: other tokens can say the same text."""
+
+    ids: Sequence[int]
+
+    def __new__(cls, text: str, ids: Sequence[int]) -> "Sampled":
+        """Return the text with its tokens."""
+        made = super().__new__(cls, text)
+        made.ids = ids
+        return made
 
 
 BOS = Mark("<｜begin▁of▁sentence｜>")

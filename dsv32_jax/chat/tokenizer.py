@@ -14,7 +14,7 @@ from ..config import Config
 from ..errors import CheckpointError, UsageError, listing, require
 from ..system.files import expand_path
 from . import template
-from .template import Mark
+from .template import Mark, Sampled
 
 PROBE = "hello  world\n\tDon't 12345 naïve 你好 こんにちは 😀 \x00\x7f" + template.USER
 """Text that must survive encoding and decoding before a tokenizer is used: some drop spaces."""
@@ -80,7 +80,8 @@ class Tokenizer:
         """Return the token ids of a text, or of the pieces of one; no token is added.
 
         A Mark, text that the message format itself writes, may hold special tokens. Anywhere else their text is plain
-        text, unless `allow_special`; then the ids are those the library gives for the joined text.
+        text, unless `allow_special`; then the ids are those the library gives for the joined text. Sampled text has
+        its own ids.
         """
         pieces: list[str] = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
         if wrong := [piece for piece in pieces if not isinstance(piece, str)]:
@@ -91,10 +92,19 @@ class Tokenizer:
         for piece in pieces:
             parts += map(Mark, filter(None, self._split.split(piece))) if isinstance(piece, Mark) else [piece]
         ids: list[int] = []
-        for special, run in itertools.groupby(parts, lambda part: isinstance(part, Mark) and part in self.specials):
+        for kind, run in itertools.groupby(parts, self._kind_of):
             texts = list(run)
-            ids += [self.specials[text] for text in texts] if special else self._encode_plain("".join(texts))
+            if kind == "plain":
+                ids += self._encode_plain("".join(texts))
+            else:
+                each = (text.ids if isinstance(text, Sampled) else [self.specials[text]] for text in texts)
+                ids += itertools.chain.from_iterable(each)
         return ids
+
+    def _kind_of(self, part: str) -> str:
+        if isinstance(part, Sampled):
+            return "sampled"
+        return "special" if isinstance(part, Mark) and part in self.specials else "plain"
 
     def _encode_plain(self, text: str) -> list[int]:
         try:

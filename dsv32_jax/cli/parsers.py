@@ -1,4 +1,4 @@
-"""The command lines of demo, fit, generate, chat and doctor. Nothing here needs JAX, so `--help` answers at once."""
+"""The command lines of most commands. Nothing here needs JAX, so `--help` answers at once."""
 
 import argparse
 import dataclasses
@@ -30,6 +30,9 @@ belongs to. The first Ctrl-C prints what was generated so far and ends with exit
 
 CHAT = "Talk to the model; /help lists commands. Of piped input every line is a turn."
 
+SERVE = """Answer HTTP requests as OpenAI's interface defines them: /v1/chat/completions, /v1/completions, /v1/models;
+also /health and /metrics. Ctrl-C or SIGTERM lets running answers end, a second one ends at once."""
+
 DOCTOR = "Show what is installed, devices, memory and disk, and whether a checkpoint would load."
 
 
@@ -38,6 +41,7 @@ def add_commands(commands: Any) -> None:
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_doctor(commands)
     _add_fit(commands)
 
@@ -89,6 +93,24 @@ def _add_chat(commands: Any) -> None:
     _add_options(chat, "sampling", Sampling, specs(Sampling))
     _add_options(chat, "length and cache", Options, [*LENGTH, *CACHE], CHAT_DEFAULTS)
     chat.set_defaults(run=_run_late("chat_command"))
+
+
+def _add_serve(commands: Any) -> None:
+    usage = "dsv32 serve CHECKPOINT [options]"
+    serve = commands.add_parser("serve", help="answer HTTP requests", usage=usage, description=SERVE)
+    _add_model(serve)
+    add = serve.add_argument_group("server").add_argument
+    add("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1)")
+    add("--port", type=int, default=8000, metavar="N", help="port to listen on; 0: a free one (default: 8000)")
+    add("--name", metavar="NAME", help="what clients call the model (default: the name of the folder)")
+    add("--api-key-file", type=Path, metavar="FILE", help="a file of keys, one a line: clients must send one of them")
+    add("--rows", type=int, default=16, metavar="N", help="rows at once (default: 16)")
+    add("--context", type=int, metavar="N", help="tokens of a row, prompt included (default: the longest context)")
+    add("--pages", type=int, metavar="N", help="pages of 64 tokens for all rows (default: as many as fit in memory)")
+    add("--waiting", type=int, default=256, metavar="N", help="rows that may wait; others are refused (default: 256)")
+    add("--timeout", type=float, default=3600, metavar="SECONDS", help="the longest answer (default: 3600)")
+    _add_options(serve, "cache", Options, ["cache_dtype", "draft"])
+    serve.set_defaults(run=_run_late("serve_command"))
 
 
 def _add_doctor(commands: Any) -> None:

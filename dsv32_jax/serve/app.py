@@ -1,0 +1,247 @@
+"""The routes of the server: each request is read, waits for its rows, and is answered whole or as a stream."""
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Collection
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import COMMAND_LINE, CapacityError, UsageError
+from . import fields
+from .choice import Choice
+from .driver import Arrival, Busy, Driver, Job
+from .fields import ApiError
+from .metrics import Metrics
+from .openai_objects import ChatWriter, CompletionWriter
+from .reading import Ask, Reader
+
+KEEP_ALIVE = ": keep-alive\n\n"
+"""A comment of server-sent events, which clients skip."""
+
+RETRY_SECONDS = 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much a client may use: bytes of a body, seconds to send it, and seconds for an answer; and the seconds after
+    which a stream without news says that it is alive."""
+
+    body: int = 32 << 20
+    body_seconds: float = 60
+    seconds: float = 3600
+    keep_alive: float = 15
+
+
+class KeyCheck:
+    """Lets only requests in that hold one of the keys; any may ask /health. Keys are compared in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Collection[str]):
+        self.app, self._hashes = app, [_hash(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "http" and scope["path"] != "/health" and self._hashes:
+            headers = Request(scope).headers
+            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            if not sum(hmac.compare_digest(_hash(given), known) for known in self._hashes):
+                refused = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                return await write_error(scope, refused)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Server:
+    """Answers requests with the rows of one engine."""
+
+    def __init__(self, reader: Reader, driver: Driver, limits: Limits):
+        self.reader, self.driver, self.limits = reader, driver, limits
+        self.metrics, self.started = Metrics(driver.engine), int(time.time())
+
+    def make_app(self, keys: Collection[str] = ()) -> Starlette:
+        """Return the application. Its shutdown ends the engine."""
+        routes = [
+            Route("/health", self.report_health),
+            Route("/metrics", self.report_metrics),
+            Route("/v1/models", self.list_models),
+            Route("/v1/models/{name:path}", self.list_models),
+            Route("/v1/chat/completions", self._answer(self.reader.read_chat, ChatWriter), methods=["POST"]),
+            Route("/v1/completions", self._answer(self.reader.read_completion, CompletionWriter), methods=["POST"]),
+        ]
+        handlers: Any = {error: _handle for error in (ApiError, UsageError, Busy, HTTPException, Exception)}
+
+        @contextlib.asynccontextmanager
+        async def live(_: Starlette) -> AsyncIterator[None]:
+            yield
+            await asyncio.to_thread(self.driver.close)
+
+        middleware = [Middleware(self.metrics.count_requests), Middleware(KeyCheck, keys=keys)]
+        return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=live)
+
+    async def report_health(self, request: Request) -> Response:
+        """Say that the server is there."""
+        return JSONResponse({"status": "ok"})
+
+    async def report_metrics(self, request: Request) -> Response:
+        """Return what was done so far, for Prometheus."""
+        return Response(self.metrics.write(), media_type=self.metrics.media_type)
+
+    async def list_models(self, request: Request) -> Response:
+        """Return the one model, in a list unless it is asked for by name."""
+        name = self.reader.name
+        model = {"id": name, "object": "model", "created": self.started, "owned_by": "dsv32_jax"}
+        model["max_model_len"] = self.reader.room
+        if (wanted := request.path_params.get("name", name)) != name:
+            raise ApiError(404, f"there is no model {wanted!r:.100} here; use {name!r}", code="model_not_found")
+        return JSONResponse(model if "name" in request.path_params else {"object": "list", "data": [model]})
+
+    async def read_body(self, request: Request) -> dict[str, Any]:
+        """Return the JSON object in the body. Raises ApiError where it is too large, too slow, or none."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self.limits.body_seconds):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > self.limits.body:
+                        raise ApiError(413, f"the body is larger than {self.limits.body} bytes")
+        except TimeoutError:
+            raise ApiError(408, f"the body took longer than {self.limits.body_seconds:g} seconds") from None
+        return await asyncio.to_thread(fields.parse_body, bytes(body))
+
+    def _answer(self, read: Callable[[dict[str, Any]], Ask], make_writer: Any) -> Callable:
+        """Return an endpoint that reads a body with `read` and writes with a `make_writer(ask, tokenizer)`."""
+
+        async def answer(request: Request) -> Response:
+            COMMAND_LINE.set(False)
+            body = await self.read_body(request)
+            ask = await asyncio.to_thread(read, body)
+            return Answer(self, ask, make_writer(ask, self.reader.tokenizer), self.driver.submit(ask.request))
+
+        return answer
+
+
+class Answer(Response):
+    """The answer to one request, whose rows are given up when the client goes away."""
+
+    def __init__(self, server: Server, ask: Ask, writer: Any, job: Job):
+        super().__init__()
+        self.server, self.ask, self.writer, self.job = server, ask, writer, job
+        self.choices = [Choice(row.index, ask.thinking) for row in job.rows]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send the answer."""
+        try:
+            if self.ask.stream:
+                response: Response = StreamingResponse(self._stream(), media_type="text/event-stream")
+                response.headers["cache-control"] = "no-cache"
+                await run_while_connected(receive, response(scope, _wait_forever, send))
+            else:
+                written = await run_while_connected(receive, self._complete())
+                if written is not None:
+                    await JSONResponse(written)(scope, receive, send)
+        finally:
+            self.server.driver.leave(self.job)
+
+    async def _complete(self) -> dict[str, Any]:
+        async for _ in self._follow():
+            pass
+        return self.writer.write_whole(self.choices, self.job)
+
+    async def _stream(self) -> AsyncIterator[str]:
+        """Yield the events of a stream. What fails once it has begun is an event of it."""
+        yield self.writer.open(self.choices, self.job)
+        try:
+            async for events in self._follow():
+                yield events
+            yield self.writer.close(self.choices, self.job)
+        except Exception as error:
+            yield self.writer.fail(to_api_error(error))
+
+    async def _follow(self) -> AsyncIterator[str]:
+        """Yield events until all rows have ended."""
+        limits, left = self.server.limits, len(self.choices)
+        deadline = self.job.submitted + limits.seconds
+        while left:
+            if (seconds := deadline - time.monotonic()) <= 0:
+                raise ApiError(504, f"the answer took longer than {limits.seconds:g} seconds")
+            news = await self.job.take(min(limits.keep_alive, seconds))
+            if news and not any(choice.tokens for choice in self.choices):
+                self.server.metrics.first_token.observe(time.monotonic() - self.job.submitted)
+            left -= sum(arrival.finish_reason is not None for arrival in news)
+            yield "".join(map(self._add, news)) or KEEP_ALIVE
+
+    def _add(self, arrival: Arrival) -> str:
+        if arrival.finish_reason == "interrupted":
+            raise ApiError(503, "the server is shutting down")
+        choice = self.choices[arrival.row]
+        pieces = choice.add(arrival)
+        if choice.ended:
+            self.server.reader.turns.remember(choice, self.ask.request.end_ids)
+        return self.writer.add(choice, arrival, pieces) if self.ask.stream else ""
+
+
+async def _wait_forever() -> Any:
+    await asyncio.Event().wait()
+
+
+async def run_while_connected(receive: Receive, work: Any) -> Any:
+    """Return what `work` returns. It is cancelled if the client goes away; then return None."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(watch())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """Return the error that a client sees."""
+    match error:
+        case ApiError():
+            return error
+        case UsageError():
+            return ApiError(400, str(error))
+        case Busy():
+            return ApiError(429, str(error), code="rate_limit_exceeded")
+        case HTTPException():
+            return ApiError(error.status_code, error.detail)
+        case FloatingPointError() | CapacityError():
+            return ApiError(500, str(error))
+    return ApiError(500, "an error inside the server; its log says more")
+
+
+def write_error(scope: Scope, error: ApiError) -> Response:
+    """Return the response of an error, in the words of the interface that was asked."""
+    written = error.to_anthropic() if scope["path"].startswith("/v1/messages") else error.to_openai()
+    headers = {"retry-after": str(RETRY_SECONDS)} if error.status == 429 else {}
+    return Response(json.dumps(written), error.status, headers, "application/json")
+
+
+async def _handle(request: Request, error: Exception) -> Response:
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)
+    return write_error(request.scope, to_api_error(error))

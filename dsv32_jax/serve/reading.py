@@ -1,0 +1,162 @@
+"""From the body of a request to what the engine is asked: prompts, sampling and limits, all checked."""
+
+import dataclasses
+import secrets
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..chat import Tokenizer, prepare, template
+from ..generation.engine import Engine
+from ..generation.options import Sampling
+from ..generation.pages import PAGE
+from ..generation.request import Request, validate_for
+from . import fields
+from .fields import ApiError, get
+from .replay import SampledTurns
+
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias")
+PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING, *PENALTIES, *fields.LABELS}
+CHAT = COMMON | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens", "max_tokens", "thinking"}
+CHAT |= {"chat_template_kwargs", "response_format"}
+COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
+
+DRAWN = {"temperature": 1.0}
+"""What OpenAI's interface draws with where neither the request nor the checkpoint says."""
+
+COMPLETION_TOKENS = 16
+"""The new tokens of a completion that does not say how many, as OpenAI's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Ask:
+    """A request that was read.
+
+    thinking   whether the model thinks first; None where the prompt is no conversation
+    stream     whether tokens are wanted as they come;  usage: and their number at the end
+    logprobs   whether log-probabilities are wanted;  echo: the prompt before its completion
+    """
+
+    model: str
+    request: Request
+    thinking: bool | None
+    stream: bool = False
+    usage: bool = False
+    logprobs: bool = False
+    echo: bool = False
+
+
+class Reader:
+    """Reads requests for one model.
+
+    name      what clients call it
+    defaults  sampling parameters where a request gives none
+    turns     tool calls that were sampled here
+    """
+
+    def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, defaults: Mapping[str, Any]):
+        self.name, self.engine, self.tokenizer = name, engine, tokenizer
+        self.defaults, self.turns = {**DRAWN, **defaults}, SampledTurns(tokenizer)
+        self.room = min(engine.capacity, engine.pages // len(engine.loop.scheduler.pools) * PAGE)
+
+    def read_chat(self, body: Mapping[str, Any]) -> Ask:
+        """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""
+        fields.require_known(body, CHAT)
+        thinking, tools = _read_thinking(body), _choose_tools(body)
+        _read_format(body)
+        messages = [self._read_message(message, i) for i, message in enumerate(fields.require(body, "messages", list))]
+        prompt = prepare(messages, self.tokenizer, thinking=thinking, tools=tools)
+        logprobs, top = get(body, "logprobs", bool, False), get(body, "top_logprobs", int, 0)
+        if top and not logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
+        limit = fields.get_alias(body, ("max_completion_tokens", "max_tokens"), int)
+        request = self.ask(body, [prompt.ids], limit, top_logprobs=top)
+        return Ask(self.name, request, prompt.text.endswith(template.THINK), *_read_stream(body), logprobs)
+
+    def read_completion(self, body: Mapping[str, Any]) -> Ask:
+        """Return what a body of /v1/completions asks for. Raises ApiError and UsageError."""
+        fields.require_known(body, COMPLETION)
+        top, echo = get(body, "logprobs", int), get(body, "echo", bool, False)
+        prompts = [self._read_prompt(one) for one in _split_prompts(body.get("prompt"))]
+        request = self.ask(body, prompts, get(body, "max_tokens", int, COMPLETION_TOKENS), top_logprobs=top or 0)
+        return Ask(self.name, request, None, *_read_stream(body), top is not None, echo)
+
+    def ask(self, body: Mapping[str, Any], prompts: list[list[int]], limit: int | None, **options: Any) -> Request:
+        """Return the request for the engine, with the sampling that the body asks for and up to `limit` new tokens
+        (None: as many as the context holds). Raises ApiError and UsageError."""
+        if (model := fields.require(body, "model", str)) != self.name:
+            text = f"there is no model {model!r:.100} here; use {self.name!r}"
+            raise ApiError(404, text, param="model", code="model_not_found")
+        longest = max(map(len, prompts))
+        if longest + (1 if limit is None else limit) > self.room:
+            wanted = "" if limit is None else f", and {limit} new ones are wanted"
+            text = f"the context holds {self.room} tokens; the prompt has {longest}{wanted}"
+            raise ApiError(400, text, code="context_length_exceeded")
+        limits = [self.room - len(prompt) if limit is None else limit for prompt in prompts]
+        given = {name: body[name] for name in (*SAMPLING, *PENALTIES) if body.get(name) is not None}
+        if (bias := get(body, "logit_bias", dict)) is not None:
+            given["logit_bias"] = {_read_id(token): value for token, value in bias.items()}
+        sampling = Sampling(**{"seed": secrets.randbits(63), **self.defaults, **given})
+        own = {"capacity": self.engine.capacity, "cache_dtype": self.engine.cache_dtype, "draft": self.engine.draft}
+        given = {"max_new_tokens": limits, "n": get(body, "n", int, 1), "stop": body.get("stop") or ()}
+        return validate_for(self.engine.model, prompts, sampling, tokenizer=self.tokenizer, **given, **options, **own)
+
+    def _read_message(self, message: Any, index: int) -> Any:
+        if not isinstance(message, dict):
+            return message
+        content = fields.join_parts(message.get("content"), f"messages[{index}].content")
+        return self.turns.restore({**message, "content": content})
+
+    def _read_prompt(self, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return prepare(prompt, self.tokenizer).ids
+        return self.tokenizer.check_ids(prompt, "tokens of the prompt")
+
+
+def _split_prompts(given: Any) -> Sequence[Any]:
+    """Return the prompts of a completion: a text, a list of texts, token ids or a list of lists of them."""
+    if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(i, int) for i in given)):
+        return [given]
+    if isinstance(given, list) and given and all(isinstance(one, str | list) and one for one in given):
+        return given
+    raise ApiError(400, "prompt must be text, token ids, or a list of them, none of them empty", param="prompt")
+
+
+def _read_stream(body: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether tokens are wanted as they come, and usage after them."""
+    options = get(body, "stream_options", dict, {})
+    fields.require_known(options, {"include_usage"}, "stream_options")
+    return get(body, "stream", bool, False), get(options, "include_usage", bool, False)
+
+
+def _read_id(token: str) -> int:
+    if not token.isdecimal():
+        raise ApiError(400, f"logit_bias must map token ids to numbers, not {token!r:.60}", param="logit_bias")
+    return int(token)
+
+
+def _read_thinking(body: Mapping[str, Any]) -> bool:
+    """Return whether the model thinks first: `thinking`, a boolean or DeepSeek's object, or vLLM's template option."""
+    given = body.get("thinking")
+    if isinstance(given, dict) and given.get("type") in ("enabled", "disabled") and len(given) == 1:
+        given = given["type"] == "enabled"
+    if given is not None and not isinstance(given, bool):
+        text = 'thinking must be true, false, {"type": "enabled"} or {"type": "disabled"}'
+        raise ApiError(400, text, param="thinking")
+    options = get(body, "chat_template_kwargs", dict, {})
+    fields.require_known(options, {"thinking", "enable_thinking"}, "chat_template_kwargs")
+    return bool(fields.get_alias({"thinking": given, **options}, ("thinking", "enable_thinking"), bool))
+
+
+def _choose_tools(body: Mapping[str, Any]) -> list | None:
+    """Return the tools that the model is shown: none if it must not call any."""
+    tools, choice = get(body, "tools", list), body.get("tool_choice")
+    if choice in (None, "auto", "none"):
+        return None if choice == "none" else tools
+    raise ApiError(400, f"tool_choice must be 'auto' or 'none', not {choice!r:.100}", param="tool_choice")
+
+
+def _read_format(body: Mapping[str, Any]) -> None:
+    given = get(body, "response_format", dict, {"type": "text"})
+    if given != {"type": "text"}:
+        raise ApiError(400, f"response_format must have the type 'text', not {given!r:.100}", param="response_format")
