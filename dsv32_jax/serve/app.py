@@ -84,6 +84,8 @@ class Server:
             Route("/v1/models/{name:path}", self.list_models),
             Route("/v1/chat/completions", self._answer(self.reader.read_chat, ChatWriter), methods=["POST"]),
             Route("/v1/completions", self._answer(self.reader.read_completion, CompletionWriter), methods=["POST"]),
+            Route("/tokenize", self._reply(self.reader.tokenize), methods=["POST"]),
+            Route("/detokenize", self._reply(self.reader.detokenize), methods=["POST"]),
         ]
         handlers: Any = {error: _handle for error in (ApiError, UsageError, Busy, HTTPException, Exception)}
 
@@ -124,6 +126,15 @@ class Server:
         except TimeoutError:
             raise ApiError(408, f"the body took longer than {self.limits.body_seconds:g} seconds") from None
         return await asyncio.to_thread(fields.parse_body, bytes(body))
+
+    def _reply(self, make: Callable[[dict[str, Any]], dict[str, Any]]) -> Callable:
+        """Return an endpoint that answers a body with `make(body)`."""
+
+        async def reply(request: Request) -> Response:
+            COMMAND_LINE.set(False)
+            return JSONResponse(await asyncio.to_thread(make, await self.read_body(request)))
+
+        return reply
 
     def _answer(self, read: Callable[[dict[str, Any]], Ask], make_writer: Any) -> Callable:
         """Return an endpoint that reads a body with `read` and writes with a `make_writer(ask, tokenizer)`."""

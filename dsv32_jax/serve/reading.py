@@ -5,7 +5,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..chat import Tokenizer, prepare, template
+from ..chat import Prompt, Tokenizer, prepare, template
 from ..generation.engine import Engine
 from ..generation.options import Sampling
 from ..generation.pages import PAGE
@@ -19,6 +19,7 @@ PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING, *PENALTIES, *fields.LABELS}
 CHAT = COMMON | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens", "max_tokens", "thinking"}
 CHAT |= {"chat_template_kwargs", "response_format"}
+TOKENIZE = {"model", "prompt", "messages", "tools", "tool_choice", "thinking", "chat_template_kwargs"}
 COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
 
 DRAWN = {"temperature": 1.0}
@@ -62,10 +63,8 @@ class Reader:
     def read_chat(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""
         fields.require_known(body, CHAT)
-        thinking, tools = _read_thinking(body), _choose_tools(body)
         _read_format(body)
-        messages = [self._read_message(message, i) for i, message in enumerate(fields.require(body, "messages", list))]
-        prompt = prepare(messages, self.tokenizer, thinking=thinking, tools=tools)
+        prompt = self._prepare(body)
         logprobs, top = get(body, "logprobs", bool, False), get(body, "top_logprobs", int, 0)
         if top and not logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -80,6 +79,18 @@ class Reader:
         prompts = [self._read_prompt(one) for one in _split_prompts(body.get("prompt"))]
         request = self.ask(body, prompts, get(body, "max_tokens", int, COMPLETION_TOKENS), top_logprobs=top or 0)
         return Ask(self.name, request, None, *_read_stream(body), top is not None, echo)
+
+    def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the tokens of the prompt or the messages in a body. Raises ApiError and UsageError."""
+        fields.require_known(body, TOKENIZE)
+        text = get(body, "prompt", str)
+        ids = self._prepare(body).ids if text is None else self._read_prompt(text)
+        return {"tokens": ids, "count": len(ids), "max_model_len": self.room}
+
+    def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the text of the tokens in a body. Raises ApiError and UsageError."""
+        fields.require_known(body, ("model", "tokens"))
+        return {"prompt": self.tokenizer.decode(fields.require(body, "tokens", list))}
 
     def ask(self, body: Mapping[str, Any], prompts: list[list[int]], limit: int | None, **options: Any) -> Request:
         """Return the request for the engine, with the sampling that the body asks for and up to `limit` new tokens
@@ -100,6 +111,11 @@ class Reader:
         own = {"capacity": self.engine.capacity, "cache_dtype": self.engine.cache_dtype, "draft": self.engine.draft}
         given = {"max_new_tokens": limits, "n": get(body, "n", int, 1), "stop": body.get("stop") or ()}
         return validate_for(self.engine.model, prompts, sampling, tokenizer=self.tokenizer, **given, **options, **own)
+
+    def _prepare(self, body: Mapping[str, Any]) -> Prompt:
+        """Return the prompt of the messages in a body."""
+        messages = [self._read_message(message, i) for i, message in enumerate(fields.require(body, "messages", list))]
+        return prepare(messages, self.tokenizer, thinking=_read_thinking(body), tools=_choose_tools(body))
 
     def _read_message(self, message: Any, index: int) -> Any:
         if not isinstance(message, dict):
