@@ -44,7 +44,8 @@ class Weight(NamedTuple):
     @property
     def change(self) -> str:
         """How the conversion changed its values; empty where every bit is kept."""
-        texts = {entry.passport.change for entry in self.entries if entry.passport is not None}
+        passports = [entry.passport for entry in self.entries]
+        texts = {"its source is not recorded" if one is None else one.change for one in passports}
         return "; ".join(sorted(texts - {""}))
 
     def storage(self) -> StoredWeight | None:

@@ -230,6 +230,16 @@ def test_a_wrong_inverse_is_recognized(copy):
         verify(copy)
 
 
+def test_what_has_no_provenance_is_not_proven(copy):
+    """Nothing to compare with is no proof."""
+    manifest = Manifest.read(copy)
+    leaves = {path: dataclasses.replace(entry, origin=None) for path, entry in manifest.leaves.items()}
+    dataclasses.replace(manifest, leaves=leaves).write(copy)
+    report = verify(copy)
+    assert report.lossless is False and report.proven == 0
+    assert report.changed.keys() == {"its source is not recorded"}
+
+
 def test_a_flipped_bit_anywhere_is_named(fragile):
     """Every file, of arrays or not, is damaged at its first byte, its last and others; of an array the name is told and
     the part."""
