@@ -2,12 +2,17 @@
 
 import argparse
 import contextlib
+import dataclasses
 import json
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from dsv32_jax.system.progress import Reporter
+from dsv32_jax.checkpoint.manifest import is_complete
+from dsv32_jax.errors import UsageError, printable
+from dsv32_jax.system.files import expand_path
+from dsv32_jax.system.progress import Reporter, make_reporter
+
+from . import report, signals
 
 
 def add(commands: Any) -> None:
@@ -19,9 +24,8 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def report_to(reporter: "Reporter", state: str) -> "Iterator[Reporter]":
+def report_to(reporter: Reporter, state: str) -> Iterator[Reporter]:
     """Report stalled reads to `reporter`. A signal ends the process with a last message that tells the `state`."""
-    from . import signals
     from .read.safetensors import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
@@ -48,11 +52,6 @@ def _add_inspect(commands: Any) -> None:
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    from dsv32_jax.errors import UsageError
-
-    from . import report
     from .inspect import folder_tree, tensors
 
     if arguments.stats and not arguments.tensors:
@@ -88,11 +87,6 @@ def _add_verify(commands: Any) -> None:
 
 
 def _verify(arguments: argparse.Namespace) -> int:
-    import dataclasses
-
-    from dsv32_jax.system.progress import make_reporter
-
-    from . import report
     from .verify.verify import verify
 
     with report_to(make_reporter(), "Nothing was changed.") as reporter:
@@ -119,10 +113,6 @@ def _add_export(commands: Any) -> None:
 
 
 def _export(arguments: argparse.Namespace) -> int:
-    from dsv32_jax.system.files import expand_path
-    from dsv32_jax.system.progress import make_reporter
-
-    from . import report
     from .export.export import export, unfinished
 
     out = expand_path(arguments.out)
@@ -149,10 +139,6 @@ def _add_reshard(commands: Any) -> None:
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
-    from dsv32_jax.checkpoint.manifest import is_complete
-    from dsv32_jax.errors import printable
-    from dsv32_jax.system.progress import make_reporter
-
     from .export.reshard import reshard
 
     complete = is_complete(arguments.out)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dsv32_jax.model import ops
 from dsv32_jax.quantization import quantize
-from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize, quantize_fp8, quantize_nvfp4
+from dsv32_jax.quantization.formats import NVFP4, Fp8Block, dequantize
 from tests import models
 
 FULL_WIDTH = st.sampled_from([16, 48, 96])
@@ -127,7 +127,7 @@ def test_fp8_partial_blocks(rows, columns):
             scaled = np.abs(w[block]).max() / grid[i, j]
             assert 224 < scaled <= 448
             np.testing.assert_array_equal(values[block], (w[block] / grid[i, j]).astype(ml_dtypes.float8_e4m3fn))
-    weight = quantize_fp8(jnp.asarray(w))
+    weight = models.quantized(jnp.asarray(w), "fp8")
     assert weight.block_scale.shape == (rows, grid.shape[1])
     np.testing.assert_array_equal(weight.block_scale, np.repeat(grid, 128, axis=0)[:rows])
 
@@ -157,7 +157,7 @@ def test_stacks_have_a_scale_for_each_matrix():
     stack = models.quantized(jnp.asarray(w, jnp.float32), "nvfp4", stacked=True)
     assert stack.tensor_scale.shape == (3, 1, 1) and len(np.unique(stack.tensor_scale)) == 3
     for i in range(3):
-        alone = quantize_nvfp4(jnp.asarray(w[i], jnp.float32))
+        alone = models.quantized(jnp.asarray(w[i], jnp.float32), "nvfp4")
         np.testing.assert_array_equal(dequantize(stack, jnp.float32)[i], dequantize(alone, jnp.float32))
 
 
@@ -195,5 +195,5 @@ def test_storage_sizes():
         return sum(part.nbytes for part in jax.tree.leaves(weight))
 
     w = jnp.ones((128, 256))
-    assert size(quantize_nvfp4(w)) == 128 * 256 * 9 // 16 + 4
-    assert size(quantize_fp8(w)) == 128 * 256 + 128 * 2 * 4
+    assert size(models.quantized(w, "nvfp4")) == 128 * 256 * 9 // 16 + 4
+    assert size(models.quantized(w, "fp8")) == 128 * 256 + 128 * 2 * 4

@@ -20,7 +20,7 @@ from dsv32_jax.model.cache import LayerCache
 from dsv32_jax.model.indexer import index_scores, select_all, select_topk
 from dsv32_jax.model.moe import gate
 from dsv32_jax.quantization import cache_formats, quantize
-from dsv32_jax.quantization.formats import NVFP4, dequantize, quantize_nvfp4
+from dsv32_jax.quantization.formats import NVFP4, dequantize
 
 OTHERS = tuple("actq.float gemm. kv.dequant_float kv.packed_float index.weights_folded mla.lse".split())
 """FP8 products, scales that are no powers of two, and the log-sum-exp: other engines' choices, not computed here."""
@@ -323,10 +323,6 @@ def test_quantizer(nvfp4_units, name):
     np.testing.assert_array_equal(tensor_scale.reshape(()), expected["weight_scale_2"])
     np.testing.assert_array_equal(block_scale.view(np.uint8), expected["weight_scale"].view(np.uint8))
     np.testing.assert_array_equal(signless_zeros(codes), signless_zeros(expected["weight"]))
-    on_device = quantize_nvfp4(jnp.asarray(nvfp4_units[f"{name}.input"]))
-    for got, want in zip((on_device.codes, on_device.block_scale, on_device.tensor_scale),
-                         (codes, block_scale, tensor_scale), strict=True):  # fmt: skip
-        np.testing.assert_array_equal(np.asarray(got).view(np.uint8), want.view(np.uint8))
 
 
 @pytest.mark.parametrize("name", [*QUANTIZER_SETS, "ws2_20pct_low"])

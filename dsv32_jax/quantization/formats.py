@@ -24,9 +24,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from .quantize import E4M3_MAX, FP8_BLOCK, fp8_quantize, nvfp4_quantize
+from .quantize import E4M3_MAX, FP8_BLOCK
 
 
 @jax.tree_util.register_dataclass
@@ -114,18 +113,3 @@ def _fp8(w: Fp8Block) -> jax.Array:
     block of a row may be partial."""
     step = jnp.repeat(w.block_scale, FP8_BLOCK, axis=-1)[..., : w.shape[-1]]
     return jax.lax.reduce_precision(w.values.astype(jnp.float32) * step, exponent_bits=8, mantissa_bits=7)
-
-
-def quantize_nvfp4(w: jax.Array) -> NVFP4:
-    """Quantize the matrix `w` [..., in] to NVFP4 on the host, to nearest with ties to the even code.
-
-    Raises ValueError if the input axis is not a multiple of 16 or a value is not finite.
-    """
-    return NVFP4(*map(jnp.asarray, nvfp4_quantize(np.asarray(w))))
-
-
-def quantize_fp8(w: jax.Array) -> Fp8Block:
-    """Quantize the matrix `w` [out, in] to FP8 with power-of-two scales on the host. Raises ValueError as above."""
-    values, grid = fp8_quantize(np.asarray(w))
-    row_scale = np.repeat(grid, FP8_BLOCK, axis=0)[: values.shape[0]]
-    return Fp8Block(jnp.asarray(values), jnp.asarray(row_scale))
