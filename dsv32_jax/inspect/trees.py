@@ -33,7 +33,7 @@ class Tree:
         """Return a section for each run of equal layers, and a table of sums."""
         parts = [f"<p>{_escape(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
-            layers = None if branch.layers is None else converter("names").format_ranges(branch.layers)
+            layers = None if branch.layers is None else converter("name_folding").format_ranges(branch.layers)
             title = "outside of layers" if layers is None else f"layers {layers}"
             total = _sizes(sum(row.parameters for row in branch.rows), sum(row.nbytes for row in branch.rows))
             summary = _escape(f"{title}: {total[0]} parameters, {total[1]}")
