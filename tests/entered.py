@@ -3,6 +3,7 @@
 A file is entered when one of its functions is called; code that runs on import does not count.
 """
 
+import dataclasses
 import inspect
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from types import FrameType
 
 import convert
 import dsv32_jax as ds
+from tests.models import random_model
 
 REPOSITORY = Path(__file__).parents[1]
 DEMO = REPOSITORY / "dsv32_jax" / "demo_checkpoint"
@@ -25,16 +27,17 @@ def files_entered(call: Callable[[], object]) -> list[str]:
     entered: set[str] = set()
 
     def note(frame: FrameType, event: str, _) -> None:
-        if event == "call" and frame.f_code.co_flags & inspect.CO_OPTIMIZED:
+        """Called by Python for every function that is called; within them nothing is traced."""
+        if frame.f_code.co_flags & inspect.CO_OPTIMIZED:
             entered.add(frame.f_code.co_filename)
 
-    threading.setprofile(note)
-    sys.setprofile(note)
+    threading.settrace(note)
+    sys.settrace(note)
     try:
         call()
     finally:
-        sys.setprofile(None)
-        threading.setprofile(None)
+        sys.settrace(None)
+        threading.settrace(None)
     ours = (REPOSITORY / "dsv32_jax", REPOSITORY / "convert")
     paths = [Path(name) for name in entered]
     return sorted(str(path.relative_to(REPOSITORY)) for path in paths if any(path.is_relative_to(one) for one in ours))
@@ -45,7 +48,8 @@ def measure(folder: Path) -> dict[str, list[str]]:
     that nothing is imported meanwhile."""
     convert.convert(DEMO, folder / "first")
     model = ds.load(folder / "first")
-    ds.generate(model, [[0, 17, 42]], max_new_tokens=2)
+    small = dataclasses.replace(model.cfg, num_hidden_layers=2, num_nextn_predict_layers=0)
+    ds.generate(random_model(small), [[0, 17, 42]], max_new_tokens=2)
     return {
         "convert": files_entered(lambda: convert.convert(DEMO, folder / "second")),
         "load": files_entered(lambda: ds.load(folder / "second")),

@@ -21,7 +21,7 @@ from tests import golden
 from tests.conftest import DATA
 from tests.golden import having
 from tests.test_golden import LOGITS
-from tests.test_load import mapped_file
+from tests.test_load import Maps
 
 pytestmark = pytest.mark.skipif(bool(cpu.find_obstacle()), reason="needs the C++ kernels")
 
@@ -96,9 +96,10 @@ def test_nothing_is_copied(stored):
     """The arrays are maps of the files, layers share one program, and a model that is gone leaves nothing behind."""
     model = load(stored, "host")
     banks = [layer.ffn.w_up_EMD for layer in model.layers[stored.cfg.first_k_dense_replace :]]
+    maps = Maps()
     for bank in banks:
         (values, *_) = jax.tree.leaves(bank.arrays.weight)
-        assert mapped_file(values.ctypes.data).startswith(str(stored.converted))
+        assert maps.file_at(values.ctypes.data).startswith(str(stored.converted))
     first, second = (jax.tree.structure(layer.ffn) for layer in model.layers[-2:])
     assert first == second
     assert "in host memory" in repr(model)

@@ -1,5 +1,6 @@
 """Loading: on a CPU weights are maps of the files, elsewhere copies, and damage is told before it is used."""
 
+import bisect
 import io
 import json
 import logging
@@ -27,7 +28,8 @@ from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, VerificationError
-from dsv32_jax.system import files, progress
+from dsv32_jax.system import progress
+from dsv32_jax.system.files import sync
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +57,31 @@ def weights(model) -> dict[str, jax.Array]:
     return dict({id(array): (path, array) for path, array in found.items()}.values())
 
 
-def mapped_file(pointer: int) -> str:
-    """The file that memory of this process is a map of, empty where it is none."""
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        start, stop = (int(text, 16) for text in line.split()[0].split("-"))
-        if start <= pointer < stop:
-            return line.split(maxsplit=5)[5] if len(line.split()) > 5 else ""
-    return ""
+class Maps:
+    """The memory maps of this process. Where there are many, reading them takes long."""
 
+    def __init__(self):
+        lines = [line.split(maxsplit=5) for line in Path("/proc/self/maps").read_text().splitlines()]
+        self._starts = [int(line[0].partition("-")[0], 16) for line in lines]
+        self._stops = [int(line[0].partition("-")[2], 16) for line in lines]
+        self._files = [line[5] if len(line) > 5 else "" for line in lines]
 
-def files_of(array: jax.Array) -> set[str]:
-    """The files that the shards of `array` are maps of."""
-    return {mapped_file(shard.data.unsafe_buffer_pointer()) for shard in array.addressable_shards}
+    def file_at(self, pointer: int) -> str:
+        """The file that memory is a map of, empty where it is none."""
+        i = bisect.bisect_right(self._starts, pointer) - 1
+        return self._files[i] if i >= 0 and pointer < self._stops[i] else ""
+
+    def files_of(self, array: jax.Array) -> list[str]:
+        """The file that each shard of `array` is a map of."""
+        return [self.file_at(shard.data.unsafe_buffer_pointer()) for shard in array.addressable_shards]
 
 
 def test_weights_are_maps_of_the_files(folder):
     """All but W^UK and W^UV, which are computed: at the very addresses."""
-    for path, array in weights(ds.load(folder)).items():
-        (file,) = files_of(array)
+    found = weights(ds.load(folder))
+    maps = Maps()
+    for path, array in found.items():
+        (file,) = maps.files_of(array)
         if any(name in path for name in ABSORBED):
             assert not file.startswith(str(folder))
         else:
@@ -82,9 +91,10 @@ def test_weights_are_maps_of_the_files(folder):
 def test_copies_have_the_same_bits(folder):
     mapped, copied = weights(ds.load(folder)), weights(ds.load(folder, mapped=False))
     assert mapped.keys() == copied.keys() and len(mapped) > 60
+    maps = Maps()
     for path, array in mapped.items():
         assert array.dtype == copied[path].dtype and np.asarray(array).tobytes() == np.asarray(copied[path]).tobytes()
-        assert not any(file.startswith(str(folder)) for file in files_of(copied[path]))
+        assert not any(file.startswith(str(folder)) for file in maps.files_of(copied[path]))
 
 
 @pytest.mark.parametrize("ahead", [0, 1 << 16])
@@ -133,17 +143,18 @@ def test_any_mesh_slices_any_checkpoint(sizes, mapped, laid_out_for, folder, tmp
     if laid_out_for:
         reshard(folder, source := tmp_path / "out", laid_out_for)
     whole, found = weights(ds.load(folder)), weights(ds.load(source, mesh=ds.mesh(sizes), mapped=mapped))
-    maps = 0
+    maps, count = Maps(), 0
     for path, array in found.items():
         assert np.asarray(array).tobytes() == np.asarray(whole[path]).tobytes()
         for shard in array.addressable_shards:
             assert np.asarray(shard.data).tobytes() == np.asarray(whole[path])[shard.index].tobytes()
-            maps += mapped_file(shard.data.unsafe_buffer_pointer()).startswith(str(source))
+        files = maps.files_of(array)
+        count += sum(file.startswith(str(source)) for file in files)
         if mapped and "w_gate_EMD.codes" in path and sizes == "expert=4" and not laid_out_for.endswith("model=2"):
-            assert all(file.startswith(str(source)) for file in files_of(array))
+            assert all(file.startswith(str(source)) for file in files)
         if mapped and "w_down_EDM.codes" in path and sizes == "expert=2,model=2" and laid_out_for.endswith("model=2"):
-            assert len(files_of(array)) == 2
-    assert bool(maps) == mapped
+            assert len(set(files)) == 2
+    assert bool(count) == mapped
 
 
 def test_devices_of_one_part_share_its_memory(folder):
@@ -237,7 +248,7 @@ def test_memory_is_that_of_the_page_cache(folder):
     with tempfile.TemporaryDirectory() as disk:
         shutil.copytree(folder, Path(disk, "out"))
         for file in Path(disk).rglob("*.*"):
-            files.sync(file)
+            sync(file)
         command = [sys.executable, "-c", SHARED, str(Path(disk, "out"))]
         environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
