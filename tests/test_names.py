@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -175,6 +176,8 @@ def _run(cfg, folder) -> None:
     session.generate([5, 6, 9], max_new_tokens=2)
     session.save(folder / "session")
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
+    constraint = SimpleNamespace(allowed=lambda: np.ones(cfg.vocab_size, bool), add=lambda token: None)
+    ds.generate(session.model, [[5, 6, 7]], max_new_tokens=2, constraint=lambda: constraint)
     ds.generate.layerwise(session.model, [[5, 6, 7]], max_new_tokens=2)
     ds.score(session.model, [[5, 6, 7]])
     ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})

@@ -1,7 +1,7 @@
 """The device side of the engine: one state, which every program is given, donates and returns."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ..errors import UsageError, pluralize
 from ..model.cache import Cache, LayerCache
 from ..model.model import Model, forward
 from ..parallel import sharding
@@ -22,7 +23,7 @@ from .prefill_decode import Caches, State, empty_caches, new_state, place
 from .programs import Programs
 from .result import TopLogprobs
 from .row import Row
-from .sampler import SamplerParams, make_params
+from .sampler import SamplerParams, bias_row, make_params
 from .scheduler import Seat
 
 SEGMENT_TOKENS = 256
@@ -151,6 +152,26 @@ class Batch:
         row_c = np.array([row.slot for row in rows], np.int32)
         return row_c, values, jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 
+    def find_bias(self, row: Row) -> np.ndarray:
+        """Return what is added to the logits of a row, [V]: -inf where it may not sample a token, or its constraint
+        does not allow it next. Raises UsageError if that leaves none."""
+        cfg, tokens = self._model.cfg, self._model.origin.tokens
+        bias_V = bias_row(row.sampling, cfg.vocab_size, tokens or cfg.vocab_size)
+        if row.constraint is not None:
+            bias_V[~row.constraint.allowed()] = -np.inf
+        if not np.isfinite(bias_V).any():
+            count = pluralize(len(row.tokens), "new token")
+            raise UsageError(f"the constraint leaves no token to sample after {count}")
+        return bias_V
+
+    def set_biases(self, biases: Mapping[Row, np.ndarray]) -> None:
+        """Add these to the logits of these rows from now on."""
+        rows, size = list(biases), memory.round_up_rows(len(biases))
+        row_c = np.array([row.slot for row in rows] + [self._places] * (size - len(rows)), np.int32)
+        bias_cV = np.zeros((size, self._model.cfg.vocab_size), np.float32)
+        bias_cV[: len(rows)] = list(biases.values())
+        self._params = put_biases(self._model.mesh, self._params, row_c, bias_cV)
+
     def read(self, chunk: Sequence[Row | None], size: int, blocks: int) -> State:
         """Return the state after up to `size` more tokens of these rows; None is padding."""
         tokens_cT, next_cT = (np.zeros((len(chunk), size), np.int32) for _ in range(2))
@@ -216,6 +237,13 @@ def seat_rows(
     cache = dataclasses.replace(state.cache, length_B=put(state.cache.length_B, values["length_B"]))
     state = dataclasses.replace(state, cache=cache, **own)
     return shard_rows(mesh, (state, jax.tree.map(put, params, new)))
+
+
+@partial(jax.jit, static_argnames="mesh", donate_argnames="params")
+def put_biases(mesh: Mesh | None, params: SamplerParams, row_c: jax.Array, bias_cV: jax.Array) -> SamplerParams:
+    """Return the parameters with another bias of these rows; a row beyond the batch is padding."""
+    bias_BV = params.bias_BV.at[row_c].set(bias_cV, mode="drop")
+    return shard_rows(mesh, dataclasses.replace(params, bias_BV=bias_BV))
 
 
 @partial(jax.jit, static_argnames=("mesh", "more"))

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ..errors import pluralize
+from ..errors import UsageError, pluralize
 from ..kernels import host_experts
 from ..model.model import Model
 from ..parallel import multihost
@@ -114,9 +114,11 @@ class Loop:
             row.report()
 
     def _decode(self, steps: int | None) -> None:
-        """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read."""
+        """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read, or a row has a
+        constraint."""
         scheduler, each = self.scheduler, 1 + self.draft
-        count = 1 if scheduler.reading else min(steps or self._segment, SEGMENT_TOKENS // each)
+        is_short = self._constrain() or bool(scheduler.reading)
+        count = 1 if is_short else min(steps or self._segment, SEGMENT_TOKENS // each)
         waiting = len(scheduler.waiting)
         while not scheduler.reserve(count * each):
             count //= 2
@@ -128,10 +130,23 @@ class Loop:
             state, made = self.batch.decode(running, count, fewest, self._blocks)
             if self._collect(running, made):
                 self.batch.state = state
-        if steps is None and not scheduler.reading:
+        if steps is None and not is_short:
             slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
             longer = min(self._segment * 2, SEGMENT_TOKENS // each)
             self._segment = max(1, self._segment // 2) if slow else longer
+
+    def _constrain(self) -> bool:
+        """Let each row that has a constraint sample only what that allows next. Returns whether there are such rows."""
+        biases: dict[Row, Any] = {}
+        for row in self.scheduler.running:
+            try:
+                biases |= {row: self.batch.find_bias(row)} if row.constraint else {}
+            except UsageError as error:
+                row.interrupt(error)
+                self.scheduler.release(row)
+        if biases:
+            self.batch.set_biases(biases)
+        return bool(biases)
 
     def _collect(self, running: Sequence[Row], made: Made) -> bool:
         """Hand out the tokens that a program generated. Returns False where logits were not finite: nothing in the

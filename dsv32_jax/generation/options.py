@@ -144,6 +144,9 @@ class Options:
     tokenizer: Any = option(
         None, "object", "", "a chat.Tokenizer, or an object with its bytes_of; adds text", unset="none", group="python"
     )
+    constraint: Callable[[], Any] | None = option(
+        None, "object", "", "makes a row's Constraint: which tokens may come next", unset="none", group="python"
+    )
     progress: Callable[[int, int], object] | None = option(
         None, "object", "", "called with (prompt tokens read, of all) during prefill", unset="none", group="python"
     )

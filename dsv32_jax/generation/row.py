@@ -21,6 +21,7 @@ class Row:
     pages          its pages; length: the tokens in them; unsure: how many of the last ones the MTP head has not read;
                    cached: the length when it lost its place
     read           prompt tokens that were read, again after a preemption;  steps, made: decode steps, and their tokens
+    constraint     which tokens may come next, None if all may
     group          all rows of the request;  news: those of them that have pending tokens or have ended
     submitted      when it was;  before: the engine's totals then
     """
@@ -40,6 +41,7 @@ class Row:
         self.read = self.steps = self.made = 0
         self.group, self.news, self.submitted = [self], deque[Row](), 0.0
         self.before: dict[str, float] = {}
+        self.constraint = request.options.constraint and request.options.constraint()
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop, self.prompt)
         self._pieces: list[str] = []
 
@@ -74,6 +76,8 @@ class Row:
         self.logprobs.append(logprob)
         self.top.append(top)
         text, is_end = "", token in self.request.end_ids
+        if self.constraint and not is_end:
+            self.constraint.add(token)
         if self._detokenizer and not is_end:
             text = self._detokenizer.add([token])
         if is_end or (self._detokenizer and self._detokenizer.has_stopped):

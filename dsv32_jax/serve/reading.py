@@ -2,28 +2,31 @@
 
 import dataclasses
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..chat import Prompt, Tokenizer, prepare, template
+from ..chat import Prompt, Tokenizer, prepare
 from ..generation.engine import Engine
 from ..generation.options import Sampling
 from ..generation.pages import PAGE
-from ..generation.request import Request, validate_for
+from ..generation.request import Constraint, Request, validate_for
 from . import fields
 from .fields import ApiError, get
+from .grammar import Vocabulary, write_grammar
 from .replay import SampledTurns
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias")
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING, *PENALTIES, *fields.LABELS}
 CHAT = COMMON | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens", "max_tokens", "thinking"}
-CHAT |= {"chat_template_kwargs", "response_format"}
+CHAT |= {"chat_template_kwargs", "response_format", "parallel_tool_calls"}
 TOKENIZE = {"model", "prompt", "messages", "tools", "tool_choice", "thinking", "chat_template_kwargs"}
 COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
 
 DRAWN = {"temperature": 1.0}
 """What OpenAI's interface draws with where neither the request nor the checkpoint says."""
+
+ANY_OBJECT = {"type": "object"}
 
 COMPLETION_TOKENS = 16
 """The new tokens of a completion that does not say how many, as OpenAI's."""
@@ -53,24 +56,27 @@ class Reader:
     name      what clients call it
     defaults  sampling parameters where a request gives none
     turns     tool calls that were sampled here
+    room      the most tokens of a prompt and its answer
     """
 
     def __init__(self, name: str, engine: Engine, tokenizer: Tokenizer, defaults: Mapping[str, Any]):
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self.defaults, self.turns = {**DRAWN, **defaults}, SampledTurns(tokenizer)
+        self.vocabulary = Vocabulary(tokenizer, engine.model.cfg.eos_token_id)
         self.room = min(engine.capacity, engine.pages // len(engine.loop.scheduler.pools) * PAGE)
 
     def read_chat(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""
         fields.require_known(body, CHAT)
-        _read_format(body)
-        prompt = self._prepare(body)
+        schema, thinking = _read_format(body), _read_thinking(body)
+        prompt = self._prepare(body, schema)
         logprobs, top = get(body, "logprobs", bool, False), get(body, "top_logprobs", int, 0)
         if top and not logprobs:
             raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
         limit = fields.get_alias(body, ("max_completion_tokens", "max_tokens"), int)
-        request = self.ask(body, [prompt.ids], limit, top_logprobs=top)
-        return Ask(self.name, request, prompt.text.endswith(template.THINK), *_read_stream(body), logprobs)
+        constraint = self._constrain(body, thinking, schema)
+        request = self.ask(body, [prompt.ids], limit, top_logprobs=top, constraint=constraint)
+        return Ask(self.name, request, thinking, *_read_stream(body), logprobs)
 
     def read_completion(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/completions asks for. Raises ApiError and UsageError."""
@@ -112,10 +118,39 @@ class Reader:
         given = {"max_new_tokens": limits, "n": get(body, "n", int, 1), "stop": body.get("stop") or ()}
         return validate_for(self.engine.model, prompts, sampling, tokenizer=self.tokenizer, **given, **options, **own)
 
-    def _prepare(self, body: Mapping[str, Any]) -> Prompt:
-        """Return the prompt of the messages in a body."""
+    def _prepare(self, body: Mapping[str, Any], schema: Mapping[str, Any] | None = None) -> Prompt:
+        """Return the prompt of the messages in a body; the model is told the schema of its answer."""
         messages = [self._read_message(message, i) for i, message in enumerate(fields.require(body, "messages", list))]
-        return prepare(messages, self.tokenizer, thinking=_read_thinking(body), tools=_choose_tools(body))
+        tools = None if body.get("tool_choice") == "none" else _read_tools(body)
+        if schema and schema != ANY_OBJECT:
+            is_first = messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
+            head = messages.pop(0) if is_first else {"role": "system"}
+            messages.insert(0, {**head, "response_format": schema})
+        return prepare(messages, self.tokenizer, thinking=_read_thinking(body), tools=tools)
+
+    def _constrain(
+        self, body: Mapping[str, Any], thinking: bool, schema: Mapping[str, Any] | None
+    ) -> Callable[[], Constraint] | None:
+        """Return what makes the constraints of a conversation: a schema of the answer, and the form of tool calls."""
+        tools, choice = _read_tools(body), body.get("tool_choice") or "auto"
+        if isinstance(choice, dict):
+            name = fields.require(fields.require(choice, "function", dict), "name", str)
+            tools = [tool for tool in tools if tool["function"]["name"] == name]
+            is_forced = True
+        elif choice in ("auto", "none", "required"):
+            tools, is_forced = [] if choice == "none" else tools, choice == "required"
+        else:
+            text = "tool_choice must be 'auto', 'none', 'required' or a function"
+            raise ApiError(400, f"{text}, not {choice!r:.100}", param="tool_choice")
+        if is_forced and not tools:
+            raise ApiError(400, "tool_choice asks for a call, but there is no such tool", param="tool_choice")
+        most = 1 if isinstance(choice, dict) or body.get("parallel_tool_calls") is False else None
+        is_strict = any(tool["function"].get("strict") for tool in tools)
+        if schema is None and not is_forced and not is_strict and not (tools and most):
+            return None
+        return self.vocabulary.compile(
+            write_grammar(thinking=thinking, schema=schema, tools=tools, must_call=is_forced, most_calls=most)
+        )
 
     def _read_message(self, message: Any, index: int) -> Any:
         if not isinstance(message, dict):
@@ -164,15 +199,25 @@ def _read_thinking(body: Mapping[str, Any]) -> bool:
     return bool(fields.get_alias({"thinking": given, **options}, ("thinking", "enable_thinking"), bool))
 
 
-def _choose_tools(body: Mapping[str, Any]) -> list | None:
-    """Return the tools that the model is shown: none if it must not call any."""
-    tools, choice = get(body, "tools", list), body.get("tool_choice")
-    if choice in (None, "auto", "none"):
-        return None if choice == "none" else tools
-    raise ApiError(400, f"tool_choice must be 'auto' or 'none', not {choice!r:.100}", param="tool_choice")
+def _read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tools of a request, which have the names of functions."""
+    tools = get(body, "tools", list, [])
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(400, f"tools[{i}] must be an object with a 'function' that has a 'name'", param="tools")
+    return tools
 
 
-def _read_format(body: Mapping[str, Any]) -> None:
+def _read_format(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON schema of the answer; None if it is text."""
     given = get(body, "response_format", dict, {"type": "text"})
-    if given != {"type": "text"}:
-        raise ApiError(400, f"response_format must have the type 'text', not {given!r:.100}", param="response_format")
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return ANY_OBJECT
+        case "json_schema":
+            return fields.require(fields.require(given, "json_schema", dict), "schema", dict)
+    text = "response_format must have the type 'text', 'json_object' or 'json_schema'"
+    raise ApiError(400, f"{text}, not {given!r:.100}", param="response_format")

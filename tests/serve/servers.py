@@ -14,7 +14,7 @@ from dsv32_jax.serve.app import Limits, Server
 from dsv32_jax.serve.driver import Driver, Job
 from dsv32_jax.serve.reading import Reader
 
-ROWS, CAPACITY, WAITING = 4, 512, 8
+ROWS, CAPACITY, WAITING = 4, 1024, 8
 
 
 @contextlib.contextmanager

@@ -249,7 +249,7 @@ def test_a_model_that_makes_nan(model, tokenizer):
 def test_keys_time_and_signs_of_life(model, tokenizer):
     """A key is needed everywhere but at /health; an answer may take so long; a stream that waits says so."""
     server = make_server(model, tokenizer, Limits(seconds=0.3, keep_alive=0.001, body=1000))
-    body = {"model": "demo", "prompt": CODE, "max_tokens": 480, "logit_bias": {"1": -1000}, "n": ROWS + WAITING}
+    body = {"model": "demo", "prompt": CODE, "max_tokens": 900, "logit_bias": {"1": -1000}, "n": ROWS + WAITING}
     with listen(server.make_app(["secret-1", "secret-2"])) as url:
         for headers in ({}, {"authorization": "Bearer secret"}, {"x-api-key": ""}):
             answer = httpx2.get(f"{url}/v1/models", headers=headers)

@@ -1,0 +1,81 @@
+"""Rows that are told after each token what may come next."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import dsv32_jax as ds
+from dsv32_jax.errors import UsageError
+from tests import models
+
+PROMPTS = [[0, 17, 42], [0, 250, 8], [0, 31, 31, 200]]
+
+
+class Rising:
+    """Each token is larger than the one before by at most 9; after `most` of them the row must end."""
+
+    def __init__(self, vocab_size: int, most: int = 5):
+        self.vocab_size, self.most, self.last, self.count = vocab_size, most, 20, 0
+
+    def allowed(self):
+        allowed = np.zeros(self.vocab_size, bool)
+        allowed[[1] if self.count == self.most else range(self.last + 1, self.last + 10)] = True
+        return allowed
+
+    def add(self, token: int):
+        assert self.last < token < self.last + 10
+        self.last, self.count = token, self.count + 1
+
+
+@pytest.fixture(scope="module")
+def model(tiny):
+    return models.random_model(
+        dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=1, eos_token_id=(1,))
+    )
+
+
+def test_each_row_keeps_its_own(model):
+    """Greedy and drawn, a constraint for each of n rows; they end when nothing else is allowed."""
+    made = []
+
+    def make():
+        made.append(Rising(model.cfg.vocab_size))
+        return made[-1]
+
+    sampling = ds.Sampling(temperature=2.0, seed=3, logit_bias={25: 2.0})
+    gen = ds.generate(model, PROMPTS, n=2, sampling=sampling, max_new_tokens=20, constraint=make)
+    assert len(made) == 6 and gen.finish_reason == ["stop"] * 6
+    assert all(len(tokens) == 6 and tokens[-1] == 1 for tokens in gen.tokens) and len({*map(tuple, gen.tokens)}) > 3
+    greedy = ds.generate(model, PROMPTS[:1], max_new_tokens=20, constraint=make)
+    scores = ds.score(model, [PROMPTS[0] + greedy.tokens[0]]).logprobs[0][-6:]
+    assert greedy.logprobs[0] == pytest.approx(scores, abs=1e-4)
+
+
+def test_others_are_not_disturbed(model):
+    """Rows beside them have the tokens that they have alone; places are taken again, and pages that run out."""
+    alone = [ds.generate(model, [prompt], max_new_tokens=70).tokens[0] for prompt in PROMPTS]
+    with ds.engine(model, rows=2, capacity=128, pages=3) as engine:
+        streams = []
+        for prompt in PROMPTS:
+            streams.append(engine.submit(prompt, max_new_tokens=70))
+            own = {"constraint": lambda: Rising(model.cfg.vocab_size, 30)}
+            streams.append(engine.submit(prompt, max_new_tokens=31, **own))
+        tokens = [[token.token for token in stream] for stream in streams]
+        assert engine.stats()["preemptions"]
+    assert tokens[::2] == alone
+    assert all(len(row) == 31 and row[:-1] == sorted(row[:-1]) for row in tokens[1::2])
+
+
+def test_what_cannot_be_kept(model):
+    """No token is left: that row ends with an error, and others go on. Drafts are refused before anything runs."""
+    own = {"constraint": lambda: Rising(model.cfg.vocab_size)}
+    with ds.engine(model, rows=2, capacity=128, pages=3) as engine:
+        bad = engine.submit([0, 5], sampling=ds.Sampling(forbidden_ids=range(21, 30)), **own)
+        good = engine.submit([0, 5], max_new_tokens=3)
+        assert len(list(good)) == 3
+        with pytest.raises(UsageError, match="leaves no token to sample after 0 new tokens"):
+            next(bad)
+    for options in ({"draft": 1}, {"min_new_tokens": 2}):
+        with pytest.raises(UsageError, match="with a constraint"):
+            ds.generate(model, [[0, 5]], **options, **own)
