@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
     from .command import main as main
     from .command import program as program
-    from .write.job import convert as convert
+    from .conversion import convert as convert
 
-_NAMES = {".command": "main program", ".write.job": "convert", "dsv32_jax.system.progress": "Progress"}
+_NAMES = {".command": "main program", ".conversion": "convert", "dsv32_jax.system.progress": "Progress"}
 
 __getattr__, __dir__ = attach(__name__, _NAMES)

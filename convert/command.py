@@ -14,11 +14,11 @@ from dsv32_jax.system.argument_parser import Parser
 from dsv32_jax.system.progress import Reporter, make_reporter
 
 from . import report, signals
+from .conversion import Options, convert, prepare
 from .plan import dry_run
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .read.weights import TARGETS
 from .subcommands import report_to
-from .write.job import Options, convert, prepare
 
 NAME = "python -m convert" if __package__ == "convert" else "dsv32 convert"
 

@@ -157,9 +157,6 @@ def child(job: str, request: dict, answer: int) -> None:
 
 def main() -> None:
     job = sys.argv[1]
-    import convert.export.export
-    import convert.export.reshard
-    import convert.write.job  # noqa: F401
     import dsv32_jax.checkpoint.writer  # noqa: F401
 
     for line in sys.stdin:

@@ -266,7 +266,7 @@ def test_a_system_that_starts_no_more_threads(folder, tmp_path, monkeypatch, cap
         assert "starts no more threads" in capsys.readouterr().err
         assert cli.main(["convert", str(folder), str(tmp_path / "out")]) == 5
     with monkeypatch.context() as patch:
-        patch.setattr("convert.write.job.Pipeline.run", refuse)
+        patch.setattr("convert.conversion.Pipeline.run", refuse)
         assert run(folder, tmp_path / "out") == 5 and "run the same command again" in capsys.readouterr().err
     assert run(folder, tmp_path / "out") == 0
     monkeypatch.setattr("dsv32_jax.cli.doctor.run", refuse)

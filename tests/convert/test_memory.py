@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from convert.conversion import prepare
 from convert.plan import limits
 from convert.read.weights import detect
 from convert.transform import cut
 from convert.transform.cut import PlannedLeaf
-from convert.write.job import prepare
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import CapacityError
 from dsv32_jax.layout import leaves

@@ -27,19 +27,19 @@ from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.files import expand_path, lock_folder, require_apart
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
-from ..plan import limits
-from ..plan.limits import Budget, size_of
-from ..plan.plan import Plan, make_plan
-from ..plan.policy import make_recipe
-from ..plan.scope import interpret_source, select_first_layers
-from ..read.downloads import verify_downloads
-from ..read.source import Source
-from ..read.weights import read_tensor_scale
-from ..transform.cut import PlannedLeaf
-from ..transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
-from .differences import read_finished
-from .journal import Journal, require_ours, require_same_bytes
-from .pipeline import HashingReader, Pipeline
+from .plan import limits
+from .plan.limits import Budget, size_of
+from .plan.plan import Plan, make_plan
+from .plan.policy import make_recipe
+from .plan.scope import interpret_source, select_first_layers
+from .read.downloads import verify_downloads
+from .read.source import Source
+from .read.weights import read_tensor_scale
+from .transform.cut import PlannedLeaf
+from .transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
+from .write.differences import read_finished
+from .write.journal import Journal, require_ours, require_same_bytes
+from .write.pipeline import HashingReader, Pipeline
 
 
 class Options(TypedDict, total=False):
