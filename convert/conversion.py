@@ -4,7 +4,7 @@ import collections
 import contextlib
 import importlib.metadata
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -15,6 +15,7 @@ from dsv32_jax.checkpoint.writer import Writer, list_files
 from dsv32_jax.config import Config
 from dsv32_jax.errors import (
     CheckpointError,
+    DsvError,
     UsageError,
     VerificationError,
     argument,
@@ -115,9 +116,11 @@ def convert(
         if options.get("verify_source"):
             verify_downloads(plan.source.files, budget.workers, progress)
         journal = _begin_or_resume(plan, dst)
-        with _storage_errors(dst):
+        try:
             _write_parts(plan, dst, budget, journal, progress)
             return _finish(plan, dst, journal)
+        except OSError as error:
+            raise error if isinstance(error, DsvError) else writing_failed(dst, error) from error
 
 
 def _check_finished(plan: Plan, dst: Path) -> Manifest:
@@ -255,11 +258,3 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
-
-
-@contextlib.contextmanager
-def _storage_errors(dst: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise error if hasattr(error, "exit_code") else writing_failed(dst, error) from error
