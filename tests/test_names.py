@@ -142,7 +142,7 @@ def _trace_generation(cfg, weights) -> None:
         jax.eval_shape(functools.partial(batches.copy_pages, None), paged, row_B, row_B)
         new = make_params(samplings[:4], cfg.vocab_size, cfg.vocab_size, cfg.eos_token_id, 2, [9] * 4)
         seat = functools.partial(batches.seat_rows, None)
-        jax.eval_shape(seat, state, params, row_c, {"length_B": row_c}, new)
+        jax.eval_shape(seat, state, params, row_c, {"new_B": row_c}, new)
         decode = functools.partial(prefill_decode.decode, step, slots=9, width=4)
         jax.eval_shape(decode, weights, params, state, 5, 0)
         observe = functools.partial(capture.observe, tuple(KINDS))

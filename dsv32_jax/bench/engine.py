@@ -13,6 +13,7 @@ import numpy as np
 from ..config import Config
 from ..generation.generate import engine as make_engine
 from ..generation.generate import generate
+from ..generation.result import Generation
 from ..model.model import Model
 from .decode_step import make_model
 
@@ -32,14 +33,16 @@ SIZES = {
 """The sizes that differ from DeepSeek-V3.2 in the small model."""
 
 LONGEST_PROMPT, LONGEST_ANSWER = 512, 256
+CAPACITY = LONGEST_PROMPT + LONGEST_ANSWER
 SHARING, SHARED, PROMPT = 64, 1024, 1100
 RUNNING, LONG = 8, 8192
 
 EXPLANATION = """\
-ragged: {requests} requests, prompts of 8-512 tokens, answers of 1-256, {rows} rows at once. static: in groups, until
-the longest ends. full: decoding {rows} rows that do not end. prefix: how much faster 64 prompts of 1,100 tokens are
-read that share 1,024. stretch: 99th percentile of the time between tokens of 8 rows while a prompt of 8,192 is read,
-as a multiple of the usual time. Compilation is not counted."""
+ragged: new tokens a second of {requests} requests, prompts of 8-512 tokens, answers of 1-256, {rows} rows at once.
+static: in groups that begin together, each until its longest answer ends. full: {rows} rows of the mean lengths, none
+of which waits for another; decode: of these rows after their prompts. prefix: how much faster 64 prompts of 1,100
+tokens are read that share 1,024. stretch: 99th percentile of the time between tokens of 8 rows while a prompt of 8,192
+is read, as a multiple of the usual time. Compilation is not counted."""
 
 
 def draw(rng: np.random.Generator, cfg: Config, length: int) -> list[int]:
@@ -48,37 +51,34 @@ def draw(rng: np.random.Generator, cfg: Config, length: int) -> list[int]:
 
 
 def measure_ragged(model: Model, requests: int, rows: int) -> dict[str, float]:
-    """Return the rates of ragged requests in one call, in groups, and of rows that do not end."""
-    rng, cfg, capacity = np.random.default_rng(0), model.cfg, LONGEST_PROMPT + LONGEST_ANSWER
-    prompts = [draw(rng, cfg, int(n)) for n in rng.integers(8, LONGEST_PROMPT + 1, requests)]
+    """Return the rates of ragged requests in one call, in groups, and of rows of equal lengths."""
+    rng, cfg = np.random.default_rng(0), model.cfg
+    lengths = sorted(rng.integers(8, LONGEST_PROMPT + 1, requests).tolist())
     limits = rng.integers(1, LONGEST_ANSWER + 1, requests).tolist()
-    order = sorted(range(requests), key=lambda i: len(prompts[i]))
-    groups = [order[i : i + rows] for i in range(0, requests, rows)]
-
-    def run(chosen: Sequence[int]) -> tuple[int, float]:
-        begun = time.perf_counter()
-        made = generate(
-            model,
-            [prompts[i] for i in chosen],
-            max_new_tokens=[limits[i] for i in chosen],
-            min_new_tokens=1,
-            batch_size=rows,
-            capacity=capacity,
-        )
-        return made.stats.new_tokens, time.perf_counter() - begun - made.stats.compile_seconds
-
-    def rate(parts: Sequence[Sequence[int]]) -> float:
-        tokens, seconds = zip(*map(run, parts), strict=True)
-        return sum(tokens) / sum(seconds)
-
-    run(order[:rows])
-    whole: dict[str, Any] = {"max_new_tokens": LONGEST_ANSWER, "min_new_tokens": LONGEST_ANSWER, "capacity": capacity}
-    full = generate(model, [draw(rng, cfg, 16) for _ in range(rows)], **whole)
+    sorted_requests = [(draw(rng, cfg, length), limit) for length, limit in zip(lengths, limits, strict=True)]
+    shuffled = [sorted_requests[i] for i in rng.permutation(requests)]
+    groups = [sorted_requests[i : i + rows] for i in range(0, requests, rows)]
+    length, limit = round(statistics.mean(lengths)), round(statistics.mean(limits))
+    equal = [(draw(rng, cfg, length), limit) for _ in range(rows)]
+    full = _generate(model, equal)
     return {
-        "ragged_tokens_per_s": rate([range(requests)]),
-        "static_tokens_per_s": rate(groups),
-        "full_tokens_per_s": full.stats.decode_tokens_per_second,
+        "ragged_tokens_per_s": _rate([_generate(model, shuffled, rows)]),
+        "static_tokens_per_s": _rate([_generate(model, group, rows) for group in groups]),
+        "full_tokens_per_s": _rate([full]),
+        "decode_tokens_per_s": full.stats.decode_tokens_per_second,
     }
+
+
+def _generate(model: Model, requests: Sequence[tuple[list[int], int]], rows: int | None = None) -> Generation:
+    """Continue each prompt for so many tokens."""
+    prompts, limits = zip(*requests, strict=True)
+    return generate(model, prompts, max_new_tokens=limits, min_new_tokens=1, batch_size=rows, capacity=CAPACITY)
+
+
+def _rate(made: Sequence[Generation]) -> float:
+    """Return new tokens a second."""
+    seconds = sum(one.stats.prefill_seconds + one.stats.decode_seconds for one in made)
+    return sum(one.stats.new_tokens for one in made) / seconds
 
 
 def measure_prefixes(model: Model, rows: int) -> float:

@@ -10,7 +10,6 @@ from typing import Any
 from ..chat import parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.engine import Engine
-from ..generation.programs import LAYERWISE, WHOLE
 from ..generation.request import Request
 from ..generation.result import Stats, Token
 from ..generation.row import Row, summarize
@@ -46,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         if samples > 1 and not any(sampling.temperature for sampling in samplings):
             screen.note(f"--n {samples} without --temperature makes identical texts")
         try:
-            engine = Engine.for_request(model, request, LAYERWISE if arguments.layerwise else WHOLE)
+            engine = Engine.for_request(model, request, arguments.layerwise)
             return results.write(engine, request)
         except FloatingPointError as error:
             raise CheckpointError(str(error)) from error

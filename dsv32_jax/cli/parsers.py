@@ -71,7 +71,8 @@ def _add_generate(commands: Any) -> None:
     stream = "write each token as soon as it is generated (default: on a terminal)"
     add("--stream", action=argparse.BooleanOptionalAction, help=stream)
     add("--json", action="store_true", help="write a JSON object for each result (with --stream: for each token)")
-    add("--layerwise", action="store_true", help="compile one program for each kind of layer, not the whole model")
+    layerwise = "compile one program for each kind of layer, or the whole model (default: for deep models on a CPU)"
+    add("--layerwise", action=argparse.BooleanOptionalAction, help=layerwise)
     _add_options(generate, "sampling", Sampling, specs(Sampling))
     _add_options(generate, "length, batch and cache", Options, [*LENGTH, *BATCH, *CACHE])
     multihost_launch.add_arguments(generate)

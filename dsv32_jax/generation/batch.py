@@ -133,7 +133,6 @@ class Batch:
             in_prompt_cV[c, row.prompt] = True
             np.add.at(generated_cV[c], np.array(row.tokens, np.int64), 1)
         values = {
-            "length_B": np.array([row.length for row in rows], np.int32),
             "token_B": np.array([row.known[-1] for row in rows], np.int32),
             "unread_B": np.zeros(size, np.int32),
             "in_prompt_BV": in_prompt_cV,
@@ -183,7 +182,7 @@ class Batch:
                 next_cT[c, : count_c[c]] = row.known[row.length + 1 : row.length + 1 + count_c[c]]
         state = self._with_rows([row for row in chunk if row is not None], blocks)
         state = self._programs.prefill(self._model, state, tokens_cT, next_cT, count_c, row_c)
-        return jax.block_until_ready(_with_table(state, None))
+        return jax.block_until_ready(_without_table(state))
 
     def decode(self, rows: Sequence[Row], steps: int, fewest: int, blocks: int) -> tuple[State, Made]:
         """Return the state after up to `steps` steps, while more than `fewest` rows go on, and their tokens."""
@@ -203,20 +202,23 @@ class Batch:
             )
         )
         parts = [getattr(generated, field.name) for field in dataclasses.fields(generated)]
-        return _with_table(state, None), Made(*map(fetch, [*parts, state.step_B, state.unread_B, state.finite_B]))
+        return _without_table(state), Made(*map(fetch, [*parts, state.step_B, state.unread_B, state.finite_B]))
 
     def _with_rows(self, rows: Sequence[Row], blocks: int) -> State:
-        """Return the state in which these rows go on and have their pages."""
+        """Return the state in which these rows go on and have their pages. The others have no tokens meanwhile: what is
+        computed for them is little."""
         table_Bd, done_B = np.full((self._places, blocks), -1, np.int32), np.ones(self._places, bool)
+        length_B = np.zeros(self._places, np.int32)
         for row in rows:
             table_Bd[row.slot, : len(row.pages)] = row.pages
-            done_B[row.slot] = False
-        table, done = place(self._model, (table_Bd, done_B))
-        return dataclasses.replace(_with_table(self.take(), table), done_B=done)
+            length_B[row.slot], done_B[row.slot] = row.length, False
+        state, (length, table, done) = self.take(), place(self._model, (length_B, table_Bd, done_B))
+        cache = dataclasses.replace(state.cache, length_B=length, table_Bd=table)
+        return dataclasses.replace(state, cache=cache, done_B=done)
 
 
-def _with_table(state: State, table_Bd: Any) -> State:
-    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, table_Bd=table_Bd))
+def _without_table(state: State) -> State:
+    return dataclasses.replace(state, cache=dataclasses.replace(state.cache, table_Bd=None))
 
 
 @partial(jax.jit, static_argnames="mesh", donate_argnames=("state", "params"))
@@ -233,9 +235,7 @@ def seat_rows(
     def put(all_rows: jax.Array, some: jax.Array) -> jax.Array:
         return all_rows.at[row_c].set(some, mode="drop")
 
-    own = {name: put(getattr(state, name), value) for name, value in values.items() if name != "length_B"}
-    cache = dataclasses.replace(state.cache, length_B=put(state.cache.length_B, values["length_B"]))
-    state = dataclasses.replace(state, cache=cache, **own)
+    state = dataclasses.replace(state, **{name: put(getattr(state, name), value) for name, value in values.items()})
     return shard_rows(mesh, (state, jax.tree.map(put, params, new)))
 
 

@@ -25,7 +25,7 @@ from .batch import Batch
 from .loop import Loop
 from .options import Options, Sampling, specs
 from .pages import PAGE, count_pages
-from .programs import WHOLE, Programs
+from .programs import choose_programs
 from .request import Request, require_one_row, validate_for
 from .result import Token
 from .row import Row
@@ -89,7 +89,8 @@ class Engine(Summarized):
         pages: int | None = None,
         cache_dtype: Any = None,
         draft: int = 0,
-        programs: Programs = WHOLE,
+        layerwise: bool | None = None,
+        is_patient: bool = False,
     ):
         initialize()
         shards = 1 if model.mesh is None else model.mesh.shape.get("data", 1)
@@ -98,12 +99,14 @@ class Engine(Summarized):
         self.model, self.capacity, self.draft = model, capacity, draft
         self.cache_dtype, self.pages = np.dtype(model.dtype if cache_dtype is None else cache_dtype), each * shards
         scheduler = Scheduler(places, self.pages, shards, draft)
-        self.loop = Loop(model, scheduler, Batch(model, places, self.pages, self.cache_dtype, draft, programs))
+        programs = choose_programs(model, layerwise)
+        batch = Batch(model, places, self.pages, self.cache_dtype, draft, programs)
+        self.loop = Loop(model, scheduler, batch, is_patient)
         self._turns, self._arrived, self._abandoned = Turns(), deque[Row](), deque[Row]()
         self._is_closed = False
 
     @classmethod
-    def for_request(cls, model: Model, request: Request, programs: Programs = WHOLE) -> "Engine":
+    def for_request(cls, model: Model, request: Request, layerwise: bool | None = None) -> "Engine":
         """Return an engine of the size that this request needs."""
         options, rows = request.options, plan_rows(model.cfg, request, model.mesh)
         return cls(
@@ -112,7 +115,8 @@ class Engine(Summarized):
             capacity=request.capacity,
             cache_dtype=request.cache_dtype,
             draft=options.draft,
-            programs=programs,
+            layerwise=layerwise,
+            is_patient=True,
         )
 
     def submit(self, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:

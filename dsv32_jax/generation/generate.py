@@ -13,7 +13,6 @@ from ..system.interrupts import defer_interrupt
 from . import memory
 from .engine import Engine
 from .options import Sampling, accepts_options, check_option
-from .programs import LAYERWISE, WHOLE, Programs
 from .request import Request, require_drafts, require_one_row, validate_for
 from .result import Generation
 from .row import summarize
@@ -33,12 +32,13 @@ def generate(
     """Continue each prompt (lists of token ids, of any lengths) until an end token or `max_new_tokens`.
 
     `sampling` and `max_new_tokens` are one for all prompts or a list with one each. A row that ends makes room for the
-    next prompt; results are in the order of prompts. The first Ctrl-C returns what was generated so far.
-    `generate.layerwise` does the same without compiling the whole model; `inspect.trace` shows afterwards what the
-    layers computed. Raises UsageError for a request that makes no sense and CapacityError if its cache does not fit in
-    memory, both before anything is compiled, and FloatingPointError if logits are not finite.
+    next prompt; results are in the order of prompts. The first Ctrl-C returns what was generated so far. The model is
+    compiled as one program, or layer by layer where that would take long: `generate.whole` and `generate.layerwise`
+    choose otherwise. `inspect.trace` shows afterwards what the layers computed. Raises UsageError for a request that
+    makes no sense and CapacityError if its cache does not fit in memory, both before anything is compiled, and
+    FloatingPointError if logits are not finite.
     """
-    return _generate(WHOLE, model, prompts, sampling, options)
+    return _generate(None, model, prompts, sampling, options)
 
 
 @accepts_options()
@@ -50,15 +50,27 @@ def _layerwise(
     **options: Any,
 ) -> Generation:
     """Generate with one program for each kind of layer, called from Python: compiles in seconds, runs slower."""
-    return _generate(LAYERWISE, model, prompts, sampling, options)
+    return _generate(True, model, prompts, sampling, options)
 
 
-generate.layerwise = _layerwise
+@accepts_options()
+def _whole(
+    model: Model,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling | Sequence[Sampling] | None = None,
+    **options: Any,
+) -> Generation:
+    """Generate with programs of the whole model, however long they take to compile."""
+    return _generate(False, model, prompts, sampling, options)
 
 
-def _generate(programs: Programs, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
+generate.layerwise, generate.whole = _layerwise, _whole
+
+
+def _generate(layerwise: bool | None, model: Model, prompts: Any, sampling: Any, options: dict[str, Any]) -> Generation:
     request = validate_for(model, prompts, sampling, **options)
-    return run_request(Engine.for_request(model, request, programs), request)
+    return run_request(Engine.for_request(model, request, layerwise), request)
 
 
 def run_request(engine: Engine, request: Request) -> Generation:
@@ -96,12 +108,14 @@ def engine(
     pages: int | None = None,
     cache_dtype: Any = None,
     draft: int = 0,
+    layerwise: bool | None = None,
 ) -> Engine:
     """Return an engine for requests that come at any time, from any thread.
 
     It computes `rows` rows at once, each of at most `capacity` tokens (default: the longest context), prompt included,
     in `pages` pages of 64 tokens (default: as many as fit in memory). `submit` returns the stream of a prompt's tokens;
     a beginning that another prompt or conversation had is not read again while its pages are not needed otherwise.
+    Programs are compiled for the whole model or `layerwise`, by default as in `generate`.
 
         with ds.engine(model, rows=8) as engine:
             streams = [engine.submit(prompt, max_new_tokens=100) for prompt in prompts]
@@ -123,4 +137,5 @@ def engine(
         pages=memory.plan_pages(cfg, rows, capacity, wanted, stored, draft, model.mesh),
         cache_dtype=stored,
         draft=draft,
+        layerwise=layerwise,
     )

@@ -3,7 +3,6 @@
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -17,7 +16,7 @@ from . import memory
 from .batch import SEGMENT_TOKENS, Batch, Made, find_nonfinite
 from .pages import PAGE, count_pages
 from .prefill_decode import Caches
-from .request import plan_chunk
+from .request import fill, most_alone, most_beside, plan_chunk
 from .row import Row
 from .scheduler import Scheduler, Seat
 
@@ -33,10 +32,14 @@ class Loop:
 
     scheduler  which rows have places in the batch, which wait, and the pages they have
     totals     counters of what was done so far
+
+    Prompts are read in chunks between decode steps, which do not make rows that generate wait for long, unless they are
+    patient: large chunks are faster.
     """
 
-    def __init__(self, model: Model, scheduler: Scheduler, batch: Batch):
+    def __init__(self, model: Model, scheduler: Scheduler, batch: Batch, is_patient: bool):
         self.model, self.scheduler, self.batch, self.draft = model, scheduler, batch, batch.draft
+        self._is_patient = is_patient
         self.totals: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), **dict.fromkeys(SECONDS, 0.0)}
         self._segment = self._blocks = 1
 
@@ -95,11 +98,13 @@ class Loop:
         scheduler, shards = self.scheduler, len(self.scheduler.pools)
         if not (reading := scheduler.reading):
             return
+        tokens = self._most_tokens(reading)
+        size, most = plan_chunk(reading[0].unread, tokens)
         groups = [[row for row in reading if scheduler.shard_of(row) == shard] for shard in range(shards)]
-        unread = [max(row.unread for row in rows if row) for rows in zip_longest(*groups)]
-        rows, size = plan_chunk(unread, len(scheduler.running) and len(scheduler.places) * (1 + self.draft))
+        fitting = [[row for row in rows if plan_chunk(row.unread, tokens)[0] >= size][:most] for rows in groups]
+        rows = min(most, fill(max(map(len, fitting))))
         chunk: list[Row | None] = []
-        for group in groups:
+        for group in fitting:
             chunk += [*group[:rows], *[None] * (rows - len(group))]
         with self._measure("prefill"):
             state = self.batch.read(chunk, size, self._blocks)
@@ -112,6 +117,15 @@ class Loop:
             self.batch.state = state
         for row in {id(row.request): row for row in chunk if row is not None}.values():
             row.report()
+
+    def _most_tokens(self, reading: Sequence[Row]) -> int:
+        """Return how many tokens are read at once: few enough that rows which generate do not wait long."""
+        running = {row.slot: row.length for row in self.scheduler.running}
+        whole = most_alone(len(reading))
+        if not running or self._is_patient:
+            return whole
+        lengths = [running.get(place, 0) for place in range(len(self.scheduler.places))] * (1 + self.draft)
+        return min(whole, most_beside(self.model.cfg, lengths, reading[0].length))
 
     def _decode(self, steps: int | None) -> None:
         """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read, or a row has a

@@ -1,13 +1,22 @@
-"""The programs that the engine runs, and how XLA compiles them."""
+"""The programs that the engine runs, which of them are chosen, and how XLA compiles them."""
 
+import functools
+import logging
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
+from ..model.model import Model
+from ..quantization.host_weight import HostWeight
 from . import prefill_decode
 from .prefill_decode import Generated, State
+
+LOG = logging.getLogger("dsv32_jax")
+
+DEEP = 40
+"""Layers whose whole-model programs take about 20 s to compile on two CPU cores, which is 0.5 s a layer."""
 
 DEFAULTS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
@@ -47,3 +56,25 @@ WHOLE = Programs(
 
 LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise)
 """Each kind of layer is one program, called from Python: compiles in seconds, runs slower."""
+
+
+def choose_programs(model: Model, layerwise: bool | None = None) -> Programs:
+    """Return LAYERWISE if `layerwise`, WHOLE if not. By default whole models are compiled on accelerators, except where
+    weights are in host memory; elsewhere only models of fewer than DEEP layers are."""
+    if layerwise is None:
+        layerwise = len(model.layers) >= DEEP and (jax.default_backend() == "cpu" or _has_host_weights(model))
+        if layerwise:
+            _tell(len(model.layers))
+    return LAYERWISE if layerwise else WHOLE
+
+
+def _has_host_weights(model: Model) -> bool:
+    def is_on_host(weight: Any) -> bool:
+        return isinstance(weight, HostWeight)
+
+    return any(map(is_on_host, jax.tree.leaves(model, is_leaf=is_on_host)))
+
+
+@functools.cache
+def _tell(layers: int) -> None:
+    LOG.warning("running layer by layer: %d layers take long to compile as one program", layers)

@@ -1,7 +1,7 @@
 """A generation request: validated once, on the host, from the model's config; and its shapes."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +19,7 @@ from .text_stream import StopStrings, require_tokenizer
 SMALLEST_BUCKET = 16
 
 SHORT_CHUNK = 256
-"""Tokens that an accelerator reads between two decode steps."""
+"""Tokens that an accelerator reads between two decode steps, about as fast as fewer ones."""
 
 
 class Constraint(Protocol):
@@ -190,17 +190,12 @@ def split_into_chunks(
         yield tokens_BT, next_BT, np.pad(count_B, (0, batch - len(prompts)))
 
 
-def plan_chunk(unread: Sequence[int], running: int) -> tuple[int, int]:
-    """Return how many of the rows with so many unread tokens are read next, and how many tokens of each.
-
-    While rows generate `running` tokens a step, a chunk takes about as long as two steps.
-    """
-    if not running:
-        rows = 1 << (len(unread) - 1).bit_length()
-        return rows, min(chunk_size(rows), bucket(max(unread)))
-    most = bucket(2 * running if jax.default_backend() == "cpu" else SHORT_CHUNK)
-    size = min(chunk_size(), bucket(unread[0]), most)
-    return min(1 << (len(unread) - 1).bit_length(), max(1, most // size)), size
+def plan_chunk(unread: int, most: int) -> tuple[int, int]:
+    """Return how many tokens of a row with so many unread ones are read next, and how many such rows go with it, for
+    `most` tokens in all. Of a large chunk less than a third is padding."""
+    size = min(chunk_size(), fill(unread, SMALLEST_BUCKET if jax.default_backend() == "cpu" else SHORT_CHUNK))
+    size = min(size, 1 << (most.bit_length() - 1))
+    return size, most // size
 
 
 def chunk_size(rows: int = 1) -> int:
@@ -208,7 +203,38 @@ def chunk_size(rows: int = 1) -> int:
 
     On accelerators few rows have larger chunks: the weights are read less often, by at least 2,048 tokens.
     """
-    return 512 if jax.default_backend() == "cpu" else max(512, 2048 // rows)
+    return max(SMALLEST_BUCKET, 512 // rows) if jax.default_backend() == "cpu" else max(512, 2048 // rows)
+
+
+def fill(count: int, smallest: int = 1) -> int:
+    """Return the power of two that `count` fills best: the next one, or the one before if a third would be empty."""
+    size = max(smallest, 1 << (count - 1).bit_length())
+    return size if size == smallest or 2 * size < 3 * count else size // 2
+
+
+def most_alone(rows: int) -> int:
+    """Return how many tokens of so many prompts are read at once where nothing else is done."""
+    return fill(rows) * chunk_size(fill(rows))
+
+
+def most_beside(cfg: Config, lengths: Iterable[int], length: int) -> int:
+    """Return how many tokens behind `length` are read between two decode steps of rows of these lengths: an accelerator
+    reads SHORT_CHUNK; a CPU, whose time is that of its operations, as many as take about as long as two steps."""
+    if jax.default_backend() != "cpu":
+        return SHORT_CHUNK
+    step = sum(count_operations(cfg, row) for row in lengths)
+    return max(4, 2 * step // count_operations(cfg, length))
+
+
+def count_operations(cfg: Config, length: int) -> int:
+    """Return the multiplications of a token behind `length` others in a MoE layer."""
+    attended, latents = min(length, cfg.index_topk), 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
+    projections = cfg.q_lora_rank * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) + cfg.hidden_size * cfg.v_head_dim
+    absorbed = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
+    heads = cfg.num_attention_heads * (projections + absorbed + attended * latents)
+    indexer = cfg.index_n_heads * cfg.index_head_dim * (cfg.q_lora_rank + length)
+    experts = 3 * (cfg.num_experts_per_tok + 1) * cfg.hidden_size * cfg.moe_intermediate_size
+    return heads + indexer + experts
 
 
 def bucket(size: int) -> int:

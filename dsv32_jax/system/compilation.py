@@ -43,11 +43,14 @@ def require_device() -> None:
 
 
 def enable_cache() -> None:
-    """Cache compiled programs in the user's cache folder, unless JAX is already configured to use another or none."""
+    """Cache compiled programs in the user's cache folder, unless JAX is already configured to use another or none.
+
+    Small programs are cached too: a model that runs layer by layer has dozens."""
     if jax.config.values["jax_compilation_cache_dir"] is None and jax.config.values["jax_enable_compilation_cache"]:
         folder = _make_cache_folder()
         if folder is not None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
+            jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 @functools.cache

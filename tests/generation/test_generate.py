@@ -448,7 +448,7 @@ def test_wrong_options(model, options, said):
 def test_fifty_lengths_share_three_buckets(tiny):
     """Prompts of 1 to 50 tokens: as many prefills as there are buckets, and as many decode loops as sizes of the cache.
 
-    The last token of a prompt is read by the first decode step."""
+    The last token of a prompt is read by the first decode step, and a third of a bucket is not left empty."""
     cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
     model = models.random_model(cfg)
     lengths = range(1, 51)
@@ -456,7 +456,7 @@ def test_fifty_lengths_share_three_buckets(tiny):
     assert buckets == {16, 32, 64}
     compiled = [ds.generate(model, [[5] * length], max_new_tokens=1 + length % 2).stats.compiles for length in lengths]
     assert sum(compiled) <= 3 + len(buckets)
-    assert [length for length, count in zip(lengths, compiled, strict=True) if count] == [1, 2, 18, 34]
+    assert [length for length, count in zip(lengths, compiled, strict=True) if count] == [1, 2, 23, 44]
 
 
 def test_changing_a_sampling_parameter_compiles_nothing(model, greedy):

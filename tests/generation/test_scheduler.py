@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dsv32_jax import configs
+from dsv32_jax.config import Config
 from dsv32_jax.generation.pages import PAGE, Pages, count_common, count_pages
-from dsv32_jax.generation.request import plan_chunk, validate
+from dsv32_jax.generation.request import count_operations, fill, most_alone, most_beside, plan_chunk, validate
 from dsv32_jax.generation.row import Row
 from dsv32_jax.generation.scheduler import Scheduler
 
@@ -165,8 +167,19 @@ def test_beginnings_and_chunks():
     """What is common, pages of tokens, and how much is read at once beside rows that generate."""
     assert (count_common([1, 2, 3], [1, 2, 4]), count_common([1], [1, 2]), count_common([], [1])) == (2, 1, 0)
     assert [count_pages(n) for n in (0, 1, 64, 65)] == [0, 1, 1, 2]
-    assert plan_chunk([500, 3], 0) == (2, 512) and plan_chunk([5000], 0) == (1, 512)
-    assert plan_chunk([5000, 9], 8) == (1, 16) and plan_chunk([9, 5000, 7], 32) == (4, 16)
+    assert plan_chunk(500, most_alone(2)) == (512, 1) and plan_chunk(100, most_alone(8)) == (128, 4)
+    assert [plan_chunk(unread, 512)[0] for unread in (1, 21, 22, 300, 400, 9000)] == [16, 16, 32, 256, 512, 512]
+    assert plan_chunk(5000, 21) == (16, 1) and plan_chunk(9, 64) == (16, 4) and plan_chunk(5000, 5) == (4, 1)
+    assert [fill(count) for count in (1, 2, 3, 5, 6, 9, 12, 13)] == [1, 2, 4, 4, 8, 8, 16, 16]
+
+
+def test_prompts_do_not_make_rows_wait_long():
+    """As many tokens as two steps take, fewer of those that attend to much; at least four."""
+    real = Config.from_json(configs.path("deepseek_v32"))
+    assert most_beside(real, [0] * 16, 0) == most_beside(real, [9000] * 16, 9000) == 32
+    assert 16 < most_beside(real, [0] * 16, 9000) < 24 and most_beside(real, [0], 9000) == 4
+    assert count_operations(real, 0) == pytest.approx(580e6, rel=0.01)
+    assert count_operations(real, 2048) - count_operations(real, 0) == 2048 * (128 * 1088 + 64 * 128)
 
 
 @pytest.mark.parametrize("count", [1, 5])
