@@ -5,17 +5,17 @@ import json
 import os
 import shlex
 import sys
+import time
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import Manifest, is_complete
 from dsv32_jax.errors import COMMAND_LINE, DsvError, StorageError, explain_exhaustion
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.argument_parser import Parser
-from dsv32_jax.system.progress import Reporter, make_reporter
+from dsv32_jax.system.reporter import Reporter, make_reporter
 
-from . import report, signals
-from .conversion import Options, convert, prepare
-from .plan import dry_run
+from . import dry_run, report, signals
+from .conversion import Options, convert, judge, prepare
 from .plan.policy import PRESETS, TENSOR_SCALES
 from .read.weights import TARGETS
 from .subcommands import report_to
@@ -26,12 +26,28 @@ EPILOG = """exit codes: 0 done, 2 usage, 3 input damaged or unsupported, 5 not e
 6 output exists or is locked, 74 I/O error, 75 stopped by a signal, 130 Ctrl-C. After 5, 74, 75 and 130 the same
 command continues where it stopped."""
 
-CONTINUE = "completed parts are kept; run the same command again"
+TEXTS: Any = {
+    "description": "Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "
+    "Weights keep their format unless --to or --policy says otherwise. "
+    "An interrupted conversion continues when the same command is run again.",
+    "epilog": EPILOG,
+}
+
+
+def add(commands: Any) -> None:
+    """Add the command to the subparsers `commands`; it sets `run`, which takes the parsed arguments."""
+    parser = commands.add_parser("convert", help="Hugging Face safetensors -> a checkpoint that `load` reads", **TEXTS)
+    add_arguments(parser)
+    parser.set_defaults(run=lambda arguments: end(run(arguments, f"dsv32 {shlex.join(arguments.argv)}")))
 
 
 def program(argv: list[str] | None = None) -> int:
-    """Run `main` in a process that ends with it: signals are ignored once it has returned."""
-    code = main(argv)
+    """Run `main` in a process that ends with it."""
+    return end(main(argv))
+
+
+def end(code: int) -> int:
+    """Ignore signals from now on, as the process ends with this exit code."""
     signals.ignore_signals()
     return code
 
@@ -41,58 +57,87 @@ def main(argv: list[str] | None = None) -> int:
 
     The result goes to stdout, everything else to stderr. A signal ends the process.
     """
-    spelling = COMMAND_LINE.set(True)
+    argv = sys.argv[1:] if argv is None else argv
+    parser = Parser(prog=NAME, **TEXTS)
+    add_arguments(parser)
+    return run(parser.parse_args(argv), f"{NAME} {shlex.join(argv)}")
+
+
+def run(options: argparse.Namespace, command: str) -> int:
+    """Run the `command` with these options and return its exit code."""
+    spelling, reporter = COMMAND_LINE.set(True), make_reporter(options.json)
+
+    def describe_state(reporter: Reporter) -> str:
+        return f"{reporter.meter.describe_saved()}; to continue, run the same command again:\n  {command}"
+
+    facts: dict[str, Any] = {}
     try:
-        return _main(sys.argv[1:] if argv is None else argv)
-    except RuntimeError as error:
+        with report_to(reporter, describe_state):
+            text = (_rehearse if options.dry_run else _convert)(options, reporter, facts)
+        print(json.dumps(facts) if options.json else text, flush=True)
+        return 0
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except DsvError as error:
+        message, code = str(error), error.exit_code
+    except OSError as error:
+        message, code = f"{error}. {describe_state(reporter)}", StorageError.exit_code
+    except (MemoryError, RuntimeError) as error:
         exhausted = explain_exhaustion(error)
-        print(f"error: {exhausted}. Nothing was written", file=sys.stderr)
-        return exhausted.exit_code
+        message, code = f"{exhausted}. {describe_state(reporter)}\nwith a smaller --max-memory", exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
+    reporter.error(message, code)
+    if options.json:
+        print(json.dumps({**facts, "error": message, "code": code}), flush=True)
+    return code
 
 
-def _main(argv: list[str]) -> int:
-    options = _parser().parse_args(argv)
-    reporter = make_reporter(options.log_format == "json")
-    command = f"{NAME} {shlex.join(argv)}"
-    with report_to(reporter, f"Completed parts are kept; to continue, run the same command again:\n  {command}"):
-        try:
-            _run(options, reporter)
-            return 0
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            return 0
-        except DsvError as error:
-            message, code = str(error), error.exit_code
-        except OSError as error:
-            message, code = f"{error}; {CONTINUE} to continue", StorageError.exit_code
-        except (MemoryError, RuntimeError) as error:
-            exhausted = explain_exhaustion(error)
-            message, code = f"{exhausted}; {CONTINUE} with a smaller --max-memory", exhausted.exit_code
-        reporter.error(message, code)
-        return code
+def _collect(options: argparse.Namespace) -> Options:
+    return {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
 
 
-def _run(options: argparse.Namespace, reporter: Reporter) -> None:
-    show = json.dumps if options.log_format == "json" else report.format_facts
-    how: Options = {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
-    if options.dry_run:
-        prepared = prepare(options.src, options.dst, how)
-        print(show(dry_run.estimate(*prepared)), flush=True)
-        dry_run.require_room(*prepared)
-        return
-    reporter.event("start", source=options.src, output=options.dst)
-    complete = is_complete(options.dst)
-    manifest = convert(options.src, options.dst, progress=reporter, **how)
-    reporter.close()
-    reporter.event("done", output=options.dst, digest=manifest.digest)
-    print(show({"complete_already" if complete else "written": options.dst, **_facts(manifest)}), flush=True)
+def _convert(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> str:
+    """Convert; add what was done to `facts`, and return it as text."""
+    src, dst = options.src, options.dst
+    reporter.event("start", source=src, output=dst)
+    reporter.stage(f"reading the headers of {src}")
+    start, complete = time.monotonic(), is_complete(dst)
+    manifest = convert(src, dst, progress=reporter, **_collect(options))
+    reporter.event("done", output=dst, digest=manifest.digest)
+    facts |= {"output": dst, "already_complete": complete, "seconds": round(time.monotonic() - start, 3)}
+    facts |= _list_facts(manifest)
+    return report.format_conversion(facts)
 
 
-def _facts(manifest: Manifest) -> dict[str, Any]:
+def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> str:
+    """Add what the conversion would do to `facts`, and return it as text. Raises what the conversion would raise,
+    once the text is printed."""
+    reporter.stage(f"reading the headers of {options.src}")
+    plan, budget, dst = prepare(options.src, options.dst, _collect(options))
+    reporter.stage("measuring disks, and a sample of the weights")
+    try:
+        found, refusal = judge(plan, budget, dst), None
+    except DsvError as error:
+        found, refusal = None, error
+    if isinstance(found, Manifest):
+        facts |= {"output": options.dst, "already_complete": True, "seconds": 0.0, **_list_facts(found)}
+        return report.format_conversion(facts)
+    facts |= dry_run.estimate(plan, budget, dst, found)
+    text = report.format_estimate(facts, options.src, options.dst, verbose=options.verbose)
+    if refusal is not None:
+        reporter.close()
+        print("" if options.json else text + "\n", end="", flush=True)
+        raise refusal
+    return text
+
+
+def _list_facts(manifest: Manifest) -> dict[str, Any]:
     found = manifest.report
+    arrays = [array for leaf in manifest.leaves.values() for array in leaf.arrays.values()]
     return {
+        "bytes": sum(array.nbytes for array in arrays),
         **report.summarize_model(manifest.config, found["formats"], found["notes"], found["ignored"]),
         "conversions": found["conversions"],
         "relative_rms_errors": {name: kind["relative_rms"] for name, kind in found["errors"]["kinds"].items()},
@@ -104,18 +149,13 @@ def _facts(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog=NAME,
-        description="Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "
-        "Weights keep their format unless --to or --policy says otherwise. "
-        "An interrupted conversion continues when the same command is run again.",
-        epilog=EPILOG,
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of a conversion."""
     add = parser.add_argument
     add("src", metavar="SRC", help="folder with config.json and *.safetensors; never modified")
     add("dst", metavar="DST", help="output folder: new, empty, or an unfinished conversion")
-    add("--dry-run", action="store_true", help="check SRC and print plan, memory, disk and time; write nothing")
+    add("--dry-run", action="store_true", help="check SRC and DST, estimate memory, disk and time; write nothing")
+    add("--verbose", action="store_true", help="with --dry-run: list every parameter")
     add("--layers", metavar="0-N", help="convert only the first N + 1 layers, as a small model of its own without MTP")
     add("--mesh", metavar="AXES", help="lay out arrays for these devices, for example expert=8,model=2")
     add("--strict-index", action="store_true", help="refuse an index that does not list every tensor of the shards")
@@ -132,10 +172,9 @@ def _parser() -> argparse.ArgumentParser:
         help="leave out tensors that the model can do without, for example '*.lora_*'; may be repeated",
     )
     add("--verify-source", action="store_true", help="first check the shards against the hub's SHA-256")
-    add("--log-format", choices=("text", "json"), default="text", help="format of stdout and stderr (default: text)")
+    add("--json", action="store_true", help="print one JSON object, and progress as JSON lines to stderr")
     _add_formats(parser)
     _add_limits(parser)
-    return parser
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
@@ -165,5 +204,5 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
-    add("--max-memory", metavar="SIZE", help="memory limit, for example 8GiB (default: 80 %% of free memory)")
+    add("--max-memory", metavar="SIZE", help="memory limit, for example 8GB (default: 80 %% of free memory)")
     add("--workers", metavar="N", type=int, help="threads that read and convert (default: one per core)")

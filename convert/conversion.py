@@ -3,14 +3,15 @@
 import collections
 import contextlib
 import importlib.metadata
+import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from dsv32_jax.checkpoint.checksums import find_changed_files, require_manifest
 from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
-from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
+from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer, list_files
 from dsv32_jax.config import Config
 from dsv32_jax.errors import (
@@ -25,7 +26,8 @@ from dsv32_jax.errors import (
 )
 from dsv32_jax.parallel import partition
 from dsv32_jax.quantization.scale_search import SCALINGS
-from dsv32_jax.system.files import expand_path, lock_folder, require_apart
+from dsv32_jax.system.files import expand_path, require_apart
+from dsv32_jax.system.locks import lock_folder, require_unlocked
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
 
 from .plan import limits
@@ -34,7 +36,7 @@ from .plan.plan import Plan, make_plan
 from .plan.policy import make_recipe
 from .plan.scope import interpret_source, select_first_layers
 from .read.downloads import verify_downloads
-from .read.source import Source
+from .read.source import Source, require_downloaded
 from .read.weights import read_tensor_scale
 from .transform.cut import PlannedLeaf
 from .transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
@@ -52,7 +54,7 @@ class Options(TypedDict, total=False):
     tensor_scales: str  # each matrix's "own", or "shared" by gate and up and by q_a and kv_a
     layers: str | None  # "0-3": only the first layers, as a model of its own without the MTP layer
     mesh: str | Mapping[str, int] | None  # "expert=8,model=2" or a dict: a device can read its own bytes
-    max_memory: str | int | None  # bytes, or "8GiB"; by default 80 % of free memory
+    max_memory: str | int | None  # bytes, or "8GB"; by default 80 % of free memory
     workers: int | None  # threads that read and convert; by default one per core
     strict_index: bool  # refuse a source whose index does not list every tensor of its shards
     ignore_config: Sequence[str]  # keys of config.json that could change the model, and do not by the user's word
@@ -82,6 +84,7 @@ def prepare(src: str | Path, dst: str | Path, options: Options) -> tuple[Plan, B
     budget = limits.make_budget(options.get("max_memory"), options.get("workers"), options.get("group_bytes"))
     mesh = partition.parse_optional_mesh(options.get("mesh"))
     require_apart(source_folder, dst)
+    require_downloaded(src, source_folder)
     source = interpret_source(Source(source_folder), options.get("ignore_config"), options.get("ignore_tensors"))
     if options.get("strict_index"):
         source.require_complete_index()
@@ -108,23 +111,57 @@ def convert(
     OutputExistsError, CapacityError or StorageError.
     """
     plan, budget, dst = prepare(src, dst, options)
-    require_ours(dst)
-    with lock_folder(dst):
-        if is_complete(dst):
-            return _check_finished(plan, dst)
-        limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
+    stamps, found = read_stamps(dst), judge(plan, budget, dst)
+    if isinstance(found, Journal):
         if options.get("verify_source"):
             verify_downloads(plan.source.files, budget.workers, progress)
-        journal = _begin_or_resume(plan, dst)
+        _require_tensor_scales(plan.source, list_missing(plan, found))
+    with lock_folder(dst):
+        found = found if stamps == read_stamps(dst) else judge(plan, budget, dst)
+        if isinstance(found, Manifest):
+            (dst / JOURNAL).unlink(missing_ok=True)
+            return found
         try:
-            _write_parts(plan, dst, budget, journal, progress)
-            return _finish(plan, dst, journal)
+            _write_parts(plan, dst, budget, found, progress)
+            return _finish(plan, dst, found)
         except OSError as error:
             raise error if isinstance(error, DsvError) else writing_failed(dst, error) from error
 
 
-def _check_finished(plan: Plan, dst: Path) -> Manifest:
-    """Return the manifest of a finished output. Raises OutputExistsError, or VerificationError if it is damaged."""
+def judge(plan: Plan, budget: Budget, dst: Path) -> Manifest | Journal:
+    """Return the manifest of a finished output, or the journal of one to begin or to continue; nothing is changed.
+
+    Raises OutputExistsError where `dst` holds anything else or is being written, VerificationError where it is damaged,
+    and CapacityError if memory or disk do not suffice for what is missing.
+    """
+    require_ours(dst)
+    require_unlocked(dst)
+    if is_complete(dst):
+        return _read_finished(plan, dst)
+    limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
+    journal = _resume(plan, dst)
+    needed = size_of(list_missing(plan, journal)) - _sum_sizes(journal.unfinished)
+    limits.require_disk_space(limits.find_existing(dst), max(0, needed))
+    return journal
+
+
+def list_missing(plan: Plan, journal: Journal) -> list[PlannedLeaf]:
+    """Return the leaves that are not on disk yet."""
+    done = journal.entries
+    return [leaf for leaf in plan.leaves if leaf.leaf.path not in done]
+
+
+def read_stamps(dst: Path) -> list[tuple[int, int] | None]:
+    """Return size and time of the manifest and the journal: they change when another process writes to `dst`."""
+    stamps = []
+    for file in (dst / FILE, dst / JOURNAL):
+        status = file.lstat() if file.is_file() else None
+        stamps.append(status and (status.st_size, status.st_mtime_ns))
+    return stamps
+
+
+def _read_finished(plan: Plan, dst: Path) -> Manifest:
+    """The manifest of a finished output, whose files and source are looked at too."""
     manifest = read_finished(dst, plan.digest, plan.basis)
     require_manifest(dst)
     require_same_bytes(plan.source, manifest.leaves.values())
@@ -133,11 +170,10 @@ def _check_finished(plan: Plan, dst: Path) -> Manifest:
             f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
             "folder and convert again, or convert to another one"
         )
-    (dst / JOURNAL).unlink(missing_ok=True)
     return manifest
 
 
-def _begin_or_resume(plan: Plan, dst: Path) -> Journal:
+def _resume(plan: Plan, dst: Path) -> Journal:
     """The journal of the output, once its parts are known to come from the source as it is now."""
     source = plan.source
     journal = Journal(dst, plan.digest, source.folder.name, plan.basis, source.stamps)
@@ -147,29 +183,30 @@ def _begin_or_resume(plan: Plan, dst: Path) -> Journal:
     return journal
 
 
+def _sum_sizes(folders: Iterable[str]) -> int:
+    files = (os.path.join(root, name) for folder in folders for root, _, names in os.walk(folder) for name in names)
+    return sum(map(os.path.getsize, files))
+
+
 def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progress: Callable[[Progress], None]) -> None:
     """Write every parameter that is not on disk yet: read, cut, hash, save, and note each part in the journal."""
-    done = journal.entries
-    missing = [leaf for leaf in plan.leaves if leaf.leaf.path not in done]
-    nbytes = size_of(missing)
-    limits.require_disk_space(dst, nbytes)
-    _require_tensor_scales(plan.source, missing)
-    meter = ByteMeter(progress, plan.nbytes, plan.nbytes - nbytes)
+    done, missing = journal.entries, list_missing(plan, journal)
+    meter = ByteMeter(progress, plan.nbytes, plan.nbytes - size_of(missing))
     meter.report()
-
     journal.start()
     writer = Writer(dst, partition.make_shard_shape(plan.mesh, [leaf.leaf for leaf in plan.leaves]))
     read = HashingReader(plan.source.read)
-    pipeline = Pipeline(read, _requantizer(plan), writer, budget, done.get, meter.add_read)
+    pipeline = Pipeline(read, make_requantizer(plan), writer, budget, done.get, meter.add_done)
     groups = zip(limits.group_leaves(missing, budget), journal.begin_new(), strict=False)
     with contextlib.closing(pipeline.run(groups)) as parts:
         for part, nbytes in parts:
             journal.add(part)
             done |= part.entries
-            meter.add_written(nbytes)
+            meter.add_saved(nbytes)
 
 
-def _requantizer(plan: Plan) -> Requantizer:
+def make_requantizer(plan: Plan) -> Requantizer:
+    """Return what quantizes and dequantizes as the plan says."""
     together = {}
     if plan.recipe.tensor_scales == "shared":
         together = find_partners(s for leaf in plan.leaves for s in leaf.sources if s.wanted == "nvfp4")

@@ -3,10 +3,14 @@
 Tensor and file names come from the checkpoint, so every text passes `printable`: none of them can steer a terminal.
 """
 
-from collections.abc import Iterator
+import shlex
+import shutil
+import sys
+import textwrap
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from dsv32_jax.errors import printable
+from dsv32_jax.errors import pluralize, printable
 from dsv32_jax.system.progress import format_count, format_duration, format_size
 
 from .name_folding import format_ranges
@@ -16,13 +20,16 @@ if TYPE_CHECKING:
     from .inspect.folder_tree import Branch, Inspection
     from .verify.verify import Report
 
-SIZES = frozenset("would_read would_write peak_memory memory_limit memory_free disk_free largest_leaf".split())
-SPEEDS = frozenset(("read_speed", "write_speed"))
-LABELS = {"complete_already": "already complete; nothing to do", "disk_seconds": "estimated disk time"}
-"""Titles of facts whose key in the JSON output does not read well."""
-
 BAR_WIDTH = 40
 """Characters of the longest bar of a histogram."""
+
+ODD = ("nan_scale_bytes", "zero_blocks", "pairs_of_different_tensor_scales")
+"""Counts that are worth a line unless they are 0."""
+
+NEXT = "dsv32 generate {folder} 'def area(r):'"
+
+INDENT = 11
+"""Characters of the titles of rows."""
 
 
 def summarize_model(config: dict[str, Any], formats: dict[str, int], notes: list[str], ignored: dict[str, int]) -> dict:
@@ -31,29 +38,66 @@ def summarize_model(config: dict[str, Any], formats: dict[str, int], notes: list
     return {"layers": layers, "formats": formats, "notes": notes, "ignored": ignored}
 
 
-def format_facts(facts: dict[str, Any]) -> str:
-    """`facts` one a line, tables and lists indented or repeated."""
-    lines = []
-    for key, value in facts.items():
-        label = LABELS.get(key, key.replace("_", " "))
-        if isinstance(value, dict):
-            lines += [f"{label}:"] if value else []
-            lines += [f"  {item}: {f'{100 * x:.2f} %' if isinstance(x, float) else x}" for item, x in value.items()]
-        elif isinstance(value, list):
-            lines += [f"{label[:-1]}: {item}" for item in value]
-        else:
-            lines.append(f"{label}: {_format_fact(key, value)}")
-    return printable("\n".join(lines))
+def format_rows(rows: Iterable[tuple[str, str]]) -> str:
+    """Rows of a title and a text, which is broken where a terminal ends."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * INDENT, break_on_hyphens=False)
+    return "\n".join(line for title, text in rows for line in wrap.wrap(f"{title:<{INDENT}}{printable(text)}"))
 
 
-def _format_fact(key: str, value: Any) -> str:
-    if value is None:
-        return "unknown"
-    if key in SIZES:
-        return format_size(value)
-    if key in SPEEDS:
-        return f"{format_size(value)}/s"
-    return format_duration(value) if key.endswith("seconds") else str(value)
+def format_estimate(facts: dict[str, Any], src: str, dst: str, *, verbose: bool) -> str:
+    """The outcome of a dry run, the summary last; `verbose`: every parameter too."""
+    rows = [("parameter", f"{path}: {text}") for path, text in facts["leaves"].items()] if verbose else []
+    rows += _list_model(facts)
+    speeds = [f"at {format_size(facts[name])}/s" if facts[name] else "" for name in ("read_speed", "write_speed")]
+    saved = f"; {format_size(facts['saved'])} are there already" if facts["saved"] else ""
+    needed, reserve, free = (format_size(facts[f"disk_{name}"]) for name in ("needed", "reserve", "free"))
+    memory, limit, unused = (format_size(facts[name]) for name in ("peak_memory", "memory_limit", "memory_free"))
+    files, workers = pluralize(facts["files"], "file"), pluralize(facts["workers"], "worker")
+    time = "unknown: the output cannot be written"
+    if facts["seconds"] is not None:
+        spent = format_duration(facts["convert_seconds"])
+        time = f"about {format_duration(facts['seconds'])}; converting takes {spent}, measured on a sample"
+    rows += [
+        ("source", f"{src}: {facts['layers']} layers, {format_count(facts['parameters'])} parameters"),
+        ("read", f"{format_size(facts['would_read'])} in {files} {speeds[0]}"),
+        ("write", f"{format_size(facts['would_write'])} to {dst} {speeds[1]}{saved}"),
+        ("disk", f"need {needed} ({reserve} reserve), {free} free"),
+        ("memory", f"need {memory}, allowed {limit}, {unused} free; {workers}"),
+        ("time", time),
+    ]
+    return format_rows(rows)
+
+
+def format_conversion(facts: dict[str, Any]) -> str:
+    """The outcome of a conversion, the summary last."""
+    rows = _list_model(facts)
+    rows += [("error", f"{name} {100 * error:.2f} %") for name, error in facts["relative_rms_errors"].items()]
+    rows += [("largest", f"{name} {100 * error:.2f} %") for name, error in facts["largest_errors"].items()]
+    rows += [("odd", f"{facts[name]} {name.replace('_', ' ')}") for name in ODD if facts[name]]
+    state, end = "written", f" in {_format_time(facts['seconds'])}"
+    if facts["already_complete"]:
+        state, end = "complete", "; nothing was left to do"
+    rows += [
+        (state, f"{facts['output']}: {facts['layers']} layers, {format_size(facts['bytes'])}{end}"),
+        ("digest", facts["digest"]),
+        ("next", NEXT.format(folder=shlex.quote(facts["output"]))),
+    ]
+    return format_rows(rows)
+
+
+def _format_time(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else format_duration(seconds)
+
+
+def _list_model(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of notes, ignored tensors, formats and changes."""
+    rows = [("note", text) for text in facts["notes"]]
+    rows += [("ignored", f"{count} {reason}") for reason, count in facts["ignored"].items()]
+    rows += [("formats", ", ".join(f"{format} {count}" for format, count in facts["formats"].items()))]
+    return rows + [
+        ("changes", f"{pluralize(count, 'weight')} {change}") for change, count in facts["conversions"].items()
+    ]
 
 
 def format_inspection(found: "Inspection") -> str:
@@ -115,28 +159,33 @@ def _format_bars(counts: dict[str, int]) -> Iterator[str]:
 
 
 def format_verification(report: "Report") -> str:
-    """A verification that found nothing wrong."""
-    lines = [
-        f"verified: {report.folder} ({report.level})",
-        f"files: {report.files} of the recorded sizes, the small ones unchanged",
-        f"arrays: {report.arrays} of the recorded dtypes and shapes",
+    """A verification that found nothing wrong, the summary last."""
+    rows = [("ignored", text) for text in report.ignored]
+    rows += [("changed", f"{name}: {change}") for change, names in report.changed.items() for name in names]
+    rows += [
+        ("files", f"{report.files} of the recorded sizes, the small ones unchanged"),
+        ("arrays", f"{report.arrays} of the recorded dtypes and shapes"),
     ]
     if report.level == "full":
-        speed = report.nbytes / max(report.seconds, 1e-9) / 1e9
-        pace = f"{report.seconds:.1f} s, {speed:.2f} GB/s"
-        lines.append(f"bytes: {format_size(report.nbytes)} match their SHA-256 ({pace})")
+        speed = format_size(report.nbytes / max(report.seconds, 1e-9))
+        pace = f"{_format_time(report.seconds)}, {speed}/s"
+        rows.append(("bytes", f"{format_size(report.nbytes)} match their SHA-256 ({pace})"))
         origin = report.against if report.against else "the checksums recorded at conversion"
-        verdict = "lossless: proven" if report.lossless else "not lossless"
-        lines.append(f"{verdict} ({report.proven} source tensors were reconstructed and match {origin})")
-    for change, names in report.changed.items():
-        lines += [f"changed: {name}: {change}" for name in names]
-    return printable("\n".join([*lines, *(f"ignored: {text}" for text in report.ignored)]))
+        count = pluralize(report.proven, "source tensor")
+        verdict = "lossless" if report.lossless else "not lossless"
+        rows.append(("result", f"{verdict}: {count} reconstructed, equal to {origin}"))
+    return format_rows([*rows, ("verified", f"{report.folder} ({report.level})")])
 
 
 def format_export(exported: "Exported") -> str:
-    """The outcome of an export."""
-    size = f"{exported.tensors} tensors, {format_size(exported.nbytes)}, {exported.files} files"
-    lines = [f"written: {exported.folder} ({exported.family}): {size}"]
-    for why, names in exported.changed.items():
-        lines += [f"changed: {name}: {why}" for name in names]
-    return printable("\n".join([*lines, *(f"note: {note}" for note in exported.notes)]))
+    """The outcome of an export, the summary last."""
+    rows = [("note", note) for note in exported.notes]
+    rows += [("changed", f"{name}: {why}") for why, names in exported.changed.items() for name in names]
+    size = f"{exported.tensors} tensors, {format_size(exported.nbytes)}, {pluralize(exported.files, 'file')}"
+    return format_rows([*rows, ("written", f"{exported.folder} ({exported.family}): {size}")])
+
+
+def format_reshard(facts: dict[str, Any]) -> str:
+    """The outcome of a reshard."""
+    state = "complete" if facts["already_complete"] else "written"
+    return format_rows([(state, facts["output"]), ("digest", facts["digest"])])

@@ -4,13 +4,13 @@ import argparse
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import is_complete
-from dsv32_jax.errors import UsageError, printable
+from dsv32_jax.errors import UsageError
 from dsv32_jax.system.files import expand_path
-from dsv32_jax.system.progress import Reporter, make_reporter
+from dsv32_jax.system.reporter import Reporter, make_reporter
 
 from . import report, signals
 
@@ -24,12 +24,12 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def report_to(reporter: Reporter, state: str) -> Iterator[Reporter]:
-    """Report stalled reads to `reporter`. A signal ends the process with a last message that tells the `state`."""
+def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str]) -> Iterator[Reporter]:
+    """Report stalled reads to `reporter`. A signal ends the process with a last message that describes the state."""
     from .read.safetensors import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
-        return reporter.final_message(f"{signal_name}: stopped. {state}", code)
+        return reporter.final_message(f"{signal_name}: stopped. {describe_state(reporter)}", code)
 
     try:
         with signals.exit_on_signal(final_message), warn_on_stalled_reads(reporter.warning):
@@ -89,7 +89,7 @@ def _add_verify(commands: Any) -> None:
 def _verify(arguments: argparse.Namespace) -> int:
     from .verify.verify import verify
 
-    with report_to(make_reporter(), "Nothing was changed.") as reporter:
+    with report_to(make_reporter(arguments.json), lambda _: "Nothing was changed.") as reporter:
         found = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=reporter)
     print(json.dumps(dataclasses.asdict(found)) if arguments.json else report.format_verification(found), flush=True)
     return 0
@@ -109,6 +109,7 @@ def _add_export(commands: Any) -> None:
         action="store_true",
         help="give gate and up, and q_a and kv_a, one tensor scale where that is exact",
     )
+    export.add_argument("--json", action="store_true", help="print one JSON object")
     export.set_defaults(run=_export)
 
 
@@ -117,11 +118,11 @@ def _export(arguments: argparse.Namespace) -> int:
 
     out = expand_path(arguments.out)
     state = f"{out} was not created; run the same command again to start over and replace {unfinished(out)}."
-    with report_to(make_reporter(), state) as reporter:
+    with report_to(make_reporter(arguments.json), lambda _: state) as reporter:
         exported = export(
             arguments.folder, out, arguments.format, share_scales=arguments.share_scales, progress=reporter
         )
-    print(report.format_export(exported), flush=True)
+    print(json.dumps(dataclasses.asdict(exported)) if arguments.json else report.format_export(exported), flush=True)
     return 0
 
 
@@ -135,6 +136,7 @@ def _add_reshard(commands: Any) -> None:
     reshard.add_argument("folder", metavar="CHECKPOINT", help="a converted checkpoint; never modified")
     reshard.add_argument("out", metavar="OUT", help="output folder: new, empty or unfinished")
     reshard.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (default: one device)")
+    reshard.add_argument("--json", action="store_true", help="print one JSON object")
     reshard.set_defaults(run=_reshard)
 
 
@@ -142,9 +144,12 @@ def _reshard(arguments: argparse.Namespace) -> int:
     from .export.reshard import reshard
 
     complete = is_complete(arguments.out)
-    state = "Completed parts are kept; run the same command again to continue."
-    with report_to(make_reporter(), state) as reporter:
+
+    def describe_state(reporter: Reporter) -> str:
+        return f"{reporter.meter.describe_saved()}; run the same command again to continue."
+
+    with report_to(make_reporter(arguments.json), describe_state) as reporter:
         manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=reporter)
-    state = "already complete; nothing to do" if complete else "written"
-    print(printable(f"{state}: {arguments.out}\ndigest: {manifest.digest}"), flush=True)
+    facts = {"output": arguments.out, "already_complete": complete, "digest": manifest.digest}
+    print(json.dumps(facts) if arguments.json else report.format_reshard(facts), flush=True)
     return 0

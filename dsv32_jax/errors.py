@@ -151,9 +151,14 @@ def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:
     return [name + _similar(name, known) for name in given if name not in known]
 
 
+SIMILAR = 0.7
+"""The similarity of `difflib` from which a name is taken for a misspelling."""
+
+
 def _similar(name: str, known: Collection[str]) -> str:
-    found = difflib.get_close_matches(name.lower(), known, 1)
-    return f" (do you mean {found[0]}?)" if found else ""
+    words = {other.lstrip("-"): other for other in known}
+    found = difflib.get_close_matches(name.lower().lstrip("-").partition("=")[0], words, 1, SIMILAR)
+    return f" (do you mean {words[found[0]]}?)" if found else ""
 
 
 ORDINARY = "\n\t\N{ZERO WIDTH JOINER}\N{ZERO WIDTH NON-JOINER}"

@@ -28,7 +28,7 @@ from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, VerificationError
-from dsv32_jax.system import progress
+from dsv32_jax.system import reporter
 from dsv32_jax.system.files import sync
 
 
@@ -267,7 +267,7 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize("after, terminal", [(0, True), (1e9, True), (0, False)])
 def test_a_slow_load_shows_a_bar_on_a_terminal(after, terminal, folder, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal() if terminal else io.StringIO())
-    monkeypatch.setattr(loading, "show_slow", lambda total: progress.show_slow(total, after))
+    monkeypatch.setattr(loading, "show_slow", lambda total: reporter.show_slow(total, after))
     ds.load(folder, mapped=False)
     shown = sys.stderr.getvalue()
     assert bool(shown) == (terminal and not after)

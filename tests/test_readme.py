@@ -5,7 +5,6 @@ import shlex
 from pathlib import Path
 
 import pytest
-from dsv32_jax.convert import command
 
 from dsv32_jax import convert
 from dsv32_jax.cli import app, demo
@@ -41,10 +40,7 @@ COMMANDS = [
 def test_the_commands_parse(line):
     """Every option that the README shows exists."""
     _, *words = shlex.split(line)
-    if words[0] == "convert":
-        assert command._parser().parse_args(words[1:])
-    else:
-        assert app.parser().parse_args(words)
+    assert app.parser().parse_args(words)
 
 
 def test_both_commands_stand_on_the_first_screen():

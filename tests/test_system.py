@@ -1,19 +1,18 @@
 """The machine around the model: files, sizes, free memory, cores, a user without a home."""
 
-import io
 import os
 import re
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.system import files, host
-from dsv32_jax.system.progress import _make_bar, format_duration, format_size, parse_size
+from dsv32_jax.system.progress import Meter, Progress, format_duration, format_size, parse_size
 from tests.conftest import REPOSITORY
 
 GIB = 1 << 30
@@ -25,17 +24,19 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     "text, size",
     [
-        *(("8GiB", 8 << 30), ("8 gb", 8 * 10**9), ("500M", 500 * 10**6), ("1.5GiB", 3 << 29), ("4096", 4096), (7, 7)),
-        *(("141GB", 141 * 10**9), ("80 GiB", 80 << 30), ("7", 7), ("1.5kB", 1500), (" 2TB ", 2 * 10**12)),
+        *(("8GiB", 8 << 30), ("8 gb", 8 * 10**9), ("500M", 500 * 10**6), ("1.5GiB", 3 << 29), ("4096 B", 4096), (7, 7)),
+        *(("141GB", 141 * 10**9), ("80 GiB", 80 << 30), ("7b", 7), ("1.5kB", 1500), (" 2TB ", 2 * 10**12)),
     ],
 )
 def test_sizes_as_people_write_them(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "8 apples", "GB", "-1GB", "GiB", "1 PB", "1e9", "nan", "9" * 400, 1.5e300])
+@pytest.mark.parametrize(
+    "text", ["", "8 apples", "GB", "-1GB", "GiB", "1 PB", "1e9", "nan", "9" * 400, 1.5e300, "8", "1.5", -1]
+)
 def test_other_sizes_are_refused(text):
-    with pytest.raises(UsageError, match="invalid size .*8GiB"):
+    with pytest.raises(UsageError, match="invalid size .*8GB"):
         parse_size(text)
 
 
@@ -44,15 +45,38 @@ def test_sizes_and_times_are_short():
     assert [format_duration(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
 
 
-@pytest.mark.parametrize("width", [60, 80, 120])
-def test_a_bar_stays_on_one_line(width):
-    """With its percentage and the memory; a long name is cut."""
-    bar = _make_bar()
-    bar.add_task("layers.58.ffn.w_gate_EMD", total=313_000_000, completed=120_000_000, memory="memory 1.20 GB")
-    console = Console(file=io.StringIO(), width=width)
-    console.print(bar.get_renderable())
-    (line,) = console.file.getvalue().splitlines()
-    assert "38%" in line and "120.0/313.0 MB" in line and "memory 1.20 GB layers" in line
+@pytest.mark.parametrize(
+    "width, line",
+    [
+        (None, " 38 %  120/313 GB  80 GB saved  200 MB/s  1:00 elapsed  16:05 left  layers.58.ffn.w_gate_EMD"),
+        (100, " 38 %  120/313 GB  80 GB saved  200 MB/s  1:00 elapsed  16:05 left  layers.58.ffn.w_gate_EMD"),
+        (80, " 38 %  ━━━━╌╌╌╌╌╌╌╌  120/313 GB  80 GB saved  200 MB/s  1:00 elapsed  16:05 left"),
+        (60, " 38 %  120/313 GB  80 GB saved  200 MB/s  16:05 left"),
+        (40, " 38 %  120/313 GB  200 MB/s  16:05 left"),
+        (20, " 38 %  120/313 GB"),
+        (4, " 38 "),
+    ],
+)
+def test_progress_stays_on_one_line(width, line, monkeypatch):
+    """The name gives way first, percentage and amounts stay; a bar takes what is left."""
+    clock = iter([0.0, 0.0, *[60.0] * 3])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    meter = Meter()
+    for done in (108, 120):
+        meter.update(Progress(done * 10**9, 313 * 10**9, "layers.58.ffn.w_gate_EMD", 80 * 10**9))
+    assert meter.describe(width) == line and len(line) <= (width or 100)
+
+
+def test_the_rate_is_that_of_the_last_minute(monkeypatch):
+    """It follows a disk that slows down, without jumping; the time left follows the rate."""
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    meter, done = Meter(), 0
+    for second in range(300):
+        now[0], done = float(second), done + (100 if second < 200 else 50)
+        meter.update(Progress(done, 100_000, unit="tokens"))
+    assert 45 < meter.rate < 55 and meter.seconds_left == (100_000 - done) / meter.rate
+    assert "tokens/s" in meter.describe() and meter.describe_saved() == "Nothing is saved yet"
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

@@ -15,6 +15,7 @@ from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from ..read.converted import Components, Converted, Weight
 from ..read.safetensors import DTYPES
 from ..read.weights import StoredWeight, dequantize
+from ..transform.cut import name_format
 from ..verify import inverse
 from .shared_scales import Sharing, find_differing_pairs, share_scales
 
@@ -121,7 +122,7 @@ def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: boo
 def _find_obstacle(
     weight: Weight, family: str, stored: StoredWeight | None, kind: str, beside_nvfp4: bool
 ) -> str | None:
-    formats = " and ".join(sorted(set(weight.formats)))
+    formats = " and ".join(sorted({name_format(format, "dense") for format in weight.formats}))
     if family == "bf16":
         return f"{formats} was asked to become bf16"
     if len(set(weight.formats)) > 1:

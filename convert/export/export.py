@@ -14,7 +14,8 @@ from typing import Any
 from dsv32_jax.checkpoint.companions import COMPANIONS, copy_companions
 from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
-from dsv32_jax.system.files import LOCK, expand_path, is_abandoned, lock_folder, read_json, require_apart, sync
+from dsv32_jax.system.files import expand_path, is_abandoned, read_json, require_apart, sync
+from dsv32_jax.system.locks import LOCK, lock_folder
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..name_folding import fold_names
@@ -156,7 +157,7 @@ def _write_shards(
 
     groups = [group for group in converted.groups if group.weights[0].name in targets]
     done, total = 0, sum(map(count_bytes, groups))
-    progress(Progress(done, total, ""))
+    progress(Progress(done, total))
     with ShardsWriter(aside, shards) as writer:
         for group in groups:
             for weight, parts in converted.read(group, raise_damaged):

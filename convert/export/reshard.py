@@ -16,7 +16,8 @@ from dsv32_jax.checkpoint.writer import Writer, list_files
 from dsv32_jax.errors import VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
-from dsv32_jax.system.files import expand_path, lock_folder, require_apart
+from dsv32_jax.system.files import expand_path, require_apart
+from dsv32_jax.system.locks import lock_folder
 from dsv32_jax.system.progress import Progress, ignore_progress
 
 from ..plan.limits import require_disk_space
@@ -80,7 +81,7 @@ def _write_parts(
     sizes = {part: sum(converted.expected[key].nbytes for key in keys) for part, keys in parts.items()}
     done = sum(size for part, size in sizes.items() if part in journal.parts)
     require_disk_space(out, converted.nbytes - done)
-    progress(Progress(done, converted.nbytes, ""))
+    progress(Progress(done, converted.nbytes, saved=done))
     journal.start()
     writer = Writer(out, partition.make_shard_shape(mesh, leaves(converted.config)))
     for part in sorted(parts.keys() - journal.parts.keys()):
@@ -89,7 +90,7 @@ def _write_parts(
         entries = {path: converted.manifest.leaves[path].at(path, places) for path, _ in parts[part]}
         journal.add(Part(part, {path: dataclasses.replace(e, origin=None) for path, e in entries.items()}, {}, {}))
         done += sizes[part]
-        progress(Progress(done, converted.nbytes, min(entries)))
+        progress(Progress(done, converted.nbytes, min(entries), saved=done))
 
 
 def _read(converted: Converted, key: Key) -> np.ndarray:

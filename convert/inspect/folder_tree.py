@@ -22,6 +22,7 @@ from dsv32_jax.system.files import expand_path
 from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..read.weights import detect
+from ..transform.cut import name_format
 
 SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
 SCALES = tuple(f"weight{suffix}" for suffix in SCALE_SUFFIXES)
@@ -173,7 +174,7 @@ def _detect_storage(
         stored = detect(name, tensors)
     except CheckpointError:
         return tensor.dtype.lower(), tensor.shape, nbytes
-    return tensor.dtype.lower() if stored.format == "dense" else stored.format, stored.shape, nbytes
+    return name_format(stored.format, tensor.dtype.lower()), stored.shape, nbytes
 
 
 def _kind_of(name: str, is_mtp: bool) -> str:
@@ -194,7 +195,7 @@ def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
             items.append(Item(layer, name, kind, f"= {entry.same_as}", shape, 0, 0))
             continue
         nbytes = sum(array.nbytes for array in entry.arrays.values())
-        format = entry.arrays["values"].dtype if entry.format == "dense" else entry.format
+        format = name_format(entry.format, next(iter(entry.arrays.values())).dtype)
         items.append(Item(layer, name, kind, format, shape, math.prod(shape), nbytes))
     return items
 

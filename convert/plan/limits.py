@@ -98,7 +98,7 @@ def require_limit(leaves: Iterable[PlannedLeaf], budget: Budget) -> None:
             f"a memory limit of {format_size(budget.limit)} is too small: {format_size(needed)} needed "
             f"({format_size(budget.fixed)} fixed) for {largest.leaf.path} ({format_size(largest.nbytes)}, "
             f"{largest.form.format}). Nothing was written; "
-            f"the smallest limit that works is {argument('max_memory', f'{-(-needed >> 20)}MiB')}"
+            f"the smallest limit that works is {argument('max_memory', f'{-(-needed // 10**6)}MB')}"
         )
 
 
@@ -106,7 +106,7 @@ def require_free_memory(peak: int) -> None:
     """Raise CapacityError if `peak` bytes are more than this process can still take: it would be killed on the way."""
     free = get_free_memory()
     if peak > free:
-        limit = argument("max_memory", f"{int(free * SHARE) >> 20}MiB")
+        limit = argument("max_memory", f"{int(free * SHARE) // 10**6}MB")
         raise CapacityError(
             f"not enough memory: need up to {format_size(peak)}, {format_size(free)} free. "
             f"Nothing new was written; free some, or set a limit: {limit}"
@@ -150,10 +150,20 @@ def peak_memory(leaves: Sequence[PlannedLeaf], budget: Budget) -> int:
     return most
 
 
+def find_existing(folder: Path) -> Path:
+    """Return `folder`, or the nearest folder above it that exists."""
+    return next(parent for parent in (folder, *folder.parents) if parent.is_dir())
+
+
+def reserve_of(needed: int) -> int:
+    """Return the bytes of disk that a conversion of `needed` bytes leaves free."""
+    return needed // 50 + DISK_RESERVE
+
+
 def require_disk_space(folder: Path, needed: int) -> None:
-    """Raise CapacityError if `needed` bytes do not fit on the disk of `folder`."""
-    free, reserve = shutil.disk_usage(folder).free, needed // 50 + DISK_RESERVE
-    if free < needed + reserve:
+    """Raise CapacityError if `needed` bytes do not fit on the disk of `folder`, where it tells its size."""
+    (total, _, free), reserve = shutil.disk_usage(folder), reserve_of(needed)
+    if total and free < needed + reserve:
         raise CapacityError(
             f"not enough disk space in {folder}: need {format_size(needed + reserve)} "
             f"({format_size(reserve)} reserve), {format_size(free)} free. "

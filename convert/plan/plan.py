@@ -17,12 +17,9 @@ from dsv32_jax.layout import COPIES, Leaf, leaves
 from ..name_folding import fold_details
 from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
-from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays
+from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays, name_format
 from .policy import FormatChooser, Recipe
 from .scope import UnneededTensors
-
-SHORT = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
-"""Names of formats and dtypes as users write them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +47,9 @@ class Plan:
 
     @property
     def formats(self) -> dict[str, int]:
-        """The number of leaves in each format."""
-        return dict(sorted(collections.Counter(leaf.form.format for leaf in self.leaves).items()))
+        """The number of leaves in each format that are stored."""
+        stored = (leaf.form.name for leaf in self.leaves if leaf.same_as is None)
+        return dict(sorted(collections.Counter(stored).items()))
 
     @property
     def conversions(self) -> dict[str, int]:
@@ -123,9 +121,8 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
 
 def _describe_change(stored: StoredWeight, form: LeafFormat) -> str:
     """Return "from -> to" for a source weight of a leaf in the format `form`, "" if nothing changes."""
-    before = stored.values.dtype.lower() if stored.format == "dense" else SHORT.get(stored.format, stored.format)
-    after = SHORT.get(form.dtype, "") if form.format == "dense" else SHORT.get(form.format, form.format)
-    return "" if before == after else f"{before} -> {after}"
+    before = name_format(stored.format, stored.values.dtype.lower())
+    return "" if before == form.name else f"{before} -> {form.name}"
 
 
 def _describe_effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any]:

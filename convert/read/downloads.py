@@ -29,7 +29,7 @@ def verify_downloads(files: Mapping[Path, FileId], workers: int, report: Callabl
             f"for {pluralize(len(unknown), 'shard')}: {listing(unknown, 4)}. Nothing was read"
         )
     done, total, damaged = 0, sum(file_id.size for file_id in files.values()), []
-    report(Progress(done, total, ""))
+    report(Progress(done, total))
 
     def hash_file(file: Path) -> str:
         starts = range(0, files[file].size, CHUNK_BYTES)

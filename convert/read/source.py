@@ -8,6 +8,7 @@ set of weights; and of a tensor that two shards store, the one counts that the i
 import fnmatch
 import gc
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -242,3 +243,13 @@ class Source:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+
+
+def require_downloaded(name: str | Path, folder: Path) -> None:
+    """Raise CheckpointError with the command that downloads it, if the user's `name` for `folder` is one of the hub."""
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) and not folder.parent.is_dir():
+        raise CheckpointError(
+            f"{name} is not a folder here; nothing was read. If it is a name on the Hugging Face hub, download it:\n"
+            f"  hf download {name} --local-dir {folder.name}\n"
+            f"and convert {folder.name}"
+        )

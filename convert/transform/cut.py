@@ -19,6 +19,14 @@ from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.weights import FOLDED, Read, StoredWeight
 from .requantize import Requantizer
 
+NAMES = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
+
+
+def name_format(format: str, dtype: str) -> str:
+    """Return the name of a format as users write it; plain arrays are named by their dtype."""
+    name = dtype if format == "dense" else format
+    return NAMES.get(name, name)
+
 
 class LeafFormat(NamedTuple):
     """How a leaf is stored: manifest format, inputs per scale, dtype of dense values, why it was dequantized if so."""
@@ -27,6 +35,11 @@ class LeafFormat(NamedTuple):
     block: int
     dtype: str
     dequantized: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The format as users write it: nvfp4, fp8, bf16 or f32."""
+        return name_format(self.format, self.dtype)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress, ignore_progress
 
-from ..name_folding import fold_names
+from ..name_folding import fold_details, fold_names
 from ..read.converted import Components, Converted, Group, Weight
 from ..read.safetensors import DTYPES, NUMPY_DTYPES
 from ..read.source import Source
@@ -107,32 +107,31 @@ def _open(folder: Path) -> Converted:
     return converted
 
 
-def _describe_damage(folder: Path, damaged: list[str], differing: list[str], source: Source | None) -> str:
-    lines = [f"{folder} does not match what was converted"]
-    if damaged:
-        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_names(damaged))]
-    if differing:
-        lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in differing)]
-    advice = "Copy the folder again, or convert to a new one"
+def _describe_damage(folder: Path, damaged: list[str], differing: list[tuple[str, str]], source: Source | None) -> str:
+    verdict = "does not match what was converted: copy the folder again, or convert to a new one"
     if source is not None and not damaged:
-        advice = f"{folder} is as it was written: {source.folder} is another checkpoint, or has changed since"
-    return "\n".join([*lines, f"Nothing was changed. {advice}"])
+        verdict = f"is as it was written: {source.folder} is another checkpoint, or has changed since"
+    lines = [f"{folder} {verdict}. Nothing was changed"]
+    for title, items in (("damaged", fold_names(damaged)), ("different from the source", fold_details(differing))):
+        count = len(damaged if title == "damaged" else differing)
+        lines += [f"{title} ({count}):", *(f"  {item}" for item in items)] if items else []
+    return "\n".join(lines)
 
 
 class _Proof:
     """One full check, with a thread per core.
 
     `damaged` lists arrays that do not match their SHA-256, `differing` tensors that cannot be reconstructed or differ
-    in the source, `changed` weights by what was done to them; `recorded` are the source's tensors, by name.
+    in the source, and how, `changed` weights by what was done to them; `recorded` are the source's tensors, by name.
     """
 
     def __init__(self, converted: Converted, source: Source | None, progress: Callable[[Progress], None]):
         self._converted, self._source = converted, source
         self.damaged: list[str] = []
-        self.differing: list[str] = []
+        self.differing: list[tuple[str, str]] = []
         self.changed: dict[str, list[str]] = collections.defaultdict(list)
         self.proven = 0
-        self._progress, self._lock, self._done = progress, threading.Lock(), 0
+        self._progress, self._lock, self._done, self._total = progress, threading.Lock(), 0, 0
         self.recorded = {
             tensor.name: tensor
             for entry in converted.manifest.leaves.values()
@@ -142,7 +141,10 @@ class _Proof:
 
     def run(self) -> None:
         """Read everything."""
-        self._progress(Progress(0, self._converted.nbytes, ""))
+        self._total = sum(self._count_bytes(group) for group in self._converted.groups)
+        if self._source is not None:
+            self._total += sum(tensor.nbytes for name, tensor in self._source.tensors.items() if name in self.recorded)
+        self._progress(Progress(0, self._total))
         with ThreadPoolExecutor(count_cores()) as pool:
             tasks = [pool.submit(self._check_group, group) for group in self._converted.groups]
             if self._source is not None:
@@ -154,10 +156,19 @@ class _Proof:
                 pool.shutdown(cancel_futures=True)
                 raise
 
+    def _count_bytes(self, group: Group) -> int:
+        return sum(self._converted.expected[key].nbytes for key in self._converted.keys(group))
+
+    def _report(self, nbytes: int, name: str) -> None:
+        with self._lock:
+            self._done += nbytes
+            self._progress(Progress(self._done, self._total, name))
+
     def _check_group(self, group: Group) -> None:
         keys = self._converted.keys(group)
         entries = [self._converted.expected[key] for key in keys]
         if not self._converted.is_readable(group):
+            self._report(self._count_bytes(group), group.leaves[0].path)
             return
         if _is_copy(group, entries):
             if group.leaves[0].path == keys[0][0] and (problem := find_damage(self._converted.arrays, keys[0])):
@@ -167,9 +178,7 @@ class _Proof:
         else:
             for weight, parts in self._converted.read(group, self.damaged.append):
                 self._check_weight(weight, parts)
-        with self._lock:
-            self._done += sum(entry.nbytes for entry in entries)
-            self._progress(Progress(self._done, self._converted.nbytes, group.leaves[0].path))
+        self._report(self._count_bytes(group), group.leaves[0].path)
 
     def _check_weight(self, weight: Weight, parts: list[Components]) -> None:
         if weight.change:
@@ -184,11 +193,11 @@ class _Proof:
             for name, array in inverse.restore_tensors(joined, stored, weight.sources).items():
                 self._compare(name, hash_chunks([raw(array)]))
         except CheckpointError as error:
-            self.differing.append(str(error))
+            self.differing.append((weight.name, str(error)))
 
     def _compare(self, name: str, sha256: str) -> None:
         if sha256 != self.recorded[name].sha256:
-            self.differing.append(f"{name} cannot be reconstructed")
+            self.differing.append((name, "cannot be reconstructed"))
             return
         with self._lock:
             self.proven += 1
@@ -196,11 +205,12 @@ class _Proof:
     def _check_source(self, source: Source, recorded: SourceTensor) -> None:
         tensor = source.tensors.get(recorded.name)
         if tensor is None:
-            self.differing.append(f"{recorded.name} is not in {source.folder}")
+            self.differing.append((recorded.name, f"not in {source.folder}"))
         elif (tensor.dtype, tensor.shape) != (recorded.dtype, recorded.shape):
-            self.differing.append(f"{recorded.name} is {tensor.dtype} {list(tensor.shape)} in {tensor.file}")
+            self.differing.append((recorded.name, f"{tensor.dtype} {list(tensor.shape)} in {tensor.file}"))
         elif hash_chunks(source.read_chunks(tensor)) != recorded.sha256:
-            self.differing.append(f"{recorded.name} has other bytes in {tensor.file}")
+            self.differing.append((recorded.name, f"other bytes in {tensor.file}"))
+        self._report(0 if tensor is None else tensor.nbytes, recorded.name)
 
 
 def _is_copy(group: Group, entries: list[ArrayEntry]) -> bool:

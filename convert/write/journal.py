@@ -18,7 +18,8 @@ from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
 from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.checkpoint.writer import UNFINISHED
 from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, listing, pluralize
-from dsv32_jax.system.files import LOCK, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
+from dsv32_jax.system.files import hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
+from dsv32_jax.system.locks import LOCK
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
@@ -60,7 +61,8 @@ class Part(NamedTuple):
 
 
 class Journal:
-    """The journal in `folder`; `start` creates one where there is none. `parts` are those on disk, by name.
+    """The journal in `folder`; nothing is changed before `start`. `parts` are those on disk, by name;
+    `unfinished`, folders that killed runs left.
 
     The first line holds the digest of the `plan`, the source's name, everything a user can change (`basis`), and the
     inodes and times of the source's files (`stamps`). Raises OutputExistsError where the journal is damaged or of
@@ -84,6 +86,7 @@ class Journal:
         self._header = header
         self.stamps: dict[str, list[int]] = header.get("stamps", {})
         self.parts: dict[str, Part] = {}
+        self.unfinished: list[str] = []
         self._begun = {line["begin"] for line in lines if "begin" in line}
         for line in lines:
             if "begin" not in line:
@@ -100,7 +103,7 @@ class Journal:
         return {path: entry for part in self.parts.values() for path, entry in part.entries.items()}
 
     def reconcile(self, weights: Path) -> None:
-        """Forget parts whose folder in `weights` is gone, and remove what killed runs left of unfinished ones.
+        """Forget parts whose folder in `weights` is gone.
 
         Raises OutputExistsError where anything else lies in `weights`, but for strays of file managers.
         """
@@ -116,9 +119,7 @@ class Journal:
                 f"{weights} holds something that this job did not write ({foreign}); nothing was touched. "
                 "Move it away, or use another folder"
             )
-        remove_abandoned(self.file.parent)
-        for name in ours - self.parts.keys():
-            shutil.rmtree(found[name].path)
+        self.unfinished = [found[name].path for name in ours - self.parts.keys()]
         stored = [name for name, part in self.parts.items() if any(entry.arrays for entry in part.entries.values())]
         for name in set(stored) - ours:
             del self.parts[name]
@@ -128,8 +129,14 @@ class Journal:
         return entry.is_dir(follow_symlinks=False) and (part in self._begun or part in self.parts)
 
     def start(self) -> None:
-        """Create the journal where there is none; everything else in the folder is made after it."""
-        if not self.file.exists():
+        """Remove what killed runs left of unfinished parts, and create the journal where there is none; everything
+        else in the folder is made after it."""
+        remove_abandoned(self.file.parent)
+        for folder in self.unfinished:
+            shutil.rmtree(folder)
+        if self.file.exists():
+            _cut_torn_line(self.file)
+        else:
             write_file(self.file, _seal(self._header).encode())
 
     def begin(self, part: str) -> None:
@@ -166,20 +173,15 @@ class Journal:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]] | None:
-    """The lines of a journal, None where there is none. A last line that a killed process tore is cut off."""
+    """The lines of a journal, None where there is none, without a last line that a killed process tore."""
     try:
-        descriptor = os.open(file, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(descriptor, "r+b") as stream:
+        descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise ValueError("it is a hard link, or no regular file")
-            content = stream.read()
-            *texts, torn = content.split(b"\n")
-            lines = [_unseal(text.decode()) for text in texts]
+            lines = [_unseal(text.decode()) for text in stream.read().split(b"\n")[:-1]]
             _require_lines(lines)
-            if torn:
-                stream.truncate(len(content) - len(torn))
-                os.fsync(descriptor)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -188,6 +190,15 @@ def _read_lines(file: Path) -> list[dict[str, Any]] | None:
             "use another folder, or delete this one yourself"
         ) from None
     return lines
+
+
+def _cut_torn_line(file: Path) -> None:
+    """Cut off a last line that a killed process tore."""
+    with open(os.open(file, os.O_RDWR | os.O_NOFOLLOW), "r+b") as stream:
+        content = stream.read()
+        if torn := len(content) - content.rfind(b"\n") - 1:
+            stream.truncate(len(content) - torn)
+            os.fsync(stream.fileno())
 
 
 def _require_lines(lines: list[Any]) -> None:

@@ -20,10 +20,10 @@ from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.errors import CheckpointError, listing, pluralize
 
 from ..plan.limits import Budget, Group, fits_beside, size_of
-from ..read.safetensors import DTYPES, Tensor
+from ..read.safetensors import Tensor
 from ..read.weights import Read, StoredWeight
 from ..transform import cut
-from ..transform.cut import PlannedLeaf
+from ..transform.cut import PlannedLeaf, name_format
 from ..transform.requantize import ErrorStats, Requantizer, count_odd_scales
 from .journal import Part
 
@@ -119,13 +119,9 @@ def describe_change(planned: PlannedLeaf) -> str:
     form = planned.form
     if form.dequantized is not None:
         return f"dequantized to {form.dtype}: {form.dequantized}"
-    formats = sorted({stored.format for stored in planned.sources} - {form.format})
-    if formats:
-        return f"{' and '.join(formats)} became {form.dtype or form.format}"
-    dtypes = {DTYPES[stored.values.dtype].name for stored in planned.sources if stored.format == "dense"}
-    if form.format == "dense" and form.dtype != "float32" and dtypes - {form.dtype}:
-        return f"{' and '.join(sorted(dtypes - {form.dtype}))} became {form.dtype}"
-    return ""
+    exact = {form.name, "bf16", "f16"} if form.name == "f32" else {form.name}
+    formats = {name_format(stored.format, stored.values.dtype.lower()) for stored in planned.sources} - exact
+    return f"{' and '.join(sorted(formats))} became {form.name}" if formats else ""
 
 
 def describe_array(array: np.ndarray) -> ArrayEntry:

@@ -36,7 +36,7 @@ def add(commands: Any) -> None:
     add = _add_command(bench, "convert", "convert layers of the true dimensions to NVFP4, beside cp (20 GB disk)")
     add("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (default: 1+1, 12 GB in FP8)")
     add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
-    add("--max-memory", default="8GiB", metavar="SIZE", help="limit of the conversion (default: 8GiB)")
+    add("--max-memory", default="8GB", metavar="SIZE", help="limit of the conversion (default: 8GB)")
     add("--folder", help="where the checkpoints are written (default: the temporary folder)")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import CheckpointError, StorageError, VerificationError, listing
 from ..system import host
 from ..system.files import hash_chunks, is_stray
-from ..system.progress import show_slow
+from ..system.reporter import show_slow
 from .manifest import FILE, WEIGHTS, Manifest, is_sealed
 from .reader import Key, Reader, raw
 

@@ -24,7 +24,7 @@ from ..quantization.host_weight import HostWeight, divide_matrices
 from ..system import host
 from ..system.compilation import initialize
 from ..system.files import expand_path, hash_file
-from ..system.progress import show_slow
+from ..system.reporter import show_slow
 from . import checksums, host_split
 from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import json
 import logging
 import os
 import sys
@@ -10,10 +11,24 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..bench import command as bench
-from ..errors import COMMAND_LINE, FULL, CapacityError, DsvError, StorageError, explain_exhaustion, printable, refusal
+from ..errors import (
+    COMMAND_LINE,
+    FULL,
+    CapacityError,
+    CheckpointError,
+    DsvError,
+    StorageError,
+    UsageError,
+    explain_exhaustion,
+    printable,
+    refusal,
+)
 from ..system import interrupts
 from ..system.argument_parser import Parser
 from . import eval_command, parsers
+
+DESCRIPTION = "DeepSeek-V3.2 in JAX, running from NVFP4 weights. `dsv32 help COMMAND` lists a command's options."
+ACTIVATE = 'eval "$(dsv32 completion bash)"'
 
 
 def program() -> int:
@@ -47,46 +62,50 @@ def _run(argv: list[str]) -> int:
     spelling = COMMAND_LINE.set(True)
     try:
         with interrupts.raise_on_interrupt():
-            if argv[:1] == ["convert"]:
-                return _convert(argv[1:])
-            arguments = parser().parse_args(argv)
+            arguments = parser().parse_args([*argv[1:], "--help"] if argv[:1] == ["help"] else argv)
+            arguments.argv = argv
             return arguments.run(arguments)
     except DsvError as error:
-        print(printable(f"error: {error}"), file=sys.stderr)
-        return error.exit_code
+        message, code = str(error), error.exit_code
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except FileNotFoundError as error:
+        message, code = refusal(error), CheckpointError.exit_code
     except OSError as error:
-        print(printable(f"error: {refusal(error)}"), file=sys.stderr)
-        return (CapacityError if error.errno in FULL else StorageError).exit_code
+        message, code = refusal(error), (CapacityError if error.errno in FULL else StorageError).exit_code
     except (MemoryError, RuntimeError) as error:
         exhausted = explain_exhaustion(error)
-        print(f"error: {exhausted}", file=sys.stderr)
-        return exhausted.exit_code
+        message, code = str(exhausted), exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
+    print(printable(f"error: {message}"), file=sys.stderr)
+    if "--json" in argv:
+        print(json.dumps({"error": message, "code": code}))
+    return code
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the whole command line."""
-    root = Parser(prog="dsv32", description="DeepSeek-V3.2 in JAX, running from NVFP4 weights.")
+    root = Parser(prog="dsv32", description=DESCRIPTION)
     root.add_argument("--version", action="version", version=f"dsv32_jax {__version__}")
     commands = root.add_subparsers(required=True, metavar="COMMAND")
-    convert = commands.add_parser(
-        "convert", help="Hugging Face safetensors -> a checkpoint that `load` reads", add_help=False
-    )
-    convert.add_argument("rest", nargs=argparse.REMAINDER)
-    convert.set_defaults(run=_convert)
-    importlib.import_module("dsv32_jax.convert.subcommands").add(commands)
+    for module in ("command", "subcommands"):
+        importlib.import_module(f"dsv32_jax.convert.{module}").add(commands)
     parsers.add_commands(commands)
     eval_command.add(commands)
     bench.add(commands)
+    completion = commands.add_parser("completion", help="print what lets TAB complete commands and options")
+    completion.add_argument("shell", choices=("bash", "zsh"), help=f"the shell; activate it with: {ACTIVATE}")
+    completion.set_defaults(run=_print_completion)
     return root
 
 
-def _convert(argv: list[str]) -> int:
-    """Run `python -m convert`, which has its own command line."""
-    from .. import convert
-
-    return convert.program(argv)
+def _print_completion(arguments: argparse.Namespace) -> int:
+    """Print the completion script of a shell."""
+    try:
+        import shtab
+    except ImportError:
+        raise UsageError("completion needs shtab: pip install 'dsv32-jax[completion]'") from None
+    print(shtab.complete(parser(), arguments.shell))
+    return 0

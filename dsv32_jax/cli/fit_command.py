@@ -12,7 +12,7 @@ from .terminal import Screen, json_line
 
 NOT_COUNTED = """\
 not counted: programs and their constants, temporaries of loading (one parameter,
-or 64 MiB of small ones), communication buffers, fragmentation, other processes.
+or 67 MB of small ones), communication buffers, fragmentation, other processes.
 Activations are those of this backend's compiler ({backend}); on a mesh, those of a
 device that computes its rows alone, an upper bound. Largest batch and longest
 context assume that activations grow linearly; a batch is rounded up to a power

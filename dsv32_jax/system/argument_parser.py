@@ -1,6 +1,7 @@
-"""An argument parser that suggests the option a user may have meant."""
+"""An argument parser that suggests the command or option a user may have meant."""
 
 import argparse
+import re
 
 from ..errors import unknown
 
@@ -22,3 +23,11 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self.error(f"unrecognized arguments: {', '.join(unknown(rest, self._option_string_actions))}")
         return found, rest
+
+    def error(self, message: str):
+        """Exit with the message; a name that is none of the choices gets the most similar one as a hint."""
+        if match := re.fullmatch(r"(.*invalid choice: )'([^']*)' \(choose from (.*)\)", message):
+            choices = re.split(r", ", match[3].replace("'", ""))
+            (hint,) = unknown([match[2]], choices)
+            message = f"{match[1]}{hint}; choose from {', '.join(choices)}"
+        super().error(message)

@@ -1,7 +1,6 @@
 """Files: paths as users write them, regular files only, atomic writes, checksums, strict JSON."""
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import CheckpointError, OutputExistsError, StorageError, UsageError, listing
+from ..errors import CheckpointError, UsageError, listing
 
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
@@ -87,9 +86,6 @@ def read_regular(file: Path, largest: int) -> bytes:
         raise CheckpointError(f"{file} has {max(size, len(content))} bytes; the limit is {largest}")
     return content
 
-
-LOCK = ".lock"
-"""The file in an output folder that its writer has locked."""
 
 FOREIGN_CONTENT = (
     (b"version https://git-lfs", "a git-lfs pointer, not the file itself: run `git lfs pull` or `hf download`"),
@@ -183,38 +179,6 @@ def sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextlib.contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the kernel's lock on `folder`, created if needed; the lock ends with the process.
-
-    Raises OutputExistsError if another process has it.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        raise StorageError(f"cannot write to {folder}: {error}; nothing was written") from error
-    try:
-        if os.fstat(descriptor).st_nlink > 1:
-            another = "is a hard link, and what it is linked to would change; nothing was touched. Remove it"
-            raise OutputExistsError(f"{folder / LOCK} {another}")
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.pread(descriptor, 100, 0).decode(errors="replace").strip()
-            raise OutputExistsError(f"another process ({owner}) is writing {folder}; nothing was touched") from None
-        except OSError as error:
-            raise StorageError(
-                f"cannot lock {folder}: {error}. Its file system may not support locks; nothing was written. "
-                "Write to a local disk and copy the result"
-            ) from error
-        os.ftruncate(descriptor, 0)
-        os.pwrite(descriptor, f"pid {os.getpid()} on {os.uname().nodename}\n".encode(), 0)
-        yield
     finally:
         os.close(descriptor)
 

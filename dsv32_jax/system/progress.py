@@ -1,37 +1,42 @@
-"""Progress of a job on stderr, as a bar on a terminal, lines in a log or JSON lines for a program; sizes as text."""
+"""How far a job is: amounts, rate and times in a line of text."""
 
-import contextlib
-import json
+import collections
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
-from ..errors import UsageError, printable
-from .host import get_resident_memory
+from ..errors import UsageError
 
-INTERVAL = 10.0
-"""Seconds between two lines of a log."""
+WINDOW = 60.0
+"""Seconds whose mean is the rate."""
 
-_PREFIXES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+SMALLEST_BAR = 8
+"""Characters below which no bar is drawn."""
+
+_PREFIXES = {"k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+_UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))
 
 
 def format_size(count: float) -> str:
     """Return a number of bytes in decimal units: 1.20 GB."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count:.0f} B"
+    unit, size = _find_unit(count)
+    return f"{count / size:.{0 if unit == 'B' else 2}f} {unit}"
 
 
-def parse_size(text: str | int) -> int:
-    """Return the bytes of "8GiB", "500 MB" or a plain number. Raise UsageError."""
-    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*([kmgt]?i?)b?", str(text).strip().lower())
-    if match is None or match[2] not in _PREFIXES:
-        raise UsageError(f"invalid size {text!r:.200}; write for example 8GiB or 500MB. Nothing was read")
-    return int(float(match[1]) * _PREFIXES[match[2]])
+def _find_unit(count: float) -> tuple[str, float]:
+    return next((unit for unit in _UNITS if count >= unit[1]), _UNITS[-1])
+
+
+def parse_size(value: str | int) -> int:
+    """Return the bytes of "8GB" or "500 MiB"; a number without a unit counts bytes. Raises UsageError."""
+    match = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,9})?)\s*(?:([kmgt]i?)b?|b)", str(value).strip().lower())
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if match is None:
+        unit = " has no unit" if re.fullmatch(r"[0-9.]+", str(value).strip()) else ""
+        raise UsageError(f"invalid size {value!r:.200}{unit}; write for example 8GB or 500MB. Nothing was read")
+    return int(float(match[1]) * _PREFIXES.get(match[2], 1))
 
 
 def format_duration(seconds: float) -> str:
@@ -50,11 +55,21 @@ def format_count(count: int) -> str:
 
 
 class Progress(NamedTuple):
-    """Bytes done of a total, and the parameter being worked on. Bytes that are read but not yet written count half."""
+    """How much of a job is done, in bytes or in another `unit` ("windows"), and the parameter being worked on.
+
+    `saved` is what need not be done again if the job is stopped; None for jobs that begin anew.
+    """
 
     done: int
     total: int
-    leaf: str
+    leaf: str = ""
+    saved: int | None = None
+    unit: str = "B"
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all is done, and saved."""
+        return self.done >= self.total and self.saved in (None, self.total)
 
 
 def ignore_progress(progress: Progress) -> None:
@@ -62,177 +77,102 @@ def ignore_progress(progress: Progress) -> None:
 
 
 class ByteMeter:
-    """Adds up bytes read and bytes written, and reports their mean as progress; `ready` bytes were there before."""
+    """Adds up bytes done and bytes saved, and reports them as progress; `ready` bytes were there before."""
 
     def __init__(self, report: Callable[[Progress], None], total: int, ready: int):
         self._report, self._total = report, total
-        self._read = self._written = ready
+        self._done = self._saved = ready
         self._leaf = ""
 
-    def add_read(self, leaf: str, nbytes: int) -> None:
-        """Count `nbytes` of `leaf` that are in memory."""
+    def add_done(self, leaf: str, nbytes: int) -> None:
+        """Count `nbytes` of `leaf` that are in memory as they will be written."""
         self._leaf = leaf
-        self._read = min(self._read + nbytes, self._total)
+        self._done = min(self._done + nbytes, self._total)
         self.report()
 
-    def add_written(self, nbytes: int) -> None:
+    def add_saved(self, nbytes: int) -> None:
         """Count `nbytes` that are safely on disk."""
-        self._written += nbytes
-        self._read = max(self._read, self._written)
+        self._saved += nbytes
+        self._done = max(self._done, self._saved)
         self.report()
 
     def report(self) -> None:
         """Report the current state."""
-        self._report(Progress((self._read + self._written) // 2, self._total, self._leaf))
+        self._report(Progress(self._done, self._total, self._leaf, self._saved))
 
 
-class Reporter:
-    """A job's channel to its user, in lines: progress every few seconds, warnings, the error that ends it."""
-
-    def __init__(self):
-        self._start = self._last = time.monotonic()
-        self._ready, self._total = 0, -1
-
-    def __call__(self, progress: Progress) -> None:
-        now = time.monotonic()
-        if self._total != progress.total:
-            self._ready, self._total, self._start = progress.done, progress.total, now
-            self._show_start(progress)
-        if now - self._last >= INTERVAL or progress.done == progress.total:
-            self._last = now
-            rate = (progress.done - self._ready) / max(now - self._start, 1e-3)
-            self._show(progress, rate, (progress.total - progress.done) / rate if rate > 0 else None)
-
-    def _show_start(self, progress: Progress) -> None:
-        if progress.done:
-            self._write(f"continuing: {format_size(progress.done)} of {format_size(progress.total)} are there")
-
-    def _show(self, progress: Progress, rate: float, seconds_left: float | None) -> None:
-        left = "" if seconds_left is None else f"  {format_duration(seconds_left)} left"
-        self._write(
-            f"{100 * progress.done / max(progress.total, 1):5.1f} %  {format_size(progress.done)} of "
-            f"{format_size(progress.total)}  {format_size(rate)}/s{left}  "
-            f"memory {format_size(get_resident_memory())}  {progress.leaf}"
-        )
-
-    def event(self, name: str, **facts: Any) -> None:
-        """Report an event that only programs are told."""
-
-    def warning(self, message: str) -> None:
-        """Report something to look into while the job goes on."""
-        self._write(f"warning: {message}")
-
-    def error(self, message: str, code: int) -> None:
-        """Report why the job ends, with this exit code."""
-        self._write(f"error: {message}")
-
-    def final_message(self, message: str, code: int) -> bytes:
-        """Return what a signal handler writes to stderr before it ends the process."""
-        return f"\n{_encodable(message)}\n".encode()
-
-    def close(self) -> None:
-        """Restore the terminal."""
-
-    def _write(self, line: str) -> None:
-        print(_encodable(line), file=sys.stderr, flush=True)
-
-
-class JsonReporter(Reporter):
-    """Writes one JSON object a line."""
-
-    def _show_start(self, progress: Progress) -> None:
-        self.event("continue" if progress.done else "begin", done=progress.done, total=progress.total)
-
-    def _show(self, progress: Progress, rate: float, seconds_left: float | None) -> None:
-        self.event("progress", **progress._asdict(), rate=rate, eta_s=seconds_left, rss=get_resident_memory())
-
-    def event(self, name: str, **facts: Any) -> None:
-        self._write(json.dumps({"event": name, **facts}))
-
-    def warning(self, message: str) -> None:
-        self.event("warning", message=message)
-
-    def error(self, message: str, code: int) -> None:
-        self.event("error", message=message, code=code)
-
-    def final_message(self, message: str, code: int) -> bytes:
-        return json.dumps({"event": "interrupted", "message": message, "code": code}).encode() + b"\n"
-
-
-class BarReporter(Reporter):
-    """Shows one bar in bytes, and writes warnings above it."""
+class Meter:
+    """Measures the rate of a job, and describes where it is. `progress` is the latest one; `stage`: words before it."""
 
     def __init__(self):
-        super().__init__()
-        self._bar: Any = None
+        self.progress: Progress | None = None
+        self.stage = ""
+        self._start = time.monotonic()
+        self._samples: collections.deque[tuple[float, int]] = collections.deque()
 
-    def __call__(self, progress: Progress) -> None:
-        if self._bar is None:
-            self._bar = _make_bar()
-            self._bar.start()
-            self._task = self._bar.add_task("", total=progress.total, completed=progress.done, memory="")
-        done = {"completed": progress.done, "total": progress.total, "description": progress.leaf}
-        self._bar.update(self._task, **done, memory=f"memory {format_size(get_resident_memory())}")
+    def update(self, progress: Progress) -> bool:
+        """Take the latest progress; return whether it is the first one of a job."""
+        now, before = time.monotonic(), self.progress
+        is_first = before is None or before.total != progress.total or progress.done < before.done
+        if is_first:
+            self._start = now
+            self._samples.clear()
+        self._samples.append((now, progress.done))
+        while len(self._samples) > 2 and self._samples[1][0] < now - WINDOW:
+            self._samples.popleft()
+        self.progress = progress
+        return is_first
 
-    def warning(self, message: str) -> None:
-        if self._bar is None:
-            super().warning(message)
-        else:
-            self._bar.console.print(_encodable(f"warning: {message}"), markup=False, highlight=False)
+    @property
+    def rate(self) -> float:
+        """The amount done in a second, in the mean of the last minute; 0 at the beginning."""
+        if len(self._samples) < 2:
+            return 0.0
+        (then, before), (now, done) = self._samples[0], self._samples[-1]
+        return (done - before) / max(now - then, 1e-3)
 
-    def error(self, message: str, code: int) -> None:
-        self.close()
-        super().error(message, code)
+    @property
+    def seconds_left(self) -> float | None:
+        """The time for the rest at this rate; None at the beginning."""
+        return (self.progress.total - self.progress.done) / self.rate if self.progress and self.rate > 0 else None
 
-    def final_message(self, message: str, code: int) -> bytes:
-        return b"\x1b[?25h" + super().final_message(message, code)  # show the cursor again
+    def describe(self, width: int | None = None) -> str:
+        """Return percentage, amounts, rate and times in a line of at most `width` characters: the name gives way
+        first, then elapsed time, what is saved, and rate; a bar takes what is left."""
+        elapsed = format_duration(time.monotonic() - self._start)
+        if self.progress is None:
+            return f"{self.stage}  {elapsed}"[:width]
+        progress, left = self.progress, self.seconds_left
+        unit, size = _find_unit(progress.total) if progress.unit == "B" else (progress.unit, 1)
+        saved = "" if progress.saved is None else f"{format_amount(progress.saved / size)} {unit} saved"
+        pace_unit, pace = _find_unit(self.rate) if progress.unit == "B" else (progress.unit, 1)
+        rate = f"{format_amount(self.rate / pace)} {pace_unit}/s"
+        parts = {  # in the order of the line, with the order in which they give way
+            f"{100 * progress.done / max(progress.total, 1):3.0f} %": 0,
+            f"{format_amount(progress.done / size)}/{format_amount(progress.total / size)} {unit}": 1,
+            saved: 4,
+            rate if self.rate else "": 3,
+            f"{elapsed} elapsed": 5,
+            "" if left is None or not left else f"{format_duration(left)} left": 2,
+            progress.leaf: 6,
+        }
+        shown = [part for part in parts if part]
+        while width is not None and len(shown) > 1 and len("  ".join(shown)) > width:
+            shown.remove(max(shown, key=parts.__getitem__))
+        spare = 0 if width is None else width - len("  ".join(shown)) - 2
+        if spare >= SMALLEST_BAR:
+            filled = spare * min(progress.done, progress.total) // max(progress.total, 1)
+            shown.insert(1, "━" * filled + "╌" * (spare - filled))
+        return "  ".join(shown)[:width]
 
-    def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+    def describe_saved(self) -> str:
+        """Return what a stopped job need not do again."""
+        saved, total = (self.progress.saved or 0, self.progress.total) if self.progress else (0, 0)
+        if not saved:
+            return "Nothing is saved yet"
+        return f"{format_size(saved)} of {format_size(total)} are saved and will not be done again"
 
 
-def make_reporter(as_json: bool = False) -> Reporter:
-    """Return JSON lines where they are asked for, a bar on a terminal, lines otherwise."""
-    return JsonReporter() if as_json else BarReporter() if sys.stderr.isatty() else Reporter()
-
-
-@contextlib.contextmanager
-def show_slow(total: int, after: float = 3.0) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts bytes done of `total`, by any thread. After some seconds a terminal shows them."""
-    bar, start, done, lock = BarReporter(), time.monotonic(), 0, threading.Lock()
-
-    def count(nbytes: int) -> None:
-        nonlocal done
-        with lock:
-            done += nbytes
-            if time.monotonic() - start > after and sys.stderr.isatty():
-                bar(Progress(done, total, ""))
-
-    try:
-        yield count
-    finally:
-        bar.close()
-
-
-def _encodable(text: str) -> str:
-    """Return `text` without control characters, and with escapes for what stderr's encoding does not have."""
-    return printable(text).encode(sys.stderr.encoding or "ascii", "backslashreplace").decode(errors="replace")
-
-
-def _make_bar() -> Any:
-    """Return a bar on one line: the name gives way first, then the bar."""
-    from rich import console, progress, table
-
-    return progress.Progress(
-        progress.TaskProgressColumn(),
-        progress.BarColumn(bar_width=None, table_column=table.Column(ratio=1)),
-        progress.DownloadColumn(),
-        progress.TransferSpeedColumn(),
-        progress.TimeRemainingColumn(),
-        progress.TextColumn("{task.fields[memory]}", markup=False),
-        progress.TextColumn("{task.description}", markup=False, table_column=table.Column(ratio=1, no_wrap=True)),
-        console=console.Console(stderr=True),
-        transient=True,
-        expand=True,
-    )
+def format_amount(value: float) -> str:
+    """Return a number with three digits: 0.12, 3.40, 25.1, 671."""
+    return f"{value:.{0 if value >= 100 or value == int(value) else 1 if value >= 10 else 2}f}"

@@ -86,7 +86,7 @@ def test_a_converted_checkpoint_is_shown_by_its_leaves(converted, capsys):
     assert "note: made from fp8; digest " + Manifest.read(converted["quantized"]).digest in out
     found = inspect(converted["quantized"])
     assert {format for kind, format, *_ in found.sizes if kind == "experts"} == {"nvfp4"}
-    assert {format for kind, format, *_ in found.sizes if kind == "attention"} == {"nvfp4", "fp8_block"}
+    assert {format for kind, format, *_ in found.sizes if kind == "attention"} == {"nvfp4", "fp8"}
 
 
 def test_formats_are_told_weight_by_weight(tmp_path, small):

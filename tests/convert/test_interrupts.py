@@ -33,7 +33,7 @@ def start(code: str, *arguments) -> subprocess.Popen:
 @pytest.mark.parametrize("number, seconds", [(signal.SIGTERM, 0), (signal.SIGINT, 0.6), (signal.SIGHUP, 3)])
 def test_a_signal_ends_it_at_once(number, seconds, checkpoints, tmp_path):
     """While it reads headers, imports JAX, and works."""
-    process = start(HELD, checkpoints["nvfp4"], tmp_path / "a b", "--log-format", "json")
+    process = start(HELD, checkpoints["nvfp4"], tmp_path / "a b", "--json")
     assert json.loads(process.stderr.readline())["event"] == "start"
     time.sleep(seconds)
     process.send_signal(number)
@@ -42,14 +42,14 @@ def test_a_signal_ends_it_at_once(number, seconds, checkpoints, tmp_path):
     assert process.returncode == CODES[number] and time.monotonic() - began < 5
     last = json.loads(said.splitlines()[-1])
     assert last["event"] == "interrupted" and last["code"] == CODES[number]
-    assert number.name in last["message"] and f"'{tmp_path}/a b' --log-format json" in last["message"]
+    assert number.name in last["message"] and f"'{tmp_path}/a b' --json" in last["message"]
     assert convert.main([str(checkpoints["nvfp4"]), str(tmp_path / "a b")]) == 0
 
 
 def test_one_that_is_done_is_not_interrupted_any_more(checkpoints, tmp_path):
     code = "import atexit, sys, time, convert; atexit.register(lambda: (print('last', flush=True), time.sleep(0.5)))"
     code += "; sys.exit(convert.program(sys.argv[1:]))"
-    process = start(code, checkpoints["nvfp4"], tmp_path / "out", "--dry-run", "--log-format", "json")
+    process = start(code, checkpoints["nvfp4"], tmp_path / "out", "--dry-run", "--json")
     assert json.loads(process.stdout.readline())["layers"] == "3 + 1 MTP"
     assert process.stdout.readline() == "last\n"
     process.send_signal(signal.SIGINT)

@@ -25,7 +25,7 @@ from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, ConfigError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
 from dsv32_jax.quantization.quantize import fp8_dequantize, nvfp4_dequantize
-from dsv32_jax.system.files import LOCK
+from dsv32_jax.system.locks import LOCK
 
 from . import fakes
 from .conftest import STORAGES
@@ -153,7 +153,7 @@ def test_tensor_scales_that_differ_within_a_pair_are_counted(checkpoints, tmp_pa
         arrays[f"model.layers.{name}.weight_scale_2"] = np.array(0.0005, np.float32)
     source = fakes.write_checkpoint(tmp_path / "hf", config, arrays)
     assert convert.main([str(source), str(tmp_path / "out")]) == 0
-    assert "pairs of different tensor scales: 3\n" in capsys.readouterr().out
+    assert "odd        3 pairs of different tensor scales\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("storage, name", [("bf16", "lm_head.weight"), ("fp8", "model.layers.0.mlp.up_proj.weight")])
@@ -172,7 +172,7 @@ def test_inverted_scales_are_all_told_before_anything_is_written(checkpoints, tm
         CheckpointError, match=f"{len(names)} unusable tensor scales.*weight_global_scale, which divides"
     ):
         convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
-    assert [file.name for file in (tmp_path / "out").iterdir()] == [LOCK]
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_folder_is_left_as_it_is(checkpoints, converted, tmp_path):
@@ -267,18 +267,19 @@ def test_a_dry_run_needs_no_jax_and_writes_nothing(checkpoints, tmp_path):
     code = "import sys, convert; code = convert.main(sys.argv[1:]); assert 'jax' not in sys.modules; sys.exit(code)"
     done = run(checkpoints["nvfp4"], tmp_path / "out", "--dry-run", code=code)
     assert done.returncode == 0 and not done.stderr and not (tmp_path / "out").exists()
-    assert "  embed_VD: dense, 61.44 kB: values bfloat16 [320, 96]" in done.stdout
-    assert "  nvfp4: " in done.stdout
+    assert re.search(r"^formats +bf16 .*nvfp4 \d+$", done.stdout, re.MULTILINE) and "embed_VD" not in done.stdout
+    done = run(checkpoints["nvfp4"], tmp_path / "out", "--dry-run", "--verbose", code=code)
+    assert "parameter  embed_VD: bf16, 61.44 kB: values bfloat16 [320, 96]" in done.stdout
 
 
 def test_the_command_line(checkpoints, converted, tmp_path):
-    done = run(checkpoints["nvfp4"], tmp_path / "out", "--log-format", "json")
+    done = run(checkpoints["nvfp4"], tmp_path / "out", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["digest"] == Manifest.read(converted["nvfp4"]).digest
     events = [json.loads(line) for line in done.stderr.splitlines()]
     assert [event["event"] for event in events] == ["start", "begin", "progress", "done"]
     assert events[2]["done"] == events[2]["total"] == events[1]["total"]
-    assert set(events[2]) >= {"rate", "eta_s", "rss", "leaf"}
+    assert set(events[2]) >= {"rate", "seconds_left", "memory", "leaf", "saved"}
 
 
 @pytest.mark.parametrize("storage, code", [("missing", 3), ("bf16", 6)])

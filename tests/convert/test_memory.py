@@ -57,13 +57,13 @@ def test_systems_without_affinity_have_cores(monkeypatch):
 
 
 def test_the_smallest_limit_that_works_is_told_and_works(wide, tmp_path):
-    with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*max_memory=\"\d+MiB\"") as caught:
+    with pytest.raises(CapacityError, match=r"layers.1.ffn.w_gate_EMD .*max_memory=\"\d+MB\"") as caught:
         prepare(wide, tmp_path / "out", {"max_memory": "150MB"})
     smallest = str(caught.value).split('"')[-2]
     plan, budget, _ = prepare(wide, tmp_path / "out", {"max_memory": smallest})
     assert limits.peak_memory(plan.leaves, budget) <= parse_size(smallest)
     with pytest.raises(CapacityError):
-        prepare(wide, tmp_path / "out", {"max_memory": parse_size(smallest) - (1 << 20)})
+        prepare(wide, tmp_path / "out", {"max_memory": parse_size(smallest) - 10**6})
 
 
 def test_workers_and_overlap_are_given_up_for_memory(wide, tmp_path):

@@ -12,12 +12,10 @@ import pytest
 
 import convert
 import dsv32_jax as ds
-from convert import report
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import UsageError
 from dsv32_jax.layout import leaves
-from dsv32_jax.system.progress import format_duration
 
 from . import fakes
 
@@ -111,9 +109,14 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
 
 
 def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
-    for said in ("written: ", "already complete; nothing to do: "):
+    for said in ("written", "complete"):
         assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 0
-        assert capsys.readouterr().out.startswith(f"{said}{tmp_path / 'out'}\n")
+        done, digest, command = capsys.readouterr().out.splitlines()[-3:]
+        assert (
+            done.startswith(f"{said:<11}{tmp_path / 'out'}: 3 + 1 MTP layers, ") and "nothing" in done or said[0] == "w"
+        )
+        assert digest.split() == ["digest", Manifest.read(tmp_path / "out").digest]
+        assert command == f"next       dsv32 generate {tmp_path / 'out'} 'def area(r):'"
 
 
 @pytest.fixture(scope="module")
@@ -146,7 +149,10 @@ def enormous(tmp_path_factory, real):
 
 
 def test_a_dry_run_tells_what_each_device_holds(checkpoints, tmp_path, capsys):
-    assert convert.main([str(checkpoints["nvfp4"]), str(tmp_path / "out"), "--dry-run", "--mesh", "expert=4"]) == 0
+    assert (
+        convert.main([str(checkpoints["nvfp4"]), str(tmp_path / "out"), "--dry-run", "--verbose", "--mesh", "expert=4"])
+        == 0
+    )
     line = next(line for line in capsys.readouterr().out.splitlines() if "layers.1.ffn.w_gate_EMD" in line)
     assert "codes uint8 [12, 80, 48] in shards of [3, 80, 48], block_scale" in line
 
@@ -166,7 +172,7 @@ def test_a_dry_run_of_the_real_thing_takes_seconds(enormous, tmp_path):
     """180,000 tensors in under 22 calls each: under 3 seconds."""
     folder, count = enormous
     assert 180_000 < count < 190_000
-    options = ["--dry-run", "--log-format", "json", "--max-memory", "8GiB"]
+    options = ["--dry-run", "--json", "--max-memory", "8GB"]
     done = subprocess.run(
         [sys.executable, "-c", COUNTED, str(folder), str(tmp_path / "out"), *options],
         cwd=REPOSITORY,
@@ -181,16 +187,8 @@ def test_a_dry_run_of_the_real_thing_takes_seconds(enormous, tmp_path):
     assert done.returncode in (0, 5) and (done.returncode == 0 or " free. Nothing new" in done.stderr)
     assert len(result["leaves"]) == len(leaves(ds.Config.from_json(folder / "config.json")))
     assert result["leaves"]["layers.3.ffn.w_gate_EMD"].startswith("nvfp4, 2.11 GB: codes uint8 [256, 2048, 3584]")
-    assert result["write_speed"] > 0 and result["disk_seconds"] > 0
+    assert result["write_speed"] > 0 and result["seconds"] > 0
     assert not (tmp_path / "out").exists()
-
-
-def test_results_for_people():
-    shown = report.format_facts(
-        {"peak_memory": 2_000_000_000, "disk_seconds": 3723.0, "write_speed": None, "notes": ["a", "b"]}
-    )
-    assert shown == "peak memory: 2.00 GB\nestimated disk time: 1:02:03\nwrite speed: unknown\nnote: a\nnote: b"
-    assert [format_duration(seconds) for seconds in (4, 75, 3600)] == ["0:04", "1:15", "1:00:00"]
 
 
 def test_a_manifest_says_how_it_was_made(checkpoints, tmp_path):

@@ -178,7 +178,9 @@ def test_every_leaf_has_the_format_and_values_of_the_policy(storage, to, preset,
 def test_nvfp4_becomes_bfloat16_by_rounding_its_exact_values(checkpoints, tmp_path):
     convert.convert(checkpoints["nvfp4"], tmp_path / "kept")
     manifest = convert.convert(checkpoints["nvfp4"], tmp_path / "out", to="bf16")
-    assert manifest.report["formats"].keys() == {"dense"} and set(manifest.report["conversions"]) == {"nvfp4 -> bf16"}
+    assert manifest.report["formats"].keys() == {"bf16", "f32"} and set(manifest.report["conversions"]) == {
+        "nvfp4 -> bf16"
+    }
     kept, got = stored(tmp_path / "kept"), stored(tmp_path / "out")
     for path, leaf in Manifest.read(tmp_path / "kept").leaves.items():
         if leaf.format == "nvfp4":

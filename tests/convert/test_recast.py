@@ -235,12 +235,14 @@ def test_experts_are_quantized_one_by_one(tiny):
 def test_the_command_line_quantizes_and_reports(checkpoints, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     source, options = str(checkpoints["fp8"]), ["--to", "nvfp4", "--policy", "experts-only", "--scales", "mse"]
-    assert convert.main([source, str(tmp_path / "out"), *options, "--dry-run"]) == 0
+    assert convert.main([source, str(tmp_path / "out"), *options, "--dry-run", "--verbose"]) == 0
     dry = capsys.readouterr().out
-    assert "fp8 -> nvfp4: 72" in dry and "layers.1.ffn.w_up_EMD: nvfp4" in dry and not (tmp_path / "out").exists()
+    assert (
+        "72 weights fp8 -> nvfp4" in dry and "layers.1.ffn.w_up_EMD: nvfp4" in dry and not (tmp_path / "out").exists()
+    )
     assert convert.main([source, str(tmp_path / "out"), *options]) == 0
     done = capsys.readouterr().out
-    assert "fp8 -> nvfp4: 72" in done and "mlp.experts.*.down_proj: 8." in done
+    assert "72 weights fp8 -> nvfp4" in done and "mlp.experts.*.down_proj 8." in done
 
 
 @pytest.mark.parametrize("options", [["--policy", "nvidia"], ["--to", "nvfp4", "--policy", "none.json"]])

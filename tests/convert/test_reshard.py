@@ -195,7 +195,7 @@ def test_a_mesh_as_people_write_it():
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):
     code, out, _ = run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")
     assert code == 0
-    assert out == f"written: {tmp_path / 'out'}\ndigest: {Manifest.read(converted['bf16']).digest}\n"
+    assert out == f"written    {tmp_path / 'out'}\ndigest     {Manifest.read(converted['bf16']).digest}\n"
     before = (tmp_path / "out" / "manifest.json").stat()
     assert run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")[0] == 0
     after = (tmp_path / "out" / "manifest.json").stat()

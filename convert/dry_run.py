@@ -1,0 +1,157 @@
+"""The dry run: a conversion without writing. It judges source and output as the run does, and measures how long that
+would take on a sample of the actual tensors."""
+
+import dataclasses
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from dsv32_jax.errors import CheckpointError
+from dsv32_jax.parallel import partition
+from dsv32_jax.system.progress import format_size
+
+from . import report
+from .conversion import list_missing, make_requantizer
+from .plan import limits
+from .plan.limits import Budget
+from .plan.plan import Plan
+from .read.source import Source
+from .transform import cut
+from .transform.cut import PlannedLeaf
+from .write.journal import Journal
+from .write.pipeline import HashingReader, describe
+
+CHUNK_BYTES = 8 << 20
+MOST_BYTES = 256 << 20
+SECONDS = 0.5
+"""Limits of each measurement of a disk."""
+
+SAMPLE_WEIGHTS = 1 << 25
+"""Largest matrix of a sample, if there are smaller ones of its kind."""
+
+SHARE = 0.005
+"""Kinds with a smaller share of all weights are not measured."""
+
+
+def estimate(plan: Plan, budget: Budget, dst: Path, journal: Journal | None) -> dict[str, Any]:
+    """Return bytes, memory, time, and every leaf with its format, shapes and shards on the mesh; with the `journal` of
+    an output that can be written, of what is missing there.
+
+    Takes a few seconds; what it writes to measure the disk has no name and is gone afterwards.
+    """
+    missing = list(plan.leaves) if journal is None else list_missing(plan, journal)
+    to_read = sum({tensor.name: tensor.nbytes for p in missing for s in p.sources for tensor in s.tensors}.values())
+    to_write, folder = limits.size_of(missing), limits.find_existing(dst)
+    read_speed, write_speed = _measure_read_speed(plan.source), _measure_write_speed(folder)
+    convert_seconds, problems = measure_conversion(plan, budget, missing)
+    seconds = write_speed and max(convert_seconds, to_read / read_speed) + to_write / write_speed
+    return {
+        "parameters": sum(math.prod(leaf.leaf.shape) for leaf in plan.leaves if leaf.same_as is None),
+        **report.summarize_model(plan.config, plan.formats, [*plan.notes, *problems], plan.ignored),
+        "conversions": plan.conversions,
+        "files": len(plan.source.files),
+        "would_read": to_read,
+        "would_write": to_write,
+        "saved": plan.nbytes - to_write,
+        "peak_memory": limits.peak_memory(plan.leaves, budget),
+        "memory_limit": budget.limit,
+        "memory_free": limits.get_free_memory(),
+        "largest_leaf": max(leaf.nbytes for leaf in plan.leaves),
+        "workers": budget.workers,
+        "disk_needed": to_write + limits.reserve_of(to_write),
+        "disk_reserve": limits.reserve_of(to_write),
+        "disk_free": shutil.disk_usage(folder).free,
+        "read_speed": round(read_speed),
+        "write_speed": write_speed and round(write_speed),
+        "convert_seconds": round(convert_seconds, 1),
+        "seconds": seconds and round(seconds, 1),
+        "mesh": plan.mesh,
+        "leaves": {leaf.leaf.path: _describe_arrays(leaf, plan.mesh) for leaf in plan.leaves},
+    }
+
+
+def measure_conversion(plan: Plan, budget: Budget, leaves: Iterable[PlannedLeaf]) -> tuple[float, list[str]]:
+    """Return the seconds that reading, converting and hashing the weights of `leaves` takes with all workers, measured
+    on one matrix of each kind for each worker; and what is wrong with these matrices."""
+    kinds: dict[tuple, list[tuple[int, PlannedLeaf, int]]] = {}
+    for leaf in leaves:
+        for index, stored in enumerate(leaf.sources):
+            kind = (stored.kind, stored.format, stored.wanted, leaf.form.format, leaf.form.dequantized)
+            kinds.setdefault(kind, []).append((math.prod(stored.shape), leaf, index))
+    totals = {kind: sum(size for size, _, _ in weights) for kind, weights in kinds.items()}
+    seconds, problems = 0.0, []
+    for kind, weights in kinds.items():
+        if totals[kind] < SHARE * sum(totals.values()):
+            continue
+        sizes = {size for size, _, _ in weights}
+        size = max((size for size in sizes if size <= SAMPLE_WEIGHTS), default=min(sizes))
+        alike = [weight for weight in weights if weight[0] == size]
+        count = min(len(alike), budget.count_workers([alike[0][1]], budget.fixed))
+        sample = [(leaf, index) for _, leaf, index in alike[:: len(alike) // count][:count]]
+        spent, problem = _convert(plan, sample)
+        seconds += spent * totals[kind] / (size * len(sample))
+        problems += [f"a sample cannot be converted: {problem}"] if problem else []
+    return seconds, problems
+
+
+def _convert(plan: Plan, sample: list[tuple[PlannedLeaf, int]]) -> tuple[float, str]:
+    """Return the seconds that it takes to convert each matrix of a sample in a thread, and what was wrong."""
+    read, requantizer = HashingReader(plan.source.read), make_requantizer(plan)
+
+    def convert_one(planned: PlannedLeaf, index: int) -> None:
+        shape = (1, *planned.leaf.shape[1:]) if planned.leaf.stacked else planned.leaf.shape
+        leaf = planned.leaf._replace(shape=shape, sources=(planned.leaf.sources[index],))
+        one = dataclasses.replace(planned, leaf=leaf, sources=(planned.sources[index],))
+        describe(one, cut.build(leaf, one.sources, one.form, read, requantizer), None, read)
+
+    start, problem = time.monotonic(), ""
+    with ThreadPoolExecutor(len(sample)) as pool:
+        try:
+            list(pool.map(convert_one, *zip(*sample, strict=True)))
+        except CheckpointError as error:
+            problem = str(error)
+    return time.monotonic() - start, problem
+
+
+def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
+    """Return format, bytes, and of each array the dtype, the shape, and the shape of a device's shard if smaller."""
+    if leaf.same_as is not None:
+        return f"= {leaf.same_as}"
+    texts = []
+    for name, (dtype, shape) in leaf.arrays.items():
+        shard = partition.shard_shape(mesh, leaf.leaf, shape)
+        texts.append(f"{name} {dtype} {list(shape)}" + (f" in shards of {list(shard)}" if shard != shape else ""))
+    return f"{leaf.form.name}, {format_size(leaf.nbytes)}: {', '.join(texts)}"
+
+
+def _measure_write_speed(folder: Path) -> float | None:
+    """Return the bytes a second written and synced to the disk of `folder`; None if it cannot be written to."""
+    chunk = os.urandom(CHUNK_BYTES)
+    try:
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            return _measure_speed(lambda _: file.write(chunk), lambda: os.fsync(file.fileno()))
+    except OSError:
+        return None
+
+
+def _measure_read_speed(source: Source) -> float:
+    """Return the bytes a second read from the largest shard, past the page cache if the kernel allows it."""
+    with open(max(source.files, key=lambda file: source.files[file].size), "rb") as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, MOST_BYTES, os.POSIX_FADV_DONTNEED)
+        return _measure_speed(lambda at: len(os.pread(file.fileno(), CHUNK_BYTES, at)))
+
+
+def _measure_speed(move: Callable[[int], int], finish: Callable[[], None] = lambda: None) -> float:
+    """Return the bytes a second of `move`, which takes a position and returns how many bytes it moved there."""
+    start, moved = time.monotonic(), 0
+    while moved < MOST_BYTES and time.monotonic() - start < SECONDS and (count := move(moved)):
+        moved += count
+    finish()
+    return max(moved, 1) / max(time.monotonic() - start, 1e-6)
