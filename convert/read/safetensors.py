@@ -140,7 +140,7 @@ def _parse_header(header: Any, file: Path, begin: int, size: int) -> tuple[tuple
         return (), [f"{len(header)} tensors, above the limit of {MAX_TENSORS} for one file"]
     found = []
     for name, entry in header.items():
-        if not _is_plain(name, entry) and (problem := _find_problem(name, entry)):
+        if problem := _find_problem(name, entry):
             problems.append(f"tensor {ascii(name[:80])}: {problem}")
             continue
         first, last = entry["data_offsets"]
@@ -152,16 +152,6 @@ def _parse_header(header: Any, file: Path, begin: int, size: int) -> tuple[tuple
 
 def _is_utf8(text: str) -> bool:
     return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
-def _is_plain(name: str, entry: Any) -> bool:
-    """Return whether an entry is certainly valid, as almost all of 180,000 are: much faster than the full check."""
-    try:
-        (first, last), shape = entry["data_offsets"], entry["shape"]
-        fits = last - first == _nbytes(entry["dtype"], *shape) and type(first) is type(last) is int and first >= 0
-        return fits and len(entry) == 3 and type(shape) is list and 0 < len(name) < 128 and name.isprintable()
-    except (KeyError, TypeError, ValueError):
-        return False
 
 
 def _find_problem(name: str, entry: Any) -> str | None:
