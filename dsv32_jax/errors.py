@@ -101,13 +101,22 @@ COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
 """Whether messages spell options instead of Python arguments. The command line sets it once."""
 
 
+SPELLINGS = {"max_new_tokens": "--max-tokens", "min_new_tokens": "--min-tokens", "n": "--samples"}
+"""Options that the command line calls by the names of the field."""
+
+
+def spell_option(name: str) -> str:
+    """Return the option of the command line for an argument of Python."""
+    return SPELLINGS.get(name, "--" + name.replace("_", "-"))
+
+
 def argument(name: str, value: object = None) -> str:
     """Spell the argument `name` as the caller types it: `draft=2` in Python, `--draft 2` on the command line.
 
     Without a value, the name alone. A flag that is True has no value on the command line.
     """
     if COMMAND_LINE.get():
-        option = "--" + name.replace("_", "-")
+        option = spell_option(name)
         return option if value is None or value is True else f"{option} {value}"
     if value is None:
         return name

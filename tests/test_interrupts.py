@@ -133,7 +133,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2])
 def test_a_command_leaves_without_a_word_more(seconds, converted):
     """Whatever it was importing, loading or compiling."""
-    asked = ["--ids", "0 1 2", "--max-new-tokens", "4000"]
+    asked = ["--ids", "0 1 2", "--max-tokens", "4000"]
     line = [sys.executable, "-m", "dsv32_jax", "generate", str(converted), *asked]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(seconds)

@@ -121,7 +121,7 @@ class ChatSession:
         elif used >= self.capacity:
             notes.append(f"the context of {self.capacity} tokens is full: /undo, /clear or /save")
         elif reason == "length":
-            notes.append(f"cut after {pluralize(len(tokens), 'token')} by --max-new-tokens")
+            notes.append(f"cut after {pluralize(len(tokens), 'token')} by --max-tokens")
         for note in notes:
             self.screen.note(f"({one_line(note)})")
         self.screen.note(f"[{describe_stats(gen.stats)}; context {used}/{self.capacity}]")

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..system.progress import Progress
 from .terminal import Screen, json_line
 
 VARIANTS = "A and B are CHECKPOINT[:WORD,...]: bfloat16, float32 (compute dtype), fp8-cache, bfloat16-cache, ..."
@@ -118,4 +119,4 @@ def _windows(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _show_progress(screen: Screen) -> Callable[[int, int], None]:
-    return lambda done, count: screen.status(f"{done} of {count} windows" if done < count else "")
+    return lambda done, count: screen.progress(Progress(done, count, unit="windows"))

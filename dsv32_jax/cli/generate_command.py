@@ -3,21 +3,23 @@
 import argparse
 import collections
 import dataclasses
+import json
 import sys
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from ..chat import parse_lenient, template
+from ..chat import Tokenizer, parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.engine import Engine
 from ..generation.request import Request
-from ..generation.result import Stats, Token
+from ..generation.result import Stats, Token, TopLogprobs
 from ..generation.row import Row, summarize
 from ..parallel.multihost import make_agreed
 from ..system.interrupts import EXIT_CODE, defer_interrupt
+from ..system.progress import Progress
 from .answer_view import describe_stats
 from .open_checkpoint import OpenedCheckpoint
-from .parsers import BATCH, CACHE, LENGTH, collect_options
+from .parsers import SHARED, collect_options
 from .prompt_input import PromptInput, PromptReader
 from .terminal import Screen, json_line
 
@@ -28,27 +30,47 @@ def run(arguments: argparse.Namespace) -> int:
     opened = OpenedCheckpoint.of(arguments.checkpoint, ids=arguments.ids)
     reader = PromptReader(arguments, opened, screen)
     inputs = reader.read()
-    options = collect_options(arguments, [*LENGTH, *BATCH, *CACHE])
-    samples, as_json = options.get("n", 1), arguments.json or reader.is_batch
-    if len(inputs) * samples != 1 and not as_json:
-        raise UsageError(f"--n {samples} makes {samples} texts: add --json, which writes one result per line")
-    prompts, samplings = [one.ids for one in inputs], [one.sampling for one in inputs]
-    options["tokenizer"] = opened.tokenizer
-    options["progress"] = lambda read, tokens: screen.status(f"read {read} of {tokens} tokens")
-    request = opened.validate(arguments.dtype, prompts, samplings, **options)
+    shared: dict[str, Any] = {**collect_options(arguments, SHARED), "tokenizer": opened.tokenizer}
+    shared["progress"] = lambda read, tokens: screen.progress(Progress(read, tokens, unit="tokens"))
+    whole = _validate(opened, arguments.dtype, inputs, {"n": max(one.n for one in inputs), **shared})
+    shared["capacity"] = whole.capacity
+    groups = [
+        (places, _validate(opened, arguments.dtype, [inputs[i] for i in places], shared)) for places in _group(inputs)
+    ]
+    as_json, slots = arguments.json or reader.is_batch, [(one, sample) for one in inputs for sample in range(one.n)]
     alone = arguments.coordinator is None  # several processes must run the same programs, whoever prints
     stream = alone and not as_json and sys.stdout.isatty() if arguments.stream is None else arguments.stream
-    results = _Results(screen, opened.cfg.eos_token_id, inputs, samples, as_json, stream)
+    if stream and len(slots) > 1 and not as_json:
+        if arguments.stream:
+            raise UsageError(f"--stream shows one text, and --samples makes {len(slots)}: add --json, or omit --stream")
+        stream = False
+    results = _Results(screen, opened.cfg.eos_token_id, opened.tokenizer, slots, as_json, stream)
     with screen.show_log():
         model = opened.load(arguments, screen)
         screen.note(_describe_inputs(inputs))
-        if samples > 1 and not any(sampling.temperature for sampling in samplings):
-            screen.note(f"--n {samples} without --temperature makes identical texts")
+        if equal := sum(one.n > 1 and not one.sampling.temperature for one in inputs):
+            screen.note(f"without --temperature the samples of {pluralize(equal, 'prompt')} are identical")
         try:
-            engine = Engine.for_request(model, request, arguments.layerwise)
-            return results.write(engine, request)
+            engine = Engine.for_request(model, whole, arguments.layerwise)
+            return results.write(engine, groups)
         except FloatingPointError as error:
             raise CheckpointError(str(error)) from error
+
+
+def _group(inputs: Sequence[PromptInput]) -> list[list[int]]:
+    """Return the places of the inputs that have the same options but for their lengths, group by group."""
+    groups: dict[str, list[int]] = {}
+    for place, one in enumerate(inputs):
+        own = {name: value for name, value in one.options.items() if name != "max_new_tokens"}
+        groups.setdefault(json.dumps(own, sort_keys=True), []).append(place)
+    return list(groups.values())
+
+
+def _validate(opened: OpenedCheckpoint, dtype: str, inputs: Sequence[PromptInput], options: dict[str, Any]) -> Request:
+    """Return the request for inputs with the same options, with `options` beside or in place of their own."""
+    lengths = [one.options["max_new_tokens"] for one in inputs]
+    prompts, samplings = [one.ids for one in inputs], [one.sampling for one in inputs]
+    return opened.validate(dtype, prompts, samplings, **{**inputs[0].options, **options, "max_new_tokens": lengths})
 
 
 def _describe_inputs(inputs: Sequence[PromptInput]) -> str:
@@ -66,28 +88,35 @@ class _Results:
 
     screen: Screen
     end_ids: Collection[int]
-    inputs: Sequence[PromptInput]
-    samples: int
+    tokenizer: Tokenizer | None
+    slots: Sequence[tuple[PromptInput, int]]
     as_json: bool
     stream: bool
     tokens: int = 0
     streamed: int = 0
     """Characters of the text that were written."""
 
-    def write(self, engine: Engine, request: Request) -> int:
-        """Generate, write all results in the order of prompts, and return the exit code."""
-        rows, ended, written = engine.add(request), set[int](), 0
+    def write(self, engine: Engine, groups: Sequence[tuple[list[int], Request]]) -> int:
+        """Generate the requests of all groups of inputs side by side, write all results in the order of inputs, and
+        return the exit code."""
+        added = [(places, engine.add(request)) for places, request in groups]
+        counts = [one.n for one, sample in self.slots if not sample]
+        firsts = [sum(counts[:place]) for place in range(len(counts))]
+        slots = {row: firsts[places[row.index // row.request.options.n]] for places, rows in added for row in rows}
+        slots = {row: first + row.index % row.request.options.n for row, first in slots.items()}
+        rows, ended, written = sorted(slots, key=slots.__getitem__), set[int](), 0
         with defer_interrupt() as is_interrupted:
             must_stop = make_agreed(engine.model.mesh, is_interrupted)
-            for row, token in engine.follow(rows, 1 if self.stream else None, must_stop):
-                if token is not None:
-                    self._write_token(row.index, token)
-                    continue
-                ended.add(row.index)
-                while written in ended:
-                    if rows[written].has_begun:
-                        self._write_row(written, rows[written])
-                    written += 1
+            for _, group in added:
+                for row, token in engine.follow(group, 1 if self.stream else None, must_stop):
+                    if token is not None:
+                        self._write_token(slots[row], token)
+                        continue
+                    ended.add(slots[row])
+                    while written in ended:
+                        if rows[written].has_begun:
+                            self._write_row(written, rows[written])
+                        written += 1
         gen, unstarted = summarize(rows, engine.loop.totals), sum(not row.has_begun for row in rows)
         self.screen.note(self._describe_stats(gen.stats))
         if "interrupted" not in gen.finish_reason:
@@ -99,7 +128,12 @@ class _Results:
     def _write_token(self, row: int, token: Token) -> None:
         self.tokens += 1
         if self.stream and self.as_json:
-            event = {"token": token.token, "text": token.text, "logprob": token.logprob, "top_logprobs": token.top}
+            event = {
+                "token": token.token,
+                "text": token.text,
+                "logprob": token.logprob,
+                "top_logprobs": self._name_tokens(token.top),
+            }
             self._write_json({**self._label(row), **event, "finish_reason": token.finish_reason})
         elif self.stream:
             self._write_text(f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text)
@@ -109,11 +143,14 @@ class _Results:
     def _write_row(self, row: int, one: Row) -> None:
         """Write a complete row, or what was not streamed of it."""
         if not self.as_json:
+            if len(self.slots) > 1:
+                self._write_text(f"==> {row + 1} of {len(self.slots)} <==\n")
+                self.streamed = 0
             whole = " ".join(map(str, one.tokens)) if one.text is None else one.text
             self._write_text(whole[self.streamed :] + "\n")
         elif not self.stream:
             text = {} if one.text is None else {"text": one.text, **self._parse_message(row, one)}
-            top = {"top_logprobs": one.top} if any(one.top) else {}
+            top = {"top_logprobs": list(map(self._name_tokens, one.top))} if any(one.top) else {}
             result = {"tokens": one.tokens, "logprobs": one.logprobs, **top, "finish_reason": one.finish_reason}
             self._write_json({**self._label(row), **text, **result})
 
@@ -125,18 +162,23 @@ class _Results:
         self.screen.result(json_line(value) + "\n")
 
     def _label(self, row: int) -> dict[str, Any]:
-        one = self.inputs[row // self.samples]
-        sample = {"sample": row % self.samples} if self.samples > 1 else {}
+        one, number = self.slots[row]
+        sample = {"sample": number} if one.n > 1 else {}
         return {**one.labels, **sample, "read_as": one.path, "prompt_tokens": len(one.ids)}
 
     def _parse_message(self, row: int, one: Row) -> dict[str, Any]:
         """Return the assistant message in the text, where the prompt was made of messages."""
-        thinking = self.inputs[row // self.samples].thinking
+        thinking = self.slots[row][0].thinking
         if thinking is None:
             return {}
         ended = bool(one.tokens) and one.tokens[-1] in self.end_ids
         message, warnings = parse_lenient(f"{one.text}{template.EOS if ended else ''}", thinking=thinking)
         return {"message": message, "parse_warnings": warnings}
+
+    def _name_tokens(self, top: TopLogprobs) -> list[dict[str, Any]]:
+        """Return the most likely tokens at a position, with their text where there is a tokenizer."""
+        texts = [{} if self.tokenizer is None else {"text": self.tokenizer.decode([token])} for token, _ in top]
+        return [{"token": token, **text, "logprob": value} for (token, value), text in zip(top, texts, strict=True)]
 
     def _describe_stats(self, stats: Stats) -> str:
         if not self.as_json:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import UsageError, spell_option
 from ..generation.options import Options, Sampling, explain, specs
 from . import multihost_launch
 
@@ -16,6 +16,12 @@ LENGTH, BATCH, CACHE = (
     [name for name, spec in specs(Options).items() if spec.group == group] for group in ("length", "batch", "cache")
 )
 """Names of Options by their group."""
+
+OWN = [*LENGTH, "n", "top_logprobs"]
+"""Those that each prompt has for itself."""
+
+SHARED = [name for name in [*BATCH, *CACHE] if name not in OWN]
+"""Those of all prompts together."""
 
 CHAT_DEFAULTS = {"max_new_tokens": 4096, "capacity": 16384}
 """Defaults of a chat where they differ from those of the library. A cache of fixed size compiles its programs once."""
@@ -25,8 +31,9 @@ prompt is read from stdin. Text is used verbatim, including a trailing newline."
 
 GENERATE_EPILOG = """A .jsonl file holds one request per line: an object with "prompt" (text), "messages" (as in
 OpenAI's API) or "ids"; "thinking" and "tools" with messages; "id", which the result repeats; and any sampling
-parameter, such as "temperature". Results are JSON lines, written batch by batch; "line" tells which request each
-belongs to. The first Ctrl-C prints what was generated so far and ends with exit code 130."""
+parameter or option by its name in Python, such as "temperature", "max_new_tokens", "stop", "n" or "top_logprobs".
+Results are JSON lines in the order of requests; "line" tells which request each belongs to. The first Ctrl-C prints
+what was generated so far and ends with exit code 130."""
 
 CHAT = "Talk to the model; /help lists commands. Of piped input every line is a turn."
 
@@ -65,7 +72,8 @@ def _add_generate(commands: Any) -> None:
     add("prompt", metavar="PROMPT", nargs="?", help="text to continue; - for stdin")
     add("--file", type=Path, metavar="FILE", help="a text file holds one prompt; a .jsonl file one request per line")
     add("--chat", action="store_true", help="send the text as a user's message instead of continuing it")
-    add("--thinking", action="store_true", help="with messages: think before the answer")
+    add("--system", metavar="TEXT", help="send this system text before the message")
+    add("--think", action="store_true", help="with messages: think before the answer")
     add("--allow-special", action="store_true", help="let the text of special tokens in prompts become such tokens")
     add("--ids", action="store_true", help="token ids in and out; needs no tokenizer")
     stream = "write each token as soon as it is generated (default: on a terminal)"
@@ -88,7 +96,8 @@ def _add_chat(commands: Any) -> None:
     add = chat.add_argument
     add("--system", metavar="TEXT", help="system text")
     add("--tools", type=Path, metavar="FILE", help="JSON list of tools, as in OpenAI's API; you type the results")
-    add("--think", choices=("on", "off", "hide"), help="think first, and show or hide it (default: off)")
+    think = "think first, and show or hide it (default: off; --think alone: on)"
+    add("--think", choices=("on", "off", "hide"), nargs="?", const="on", help=think)
     add("--load", type=Path, metavar="FILE", help="continue a conversation that /save wrote")
     add("--no-history", action="store_true", help="do not save what you type for next time")
     _add_options(chat, "sampling", Sampling, specs(Sampling))
@@ -169,7 +178,9 @@ def _add_options(parser: Any, title: str, declaration: type, names: Any, default
         if field.name in names:
             repeats = spec.kind in ("strings", "token_biases")
             group.add_argument(
-                "--" + field.name.replace("_", "-"),
+                *(["-n"] if field.name == "max_new_tokens" else []),
+                spell_option(field.name),
+                dest=field.name,
                 type=_parse_count_or(spec.none) if spec.none else READERS[spec.kind],
                 metavar=spec.metavar,
                 action="append" if repeats else "store",

@@ -9,29 +9,39 @@ from typing import Any
 
 from ..chat import prepare
 from ..errors import COMMAND_LINE, DsvError, UsageError, pluralize
-from ..generation.options import Sampling, specs
+from ..generation.options import Options, Sampling, specs
 from ..model import validation
 from ..system.files import expand_path, parse_json
 from .open_checkpoint import OpenedCheckpoint
-from .parsers import collect_sampling, parse_token_ids
+from .parsers import OWN, collect_options, collect_sampling, parse_token_ids
 from .terminal import Screen
 
 MAX_BYTES = 1 << 30
 
+MOST_LINES = 40
+"""Invalid requests that are listed."""
+
 KINDS = ("prompt", "messages", "ids")
-KEYS = (*KINDS, "id", "thinking", "tools", *specs(Sampling))
+KEYS = (*KINDS, "id", "thinking", "tools", *specs(Sampling), *OWN)
 """The keys that a line of a .jsonl file may have."""
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptInput:
-    """One prompt. `labels` is repeated in its results; `thinking` is None unless it is made of messages."""
+    """One prompt. `labels` is repeated in its results; `thinking` is None unless it is made of messages; `options` are
+    those of `generate` that each prompt has for itself."""
 
     ids: list[int]
     path: str
     labels: dict[str, Any]
     thinking: bool | None
     sampling: Sampling
+    options: dict[str, Any]
+
+    @property
+    def n(self) -> int:
+        """How many continuations it gets."""
+        return self.options["n"]
 
 
 class PromptReader:
@@ -40,10 +50,14 @@ class PromptReader:
     def __init__(self, arguments: argparse.Namespace, opened: OpenedCheckpoint, screen: Screen):
         self._arguments, self._opened = arguments, opened
         self._file: Path | None = arguments.file
+        self._options = {name: getattr(Options(), name) for name in OWN} | collect_options(arguments, OWN)
         self._sampling = opened.choose_sampling(collect_sampling(arguments), screen)
         self.is_batch = self._file is not None and self._file.suffix == ".jsonl"
-        if arguments.ids and (arguments.chat or arguments.thinking or arguments.allow_special):
-            raise UsageError("--ids takes and prints token ids; --chat, --thinking and --allow-special apply to text")
+        self._is_chat = arguments.chat or arguments.system is not None
+        if arguments.ids and (self._is_chat or arguments.think or arguments.allow_special):
+            raise UsageError(
+                "--ids takes and prints token ids; --chat, --system, --think and --allow-special apply to text"
+            )
 
     def read(self) -> list[PromptInput]:
         """Return all prompts. Raises UsageError that lists every invalid one."""
@@ -51,9 +65,11 @@ class PromptReader:
         if file is not None and arguments.prompt is not None:
             raise UsageError("PROMPT and --file exclude each other")
         if file is not None and self.is_batch:
+            if arguments.system is not None:
+                raise UsageError('--system applies to one prompt: in a .jsonl file, give it as the first of "messages"')
             return self._read_lines(read_text(file))
-        if arguments.thinking and not arguments.chat:
-            raise UsageError("--thinking applies to messages: add --chat, or use a .jsonl file")
+        if arguments.think and not self._is_chat:
+            raise UsageError("--think applies to messages: add --chat, or use a .jsonl file")
         text = _read_prompt(arguments)
         if not arguments.ids:
             return [self._prepare({"prompt": text}, {})]
@@ -73,14 +89,17 @@ class PromptReader:
             try:
                 request = _parse_line(line)
                 labels = {"line": number, **({"id": request["id"]} if "id" in request else {})}
-                found.append(self._prepare(request, labels))
+                found.append(one := self._prepare(request, labels))
+                self._opened.validate(
+                    self._arguments.dtype, [one.ids], one.sampling, **one.options, tokenizer=self._opened.tokenizer
+                )
             except DsvError as error:
                 problems.append(f"\n  line {number}: {error}")
         COMMAND_LINE.reset(spelling)
         if problems:
-            more = f"\n  ... and {len(problems) - 20} more" if len(problems) > 20 else ""
+            more = f"\n  ... and {len(problems) - MOST_LINES} more" if len(problems) > MOST_LINES else ""
             count = pluralize(len(problems), "invalid request")
-            raise UsageError(f"{count} in {self._file}; nothing was run:{''.join(problems[:20])}{more}")
+            raise UsageError(f"{count} in {self._file}; nothing was run:{''.join(problems[:MOST_LINES])}{more}")
         if not found:
             raise UsageError(f"{self._file} holds no requests")
         return found
@@ -91,14 +110,15 @@ class PromptReader:
         if len(kinds) != 1:
             raise UsageError(f"a request needs one of {', '.join(KINDS)}, not {' and '.join(kinds) or 'none'}")
         sampling = Sampling(**{**self._sampling, **parse_sampling(request)})
-        is_chat = "messages" in request or (self._arguments.chat and "prompt" in request)
+        own = {**self._options, **{name: request[name] for name in OWN if name in request}}
+        is_chat = "messages" in request or (self._is_chat and "prompt" in request)
         if not is_chat and (wrong := [name for name in ("thinking", "tools") if name in request]):
             raise UsageError(f"{' and '.join(wrong)} can only be given with messages")
         if "ids" in request:
             if not isinstance(request["ids"], list):
                 raise UsageError(f"ids must be a list of token ids, not {request['ids']!r:.60}")
             (ids,) = validation.check_prompts([request["ids"]], self._opened.cfg.vocab_size)
-            return PromptInput(ids, "token ids", labels, None, sampling)
+            return PromptInput(ids, "token ids", labels, None, sampling, own)
         if self._opened.tokenizer is None:
             raise UsageError("with --ids every request must have ids, not text")
         prompt: Any = request.get("prompt")
@@ -106,14 +126,16 @@ class PromptReader:
             raise UsageError(f"prompt must be a non-empty string, not {prompt!r:.60}")
         options: dict[str, Any] = {"allow_special": self._arguments.allow_special}
         if is_chat:
-            prompt = request.get("messages", [{"role": "user", "content": prompt}])
-            options |= {"thinking": request.get("thinking", self._arguments.thinking), "tools": request.get("tools")}
+            system = self._arguments.system
+            before = [] if system is None else [{"role": "system", "content": system}]
+            prompt = request.get("messages", [*before, {"role": "user", "content": prompt}])
+            options |= {"thinking": request.get("thinking", self._arguments.think), "tools": request.get("tools")}
             if not isinstance(prompt, list):
                 raise UsageError(f"messages must be a list of messages, not {prompt!r:.60}")
             if type(options["thinking"]) is not bool:
                 raise UsageError(f"thinking must be true or false, not {options['thinking']!r:.60}")
         prepared = prepare(prompt, self._opened.tokenizer, **options)
-        return PromptInput(prepared.ids, prepared.path, labels, options.get("thinking"), sampling)
+        return PromptInput(prepared.ids, prepared.path, labels, options.get("thinking"), sampling, own)
 
 
 def _parse_line(line: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import termios
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,8 @@ from typing import Any
 
 from ..errors import UsageError, printable
 from ..system.files import find_user_folder
+from ..system.progress import Meter, Progress
+from ..system.reporter import INTERVAL
 
 FENCE = '"""'
 """Starts and ends a text of several lines."""
@@ -50,6 +53,7 @@ class Screen:
         self._err = Console(file=sys.stderr, color_system=styles, markup=False, emoji=False, highlight=False)
         self._status: Any = None
         self._in_line = False
+        self._meter, self._noted = Meter(), time.monotonic()
 
     def result(self, text: str) -> None:
         """Write a part of the result at once."""
@@ -86,6 +90,16 @@ class Screen:
             self._status.start()
         else:
             self._status.update(content)
+
+    def progress(self, progress: Progress) -> None:
+        """Show how far a part of the command is: in the status, or where there is none in a note every half minute."""
+        if self._meter.update(progress):
+            self._noted = time.monotonic()
+        if self._err.is_interactive:
+            self.status("" if progress.is_complete else self._meter.describe(self._err.width - 3))
+        elif time.monotonic() - self._noted >= INTERVAL:
+            self._noted = time.monotonic()
+            self.note(self._meter.describe())
 
     @contextlib.contextmanager
     def show_log(self) -> Iterator[None]:

@@ -200,7 +200,7 @@ def test_the_context_has_an_end(talk, capsys):
     assert chat.conversation is before
     short = talk("a" * 100, options={"max_new_tokens": 3})
     short.send("Hi")
-    assert "cut after 3 tokens by --max-new-tokens" in capsys.readouterr().err
+    assert "cut after 3 tokens by --max-tokens" in capsys.readouterr().err
 
 
 def test_what_is_forgiven_is_told(talk, capsys):
@@ -332,7 +332,7 @@ def test_a_conversation_that_is_damaged(talk, tmp_path, text):
         conversation_file.load(tmp_path / "talk", talk().session)
 
 
-FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
+FEW = ("--max-tokens", "6", "--capacity", "32", "--dtype", "float32")
 
 
 def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
@@ -372,15 +372,15 @@ def test_saving(checkpoint, tmp_path):
 MISUSE = {
     "g35 an empty stop string": (("--stop", ""), 2, "at least one character"),
     "g25 stop ids": (("--stop-token-ids", "999"), 2, "--stop-token-ids"),
-    "no room for an answer": (("--max-new-tokens", "0"), 2, "leaves no room for an answer"),
+    "no room for an answer": (("--max-tokens", "0"), 2, "leaves no room for an answer"),
     "a capacity that is none": (("--capacity", "0"), 2, "--capacity must be"),
     "too large a capacity": (("--capacity", "5000"), 2, "--capacity must be"),
     "temperature": (("--temperature", "9"), 2, "--temperature must be"),
-    "tools that are not there": (("--tools", "nowhere.json"), 74, "error: nowhere.json: No such file or directory\n"),
+    "tools that are not there": (("--tools", "nowhere.json"), 3, "error: nowhere.json: No such file or directory\n"),
     "tools that are no list": (("--tools", "object.json"), 2, "must hold a list of tools"),
     "tools that are none": (("--tools", "list.json"), 2, "tools[0] must be an object"),
     "tools that are no json": (("--tools", "text.json"), 3, "text.json: not valid JSON"),
-    "a conversation that is not there": (("--load", "nowhere"), 74, "nowhere.json: No such file or directory\n"),
+    "a conversation that is not there": (("--load", "nowhere"), 3, "nowhere.json: No such file or directory\n"),
     "a conversation that is none": (("--load", "object"), 3, "is not a conversation"),
     "two ways to begin": (("--load", "x", "--system", "y"), 2, "--load restores"),
 }

@@ -17,7 +17,7 @@ from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.options import Options
 from tests.cli.conftest import byte_tokenizer
 
-FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
+FEW = ("--max-tokens", "6", "--capacity", "32", "--dtype", "float32")
 """Options that most tests share, and with them programs."""
 
 
@@ -42,7 +42,7 @@ def test_every_option_of_the_library_is_there():
     """Each field of Sampling, and of Options all that a command line can say."""
     declared = {field.name for kind in (ds.Sampling, Options) for field in dataclasses.fields(kind)}
     given = vars(app.parser().parse_args(["generate", "folder"]))
-    assert declared - set(given) == {"tokenizer", "progress"}
+    assert declared - set(given) == {"tokenizer", "progress", "constraint"}
 
 
 def test_g02_text_is_continued_and_chat_is_asked_for(dsv32, checkpoint, model, tokenizer):
@@ -82,14 +82,19 @@ def test_sampling_options_arrive(dsv32, checkpoint, model, tokenizer):
     sampling = ds.Sampling(temperature=0.8, top_k=40, seed=7, logit_bias={70: -100.0, 71: 2.0}, forbidden_ids=[1, 80])
     made = wanted(model, tokenizer, [0, *tokenizer.encode("ab")], sampling=sampling, n=2, top_logprobs=2)
     flags = "--temperature .8 --top-k 40 --seed 7 --logit-bias 70=-100 --logit-bias 71=2 --forbidden-ids 1,80".split()
-    code, out, err = dsv32("generate", checkpoint, "ab", *flags, *FEW, "--n", "2", "--top-logprobs", "2", "--json")
+    code, out, err = dsv32(
+        "generate", checkpoint, "ab", *flags, *FEW, "--samples", "2", "--top-logprobs", "2", "--json"
+    )
     results = list(map(json.loads, out.splitlines()))
     assert code == 0 and len(results) == 2 and results[0]["tokens"] != results[1]["tokens"]
     for sample, result in enumerate(results):
         assert result["sample"] == sample and result["finish_reason"] == "length" and "message" not in result
         assert (result["tokens"], result["text"]) == (made.tokens[sample], made.text[sample])
         assert result["logprobs"] == made.logprobs[sample]
-        assert result["top_logprobs"] == [[list(pair) for pair in place] for place in made.top_logprobs[sample]]
+        assert result["top_logprobs"] == [
+            [{"token": i, "text": tokenizer.decode([i]), "logprob": value} for i, value in place]
+            for place in made.top_logprobs[sample]
+        ]
     assert json.loads(err.splitlines()[-1])["stats"]["new_tokens"] == 12
 
 
@@ -142,7 +147,7 @@ def test_a_generation_config_that_cannot_be_followed(dsv32, advised, text):
     code, out, err = dsv32("generate", folder, "ab")
     assert (code, out) == (3, "") and "generation_config.json" in err
     if "hot" in text:
-        assert dsv32("generate", folder, "ab", "--temperature", 0, "--max-new-tokens", 1)[0] == 0
+        assert dsv32("generate", folder, "ab", "--temperature", 0, "--max-tokens", 1)[0] == 0
 
 
 def test_ids(dsv32, wordless):
@@ -187,6 +192,41 @@ def test_a_file_of_requests(dsv32, checkpoint, model, tokenizer, tmp_path):
     assert "id" not in found[5] and found[5]["tokens"] == wanted(model, tokenizer, [0, 17, 42]).tokens[0]
 
 
+def test_a_file_of_requests_with_options(dsv32, checkpoint, model, tokenizer, tmp_path):
+    """Each line has its own length, stops, continuations and likeliest tokens; results keep the order of lines."""
+    own = [
+        {"max_new_tokens": 2},
+        {"n": 2, "temperature": 0.8, "seed": 4},
+        {"top_logprobs": 1, "max_new_tokens": 3},
+        {"max_new_tokens": 4},
+        {"stop_token_ids": list(range(320))},
+    ]
+    file = tmp_path / "requests.jsonl"
+    file.write_text("\n".join(json.dumps({"prompt": "ab", **options}) for options in own), encoding="utf-8")
+    code, out, _ = dsv32("generate", checkpoint, "--file", file, *FEW)
+    results = list(map(json.loads, out.splitlines()))
+    assert code == 0 and [result["line"] for result in results] == [1, 2, 2, 3, 4, 5]
+    assert [len(result["tokens"]) for result in results] == [2, 6, 6, 3, 4, 1]
+    whole = wanted(model, tokenizer, [0, *tokenizer.encode("ab")]).tokens[0]
+    assert results[0]["tokens"] == whole[:2] and results[4]["tokens"] == whole[:4]
+    drawn = wanted(model, tokenizer, [0, *tokenizer.encode("ab")], sampling=ds.Sampling(temperature=0.8, seed=4), n=2)
+    assert [result["tokens"] for result in results[1:3]] == drawn.tokens and results[2]["sample"] == 1
+    assert "top_logprobs" in results[3] and "top_logprobs" not in results[0]
+
+
+def test_several_texts(dsv32, checkpoint, model, tokenizer):
+    """Each below a line that counts them."""
+    made = wanted(model, tokenizer, [0, *tokenizer.encode("ab")], sampling=ds.Sampling(temperature=0.8), n=2)
+    code, out, _ = dsv32("generate", checkpoint, "ab", *FEW, "--temperature", ".8", "--samples", "2")
+    assert (code, out) == (0, f"==> 1 of 2 <==\n{made.text[0]}\n==> 2 of 2 <==\n{made.text[1]}\n")
+
+
+def test_a_system_text_makes_messages(dsv32, checkpoint, model, tokenizer):
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "ab"}]
+    made = wanted(model, tokenizer, chat.prepare(messages, tokenizer).ids)
+    assert dsv32("generate", checkpoint, "ab", "--system", "s", *FEW)[:2] == (0, made.text[0] + "\n")
+
+
 BAD_LINES = {
     '{"ids": [0, 99999]}': "outside the vocabulary of 0..319: 99999",
     "not json": "not valid JSON",
@@ -195,7 +235,10 @@ BAD_LINES = {
     "{}": "not none",
     '{"prompt": 3}': "prompt must be a non-empty string",
     '{"prompt": "a", "thinking": true}': "thinking can only be given with messages",
-    '{"prompt": "a", "max_new_tokens": 3}': "unknown: 'max_new_tokens'",
+    '{"prompt": "a", "max_tokens": 3}': "unknown: 'max_tokens'",
+    '{"prompt": "a", "max_new_tokens": "3"}': "max_new_tokens must be an integer",
+    '{"prompt": "a", "stop": [""]}': "at least one character",
+    '{"prompt": "a", "n": 0}': "n must be an integer from 1",
     '{"prompt": "a", "temperature": -1}': "temperature must be a number from 0",
     '{"prompt": "a", "temperature": NaN}': "NaN is not a JSON number",
     '{"prompt": "a", "logit_bias": {"x": 1}}': "'x' is not a token id",
@@ -222,7 +265,7 @@ def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
         and "loaded" not in err
         and "\x1b" not in err
     )
-    assert "line 10: temperature must be" in err, "options are spelled as the keys of the file"
+    assert "line 13: temperature must be" in err, "options are spelled as the keys of the file"
     for number, why in enumerate(BAD_LINES.values(), 2):
         assert f"line {number}: " in err and why in err, why
 
@@ -230,8 +273,8 @@ def test_g27_every_bad_line_is_listed(dsv32, checkpoint, tmp_path):
 MISUSE = {
     "no prompt at all": ((), 2, "stdin is empty"),
     "two prompts": (("a", "--file", "b"), 2, "PROMPT and --file exclude each other"),
-    "a file that is not there": (("--file", "nowhere.txt"), 74, "nowhere.txt"),
-    "thinking without messages": (("a", "--thinking"), 2, "--thinking applies to messages"),
+    "a file that is not there": (("--file", "nowhere.txt"), 3, "nowhere.txt"),
+    "thinking without messages": (("a", "--think"), 2, "--think applies to messages"),
     "text options with ids": (("0", "--ids", "--chat"), 2, "--ids takes and prints token ids"),
     "ids that are words": (("a b", "--ids"), 2, "not a list of token ids"),
     "g10 ids outside the vocabulary": (("0,9999", "--ids"), 2, "outside the vocabulary of 0..319"),
@@ -242,17 +285,18 @@ MISUSE = {
     "g35 an empty stop string": (("a", "--stop", ""), 2, "at least one character"),
     "stop strings among ids": (("0", "--ids", "--stop", "x"), 2, "give the tokenizer too"),
     "g07 temperature": (("a", "--temperature", "nan"), 2, "--temperature must be a number from 0 to 5"),
-    "neither a number nor all": (("a", "--max-new-tokens", "many"), 2, "neither a whole number nor 'all'"),
+    "neither a number nor all": (("a", "--max-tokens", "many"), 2, "neither a whole number nor 'all'"),
     "no number": (("a", "--top-k", "many"), 2, "invalid int value"),
-    "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
-    "g14 negative": (("a", "--max-new-tokens", "-3"), 2, "0 or more"),
+    "g01 too long": (("a", "--max-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
+    "g14 negative": (("a", "--max-tokens", "-3"), 2, "0 or more"),
     "drafts without the layer": (("a", "--draft", "1"), 2, "does not have"),
     "g29 too many likeliest": (("a", "--top-logprobs", "21"), 2, "from 0 to 20"),
     "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "--cache-dtype must be"),
     "an unknown mesh": (("a", "--mesh", "rows=2"), 2, "invalid mesh"),
     "g20 more devices than there are": (("a", "--mesh", "expert=64"), 5, "needs 64 devices"),
     "an unknown option": (("a", "--nonsense"), 2, "unrecognized arguments"),
-    "more texts than one": (("a", "--n", "2"), 2, "add --json"),
+    "more texts than one": (("a", "--samples", "2", "--stream"), 2, "add --json, or omit --stream"),
+    "system text beside a file": (("--system", "s", "--file", "b.jsonl"), 2, 'the first of "messages"'),
     "two words": (("a", "b"), 2, "unrecognized arguments: b"),
 }
 
@@ -294,10 +338,10 @@ def test_g26_text_forges_no_special_token(dsv32, checkpoint):
 def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
     """Several greedy ones; and the demo wants a token at least."""
     made = [
-        dsv32("generate", checkpoint, "ab", *FEW, "--n", "2", "--json", *flags)
+        dsv32("generate", checkpoint, "ab", *FEW, "--samples", "2", "--json", *flags)
         for flags in ((), ("--temperature", "1"))
     ]
-    assert ["identical texts" in err for _, _, err in made] == [True, False]
+    assert ["are identical" in err for _, _, err in made] == [True, False]
     code, _, err = dsv32("demo", "--new-tokens", "-5")
     assert code == 2 and "not -5; nothing was run" in err
 
@@ -322,7 +366,7 @@ def test_g11_stop_strings_and_broken_characters(dsv32, checkpoint, model, tokeni
 
 
 def test_no_tokens(dsv32, checkpoint):
-    assert dsv32("generate", checkpoint, "a", "--max-new-tokens", "0")[:2] == (0, "\n")
+    assert dsv32("generate", checkpoint, "a", "--max-tokens", "0")[:2] == (0, "\n")
 
 
 def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
@@ -361,7 +405,7 @@ def test_weights_that_are_no_numbers(dsv32, checkpoint, monkeypatch):
 
 def test_a_reader_that_goes_away(checkpoint):
     """`| head -1`: no traceback, exit code 0."""
-    command = [sys.executable, "-m", "dsv32_jax", "generate", str(checkpoint), "ab", "--max-new-tokens", "0"]
+    command = [sys.executable, "-m", "dsv32_jax", "generate", str(checkpoint), "ab", "--max-tokens", "0"]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)

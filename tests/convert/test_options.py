@@ -103,9 +103,12 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
         convert.main([str(checkpoints["bf16"]), str(tmp_path / "out"), "--polcy", "full"])
     assert "--polcy (do you mean --policy?)" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="2"):
-        cli.main(["generate", "folder", "--max-tokens=5"])
+        cli.main(["generate", "folder", "--max-token=5", "--sistem", "x"])
     told = capsys.readouterr().err
-    assert "usage: dsv32 generate" in told and "do you mean --max-new-tokens?" in told
+    assert "usage: dsv32 generate" in told and "--sistem (do you mean --system?)" in told
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["generat", "folder"])
+    assert "invalid choice: generat (do you mean generate?); choose from convert, " in capsys.readouterr().err
 
 
 def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
