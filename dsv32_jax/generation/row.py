@@ -70,6 +70,11 @@ class Row:
         """The text so far, without end token and stop string; None without a tokenizer."""
         return None if self._detokenizer is None else "".join(self._pieces)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended it, None if none did."""
+        return self._detokenizer.hit if self._detokenizer else None
+
     def add(self, token: int, logprob: float, top: TopLogprobs = ()) -> Token:
         """Append a token and return it as a stream yields it."""
         self.tokens.append(token)
@@ -80,7 +85,7 @@ class Row:
             self.constraint.add(token)
         if self._detokenizer and not is_end:
             text = self._detokenizer.add([token])
-        if is_end or (self._detokenizer and self._detokenizer.has_stopped):
+        if is_end or self.stop_string is not None:
             self.finish_reason = "stop"
         elif len(self.tokens) == self.limit:
             self.finish_reason = "length"

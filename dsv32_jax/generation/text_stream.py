@@ -40,9 +40,9 @@ class Detokenizer:
             self._stops, *self._following = [*thoughts, answer, StopStrings(())]
 
     @property
-    def has_stopped(self) -> bool:
-        """Whether a stop string is complete."""
-        return self._stops.hit is not None
+    def hit(self) -> str | None:
+        """The stop string that is complete, if one is."""
+        return self._stops.hit
 
     def add(self, ids: Iterable[int]) -> str:
         """Return the text that `ids` complete. Raises UsageError for an id outside the vocabulary."""

@@ -9,6 +9,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection
+from functools import partial
 from typing import Any
 
 from starlette.applications import Starlette
@@ -21,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import COMMAND_LINE, CapacityError, UsageError
 from . import fields
+from .anthropic_messages import MessagesWriter, count_tokens, read_messages
 from .choice import Choice
 from .driver import Arrival, Busy, Driver, Job
 from .fields import ApiError
@@ -84,6 +86,8 @@ class Server:
             Route("/v1/models/{name:path}", self.list_models),
             Route("/v1/chat/completions", self._answer(self.reader.read_chat, ChatWriter), methods=["POST"]),
             Route("/v1/completions", self._answer(self.reader.read_completion, CompletionWriter), methods=["POST"]),
+            Route("/v1/messages", self._answer(partial(read_messages, self.reader), MessagesWriter), methods=["POST"]),
+            Route("/v1/messages/count_tokens", self._reply(partial(count_tokens, self.reader)), methods=["POST"]),
             Route("/tokenize", self._reply(self.reader.tokenize), methods=["POST"]),
             Route("/detokenize", self._reply(self.reader.detokenize), methods=["POST"]),
         ]

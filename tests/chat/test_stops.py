@@ -89,4 +89,4 @@ def test_stop_strings_count_in_the_answer(tokenizer, opening, text, stops, left,
     ids = tokenizer.encode(text, allow_special=True)
     given = [detokenizer.add(ids[i : i + pieces]) for i in range(0, len(ids), pieces)] + [detokenizer.end()]
     assert "".join(given) == (text if left is None else left)
-    assert detokenizer.has_stopped == (left is not None)
+    assert (detokenizer.hit is not None) == (left is not None)
