@@ -48,7 +48,7 @@ def write_large(folder: Path, cfg: Config, storage: str) -> None:
     shards: list[Shard] = [{}]
     generated: dict[tuple[tuple[int, ...], bool], Shard] = {}
     for name, leaf in _list_sources(cfg).items():
-        kind = leaf.source_shape, _is_quantized(name, leaf)
+        kind = leaf.source_shape, is_quantized(leaf)
         if kind not in generated:
             generated[kind] = {key.removeprefix(name): array for key, array in _generate(leaf, name, storage, 0)}
         shards[-1] |= {name + suffix: array for suffix, array in generated[kind].items()}
@@ -78,11 +78,12 @@ def _generate(leaf: Leaf, name: str, storage: str, seed: int) -> list[tuple[str,
     """Return the tensors of the weight `name`. A copy has the values of its original."""
     original = COPIES.get(leaf.path)
     values = _generate_values(leaf, ORIGINALS[original] if original else name, seed)
-    return _encode(name, values, storage) if _is_quantized(name, leaf) else [(name, values)]
+    return _encode(name, values, storage) if is_quantized(leaf) else [(name, values)]
 
 
-def _is_quantized(name: str, leaf: Leaf) -> bool:
-    return len(leaf.source_shape) == 2 and not any(part in name for part in DENSE_MATRICES)
+def is_quantized(leaf: Leaf) -> bool:
+    """Return whether published NVFP4 and FP8 checkpoints quantize the parameter."""
+    return len(leaf.source_shape) == 2 and not any(part in leaf.sources[0] for part in DENSE_MATRICES)
 
 
 def _generate_values(leaf: Leaf, name: str, seed: int) -> np.ndarray:

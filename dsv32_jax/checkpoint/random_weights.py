@@ -18,12 +18,8 @@ from ..layout import Leaf, leaves
 from ..parallel.sharding import leaf_sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
-
-UNQUANTIZED = ("embed", "head", "router", "w_w", "w_e", "w_h")
-"""Matrices that published NVFP4 checkpoints leave in bfloat16, by name without axes."""
-
-ABSORBED = ("w_uk", "w_uv")
-"""Matrices that `load` dequantizes to the compute dtype."""
+from .load import ABSORBED
+from .random_checkpoint import is_quantized
 
 SCALES = np.arange(0x68, 0x78, dtype=np.uint8)
 """Block scales, chosen at random: the E4M3 codes of 64, 72, ..., 240."""
@@ -44,12 +40,11 @@ def leaf_maker(cfg: Config, dtype=jnp.bfloat16, seed: int = 0, mesh: Mesh | None
 
 def storage(leaf: Leaf, dtype=jnp.bfloat16) -> str:
     """Return the format of a weight in a model that computes in `dtype`: "nvfp4", or the name of a dtype."""
-    name = leaf.path.rpartition(".")[2].rpartition("_")[0]
     if len(leaf.source_shape) == 1:
         return "float32"
-    if name in ABSORBED:
+    if leaf.path.endswith(ABSORBED):
         return np.dtype(dtype).name
-    return "bfloat16" if name in UNQUANTIZED else "nvfp4"
+    return "nvfp4" if is_quantized(leaf) else "bfloat16"
 
 
 def random_leaf(leaf: Leaf, storage: str, seed: int, mesh: Mesh | None = None) -> Weight:

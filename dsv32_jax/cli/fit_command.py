@@ -21,7 +21,7 @@ of two, and so is a context unless {capacity} is given."""
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command and return the exit code: CapacityError's if the model does not fit."""
-    options = {name: value for name, value in vars(arguments).items() if name not in ("path", "json", "run")}
+    options = {name: value for name, value in vars(arguments).items() if name not in ("argv", "path", "json", "run")}
     screen = Screen()
     screen.status("compiling, to measure what programs take")
     try:

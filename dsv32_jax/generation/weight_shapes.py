@@ -11,7 +11,7 @@ import numpy as np
 from ..checkpoint.load import ABSORBED
 from ..checkpoint.load import FORMATS as STORED
 from ..checkpoint.manifest import LeafEntry, Manifest
-from ..checkpoint.random_weights import UNQUANTIZED
+from ..checkpoint.random_checkpoint import is_quantized
 from ..checkpoint.reader import dtype_of
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
@@ -103,12 +103,11 @@ def _describe(entry: LeafEntry) -> Any:
 
 def _publish(leaf: Leaf, format: str) -> Any:
     """Return the weight of a parameter in a checkpoint that is published in `format`."""
-    name = leaf.path.rpartition(".")[2].rpartition("_")[0]
-    attention = ".mla." in leaf.path or ".indexer." in leaf.path
-    unquantized = format == "bf16" or name in UNQUANTIZED
-    unquantized |= format == "nvfp4" and (leaf.path.startswith("mtp.") or (attention and name != "w_o"))
     if len(leaf.source_shape) == 1:
         return shape_weight(leaf, "float32")
+    attention = (".mla." in leaf.path or ".indexer." in leaf.path) and not leaf.path.endswith("w_o_DHP")
+    unquantized = format == "bf16" or not is_quantized(leaf)
+    unquantized |= format == "nvfp4" and (leaf.path.startswith("mtp.") or attention)
     return shape_weight(leaf, "bfloat16" if unquantized else format)
 
 
