@@ -28,9 +28,9 @@ from .write.journal import Journal
 from .write.pipeline import HashingReader, describe
 
 CHUNK_BYTES = 8 << 20
-MOST_BYTES = 256 << 20
-SECONDS = 0.5
-"""Limits of each measurement of a disk."""
+MOST_READ, MOST_WRITTEN = 256 << 20, 1 << 30
+SECONDS = 2.0
+"""Limits of each measurement of a disk; the first 256 MB are written to the cache of many disks."""
 
 SAMPLE_WEIGHTS = 1 << 25
 """Largest matrix of a sample, if there are smaller ones of its kind."""
@@ -48,7 +48,7 @@ def estimate(plan: Plan, budget: Budget, dst: Path, journal: Journal | None) -> 
     missing = list(plan.leaves) if journal is None else list_missing(plan, journal)
     to_read = sum({tensor.name: tensor.nbytes for p in missing for s in p.sources for tensor in s.tensors}.values())
     to_write, folder = limits.size_of(missing), limits.find_existing(dst)
-    read_speed, write_speed = _measure_read_speed(plan.source), _measure_write_speed(folder)
+    read_speed, write_speed = _measure_read_speed(plan.source), _measure_write_speed(folder, to_write)
     convert_seconds, problems = measure_conversion(plan, budget, missing)
     seconds = write_speed and max(convert_seconds, to_read / read_speed) + to_write / write_speed
     return {
@@ -130,12 +130,14 @@ def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
     return f"{leaf.form.name}, {format_size(leaf.nbytes)}: {', '.join(texts)}"
 
 
-def _measure_write_speed(folder: Path) -> float | None:
-    """Return the bytes a second written and synced to the disk of `folder`; None if it cannot be written to."""
+def _measure_write_speed(folder: Path, nbytes: int) -> float | None:
+    """Return the bytes a second at which `nbytes` are written and synced to the disk of `folder`; None if it cannot be
+    written to."""
     chunk = os.urandom(CHUNK_BYTES)
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            return _measure_speed(lambda _: file.write(chunk), lambda: os.fsync(file.fileno()))
+            most = min(nbytes, MOST_WRITTEN)
+            return _measure_speed(most, lambda _: file.write(chunk), lambda: os.fsync(file.fileno()))
     except OSError:
         return None
 
@@ -144,14 +146,14 @@ def _measure_read_speed(source: Source) -> float:
     """Return the bytes a second read from the largest shard, past the page cache if the kernel allows it."""
     with open(max(source.files, key=lambda file: source.files[file].size), "rb") as file:
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, MOST_BYTES, os.POSIX_FADV_DONTNEED)
-        return _measure_speed(lambda at: len(os.pread(file.fileno(), CHUNK_BYTES, at)))
+            os.posix_fadvise(file.fileno(), 0, MOST_READ, os.POSIX_FADV_DONTNEED)
+        return _measure_speed(MOST_READ, lambda at: len(os.pread(file.fileno(), CHUNK_BYTES, at)))
 
 
-def _measure_speed(move: Callable[[int], int], finish: Callable[[], None] = lambda: None) -> float:
+def _measure_speed(most: int, move: Callable[[int], int], finish: Callable[[], None] = lambda: None) -> float:
     """Return the bytes a second of `move`, which takes a position and returns how many bytes it moved there."""
     start, moved = time.monotonic(), 0
-    while moved < MOST_BYTES and time.monotonic() - start < SECONDS and (count := move(moved)):
+    while moved < most and time.monotonic() - start < SECONDS and (count := move(moved)):
         moved += count
     finish()
     return max(moved, 1) / max(time.monotonic() - start, 1e-6)

@@ -16,6 +16,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import chat as chat
+    from . import convert as convert
     from . import evaluation as evaluation
     from . import inspect as inspect
     from .checkpoint.load import load as load
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .generation.generate import engine as engine
     from .generation.generate import generate as generate
     from .generation.generate import stream as stream
+    from .generation.options import Options as Options
     from .generation.options import Sampling as Sampling
     from .generation.result import Generation as Generation
     from .generation.score import Score as Score
@@ -43,11 +45,12 @@ _NAMES = {
     ".chat": "chat",
     ".checkpoint.load": "load",
     ".config": "Config",
+    ".convert": "convert",
     ".errors": "DsvError",
     ".evaluation": "evaluation",
     ".generation.engine": "Engine",
     ".generation.generate": "astream engine generate stream",
-    ".generation.options": "Sampling",
+    ".generation.options": "Options Sampling",
     ".generation.result": "Generation",
     ".generation.score": "Score score",
     ".generation.session": "Session load_session session",

@@ -429,3 +429,10 @@ def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     for capacity in (32, 4 * chunk_size()):
         measure_prefill(Setup(read_weight_shapes(single), BF16, BF16, 0), 1, capacity)
     assert {arguments[2].shape for arguments, _ in seen} == {(1, 32), (1, chunk_size())}
+
+
+def test_a_folder_to_convert_has_a_config(tmp_path):
+    """That is what can be asked of it."""
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UsageError, match=f"is not converted; .*: {tmp_path}/config.json"):
+        fit(tmp_path)

@@ -55,7 +55,7 @@ def prepare(
         pieces = encode_pieces(given, thinking=thinking, **options)
         require_turn([*context, *given])
         path = "messages, thinking" if thinking else "messages, chat"
-    return Prompt(path, "".join(pieces), tokenizer.encode(pieces, allow_special=allow_special))
+    return Prompt(path, "".join(pieces), tokenizer.encode_pieces(pieces, allow_special=allow_special))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

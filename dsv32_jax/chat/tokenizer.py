@@ -76,16 +76,23 @@ class Tokenizer:
             raise CheckpointError(f"the `tokenizers` library cannot use {file}: {error}") from error
         return cls(specials, token_bytes, plain, cfg.vocab_size)
 
-    def encode(self, text: str | Iterable[str], *, allow_special: bool = False) -> list[int]:
-        """Return the token ids of a text, or of the pieces of one; no token is added.
+    def __repr__(self) -> str:
+        return f"Tokenizer of {self.id_count} tokens, {len(self.specials)} of them special"
+
+    def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+        """Return the token ids of a text; no token is added. Raises UsageError for anything but a text."""
+        if not isinstance(text, str):
+            each = ": encode each, [tokenizer.encode(text) for text in texts]" if isinstance(text, Iterable) else ""
+            raise UsageError(f"only text can be encoded, not {text!r:.60}{each}")
+        return self.encode_pieces([text], allow_special=allow_special)
+
+    def encode_pieces(self, pieces: Iterable[str], *, allow_special: bool = False) -> list[int]:
+        """Return the token ids of the pieces of one text.
 
         A Mark, text that the message format itself writes, may hold special tokens. Anywhere else their text is plain
         text, unless `allow_special`; then the ids are those the library gives for the joined text. Sampled text has
         its own ids.
         """
-        pieces: list[str] = list(text) if isinstance(text, Iterable) and not isinstance(text, str) else [text]
-        if wrong := [piece for piece in pieces if not isinstance(piece, str)]:
-            raise UsageError(f"only text can be encoded, not {wrong[0]!r}")
         if allow_special:
             pieces = [Mark("".join(pieces))]
         parts: list[str] = []

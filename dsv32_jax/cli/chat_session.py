@@ -61,7 +61,7 @@ class ChatSession:
         """Read the system text and tools, and compile what the first answer needs; a loaded session is warm already."""
         if self.session.tokens:
             return
-        ids = self._tokenizer.encode(encode_pieces(self.conversation.all_messages()[:1], thinking=False))
+        ids = self._tokenizer.encode_pieces(encode_pieces(self.conversation.all_messages()[:1], thinking=False))
         if (room := self.capacity - len(ids)) < 2:
             raise UsageError(f"the system text and tools have {len(ids)} tokens; the context holds {self.capacity}")
         self.screen.status("compiling" + ("; compiled programs are cached for next time" if is_cache_enabled() else ""))

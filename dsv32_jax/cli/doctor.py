@@ -1,4 +1,4 @@
-"""`dsv32 doctor`: what is installed, what is missing, and what would run. Nothing that is missing makes it fail."""
+"""`dsv32 doctor`: what is installed, what is missing, and what would run. Nothing that is missing stops it."""
 
 import argparse
 import functools
@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ..errors import DsvError, printable
+from .. import __version__
+from ..errors import DsvError, VerificationError, printable
 from ..system import host
 from ..system.files import expand_path, find_home
 from ..system.progress import format_count, format_size
@@ -33,7 +34,7 @@ class Bytes(int):
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run the command; the exit code is 0, whatever was found."""
+    """Run the command and return the exit code: VerificationError's if problems were found."""
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     sections: dict[str, Facts] = {}
     problems: Problems = []
@@ -50,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
             problems.append(f"{name}: {type(error).__name__}: {error}")
     as_json = json_line({**sections, "problems": problems})
     Screen().result((as_json if arguments.json else _format(sections, problems)) + "\n")
-    return 0
+    return VerificationError.exit_code if problems else 0
 
 
 def _format(sections: dict[str, Facts], problems: Problems) -> str:
@@ -71,8 +72,8 @@ def _format_fact(fact: Any) -> str:
 
 
 def _find_versions(problems: Problems) -> Facts:
-    found: Facts = {"python": platform.python_version()}
-    for name in ("dsv32-jax", *PACKAGES):
+    found: Facts = {"python": platform.python_version(), "dsv32_jax": __version__}
+    for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -109,12 +109,14 @@ class Screen:
         handler.emit = lambda record: show(record.getMessage())
         log.addHandler(handler)
         propagate, log.propagate = log.propagate, False
+        level, _ = log.level, log.setLevel(logging.INFO)
         try:
             yield
         finally:
             self.status("")
             log.removeHandler(handler)
             log.propagate = propagate
+            log.setLevel(level)
 
     def _finish_line(self) -> None:
         """Clear the status, and end a line of results that stands unfinished on the terminal."""

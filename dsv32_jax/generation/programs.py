@@ -77,4 +77,4 @@ def _has_host_weights(model: Model) -> bool:
 
 @functools.cache
 def _tell(layers: int) -> None:
-    LOG.warning("running layer by layer: %d layers take long to compile as one program", layers)
+    LOG.info("running layer by layer: %d layers take long to compile as one program", layers)

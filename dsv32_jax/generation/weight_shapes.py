@@ -10,7 +10,7 @@ import numpy as np
 
 from ..checkpoint.load import ABSORBED
 from ..checkpoint.load import FORMATS as STORED
-from ..checkpoint.manifest import LeafEntry, Manifest
+from ..checkpoint.manifest import LeafEntry, Manifest, is_converted
 from ..checkpoint.random_checkpoint import is_quantized
 from ..checkpoint.reader import dtype_of
 from ..config import Config
@@ -86,6 +86,8 @@ def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightSha
         return WeightShapes(cfg, table, weights, {path: home for path, home in COPIES.items() if path in table})
     if format is not None:
         raise UsageError(f"a format is for a config.json; what {path} holds is in the formats of its manifest")
+    if (path / "config.json").is_file() and not is_converted(path):
+        raise UsageError(f"{path} is not converted; what it needs follows from its config too: {path / 'config.json'}")
     manifest = Manifest.read(path)
     cfg = Config.from_dict(manifest.config, f"the config in {path.name}'s manifest")
     table = {leaf.path: leaf for leaf in leaves(cfg)}

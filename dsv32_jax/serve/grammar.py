@@ -53,7 +53,7 @@ class Vocabulary:
     def __call__(self, text: str) -> list[int]:
         """Return the tokens of a text. Raises TypeError for bytes, which llguidance tries first."""
         pieces = re.split(f"({'|'.join(IN_TEXT)})", text)
-        return self._tokenizer.encode([Mark(piece) if piece in IN_TEXT else piece for piece in pieces])
+        return self._tokenizer.encode_pieces([Mark(piece) if piece in IN_TEXT else piece for piece in pieces])
 
     @functools.cached_property
     def tokens(self) -> list[bytes]:

@@ -102,7 +102,7 @@ def log_slow_compilation(program: str, counter: Compilations, after: float = 2.0
     def log() -> None:
         if counter.seconds:
             suffix = "; compiled programs are cached for next time" if is_cache_enabled() else ""
-            LOG.warning("compiling %s%s", program, suffix)
+            LOG.info("compiling %s%s", program, suffix)
 
     timer = threading.Timer(after, log)
     timer.daemon = True

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 
@@ -339,3 +340,12 @@ def test_the_package_imports_nothing_heavy():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_one_text_is_encoded(tokenizer):
+    """A list of texts is not taken for one text, nor bytes; a person sees what a tokenizer is."""
+    with pytest.raises(UsageError, match=r"not \['a', 'b'\]: encode each, \[tokenizer.encode"):
+        tokenizer.encode(["a", "b"])
+    with pytest.raises(UsageError, match="only text can be encoded, not 3"):
+        tokenizer.encode(3)
+    assert re.fullmatch(r"Tokenizer of \d+ tokens, \d+ of them special", repr(tokenizer))

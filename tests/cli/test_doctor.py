@@ -1,4 +1,4 @@
-"""dsv32 doctor: what is there, for people and programs; nothing that is missing makes it fail."""
+"""dsv32 doctor: what is there, for people and programs; problems are an exit code, and stop nothing."""
 
 import importlib.metadata
 import json
@@ -69,7 +69,7 @@ def test_what_is_missing_is_said(dsv32, monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.metadata, "version", partly)
     monkeypatch.setattr(jax, "default_backend", broken)
     code, out, err = dsv32("doctor", tmp_path / "nothing\x1b[2J")
-    assert (code, err) == (0, "") and "\x1b" not in out and "problems (5)" in out
+    assert (code, err) == (4, "") and "\x1b" not in out and "problems (5)" in out
     for wanted in (
         "tokenizers is not installed; text needs it",
         "orbax-checkpoint is not installed",
@@ -98,7 +98,7 @@ def test_gpus_without_a_plugin(dsv32, monkeypatch):
     """Who is on the GPUs is told, and that JAX does not see them."""
     monkeypatch.setattr(doctor, "_list_gpu_processes", lambda: ["4711, 60000 MiB, python"])
     code, out, _ = dsv32("doctor")
-    assert code == 0 and "4711, 60000 MiB, python" in out and "JAX computes on the CPU" in out
+    assert code == 4 and "4711, 60000 MiB, python" in out and "JAX computes on the CPU" in out
 
 
 RUN_ALL = """
@@ -118,6 +118,6 @@ def test_without_a_device(checkpoint):
     command = [sys.executable, "-W", "ignore", "-c", RUN_ALL, json.dumps([["doctor"], *lines])]
     done = subprocess.run(command, env={**os.environ, "JAX_PLATFORMS": "none"}, capture_output=True, text=True)
     found = list(map(json.loads, done.stdout.splitlines()))
-    assert [code for code, _ in found] == [0, 5, 5, 5], done.stderr
+    assert [code for code, _ in found] == [4, 5, 5, 5], done.stderr
     for _, said in found:
         assert said.count("JAX finds no device") == 1 and "JAX_PLATFORMS=none" in said and "Traceback" not in said
