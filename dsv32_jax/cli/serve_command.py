@@ -6,10 +6,10 @@ import signal
 import socket
 import sys
 from pathlib import Path
-from typing import Any
 
 from ..checkpoint.companions import read_sampling
 from ..errors import UsageError, require_integer
+from ..generation.generate import MAX_ROWS
 from ..generation.generate import engine as make_engine
 from ..generation.options import Sampling
 from .open_checkpoint import OpenedCheckpoint
@@ -34,15 +34,16 @@ def run(arguments: argparse.Namespace) -> int:
     opened = OpenedCheckpoint.of(arguments.checkpoint)
     assert opened.tokenizer is not None
     Sampling.from_checkpoint(opened.folder)
-    waiting = require_integer("waiting", arguments.waiting, 0)
+    port, waiting = require_integer("port", arguments.port, 0, 65535), require_integer("waiting", arguments.waiting, 0)
+    rows, longest = require_integer("rows", arguments.rows, 1, MAX_ROWS), opened.cfg.max_position_embeddings
+    context = longest if arguments.context is None else require_integer("context", arguments.context, 1, longest)
     if arguments.timeout <= 0:
         raise UsageError(f"--timeout must be more than 0 seconds, not {arguments.timeout:g}")
     keys, options = read_keys(arguments.api_key_file), collect_options(arguments, ["cache_dtype", "draft"])
-    opened.validate(arguments.dtype, [[opened.cfg.bos_token_id]], max_new_tokens=1, **options)
-    with listen(arguments.host, arguments.port) as listener, screen.show_log():
+    opened.validate(arguments.dtype, [[opened.cfg.bos_token_id]], max_new_tokens=0, capacity=context, **options)
+    with listen(arguments.host, port) as listener, screen.show_log():
         model = opened.load(arguments, screen)
-        own: dict[str, Any] = {"rows": arguments.rows, "capacity": arguments.context, "pages": arguments.pages}
-        engine = make_engine(model, **own, **options)
+        engine = make_engine(model, rows=rows, capacity=context, pages=arguments.pages, **options)
         name = arguments.name or opened.folder.name
         reader = Reader(name, engine, opened.tokenizer, read_sampling(opened.folder))
         driver = Driver(engine, len(engine.loop.scheduler.places) + waiting)
@@ -62,7 +63,7 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family, backlog=2048)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         reason = f"cannot listen on port {port} of {host}: {error}"
         raise UsageError(f"{reason}; choose others with --host and --port") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or each answer waits 40 ms; connections inherit it

@@ -13,7 +13,7 @@ from ..generation.request import Request
 from ..generation.result import Token
 from ..generation.row import Row
 
-SEGMENT_SECONDS = 0.05
+SEGMENT_SECONDS = 0.1
 """Tokens are handed out about this often."""
 
 log = logging.getLogger(__name__)

@@ -1,0 +1,87 @@
+"""`dsv32 serve` as a process: the README's curl line, a draining end, and what is refused before weights are read."""
+
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+
+from dsv32_jax import cli
+from dsv32_jax.cli import serve_command
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+CURL = next(line for line in README.splitlines() if line.startswith("curl "))
+
+
+@pytest.fixture(scope="module")
+def process(model, scratch):
+    """The command, its address and its key: (process, url, key)."""
+    folder = scratch / "served" / ".." / "converted-for-serve"
+    folder = folder.resolve()
+    folder.symlink_to(scratch / "served")
+    keys = scratch / "keys.txt"
+    keys.write_text("first-key\nsecond-key\n")
+    words = ["serve", str(folder), "--name", "converted", "--port", "0", "--api-key-file", str(keys)]
+    words += ["--host", "0.0.0.0", "--rows", "2", "--context", "128", "--timeout", "100"]
+    command = [sys.executable, "-m", "dsv32_jax", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = ""
+        while (found := re.search(r"serving converted at http://0\.0\.0\.0:(\d+)/v1", said)) is None:
+            line = process.stderr.readline()
+            assert line, said
+            said += line
+        assert "warning" not in said
+        yield process, f"http://127.0.0.1:{found[1]}", "second-key"
+        process.kill()
+
+
+def test_the_curl_line_and_the_end(process):
+    """As in the README, with a key. After SIGTERM the answer that is running ends first; the exit code is 0."""
+    process, url, key = process
+    words = [word.replace("localhost:8000", url) for word in shlex.split(CURL)]
+    done = subprocess.run([*words, "-s", "-H", f"Authorization: Bearer {key}"], capture_output=True, text=True)
+    assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done
+    body = {"model": "converted", "prompt": "def", "max_tokens": 100, "stream": True, "logit_bias": {"1": -1000}}
+    headers = {"x-api-key": key}
+    with httpx2.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        os.kill(process.pid, signal.SIGTERM)
+        rest = [line for line in lines if line]
+    assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and not out and "Traceback" not in err and key not in err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--port", "99999"], "--port must be an integer from 0 to 65535"),
+        (["--host", "no.such.host.invalid"], "cannot listen"),
+        (["--timeout", "0"], "--timeout must be more than 0"),
+        (["--waiting", "-1"], "--waiting must be an integer"),
+        (["--rows", "0"], "--rows must be an integer"),
+        (["--context", "9999999"], "--context must be an integer from 1 to"),
+        (["--api-key-file", "{empty}"], "must hold keys"),
+    ],
+)
+def test_what_is_refused(model, scratch, tmp_path, capsys, words, message):
+    """With exit code 2, and what to change."""
+    (tmp_path / "empty").write_text("\n")
+    words = [word.format(empty=tmp_path / "empty") for word in words]
+    assert cli.main(["serve", str(scratch / "served"), "--port", "0", *words]) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_port_that_is_taken():
+    """An error that says which, and what to choose."""
+    with serve_command.listen("127.0.0.1", 0) as listener:
+        with pytest.raises(serve_command.UsageError, match="--port"):
+            serve_command.listen("127.0.0.1", listener.getsockname()[1])
