@@ -271,6 +271,19 @@ def test_it_says_what_generate_says(verdict, converted, monkeypatch):
     assert one == memory.compute_row_bytes(cfg, 100, BF16, 0)
 
 
+def test_the_pages_of_an_engine(verdict, converted, monkeypatch):
+    """What an engine of four rows accepts with the weights loaded, and not one page more; none where nothing fits."""
+    monkeypatch.setattr(fitting, "measure_prefill", lambda *_: 1000)
+    found = verdict(batch=4, device_memory="1GB")
+    cfg = read_weight_shapes(converted["nvfp4"]).cfg
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: found.free - found.stored - found.dequantized)
+    assert memory.plan_pages(cfg, 4, 1 << 30, found.pages, BF16, 0) == found.pages > 1000
+    with pytest.raises(CapacityError, match=f"{found.pages + 1} pages"):
+        memory.plan_pages(cfg, 4, 1 << 30, found.pages + 1, BF16, 0)
+    assert verdict(batch=4, mesh="data=2", device_memory="1GB").pages > 2 * found.pages > 0
+    assert verdict(device_memory="0.5MB").pages == 0
+
+
 def test_rows_at_once_are_those_that_are_computed(small, monkeypatch):
     """Three rows are computed as four; a mesh splits them over "data" where that divides them."""
     one = memory.compute_row_bytes(small, 100, BF16, 0)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import gc
 import json
 import statistics
 import time
@@ -121,9 +122,11 @@ def measure_stretch(model: Model) -> tuple[float, int]:
                     seconds.append(time.perf_counter() - begun - compiled)
                 for stream in [*running, *([late] if late else [])]:
                     stream.close()
+            gc.freeze()  # the collector would look through all that JAX has traced, for 0.2 to 1 s at a time
         stats = engine.stats()
         known = sum(pool.known for pool in engine.loop.scheduler.pools)
         leaked = int(stats["pages_of_rows"] + stats["pages_used"] - known)
+    gc.unfreeze()
     return statistics.quantiles(stretched, n=100)[98] / statistics.median(usual), leaked
 
 

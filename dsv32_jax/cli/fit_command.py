@@ -8,6 +8,7 @@ import jax
 from ..errors import CapacityError, argument, pluralize
 from ..generation import memory
 from ..generation.fit import Fit, fit
+from ..generation.pages import PAGE
 from .terminal import Screen, json_line
 
 NOT_COUNTED = """\
@@ -65,6 +66,7 @@ def format_fit(found: Fit) -> str:
             f"{verdict}: {pluralize(found.batch, 'row')} of {pluralize(found.context, 'token')}",
             f"largest batch at this context: {found.largest_batch or 'none'}",
             f"longest context at this batch: {found.longest_context or 'none'}",
+            f"pages of an engine: {found.pages} of {PAGE} tokens, {found.pages * PAGE} tokens of all rows together",
             NOT_COUNTED.format(backend=jax.default_backend(), capacity=argument("capacity")),
         ]
     )

@@ -52,6 +52,7 @@ class Fit:
     `mapped` of it are weights that a CPU uses in their files: what memory does not hold is read from disk at each step.
     That takes `page_seconds`, an estimate, 0 if all is in memory and None if the speed of the disk is not known.
     largest_batch, longest_context: the most that fit with everything else unchanged, 0 if nothing does.
+    pages: the most pages of PAGE tokens that an engine of `batch` rows has room for, on all devices together.
     """
 
     parameters: int
@@ -72,6 +73,7 @@ class Fit:
     page_seconds: float | None
     largest_batch: int
     longest_context: int
+    pages: int
 
     @property
     def fits(self) -> bool:
@@ -138,6 +140,7 @@ def fit(
         (paged * shapes.count_step_bytes(rows) / speed if speed else None) if paged else 0.0,
         (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) - mapped <= free, 20)) >> 1,
         _find_largest(lambda slots: demand(batch_rows, slots) - mapped <= free, longest),
+        data * demand.count_pages(rows, free + mapped),
     )
 
 
@@ -196,6 +199,13 @@ class _Demand(NamedTuple):
         more_slots = self.longer * (capacity / self.capacity - 1)
         temporary = max(0, math.ceil(self.peak + more_rows + more_slots))
         return self.weights + max(caches + temporary, math.ceil(caches / memory.CACHE_SHARE))
+
+    def count_pages(self, rows: int, memory_bytes: int) -> int:
+        """Return the pages for which a device has room beside weights, temporaries and `rows` rows of few tokens."""
+        left = memory_bytes - self.weights
+        room = min(left - self.peak, int(left * memory.CACHE_SHARE)) - rows * self.row_bytes(0)
+        page = memory.compute_page_bytes(self.setup.found.cfg, self.setup.cache_dtype, self.setup.draft)
+        return max(0, room) // page
 
     def row_bytes(self, capacity: int) -> int:
         """Return the bytes of one row."""
