@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from dsv32_jax.checkpoint.checksums import find_changed_files, require_manifest
+from dsv32_jax.checkpoint.checksums import find_changed_files
 from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
-from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, WEIGHTS, LeafEntry, Manifest, is_complete
+from dsv32_jax.checkpoint.folder import FILE, JOURNAL, WEIGHTS
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.writer import Writer, list_files
 from dsv32_jax.config import Config
 from dsv32_jax.errors import (
@@ -20,6 +21,7 @@ from dsv32_jax.errors import (
     UsageError,
     VerificationError,
     argument,
+    kind_of,
     listing,
     unknown,
     writing_failed,
@@ -163,10 +165,9 @@ def read_stamps(dst: Path) -> list[tuple[int, int] | None]:
 def _read_finished(plan: Plan, dst: Path) -> Manifest:
     """The manifest of a finished output, whose files and source are looked at too."""
     manifest = read_finished(dst, plan.digest, plan.basis)
-    require_manifest(dst)
     require_same_bytes(plan.source, manifest.leaves.values())
     if damaged := find_changed_files(dst, manifest):
-        raise VerificationError(
+        raise kind_of(damaged, VerificationError)(
             f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
             "folder and convert again, or convert to another one"
         )

@@ -57,6 +57,11 @@ class StorageError(DsvError, OSError):
     exit_code = 74
 
 
+def kind_of(problems: Iterable[object], kind: type[DsvError]) -> type[DsvError]:
+    """Return the class of the error that lists `problems`: StorageError if all are failures of reading, else `kind`."""
+    return StorageError if all(isinstance(problem, OSError) for problem in problems) else kind
+
+
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FULL_TEXTS = ("RESOURCE_EXHAUSTED", *map(os.strerror, FULL))
 """Messages of the operating system and of TensorStore for a full disk."""

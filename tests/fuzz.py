@@ -38,6 +38,7 @@ from dsv32_jax.chat.messages import load_json
 from dsv32_jax.chat.tokenizer import BYTE_LETTERS, Tokenizer
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.load import Checkpoint
+from dsv32_jax.checkpoint.manifest import seal as seal_manifest
 from dsv32_jax.cli.conversation_file import load_conversation
 from dsv32_jax.config import Config
 from dsv32_jax.errors import DsvError
@@ -94,7 +95,7 @@ def change_value(rng: random.Random, value: Any) -> Any:
         if not (found := list(places(value))):
             return rng.choice(ODD)
         container, key = rng.choice(found)
-        other = rng.choice([*ODD, rng.choice(found)[1], copy.deepcopy(rng.choice(found)[0])])
+        other = copy.deepcopy(rng.choice([*ODD, rng.choice(found)[1], rng.choice(found)[0]]))
         match rng.randrange(4):
             case 0 if isinstance(container, dict):
                 del container[key]
@@ -215,7 +216,11 @@ def manifest_case(rng: random.Random, world: World) -> None:
     """A converted checkpoint whose manifest was changed is not loaded as another model."""
     folder = world.copy("out")
     before = (folder / "manifest.json").read_bytes()
-    (folder / "manifest.json").write_bytes(change_json(rng, before))
+    if rng.random() < 0.2:
+        changed = change_bytes(rng, before)
+    else:
+        changed = seal_manifest(change_json(rng, before.partition(b",\n")[2].join((b"{", b""))).removeprefix(b"{"))
+    (folder / "manifest.json").write_bytes(changed)
     for look in (Checkpoint.open, inspect, verify):
         with contextlib.suppress(DsvError):
             look(folder)
@@ -228,7 +233,8 @@ def journal_case(rng: random.Random, world: World) -> None:
     folder = world.copy("out")
     manifest = json.loads((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").unlink()
-    line = {"plan": manifest["source"]["plan"], "source": "hf", "basis": {}, "stamps": {}}
+    basis = {"format_version": 2, "config": {}, "files": manifest["source"]["files"], "recipe": [], "mesh": {}}
+    line = {"plan": manifest["source"]["plan"], "source": "hf", "basis": basis, "stamps": {}}
     part = {"part": "00000", "leaves": manifest["leaves"], "facts": {}, "outcomes": {}}
     lines = [line, {"begin": "00000"}, part]
     at = rng.randrange(3)

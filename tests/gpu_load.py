@@ -26,6 +26,7 @@ from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
 from dsv32_jax.system.host import get_resident_memory
+from tests.convert import fakes
 
 TILE = 1 << 24
 ROUNDS = 3
@@ -56,7 +57,7 @@ def write(folder: Path, cfg: Config) -> None:
         places = writer.save(f"{number:05d}", {(leaf.path, name): array for name, array in arrays.items()})
         entry = LeafEntry(form.format, {name: describe_array(array) for name, array in arrays.items()})
         entries[leaf.path] = entry.at(leaf.path, places)
-    Manifest(cfg.to_dict(), entries, {"folder": "random"}, {}, {}, {"files": {}}).write(folder)
+    fakes.manifest(cfg.to_dict(), entries).write(folder)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -26,10 +26,12 @@ from dsv32_jax.checkpoint import load as loading
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, VerificationError
 from dsv32_jax.system import reporter
 from dsv32_jax.system.files import sync
+from tests.convert import fakes
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +184,35 @@ def test_several_load_at_once(folder):
         assert all(np.array_equal(np.asarray(array), np.asarray(models[0][path])) for path, array in model.items())
 
 
+def test_loaders_beside_a_converter(folder, tmp_path, monkeypatch):
+    """Whoever loads what another process is writing is told so, before the first part, between parts, and until the
+    manifest; then two load it, checked in full, while another conversion finds its work done."""
+    source, out, save = folder.parent / "hf", tmp_path / "out", Writer.save
+    reached, go_on, parts = threading.Semaphore(0), threading.Semaphore(0), []
+
+    def save_when_told(self, part, group):
+        parts.append(part)
+        reached.release()
+        assert go_on.acquire(timeout=60)
+        return save(self, part, group)
+
+    monkeypatch.setattr(Writer, "save", save_when_told)
+    with ThreadPoolExecutor(3) as pool:
+        done = pool.submit(convert.convert, source, out, group_bytes=1 << 20, workers=1)
+        while not done.done():
+            if reached.acquire(timeout=0.1):
+                for verify in (None, "full"):
+                    with pytest.raises(CheckpointError, match=f"another process .pid {os.getpid()} .*is writing it"):
+                        ds.load(out, verify=verify)
+                go_on.release()
+        assert len(parts) > 2
+        again = pool.submit(convert.convert, source, out)
+        models = list(pool.map(lambda _: weights(ds.load(out, verify="full")), range(2)))
+        assert again.result() == done.result()
+    for path, array in weights(ds.load(folder)).items():
+        assert all(np.asarray(model[path]).tobytes() == np.asarray(array).tobytes() for model in models)
+
+
 def test_a_load_leaves_everything_as_it_was(folder, copy, capfd):
     """Hooks, loggers, standard error; after a load that fails too."""
 
@@ -191,7 +222,7 @@ def test_a_load_leaves_everything_as_it_was(folder, copy, capfd):
     before = state()
     ds.load(folder)
     next(copy.rglob("c.*")).unlink()
-    with pytest.raises(CheckpointError):
+    with pytest.raises(VerificationError):
         ds.load(copy)
     assert state() == before and capfd.readouterr() == ("", "")
 
@@ -217,7 +248,7 @@ def test_damage_is_told_before_anything_is_loaded(how, mapped, copy, tmp_path):
     elif how == "pipe":
         os.mkfifo(file)
     name = re.escape(str(file.relative_to(copy)))
-    with pytest.raises(CheckpointError, match=f"^1 file of .* is not as written; nothing was loaded: {name} "):
+    with pytest.raises(VerificationError, match=f"^1 file of .* is not as written; nothing was loaded: {name} "):
         ds.load(copy, mapped=mapped)
     for level in ("quick", "full"):
         with pytest.raises(VerificationError, match=f"nothing was loaded: {name} "):
@@ -225,8 +256,11 @@ def test_damage_is_told_before_anything_is_loaded(how, mapped, copy, tmp_path):
 
 
 def test_a_manifest_that_leads_elsewhere_is_refused(copy):
-    text = (copy / "manifest.json").read_text()
-    (copy / "manifest.json").write_text(text.replace("weights/00000/", "weights/../../", 1))
+    def lead_elsewhere(raw: dict) -> None:
+        files = next(array["files"] for leaf in raw["leaves"].values() for array in leaf["arrays"].values())
+        files[0] = files[0].replace("weights/00000/", "weights/../../")
+
+    fakes.edit_manifest(copy, lead_elsewhere)
     with pytest.raises(CheckpointError, match="is invalid .* Convert the original checkpoint again"):
         ds.load(copy)
 

@@ -8,10 +8,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dsv32_jax.errors import CheckpointError, UsageError
-from dsv32_jax.system import files, host
+from dsv32_jax.system import array_file, files, host
+from dsv32_jax.system.files import find_mismatches
 from dsv32_jax.system.progress import Meter, Progress, format_duration, format_size, parse_size
 from tests.conftest import REPOSITORY
 
@@ -271,3 +273,50 @@ def test_a_user_without_a_home(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("compiled programs are not cached: there is no home folder") == 1
     assert "free disk, here" in done.stdout and "free disk, home" not in done.stdout
+
+
+# ----------------------------------------------------------------------------------------------- files of this package
+
+
+@pytest.mark.parametrize(
+    "value, found",
+    [
+        ({"a": 1, "b": [{"c": "x"}], "d": {"x": None, "y": 2}, "more": 3}, []),
+        (
+            {"a": True, "b": [{"c": 1}, {}, 3], "d": {"x": 1.5}},
+            [
+                "v.a is True",
+                "v.b[0].c is 1",
+                "v.b[1].c is missing",
+                "v.b[2] is 3",
+                "v.d.x is 1.5",
+            ],
+        ),
+        ({"b": {}, "d": []}, ["v.a is missing", "v.b is {}", "v.d is []"]),
+        ([], ["v is []"]),
+        (None, ["v is None"]),
+    ],
+)
+def test_everything_that_is_of_another_form_is_listed(value, found):
+    form = {"a": int, "b": [{"c": str}], "d": {str: (int, type(None))}}
+    assert find_mismatches(value, form, "v") == found
+
+
+def test_every_byte_of_a_file_of_arrays_is_covered(tmp_path):
+    """Changed or cut, it is refused, unless what it says is the same: a header may hold more spaces."""
+    file, kind, form = tmp_path / "file", "dsv32_jax session 0", {"tokens": [int]}
+    arrays = {"a": np.arange(5, dtype=np.int16), "b": np.zeros((2, 0), np.float32), "c": np.ones(3, np.float32)}
+    array_file.write_arrays(file, kind, {"tokens": [1, 2]}, arrays)
+    raw, refused = file.read_bytes(), 0
+    for at in range(len(raw)):
+        for changed in (raw[:at], *(raw[:at] + bytes([raw[at] ^ 1 << bit]) + raw[at + 1 :] for bit in (at % 8, 5))):
+            file.write_bytes(changed)
+            try:
+                facts, found = array_file.read_arrays(file, kind, form)
+            except CheckpointError as error:
+                assert str(file) in str(error)
+                refused += 1
+            else:
+                assert facts == {"tokens": [1, 2]} and found.keys() == arrays.keys()
+                assert all(found[name].tobytes() == array.tobytes() for name, array in arrays.items())
+    assert refused >= 3 * len(raw) - 16

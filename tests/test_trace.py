@@ -1,13 +1,12 @@
 """A trace holds what the layers computed when the answer was generated, and is saved and loaded as one file."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
@@ -16,7 +15,7 @@ from dsv32_jax.inspect import capture, traces
 from dsv32_jax.model import mla
 from dsv32_jax.model.ops import rms_norm, rotation
 from dsv32_jax.quantization import cache_formats
-from dsv32_jax.system import host
+from dsv32_jax.system import array_file, host
 from tests import models
 
 PROMPTS = [[0, 17, 42, 7, 99, 5, 23], [0, 250, 8], list(range(3, 40))]
@@ -217,17 +216,15 @@ def test_repr(trace):
     assert any(line.split() == ["expert", "[1,", "3,", "43,", "2]"] for line in lines) and len(lines) == len(trace) + 1
 
 
-def _damaged(about, arrays, what):
-    """Damage one thing in a file's metadata or arrays."""
+def _damaged(facts, arrays, what):
+    """Damage one thing in the facts or arrays of a file."""
     match what:
-        case "kind":
-            about["kind"] = "dsv32_jax session 1"
         case "kinds":
-            about["kinds"] = json.dumps(["routing", "colours"])
+            facts["kinds"] = ["routing", "colours"]
+        case "types":
+            facts["kinds"] = "routing"
         case "config":
-            about["about"] = json.dumps({"config": []})
-        case "json":
-            about["about"] = "{"
+            facts["about"] = {"config": []}
         case "missing":
             del arrays["gate"]
         case "unknown":
@@ -240,9 +237,9 @@ def _damaged(about, arrays, what):
             arrays["length"] = arrays["length"] + 1
 
 
-@pytest.mark.parametrize("what", "kind kinds config json missing unknown dtype rows tokens".split())
+@pytest.mark.parametrize("what", "kinds types config missing unknown dtype rows tokens".split())
 def test_a_damaged_file_is_refused(tmp_path, what):
-    """Inconsistent arrays, bytes that are not safetensors, and a missing file are refused."""
+    """Inconsistent arrays, bytes that are not safetensors, another kind, and a missing file are refused."""
     file = tmp_path / "trace"
     arrays = {
         "tokens": np.zeros((2, 3), np.int32),
@@ -250,13 +247,16 @@ def test_a_damaged_file_is_refused(tmp_path, what):
         "expert": np.zeros((1, 2, 3, 2), np.int32),
         "gate": np.zeros((1, 2, 3, 2), np.float32),
     }
-    about = {"kind": "dsv32_jax trace 1", "kinds": json.dumps(["routing"]), "about": json.dumps({"config": {}})}
-    save_file(arrays, file, about)
+    facts = {"kinds": ["routing"], "about": {"config": {}}}
+    array_file.write_arrays(file, traces.KIND, facts, arrays)
     assert ds.inspect.Trace.load(file).kinds == ("routing",)
     assert set(load_file(file)) == set(arrays)
-    _damaged(about, arrays, what)
-    save_file(arrays, file, about)
-    with pytest.raises(CheckpointError, match="is not a trace|is damaged"):
+    _damaged(facts, arrays, what)
+    array_file.write_arrays(file, traces.KIND, facts, arrays)
+    with pytest.raises(CheckpointError, match="is damaged"):
+        ds.inspect.Trace.load(file)
+    array_file.write_arrays(file, "dsv32_jax session 1", facts, arrays)
+    with pytest.raises(CheckpointError, match="is not a trace of this version .*session 1"):
         ds.inspect.Trace.load(file)
     file.write_bytes(b"no trace")
     with pytest.raises(CheckpointError, match="is not a trace"):

@@ -75,7 +75,7 @@ def choose_targets(converted: Converted, family: str, share: bool) -> tuple[dict
     targets = {name: _choose(converted, weight, family, bool(nvfp4)) for name, weight in weights.items()}
     notes = [
         f"not converted, so not exported: {pluralize(count, 'tensor')} of the source ({reason})"
-        for reason, count in converted.manifest.report.get("ignored", {}).items()
+        for reason, count in converted.manifest.report["ignored"].items()
     ]
     pairs = find_differing_pairs(converted, nvfp4)
     sharing = share_scales(converted, pairs) if share else Sharing({}, [])

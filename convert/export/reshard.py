@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from dsv32_jax.checkpoint.companions import copy_companions
-from dsv32_jax.checkpoint.manifest import JOURNAL, WEIGHTS, Manifest, digest, is_complete
+from dsv32_jax.checkpoint.folder import JOURNAL, WEIGHTS
+from dsv32_jax.checkpoint.manifest import Manifest, digest, is_complete
 from dsv32_jax.checkpoint.reader import Key
 from dsv32_jax.checkpoint.writer import Writer, list_files
-from dsv32_jax.errors import VerificationError
+from dsv32_jax.errors import VerificationError, kind_of
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path, require_apart
@@ -45,8 +46,8 @@ def reshard(
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check_divisible(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
     if damaged := converted.arrays.find_problems():
-        text = "\n  ".join(damaged)
-        raise VerificationError(f"{converted.folder} is damaged; nothing was written:\n  {text}")
+        text = "\n  ".join(map(str, damaged))
+        raise kind_of(damaged, VerificationError)(f"{converted.folder} is damaged; nothing was written:\n  {text}")
     require_apart(converted.folder, out)
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])

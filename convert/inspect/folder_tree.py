@@ -127,11 +127,11 @@ def inspect_source(source: Source) -> Inspection:
 def _inspect_converted(folder: Path) -> Inspection:
     manifest = Manifest.read(folder)
     cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
-    report, mesh = manifest.report, manifest.storage.get("mesh")
-    notes = [*report.get("notes", []), *(f"{count} ignored: {why}" for why, count in report.get("ignored", {}).items())]
+    report, mesh = manifest.report, manifest.storage["mesh"]
+    notes = [*report["notes"], *(f"{count} ignored: {why}" for why, count in report["ignored"].items())]
     if mesh:
         notes.append(f"laid out for the mesh {', '.join(f'{axis}={size}' for axis, size in mesh.items())}")
-    notes.append(f"made from {manifest.source.get('folder')}; digest {manifest.digest}")
+    notes.append(f"made from {manifest.source['folder']}; digest {manifest.digest}")
     return summarize(folder, "converted", manifest.config, manifest_items(cfg, manifest.leaves), notes)
 
 

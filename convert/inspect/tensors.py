@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from dsv32_jax.checkpoint.manifest import WEIGHTS, Manifest, is_converted
+from dsv32_jax.checkpoint.folder import WEIGHTS
+from dsv32_jax.checkpoint.manifest import Manifest, is_converted
 from dsv32_jax.checkpoint.reader import raw
 from dsv32_jax.errors import CheckpointError, UsageError, listing
 from dsv32_jax.quantization.quantize import E2M1, E4M3

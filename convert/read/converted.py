@@ -15,7 +15,7 @@ from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CheckpointError, StorageError, VerificationError
+from dsv32_jax.errors import DsvError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from dsv32_jax.system.files import expand_path
@@ -116,7 +116,7 @@ class Converted:
         """Whether all arrays of `group` exist with the recorded sizes."""
         return not self.arrays.find_problems(self.keys(group))
 
-    def read(self, group: Group, on_damage: Callable[[str], None]) -> Iterator[tuple[Weight, list[Components]]]:
+    def read(self, group: Group, on_damage: Callable[[DsvError], None]) -> Iterator[tuple[Weight, list[Components]]]:
         """Read each weight of `group`, with the components of its parameters (of its expert).
 
         `on_damage` is called for every array that cannot be read or does not match its SHA-256, at the latest after
@@ -132,12 +132,12 @@ class Converted:
                 keys = [self._keys(leaf) for leaf in group.leaves]
                 parts = [{name: self._read_whole(key, digests) for name, key in of_leaf.items()} for of_leaf in keys]
                 yield group.weights[0], parts
-        except (CheckpointError, StorageError) as error:
-            on_damage(str(error))
+        except (VerificationError, StorageError) as error:
+            on_damage(error)
             return
         for key, digest in digests.items():
             if digest.hexdigest() != self.expected[key].sha256:
-                on_damage(f"{self.arrays.where(key)} has changed")
+                on_damage(VerificationError(f"{self.arrays.where(key)} has changed"))
 
     def _read_experts(self, key: Key, digests) -> Iterator[np.ndarray]:
         for slab in self.arrays.slabs(key):
@@ -173,9 +173,9 @@ def describe_storage(name: str, sources: Sequence[SourceTensor]) -> StoredWeight
     return detect(name, tensors)
 
 
-def raise_damaged(message: str) -> None:
-    """Raise VerificationError: for readers that must not use damaged arrays."""
-    raise VerificationError(f"{message}; nothing of it was used. `dsv32 verify` lists all damage")
+def raise_damaged(problem: DsvError) -> None:
+    """Raise an error of the same kind: for readers that must not use damaged arrays."""
+    raise type(problem)(f"{problem}; nothing of it was used. `dsv32 verify` lists all damage")
 
 
 def _module_of(name: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 from dsv32_jax.checkpoint.manifest import is_complete
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CheckpointError, ConfigError, StorageError, argument, listing, pluralize
+from dsv32_jax.errors import CheckpointError, ConfigError, StorageError, argument, kind_of, listing, pluralize
 from dsv32_jax.layout import COPIES, leaves
 from dsv32_jax.system.files import JsonLimits, read_json
 
@@ -42,7 +42,7 @@ class Source:
 
     `ignored_config` and `ignored_tensors` are what the user said to ignore: keys with their values, and patterns.
 
-    Raises CheckpointError listing every problem of every shard, or StorageError if the folder cannot be listed.
+    Raises CheckpointError listing every problem of every shard, or StorageError if all are failures of reading.
     """
 
     def __init__(self, folder: str | Path):
@@ -54,7 +54,7 @@ class Source:
         self.ignored_config: dict[str, Any] = {}
         self.ignored_tensors: list[str] = []
         self._header_sha256: dict[Path, str] = {}
-        self._problems: list[str] = []
+        self._problems: list[object] = []
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder; nothing was read")
         if is_complete(self.folder):
@@ -67,9 +67,9 @@ class Source:
         self._read_shards(self._read_index())
         self.notes += compare_revisions(self.files)
         if self._problems:
-            raise CheckpointError(
+            raise kind_of(self._problems, CheckpointError)(
                 f"{self.folder} cannot be read; nothing was written. {pluralize(len(self._problems), 'problem')}:\n  "
-                + "\n  ".join(self._problems)
+                + "\n  ".join(map(str, self._problems))
             )
 
     def require_complete_index(self) -> None:
@@ -111,7 +111,7 @@ class Source:
             file = self.folder / name
             return read_json(file, MAX_HEADER_BYTES, JsonLimits()) if file.exists() else None
         except (OSError, CheckpointError) as error:
-            self._problems.append(f"cannot read {error}")
+            self._problems.append(type(error)(f"cannot read {error}"))
             return unreadable
 
     def _read_index(self) -> dict[str, str]:
@@ -180,8 +180,11 @@ class Source:
     def _read_shard(self, file: Path, listed: Mapping[str, str]) -> None:
         try:
             header = read_header(file)
-        except (OSError, CheckpointError) as error:
+        except FileNotFoundError as error:
             self._problems.append(str(error))
+            return
+        except (OSError, CheckpointError) as error:
+            self._problems.append(error)
             return
         self.files[file], self._header_sha256[file] = header.file_id, header.sha256
         found = {tensor.name: tensor for tensor in header.tensors}

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dsv32_jax.checkpoint.checksums import find_damage, find_damaged_files, require_manifest
-from dsv32_jax.checkpoint.manifest import ArrayEntry, is_complete
+from dsv32_jax.checkpoint.checksums import find_damage, find_damaged_files
+from dsv32_jax.checkpoint.manifest import ArrayEntry
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import raw
-from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
+from dsv32_jax.errors import CheckpointError, DsvError, UsageError, VerificationError, kind_of
 from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress, ignore_progress
@@ -61,29 +61,30 @@ def verify(
     """Check the converted checkpoint `folder`, and compare it with `against`, the Hugging Face folder it came from.
 
     Level "quick" compares files, dtypes and shapes; "full" reads every array. Raises VerificationError that lists
-    everything damaged or different, CheckpointError where `folder` is no converted checkpoint.
+    everything damaged or different, CheckpointError where `folder` is no converted checkpoint, StorageError.
     """
     if level not in LEVELS:
         raise UsageError(f"level must be one of {', '.join(LEVELS)}, not {level!r}")
     if against is not None and level == "quick":
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
-    converted = _open(expand_path(folder).absolute())
+    converted = Converted(folder)
     damaged = find_damaged_files(converted.folder, converted.manifest)
     source = None if against is None else Source(expand_path(against).absolute())
     proof = _Proof(converted, source, progress)
     if level == "full":
         proof.run()
-        damaged += sorted(proof.damaged)
+        damaged += sorted(proof.damaged, key=str)
     if damaged or proof.differing:
-        raise VerificationError(_describe_damage(converted.folder, damaged, sorted(proof.differing), source))
-    ignored = [f"{count} {reason}" for reason, count in converted.manifest.report.get("ignored", {}).items()]
+        text = _describe_damage(converted.folder, damaged, sorted(proof.differing), source)
+        raise kind_of([*damaged, *proof.differing], VerificationError)(text)
+    ignored = [f"{count} {reason}" for reason, count in converted.manifest.report["ignored"].items()]
     if source is not None:
         ignored = fold_names(name for name in source.tensors if name not in proof.recorded)
     return Report(
         folder=str(converted.folder),
         level=level,
-        files=len(converted.manifest.storage.get("files", {})),
+        files=len(converted.manifest.storage["files"]),
         arrays=len(converted.expected),
         nbytes=converted.nbytes,
         seconds=time.perf_counter() - start,
@@ -95,26 +96,17 @@ def verify(
     )
 
 
-def _open(folder: Path) -> Converted:
-    """The checkpoint in `folder`. A manifest that was modified is damage, and nothing can be checked against it."""
-    try:
-        converted = Converted(folder)
-    except CheckpointError as error:
-        if is_complete(folder) and not isinstance(error.__cause__, PermissionError):
-            raise VerificationError(str(error)) from error
-        raise
-    require_manifest(folder)
-    return converted
-
-
-def _describe_damage(folder: Path, damaged: list[str], differing: list[tuple[str, str]], source: Source | None) -> str:
+def _describe_damage(
+    folder: Path, damaged: list[DsvError], differing: list[tuple[str, str]], source: Source | None
+) -> str:
     verdict = "does not match what was converted: copy the folder again, or convert to a new one"
     if source is not None and not damaged:
         verdict = f"is as it was written: {source.folder} is another checkpoint, or has changed since"
     lines = [f"{folder} {verdict}. Nothing was changed"]
-    for title, items in (("damaged", fold_names(damaged)), ("different from the source", fold_details(differing))):
-        count = len(damaged if title == "damaged" else differing)
-        lines += [f"{title} ({count}):", *(f"  {item}" for item in items)] if items else []
+    if damaged:
+        lines += [f"damaged ({len(damaged)}):", *(f"  {item}" for item in fold_names(map(str, damaged)))]
+    if differing:
+        lines += [f"different from the source ({len(differing)}):", *(f"  {item}" for item in fold_details(differing))]
     return "\n".join(lines)
 
 
@@ -127,7 +119,7 @@ class _Proof:
 
     def __init__(self, converted: Converted, source: Source | None, progress: Callable[[Progress], None]):
         self._converted, self._source = converted, source
-        self.damaged: list[str] = []
+        self.damaged: list[DsvError] = []
         self.differing: list[tuple[str, str]] = []
         self.changed: dict[str, list[str]] = collections.defaultdict(list)
         self.proven = 0

@@ -18,10 +18,10 @@ RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales",
 def read_finished(folder: Path, plan: str, basis: Mapping[str, Any]) -> Manifest:
     """Return the manifest of a finished output. Raises OutputExistsError if another plan (by its digest) made it."""
     manifest = Manifest.read(folder)
-    if manifest.source.get("plan") != plan:
+    if manifest.source["plan"] != plan:
         changed = describe_differences(manifest_basis(manifest), basis)
         raise OutputExistsError(
-            f"{folder} holds a converted checkpoint (of {manifest.source.get('folder')!r}) that was made from other "
+            f"{folder} holds a converted checkpoint (of {manifest.source['folder']!r}) that was made from other "
             f"files or with other options; nothing was touched. Write to another folder, or delete this one "
             f"yourself. The differences: {listing(changed)}"
         )
@@ -33,21 +33,21 @@ def manifest_basis(manifest: Manifest) -> dict[str, Any]:
     return {
         "format_version": manifest.format_version,
         "config": manifest.config,
-        "files": manifest.source.get("files", {}),
-        "recipe": manifest.source.get("recipe", []),
-        "mesh": manifest.storage.get("mesh", {}),
+        "files": manifest.source["files"],
+        "recipe": manifest.source["recipe"],
+        "mesh": manifest.storage["mesh"],
     }
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """How two bases differ, in the user's words; never empty."""
     found = []
-    if before.get("format_version") != now["format_version"]:
-        found.append(f"the checkpoint format was {before.get('format_version')}, now {now['format_version']}")
-    found += _describe_changes("config.json: {} was {}, now {}", before.get("config", {}), now["config"])
+    if before["format_version"] != now["format_version"]:
+        found.append(f"the checkpoint format was {before['format_version']}, now {now['format_version']}")
+    found += _describe_changes("config.json: {} was {}, now {}", before["config"], now["config"])
     found += _describe_changes("file {} was {}, now {}", _describe_files(before), _describe_files(now))
     found += _describe_changes("{}: was {}, now {}", _describe_recipe(before), _describe_recipe(now))
-    found += _describe_changes("--mesh: {} was {}, now {}", before.get("mesh", {}), now["mesh"])
+    found += _describe_changes("--mesh: {} was {}, now {}", before["mesh"], now["mesh"])
     return found or ["the weights that the options select"]
 
 
@@ -57,9 +57,8 @@ def _describe_changes(text: str, before: Mapping[str, Any], now: Mapping[str, An
 
 
 def _describe_recipe(basis: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(RECIPE, basis.get("recipe", []), strict=False))
+    return dict(zip(RECIPE, basis["recipe"], strict=False))
 
 
 def _describe_files(basis: Mapping[str, Any]) -> dict[str, str]:
-    files = basis.get("files", {})
-    return {name: f"{file['size']} bytes (header {file['header_sha256'][:8]})" for name, file in files.items()}
+    return {name: f"{file['size']} bytes (header {file['header_sha256'][:8]})" for name, file in basis["files"].items()}

@@ -14,11 +14,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.manifest import FILE, JOURNAL, LeafEntry, Manifest
+from dsv32_jax.checkpoint.folder import FILE, JOURNAL, SOURCE_FILES
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.checkpoint.writer import UNFINISHED
-from dsv32_jax.errors import CheckpointError, OutputExistsError, StorageError, listing, pluralize
-from dsv32_jax.system.files import hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
+from dsv32_jax.errors import OutputExistsError, StorageError, listing, pluralize
+from dsv32_jax.system.files import find_mismatches, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
 from dsv32_jax.system.locks import LOCK
 
 from ..read.safetensors import Tensor
@@ -29,10 +30,11 @@ from .differences import describe_differences
 PROBE_BYTES = 16 << 20
 """Largest tensor that is read again in each file before a conversion continues."""
 
-FIRST = {"plan": str, "source": str, "basis": dict, "stamps": dict}
-OTHERS = ({"begin": str}, {"part": str, "leaves": dict, "facts": dict, "outcomes": dict})
-BASIS = {"format_version": int, "config": dict, "files": dict, "recipe": list, "mesh": dict}
-"""The lines of a journal, and the basis in the first one."""
+BASIS = {"format_version": int, "config": dict, "files": SOURCE_FILES, "recipe": list, "mesh": {str: int}}
+HEADER = {"plan": str, "source": str, "basis": BASIS, "stamps": {str: [int]}}
+BEGIN = {"begin": str}
+PART = {"part": str, "leaves": dict, "facts": {str: int}, "outcomes": {str: [(int, float)]}}
+"""The forms of the lines of a journal."""
 
 
 def require_ours(dst: Path) -> None:
@@ -76,26 +78,18 @@ class Journal:
         header, *lines = _read_lines(self.file) or [
             {"plan": plan, "source": source, "basis": basis, "stamps": dict(stamps or {})}
         ]
-        if header.get("plan") != plan:
-            changed = describe_differences(header.get("basis", {}), basis)
+        if header["plan"] != plan:
+            changed = describe_differences(header["basis"], basis)
             raise OutputExistsError(
-                f"{folder} holds an unfinished conversion (of {header.get('source')!r}) with another plan: "
+                f"{folder} holds an unfinished conversion (of {header['source']!r}) with another plan: "
                 f"{listing(changed)}. Nothing was touched; use another folder, run the original command to "
                 "continue, or delete this folder yourself"
             )
         self._header = header
-        self.stamps: dict[str, list[int]] = header.get("stamps", {})
-        self.parts: dict[str, Part] = {}
+        self.stamps: dict[str, list[int]] = header["stamps"]
+        self.parts = {line.name: line for line in lines if isinstance(line, Part)}
         self.unfinished: list[str] = []
-        self._begun = {line["begin"] for line in lines if "begin" in line}
-        for line in lines:
-            if "begin" not in line:
-                try:
-                    entries = {path: LeafEntry.from_json(leaf) for path, leaf in line["leaves"].items()}
-                    outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
-                except (CheckpointError, TypeError) as error:
-                    raise OutputExistsError(f"{self.file} is damaged ({error}); nothing was touched") from error
-                self.parts[line["part"]] = Part(line["part"], entries, line["facts"], outcomes)
+        self._begun = {line for line in lines if isinstance(line, str)}
 
     @property
     def entries(self) -> dict[str, LeafEntry]:
@@ -172,16 +166,18 @@ class Journal:
             os.fsync(out.fileno())
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]] | None:
-    """The lines of a journal, None where there is none, without a last line that a killed process tore."""
+def _read_lines(file: Path) -> list[Any] | None:
+    """Return the first line of a journal, and for each other one the name of the part that it begins, or the Part.
+
+    None where there is no journal. A last line that a killed process tore is left out.
+    """
     try:
         descriptor = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise ValueError("it is a hard link, or no regular file")
-            lines = [_unseal(text.decode()) for text in stream.read().split(b"\n")[:-1]]
-            _require_lines(lines)
+            lines = _parse_lines([_unseal(text.decode()) for text in stream.read().split(b"\n")[:-1]])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -201,23 +197,29 @@ def _cut_torn_line(file: Path) -> None:
             os.fsync(stream.fileno())
 
 
-def _require_lines(lines: list[Any]) -> None:
-    """Raise ValueError unless these are the lines of a journal."""
+def _parse_lines(lines: list[Any]) -> list[Any]:
+    """Return what `_read_lines` does. Raises ValueError that lists everything that is not as in a journal."""
     if not lines:
         raise ValueError("it has no first line")
-    for number, line in enumerate(lines):
-        kinds = (FIRST,) if number == 0 else OTHERS
-        good = any(_is_like(line, kind) for kind in kinds) and str(line.get("begin", line.get("part", "0"))).isdecimal()
-        if not good or (number == 0 and line["basis"] and not _is_like(line["basis"], BASIS)):
-            raise ValueError(f"line {number + 1} is not that of a journal")
-    files = lines[0]["basis"].get("files", {}).values()
-    if not all(_is_like(file, {"size": int, "header_sha256": str}) for file in files):
-        raise ValueError("line 1 is not that of a journal")
+    forms = [HEADER, *(BEGIN if "begin" in line else PART for line in lines[1:])]
+    problems = [
+        problem
+        for number, (line, form) in enumerate(zip(lines, forms, strict=True), 1)
+        for problem in find_mismatches(line, form, f"line {number}")
+    ]
+    if problems:
+        raise ValueError(listing(problems))
+    names = [line.get("begin") or line["part"] for line in lines[1:]]
+    if wrong := [name for name in names if not name.isdecimal()]:
+        raise ValueError(f"a part is called {wrong[0]!r:.200}")
+    return [lines[0], *(line.get("begin") or _parse_part(line) for line in lines[1:])]
 
 
-def _is_like(value: Any, kinds: Mapping[str, type]) -> bool:
-    known = isinstance(value, dict) and value.keys() == kinds.keys()
-    return known and all(type(value[key]) is kind for key, kind in kinds.items())
+def _parse_part(line: dict[str, Any]) -> Part:
+    """Return the Part that `Journal.add` recorded. Raises ValueError or TypeError for anything else."""
+    entries = {path: LeafEntry.from_json(leaf) for path, leaf in line["leaves"].items()}
+    outcomes = {name: ErrorStats(*outcome) for name, outcome in line["outcomes"].items()}
+    return Part(line["part"], entries, line["facts"], outcomes)
 
 
 def _seal(line: dict[str, Any]) -> str:

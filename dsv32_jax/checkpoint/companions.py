@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import Config
 from ..config.keys import is_neutral
-from ..errors import CheckpointError, listing, pluralize
+from ..errors import CheckpointError, StorageError, listing, pluralize
 from ..system.files import JsonLimits, read_json, read_regular, write_file
 
 TOKENIZER, TOKENIZER_CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
@@ -39,7 +39,9 @@ def read_settings(folder: Path, name: str) -> dict[str, Any]:
         reason = f"{file} is not a {kind}, but a {type(raw).__name__}"
     except FileNotFoundError:
         reason = f"{file} is a dangling link"
-    except (OSError, CheckpointError) as error:
+    except OSError as error:
+        raise StorageError(f"{file} cannot be read: {error.strerror}") from error
+    except CheckpointError as error:
         reason = str(error).replace(f"{file}: ", f"{file} is not a {kind}: ")
     remove = "remove it to use token ids only" if name == TOKENIZER else "remove it"
     raise CheckpointError(f"{reason}. Replace it by the checkpoint's own file, or {remove}")

@@ -109,9 +109,9 @@ class Checkpoint:
 
     def count_tokens(self) -> int | None:
         """Return what `check_tokenizer` does. The conversion recorded it for the tokenizer that it copied."""
-        recorded = self.manifest.storage.get("files", {}).get(TOKENIZER)
-        file, count = self.folder / TOKENIZER, self.manifest.report.get("token_ids")
-        if recorded and type(count) is int and file.is_file() and hash_file(file) == recorded[1]:
+        recorded = self.manifest.storage["files"].get(TOKENIZER)
+        file, count = self.folder / TOKENIZER, self.manifest.report["token_ids"]
+        if recorded and count is not None and file.is_file() and hash_file(file) == recorded[1]:
             return count
         return check_tokenizer(self.folder, self.cfg)
 

@@ -14,20 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from ..errors import CheckpointError, listing, pluralize
-from ..system.files import JsonLimits, expand_path, limit_json, read_regular, write_file
+from ..errors import CheckpointError, StorageError, VerificationError, listing, pluralize
+from ..system.files import JsonLimits, expand_path, find_mismatches, limit_json, read_regular, write_file
+from .folder import FILE, JOURNAL, LARGEST, RECOVER, RENEW, SCHEMA, UNSEALED, WEIGHTS, explain_absence
 from .provenance import Passport
 
-FILE = "manifest.json"
-WEIGHTS = "weights"
-"""The folder with the files of all arrays, beside the manifest."""
-
-JOURNAL = "journal.jsonl"
-"""The record of an unfinished conversion, which `convert` removes once the manifest is written."""
-
 FORMAT_VERSION = 2
-LARGEST, LIMITS = 256 << 20, JsonLimits(objects=500_000, lists=4_000_000, commas=20_000_000)
-"""Size limits of a manifest. The real model's has 20 MB in NVFP4, and 180,000 source tensors."""
+LIMITS = JsonLimits(objects=500_000, lists=4_000_000, commas=20_000_000)
+"""Limits of a manifest. The real model's has 20 MB in NVFP4, and 180,000 source tensors."""
 
 COMPONENTS = {
     "dense": {"values"},
@@ -160,8 +154,8 @@ class LeafEntry:
 class Manifest:
     """A converted checkpoint: config.json of the model, its weights, and where they came from.
 
-    `source`, `report` and `versions` are informative. `storage` has the size and SHA-256 of every file that holds no
-    array ("files") and the mesh the arrays are laid out for ("mesh"). None of these is part of the digest.
+    `source`, `report` and `versions` are informative (SCHEMA). `storage` has the size and SHA-256 of every file that
+    holds no array ("files") and the mesh the arrays are laid out for ("mesh"). None of these is part of the digest.
     """
 
     config: dict[str, Any]
@@ -169,7 +163,7 @@ class Manifest:
     source: dict[str, Any]
     report: dict[str, Any]
     versions: dict[str, str]
-    storage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    storage: dict[str, Any]
     format_version: int = FORMAT_VERSION
 
     @property
@@ -179,14 +173,17 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:
-        """Read the manifest of the converted checkpoint `folder`. Raise CheckpointError if it is something else."""
+        """Read the manifest of the converted checkpoint `folder`.
+
+        Raises CheckpointError where there is none or it is not of this version, VerificationError where it is not what
+        was written, byte for byte, StorageError where it cannot be read.
+        """
         file = Path(folder, FILE)
+        content = _read_sealed(file)
         try:
-            raw = json.loads(limit_json(read_regular(file, LARGEST), LIMITS))
-        except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(_explain_absence(Path(folder))) from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} cannot be read: {error}") from error
+            raw = json.loads(limit_json(content, LIMITS))
+        except (ValueError, RecursionError) as error:
+            raise CheckpointError(f"{file} is no manifest: {error}") from error
         leaves, problems = _parse(raw)
         if not problems:
             manifest = cls(raw["config"], leaves, *(raw[key] for key in ("source", "report", "versions", "storage")))
@@ -206,37 +203,57 @@ class Manifest:
         short = json.dumps(raw | {"digest": self.digest}, indent=1).removeprefix("{\n").removesuffix("\n}")
         lines = (f"  {json.dumps(path)}: {json.dumps(leaf.to_json())}" for path, leaf in self.leaves.items())
         text = short + ',\n "leaves": {\n' + ",\n".join(lines) + "\n }\n}\n"
-        write_file(Path(folder, FILE), _seal(text).encode())
+        write_file(Path(folder, FILE), seal(text.encode()))
 
 
-def _seal(rest: str) -> str:
-    return f'{{\n "sha256": "{hashlib.sha256(rest.encode()).hexdigest()}",\n{rest}'
+def is_complete(folder: str | Path) -> bool:
+    """Return whether `folder` has a manifest."""
+    return (expand_path(folder) / FILE).exists()
 
 
-def is_sealed(text: str) -> bool:
-    """Whether the `text` of a manifest.json is what was written, byte for byte."""
-    return text == _seal(text.partition(",\n")[2])
+def is_converted(folder: Path) -> bool:
+    """Return whether `folder` is a converted checkpoint, finished or not."""
+    return (folder / FILE).exists() or (folder / JOURNAL).exists()
+
+
+def is_inside(name: str) -> bool:
+    """Return whether `name` is a relative path that does not leave its folder. Links are rejected when a file is
+    opened."""
+    return 0 < len(name) < 1024 and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
+
+
+def seal(rest: bytes) -> bytes:
+    """Return the content of a manifest from the `rest` of it, all but its first line."""
+    return b'{\n "sha256": "%s",\n%s' % (hashlib.sha256(rest).hexdigest().encode(), rest)
+
+
+def _read_sealed(file: Path) -> bytes:
+    """Return the content of the manifest `file`.
+
+    Raises CheckpointError where there is none or an earlier version wrote it, VerificationError where it is not what
+    was written, byte for byte, StorageError where it cannot be read.
+    """
+    try:
+        content = read_regular(file, LARGEST)
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(explain_absence(file.parent)) from None
+    except CheckpointError as error:
+        raise VerificationError(f"{error}. {RECOVER}") from None
+    except OSError as error:
+        raise StorageError(f"{file} cannot be read: {error.strerror}") from error
+    if content == seal(content.partition(b",\n")[2]):
+        return content
+    if UNSEALED in content:
+        raise CheckpointError(f"{file} is of another format. {RENEW}")
+    raise VerificationError(
+        f"{file} has changed since it was written, and everything else is checked against it. {RECOVER}"
+    )
 
 
 def digest(content: Any) -> str:
     """Return the SHA-256 of `content` as canonical JSON."""
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def is_complete(folder: str | Path) -> bool:
-    """Whether `folder` has a manifest."""
-    return (expand_path(folder) / FILE).exists()
-
-
-def is_converted(folder: Path) -> bool:
-    """Whether `folder` is a converted checkpoint, finished or not."""
-    return (folder / FILE).exists() or (folder / JOURNAL).exists()
-
-
-def is_inside(name: str) -> bool:
-    """Whether `name` is a relative path that does not leave its folder. Links are rejected when a file is opened."""
-    return 0 < len(name) < 1024 and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 
 def _is_array_file(name: str) -> bool:
@@ -249,8 +266,7 @@ def _parse(raw: Any) -> tuple[dict[str, LeafEntry], list[str]]:
         return {}, ["not a JSON object"]
     if raw.get("format_version") != FORMAT_VERSION:
         return {}, [f"format_version is {raw.get('format_version')!r:.200}, not {FORMAT_VERSION}"]
-    keys = ("config", "leaves", "source", "report", "versions", "storage")
-    if problems := [f"{key} is not an object" for key in keys if not isinstance(raw.get(key), dict)]:
+    if problems := find_mismatches(raw, SCHEMA, "manifest"):
         return {}, problems
     leaves: dict[str, LeafEntry] = {}
     for path, leaf in raw["leaves"].items():
@@ -264,9 +280,8 @@ def _parse(raw: Any) -> tuple[dict[str, LeafEntry], list[str]]:
     arrays = [array for leaf in leaves.values() for array in leaf.arrays.values()]
     counts = collections.Counter(file for array in arrays for file in array.place.files)
     problems += [f"{file} holds {count} arrays" for file, count in counts.items() if count > 1]
-    files = raw["storage"].get("files", {})
-    for name, file in files.items() if isinstance(files, dict) else [("files", files)]:
-        if not is_inside(name) or not isinstance(file, list) or [type(value) for value in file] != [int, str]:
+    for name, file in raw["storage"]["files"].items():
+        if not is_inside(name) or [type(value) for value in file] != [int, str]:
             problems.append(f"storage of {name} is {file!r:.200}")
     return leaves, problems
 
@@ -276,18 +291,5 @@ def _advise(raw: Any) -> str:
     if type(version) is int and version > FORMAT_VERSION:
         return "Update dsv32_jax, or convert the original checkpoint again"
     if version == 1:
-        return "An earlier version wrote it: convert the original checkpoint again with `dsv32 convert SRC NEW_FOLDER`"
+        return RENEW
     return "Convert the original checkpoint again"
-
-
-def _explain_absence(folder: Path) -> str:
-    if not folder.is_dir():
-        return f"{folder} is not a folder; nothing was read"
-    if (folder / JOURNAL).exists():
-        return (
-            f"{folder} is an unfinished conversion: there is no {FILE}. "
-            "Run the same `dsv32 convert` command again; it continues where it stopped"
-        )
-    if any(folder.glob("*.safetensors")):
-        return f"{folder} holds safetensors, not a converted checkpoint: run `dsv32 convert {folder} DST` and load DST"
-    return f"{folder} is not a converted checkpoint: there is no {FILE}"

@@ -19,7 +19,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError, StorageError, listing, pluralize
+from ..errors import CheckpointError, DsvError, StorageError, VerificationError, kind_of, listing, pluralize
 from .manifest import ITEM_BYTES, ArrayEntry, LeafEntry, is_inside
 
 SLAB_BYTES = 8 << 20
@@ -53,7 +53,8 @@ class Reader:
     def open_file(self, name: str, nbytes: int | None = None) -> int:
         """Return a descriptor of the file `name`, a path relative to the folder.
 
-        Raises CheckpointError if it is not a regular file of `nbytes` bytes in there, StorageError if it is unreadable.
+        Raises VerificationError unless it is a regular file of `nbytes` bytes in there, StorageError if it is
+        unreadable.
         """
         if not is_inside(name):
             raise CheckpointError(f"{name!r} is outside of the checkpoint")
@@ -62,17 +63,17 @@ class Reader:
             flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if "/" in name else 0)
             descriptor = os.open(os.path.join(self.folder, name), flags)
         except (FileNotFoundError, NotADirectoryError):
-            raise CheckpointError(f"{name} is missing") from None
+            raise VerificationError(f"{name} is missing") from None
         except OSError as error:
             if error.errno == errno.ELOOP:
-                raise CheckpointError(f"{name} is a link") from None
+                raise VerificationError(f"{name} is a link") from None
             raise StorageError(f"{name} cannot be read: {error.strerror}") from error
         status = os.fstat(descriptor)
         if stat.S_ISREG(status.st_mode) and nbytes in (None, status.st_size):
             return descriptor
         os.close(descriptor)
         found = f"has {status.st_size} bytes instead of {nbytes}" if stat.S_ISREG(status.st_mode) else "is not a file"
-        raise CheckpointError(f"{name} {found}")
+        raise VerificationError(f"{name} {found}")
 
     def measure_file(self, name: str, nbytes: int | None = None) -> list:
         """Return size and SHA-256 of a file, as the manifest has them. Raises as `open_file` does."""
@@ -80,28 +81,28 @@ class Reader:
             return [os.fstat(stream.fileno()).st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
 
     def _require_no_links(self, folders: list[str]) -> None:
-        """Raise CheckpointError if a folder on the way to a file, except the first, is a link."""
+        """Raise VerificationError if a folder on the way to a file, except the first, is a link."""
         for depth in range(2, len(folders) + 1):
             if (path := "/".join(folders[:depth])) not in self._checked:
                 if stat.S_ISLNK(os.lstat(os.path.join(self.folder, path)).st_mode):
-                    raise CheckpointError(f"{path} is a link")
+                    raise VerificationError(f"{path} is a link")
                 self._checked.add(path)
 
-    def find_problems(self, keys: Iterable[Key] | None = None) -> list[str]:
+    def find_problems(self, keys: Iterable[Key] | None = None) -> list[DsvError]:
         """Return what is wrong with the files of `keys`, by default of all arrays. Reads no data."""
-        found = []
+        found: list[DsvError] = []
         for key in self.entries if keys is None else keys:
             for name, nbytes in self._files(key):
                 try:
                     os.close(self.open_file(name, nbytes))
-                except (CheckpointError, StorageError) as error:
-                    found.append(str(error))
+                except (VerificationError, StorageError) as error:
+                    found.append(error)
         return found
 
     def require_files(self) -> None:
-        """Raise CheckpointError that lists every array file which is missing or of another size."""
+        """Raise VerificationError that lists every array file which is missing or of another size, or StorageError."""
         if problems := self.find_problems():
-            raise CheckpointError(
+            raise kind_of(problems, VerificationError)(
                 f"{pluralize(len(problems), 'file')} of {self.folder} {'are' if len(problems) > 1 else 'is'} not as "
                 f"written; nothing was loaded: {listing(problems)}. Copy the folder again, or convert again"
             )
@@ -127,7 +128,7 @@ class Reader:
         return self._map(key, number)[(*index[:axis], within, *index[axis + 1 :])]
 
     def read(self, key: Key, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Return rows start..stop-1 of the first axis as a copy. Raises CheckpointError or StorageError."""
+        """Return rows start..stop-1 of the first axis as a copy. Raises VerificationError or StorageError."""
         entry = self.entries[key]
         stop = entry.shape[0] if stop is None else stop
         found = np.empty((stop - start, *entry.shape[1:]), dtype_of(entry.dtype))
@@ -135,7 +136,7 @@ class Reader:
         return found
 
     def copy(self, key: Key, out: np.ndarray, index: Index) -> None:
-        """Copy a block of an array into `out`, which has its shape. Raises CheckpointError or StorageError."""
+        """Copy a block of an array into `out`, which has its shape. Raises VerificationError or StorageError."""
         entry = self.entries[key]
         axis, width = entry.place.axis, entry.piece[entry.place.axis]
         whole_rows = tuple(slice(0, size) for size in entry.piece[1:])

@@ -22,7 +22,8 @@ import numpy as np
 
 from ..errors import OutputExistsError, StorageError, writing_failed
 from ..system.files import sync
-from .manifest import WEIGHTS, ArrayEntry, LeafEntry, Place
+from .folder import WEIGHTS
+from .manifest import ArrayEntry, LeafEntry, Place
 from .reader import SLAB_BYTES, Key, Reader, raw
 
 UNFINISHED = ".unfinished"

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import ConfigError, listing, pluralize
+from ..errors import ConfigError, StorageError, listing, pluralize
 from ..system.files import read_json
 from . import keys
 from .keys import ASSUMED, REQUIRED
@@ -94,9 +94,11 @@ class Config:
 
     @classmethod
     def from_json(cls, path: str | Path) -> "Config":
-        """Read a config.json. Raises ConfigError."""
+        """Read a config.json. Raises ConfigError, StorageError."""
         try:
             raw = read_json(Path(path), LARGEST)
+        except PermissionError as error:
+            raise StorageError(f"{path} cannot be read: {error.strerror}") from error
         except (OSError, ValueError) as error:
             raise ConfigError(f"{path} cannot be read as a config.json: {error}") from error
         return cls.from_dict(raw, str(path))

@@ -138,13 +138,20 @@ class Batch:
             "in_prompt_BV": in_prompt_cV,
             "generated_BV": generated_cV,
             "new_B": np.array([len(row.tokens) for row in rows], np.int32),
+            "answer_B": np.array([row.answered for row in rows], np.int32),
             "step_B": np.array([row.steps for row in rows], np.int32),
             "finite_B": np.ones(size, bool),
         }
         ids = self._model.origin.tokens or vocab_size
         each = [
             make_params(
-                [row.sampling], vocab_size, ids, row.request.end_ids, row.request.options.min_new_tokens, row.limit
+                [row.sampling],
+                vocab_size,
+                ids,
+                row.request.end_ids,
+                row.request.options.min_new_tokens,
+                row.limit,
+                row.thoughts_end,
             )
             for row in rows
         ]

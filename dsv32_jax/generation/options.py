@@ -116,7 +116,9 @@ class Options:
     max_new_tokens: int | None | Sequence[int | None] = option(
         64, "count", "N", "maximum new tokens", unset="as many as the context holds", none="all", group="length"
     )
-    min_new_tokens: int = option(0, "count", "N", "no end token before N new tokens, thoughts included", group="length")
+    min_new_tokens: int = option(
+        0, "count", "N", "no end token before N new tokens, of the answer in a chat", group="length"
+    )
     stop_token_ids: Collection[int] = option(
         (), "token_ids", "IDS", "tokens that end a row, beside the model's own end tokens", group="length"
     )

@@ -38,7 +38,7 @@ class State(Summarized):
     hidden_BuD    the model's hidden vectors of the last `unread_B` tokens, which the MTP head has not read
     next_Bu       the token after each of them
     in_prompt_BV  whether a token occurs in the prompt;  generated_BV: how often it was generated since
-    new_B         tokens generated;  step_B: decode steps taken
+    new_B         tokens generated;  answer_B: those of the answer, after any thoughts;  step_B: decode steps taken
     done_B        rows that have ended;  finite_B: whether all their logits were finite
     """
 
@@ -51,6 +51,7 @@ class State(Summarized):
     in_prompt_BV: jax.Array
     generated_BV: jax.Array
     new_B: jax.Array
+    answer_B: jax.Array
     step_B: jax.Array
     done_B: jax.Array
     finite_B: jax.Array
@@ -95,6 +96,7 @@ def new_state(model: Model, caches: Caches, draft: int) -> State:
         in_prompt_BV=zeros(vocab_size, dtype=bool),
         generated_BV=zeros(vocab_size),
         new_B=zeros(),
+        answer_B=zeros(),
         step_B=zeros(),
         done_B=~zeros(dtype=bool),
         finite_B=~zeros(dtype=bool),
@@ -214,7 +216,7 @@ def advance(
     have all logits of its rows, or it asks the others for every sum and maximum.
     """
     finite_B = state.finite_B & (~active_B | jnp.all(jnp.isfinite(logit_BV), axis=-1))
-    too_early_BV = params.end_BV & (state.new_B < params.min_new_B)[:, None]
+    too_early_BV = params.end_BV & (state.answer_B < params.min_answer_B)[:, None]
     processed_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
     processed_BV = jnp.where(too_early_BV, -jnp.inf, processed_BV)
     token_B = jnp.where(active_B, sample(params, processed_BV, position_B), state.token_B)
@@ -231,6 +233,7 @@ def advance(
         put(generated.top_id_Bmw, slot_B, top_id_Bw),
         put(generated.top_logprob_Bmw, slot_B, top_logprob_Bw),
     )
+    is_answer_B = (params.thoughts_end_B < 0) | (_of_token(state.generated_BV, params.thoughts_end_B) > 0)
     new_B = state.new_B + one_B
     ended_B = _of_token(params.end_BV, token_B) | (new_B >= params.max_new_B) | ~finite_B
     count = jax.vmap(lambda row, token, one: row.at[token].add(one))
@@ -239,6 +242,7 @@ def advance(
         token_B=token_B,
         generated_BV=count(state.generated_BV, token_B, one_B),
         new_B=new_B,
+        answer_B=state.answer_B + jnp.where(is_answer_B, one_B, 0),
         done_B=state.done_B | (active_B & ended_B),
         finite_B=finite_B,
     )

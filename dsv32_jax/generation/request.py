@@ -14,7 +14,7 @@ from ..model.model import Model
 from .options import Options, Sampling, check_option
 from .pages import PAGE
 from .sampler import bias_row, check_ids
-from .text_stream import StopStrings, require_tokenizer
+from .text_stream import THINK, THINK_END, StopStrings, read_tag, require_tokenizer
 
 SMALLEST_BUCKET = 16
 
@@ -42,6 +42,7 @@ class Request:
     samplings       one for each row: prompt 0 n times, prompt 1 n times, ...
     options         as given
     limits          the most new tokens of each row;  end_ids: the tokens that end one
+    thoughts_ends   of each prompt, the token that ends the thoughts which it opens; -1 where nothing depends on that
     capacity        slots of a row's cache;  cache_dtype: their storage
     """
 
@@ -50,6 +51,7 @@ class Request:
     options: Options
     limits: list[int]
     end_ids: list[int]
+    thoughts_ends: list[int]
     capacity: int
     cache_dtype: np.dtype
 
@@ -97,7 +99,9 @@ def validate(
             raise UsageError(f"{wanted}, but only tokens that end a row may be sampled")
     _check_text(given)
     each = [limit for limit in most for _ in range(given.n)]
-    return Request(rows, samplings, given, each, end_ids, capacity, cache.dtype_of(given.cache_dtype, dtype))
+    thoughts = [_find_thoughts_end(given, row, cfg.vocab_size) for row in rows]
+    stored = cache.dtype_of(given.cache_dtype, dtype)
+    return Request(rows, samplings, given, each, end_ids, thoughts, capacity, stored)
 
 
 def require_drafts(cfg: Config, draft: int) -> None:
@@ -173,6 +177,17 @@ def _check_text(options: Options) -> None:
         raise UsageError(
             f"{argument('stop')} is compared with text: give the tokenizer too, or use {argument('stop_token_ids')}"
         )
+
+
+def _find_thoughts_end(options: Options, prompt: Sequence[int], vocab_size: int) -> int:
+    """Return the token that ends thoughts where `min_new_tokens` counts from there, otherwise -1."""
+    if not options.min_new_tokens or options.tokenizer is None or read_tag(options.tokenizer, prompt) != THINK:
+        return -1
+    wanted = THINK_END.encode()
+    found = (token for token in range(vocab_size) if options.tokenizer.bytes_of([token]) == wanted)
+    if (end := next(found, None)) is None:
+        raise UsageError(f"{argument('min_new_tokens')} counts from {THINK_END}, and the tokenizer has no such token")
+    return end
 
 
 def split_into_chunks(

@@ -51,6 +51,18 @@ class Row:
         return self.request.samplings[self.index]
 
     @property
+    def thoughts_end(self) -> int:
+        """The token that ends the thoughts which its prompt opens, -1 if it opens none."""
+        return self.request.thoughts_ends[self.index // self.request.options.n]
+
+    @property
+    def answered(self) -> int:
+        """How many of its tokens belong to the answer."""
+        end = self.thoughts_end
+        thoughts = 0 if end < 0 else self.tokens.index(end) + 1 if end in self.tokens else len(self.tokens)
+        return len(self.tokens) - thoughts
+
+    @property
     def known(self) -> Sequence[int]:
         """Prompt and tokens so far."""
         return self.prompt + self.tokens if self.tokens else self.prompt

@@ -32,7 +32,9 @@ class SamplerParams(Summarized):
     bias_BV      added to the logits, -inf where a token is forbidden
     seed_high_B  the upper 32 bits of the row's seed;  seed_low_B: the lower ones
     end_BV       the tokens that end a row
-    min_new_B    no end token before so many new tokens;  max_new_B: the row ends after so many
+    max_new_B    the row ends after so many new tokens
+    min_answer_B    no end token before so many tokens of the answer, which begins after the token thoughts_end_B, or
+                    where that is -1 with the first token
     """
 
     temperature_B: jax.Array
@@ -46,8 +48,9 @@ class SamplerParams(Summarized):
     seed_high_B: jax.Array
     seed_low_B: jax.Array
     end_BV: jax.Array
-    min_new_B: jax.Array
     max_new_B: jax.Array
+    min_answer_B: jax.Array
+    thoughts_end_B: jax.Array
 
 
 def make_params(
@@ -55,8 +58,9 @@ def make_params(
     vocab_size: int,
     tokens: int,
     end_ids: Sequence[int] = (),
-    min_new: int = 0,
+    min_answer: int = 0,
     max_new: Sequence[int] | int = 0,
+    thoughts_end: int = -1,
 ) -> SamplerParams:
     """Return the parameters of rows with these samplings; nothing is compiled. Ids from `tokens` on, which stand for no
     token, are never sampled."""
@@ -77,8 +81,9 @@ def make_params(
         seed_high_B=column((seed >> 32 for seed in seeds), np.uint32),  # pyright: ignore[reportOperatorIssue]
         seed_low_B=column((seed & 0xFFFFFFFF for seed in seeds), np.uint32),  # pyright: ignore[reportOperatorIssue]
         end_BV=column([np.isin(np.arange(vocab_size), end_ids)] * rows, bool),
-        min_new_B=column([min_new] * rows, np.int32),
         max_new_B=column([max_new] * rows if isinstance(max_new, int) else max_new, np.int32),
+        min_answer_B=column([min_answer] * rows, np.int32),
+        thoughts_end_B=column([thoughts_end] * rows, np.int32),
     )
     return params
 

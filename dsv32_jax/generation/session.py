@@ -176,7 +176,7 @@ def load_session(model: Model, file: str | Path) -> Session:
     """
     cfg = validation.config_of(model)
     file = expand_file_path(file)
-    saved = session_file.read_settings(file, model)
+    saved, arrays = session_file.read(file, model)
     loaded = session(model, **{name: saved[name] for name in OWN})
     if saved["tokens"]:
         (tokens,) = validation.check_prompts([saved["tokens"]], cfg.vocab_size)
@@ -185,6 +185,6 @@ def load_session(model: Model, file: str | Path) -> Session:
             raise UsageError(f"{file} holds {len(tokens)} tokens, but its session has room for {slots}")
         if held:
             empty = empty_caches(cfg, 1, held, loaded.cache_dtype, loaded.draft)
-            loaded.restore(tokens[:held], session_file.read_into(file, empty))
+            loaded.restore(tokens[:held], session_file.restore(file, arrays, empty))
         loaded.tokens = tokens
     return loaded

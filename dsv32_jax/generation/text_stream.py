@@ -20,6 +20,12 @@ def require_tokenizer(tokenizer: Any) -> None:
         raise UsageError(f"tokenizer must be a Tokenizer, as chat.Tokenizer.load returns it, not {tokenizer!r:.200}")
 
 
+def read_tag(tokenizer: Any, prompt: Sequence[int]) -> str:
+    """Return THINK or THINK_END where a chat prompt ends with it, otherwise nothing."""
+    last = tokenizer.bytes_of(prompt[-1:]).decode("utf-8", "replace") if prompt else ""
+    return last if last in (THINK, THINK_END) else ""
+
+
 class Detokenizer:
     """Turns tokens into text as they come, up to a stop string. Without one, the pieces, joined, are what
     `tokenizer.decode` makes of all tokens.
@@ -33,9 +39,8 @@ class Detokenizer:
         self._tokenizer, self._stops, self._following = tokenizer, StopStrings(stop), []
         self._given = self._stops.stops
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        opening = tokenizer.bytes_of(prompt[-1:]).decode("utf-8", "replace") if stop and prompt else ""
-        if opening in (THINK, THINK_END):
-            thoughts = [] if opening == THINK_END else [StopStrings(THINK_END)]
+        if stop and (tag := read_tag(tokenizer, prompt)):
+            thoughts = [] if tag == THINK_END else [StopStrings(THINK_END)]
             answer = StopStrings([*self._given, *CALLS_START])
             self._stops, *self._following = [*thoughts, answer, StopStrings(())]
 

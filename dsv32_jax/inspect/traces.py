@@ -1,21 +1,20 @@
 """Traces: the values that the layers of a model compute for rows of tokens, as arrays and as one file."""
 
 import dataclasses
-import json
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ..config import Config
-from ..errors import CheckpointError, UsageError, listing, pluralize, writing_failed
-from ..system.files import expand_file_path, replace_file, require_regular
+from ..errors import CheckpointError, UsageError, listing, pluralize
+from ..system.array_file import read_arrays, write_arrays
+from ..system.files import expand_file_path
 
-FORMAT = "dsv32_jax trace 1"
+KIND, FORM = "dsv32_jax trace 2", {"kinds": [str], "about": {"config": dict}}
+"""What the file of a trace is called, and the form of its facts."""
 
 TOP = 20
 """How many of the most likely next tokens are kept."""
@@ -110,30 +109,17 @@ class Trace(Mapping[str, np.ndarray]):
 
     def save(self, file: str | Path) -> None:
         """Write the trace to one safetensors file, atomically. Raises CapacityError, StorageError."""
-        file = expand_file_path(file)
-        about = {"kind": FORMAT, "kinds": json.dumps(self.kinds), "about": json.dumps(dict(self.about))}
-        arrays = {name: np.ascontiguousarray(array) for name, array in self.arrays.items()}
-        try:
-            with replace_file(file) as new:
-                save_file(arrays, new, about)
-        except (OSError, SafetensorError) as error:
-            raise writing_failed(file, error) from error
+        facts = {"kinds": self.kinds, "about": dict(self.about)}
+        write_arrays(expand_file_path(file), KIND, facts, self.arrays)
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
         """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError."""
-        try:
-            with safe_open(require_regular(expand_file_path(file)), "numpy") as opened:
-                about = opened.metadata() or {}
-                kinds, facts = json.loads(about["kinds"]), json.loads(about["about"])
-                arrays = {name: opened.get_tensor(name) for name in opened.keys()}
-        except (SafetensorError, OSError, KeyError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} is not a trace: {error}") from error
-        if about.get("kind") != FORMAT:
-            raise CheckpointError(f"{file} is not a trace of this version ({FORMAT}): {about.get('kind')!r}")
-        if problems := _find_problems(kinds, facts, arrays):
+        facts, arrays = read_arrays(expand_file_path(file), KIND, FORM)
+        kinds = facts["kinds"]
+        if problems := _find_problems(kinds, arrays):
             raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
-        return cls(tuple(kinds), {name: arrays[name] for name in names_of(kinds)}, facts)
+        return cls(tuple(kinds), {name: arrays[name] for name in names_of(kinds)}, facts["about"])
 
 
 def check_kinds(keep: Any) -> tuple[str, ...]:
@@ -163,12 +149,10 @@ def shapes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> dict[
     return {name: tuple(sizes[axis] for axis in ARRAYS[name][0]) for name in names_of(kinds)}
 
 
-def _find_problems(kinds: Any, about: Any, arrays: dict[str, np.ndarray]) -> list[str]:
+def _find_problems(kinds: list[str], arrays: dict[str, np.ndarray]) -> list[str]:
     """Return the faults of a trace that was read: kinds, names, dtypes, and sizes that contradict each other."""
-    if not isinstance(kinds, list) or not all(isinstance(kind, str) and kind in KINDS for kind in kinds):
+    if not KINDS.keys() >= set(kinds):
         return [f"its kinds are {kinds!r}"]
-    if not isinstance(about, dict) or not isinstance(about.get("config"), dict):
-        return ["it does not hold a config"]
     wanted = set(names_of(kinds))
     problems = [f"{name} is missing" for name in sorted(wanted - set(arrays))]
     problems += [f"{name} is unknown" for name in sorted(set(arrays) - wanted)]

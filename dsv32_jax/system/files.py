@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 from ..errors import CheckpointError, UsageError, listing
 
+LONGEST_NAME = 255
+"""The most bytes of the name of a file or folder on Linux."""
+
 
 def expand_path(path: str | os.PathLike[str]) -> Path:
     """Return `path` with ~ and ~user expanded. Raise UsageError for an unknown user and for what cannot be a path."""
@@ -27,9 +30,12 @@ def expand_path(path: str | os.PathLike[str]) -> Path:
     if "\0" in str(expanded):
         raise UsageError(f"invalid path {str(path)!r}: it contains a null byte")
     try:
-        str(expanded).encode()
+        longest = max(len(name.encode()) for name in ("", *expanded.parts))
     except UnicodeEncodeError:
         raise UsageError(f"invalid path {str(path)!r}: it is not UTF-8, which checkpoints require") from None
+    if longest > LONGEST_NAME:
+        most = f"at most {LONGEST_NAME} are possible"
+        raise UsageError(f"invalid path {str(path)!r:.60}...: a name in it has {longest} bytes, {most}")
     return expanded
 
 
@@ -243,3 +249,27 @@ def reject_constant(text: str) -> None:
 def _parse_int(text: str) -> int | float:
     """Parse an integer; -0 is a float, as in the safetensors library."""
     return -0.0 if text == "-0" else int(text)
+
+
+Schema = type | tuple[type, ...] | list[Any] | dict[Any, Any]
+"""A type or several; [schema] of every item; {str: schema} of every value; or keys with their schemas."""
+
+
+def find_mismatches(value: Any, schema: Schema, name: str) -> list[str]:
+    """Return everything in which a parsed JSON value, called `name`, differs from `schema`.
+
+    A bool is no integer, and keys that the schema does not name may be there.
+    """
+    kinds = schema if isinstance(schema, tuple) else (schema if isinstance(schema, type) else type(schema),)
+    if type(value) not in kinds:
+        return [f"{name} is {value!r:.200}"]
+    found: list[str] = []
+    if isinstance(schema, list):
+        for number, item in enumerate(value):
+            found += find_mismatches(item, schema[0], f"{name}[{number}]")
+    elif isinstance(schema, dict):
+        each: dict[str, Any] = dict.fromkeys(value, schema[str]) if str in schema else schema
+        for key, kind in each.items():
+            part = f"{name}.{key}"
+            found += find_mismatches(value[key], kind, part) if key in value else [f"{part} is missing"]
+    return found

@@ -30,7 +30,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise _is_being_written(folder, descriptor) from None
+            raise _is_being_written(folder, _read_owner(descriptor)) from None
         except OSError as error:
             raise StorageError(
                 f"cannot lock {folder}: {error}. Its file system may not support locks; nothing was written. "
@@ -45,20 +45,30 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 def require_unlocked(folder: Path) -> None:
     """Raise OutputExistsError if another process holds the lock of `folder`. Nothing is created or changed."""
+    if writer := find_writer(folder):
+        raise _is_being_written(folder, writer)
+
+
+def find_writer(folder: Path) -> str | None:
+    """Return what `lock_folder` noted of the process that holds the lock of `folder`, None if no process does."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:
-        return
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise _is_being_written(folder, descriptor) from None
+        return _read_owner(descriptor)
     except OSError:
-        return
+        return None
     finally:
         os.close(descriptor)
+    return None
 
 
-def _is_being_written(folder: Path, lock: int) -> OutputExistsError:
-    owner = os.pread(lock, 100, 0).decode(errors="replace").strip()
-    return OutputExistsError(f"another process ({owner}) is writing {folder}; nothing was touched")
+def _read_owner(lock: int) -> str:
+    return os.pread(lock, 100, 0).decode(errors="replace").strip()
+
+
+def _is_being_written(folder: Path, writer: str) -> OutputExistsError:
+    return OutputExistsError(f"another process ({writer}) is writing {folder}; nothing was touched")

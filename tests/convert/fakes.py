@@ -2,12 +2,14 @@
 
 import json
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
 from convert.read.safetensors import DTYPES, Tensor, read_header
 from convert.read.source import Source
+from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, seal
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -59,6 +61,23 @@ def tokenizer(folder: Path, **more: int) -> str:
     """A tokenizer.json with every id of the vocabulary, as text, and some `more` tokens."""
     size = json.loads((folder / "config.json").read_text())["vocab_size"]
     return json.dumps({"model": {"vocab": {f"t{i}": i for i in range(size)} | more}})
+
+
+def manifest(config: dict, leaves: dict[str, LeafEntry], files: dict[str, list] | None = None) -> Manifest:
+    """A manifest of nothing but these weights and files."""
+    counts = dict.fromkeys(("nan_scale_bytes", "zero_blocks", "pairs_of_different_tensor_scales"), 0)
+    texts = {"formats": {}, "notes": [], "ignored": {}, "conversions": {}, "errors": {"kinds": {}, "worst": {}}}
+    source = {"folder": "hf", "files": {}, "recipe": [], "plan": ""}
+    storage = {"files": files or {}, "mesh": {}}
+    return Manifest(config, leaves, source, {**texts, **counts, "token_ids": None}, {"python": "3.11"}, storage)
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], object]) -> None:
+    """Change the JSON of a manifest and seal it again, as somebody would who wants it to be believed."""
+    raw = json.loads((folder / "manifest.json").read_text())
+    del raw["sha256"]
+    change(raw)
+    (folder / "manifest.json").write_bytes(seal(json.dumps(raw, indent=1).removeprefix("{\n").encode()))
 
 
 def companions(folder: Path) -> dict[str, str]:

@@ -13,13 +13,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 REPOSITORY = Path(__file__).parents[2]
 EVENTS = {"open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree", "os.fsync"}
+SESSION = "dsv32_jax session 0"
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Killer:
-    """Starts jobs ("convert", "reshard" or "export") with a source, an output and options."""
+    """Starts jobs ("convert", "reshard", "export" or "save") with a source, an output and options."""
 
     def __init__(self, job: str = "convert"):
         command = [sys.executable, str(Path(__file__)), job]
@@ -104,6 +107,10 @@ def run(job: str, src: str, dst: str, options: dict) -> None:
         from convert.export.reshard import reshard
 
         reshard(src, dst, **options)
+    elif job == "save":
+        from dsv32_jax.system.array_file import write_arrays
+
+        write_arrays(Path(dst), SESSION, {"tokens": [7]}, {"cache": np.arange(options["size"])})
     else:
         from convert.export.export import export
 
@@ -116,6 +123,10 @@ def digest(job: str, dst: str) -> str:
     from dsv32_jax.checkpoint.manifest import Manifest
     from dsv32_jax.checkpoint.reader import Reader
 
+    if job == "save":
+        from dsv32_jax.system.array_file import read_arrays
+
+        return hashlib.sha256(read_arrays(Path(dst), SESSION, {"tokens": [int]})[1]["cache"].tobytes()).hexdigest()
     if job == "export":
         files = sorted(Path(dst).iterdir())
         return hashlib.sha256(b"".join(file.name.encode() + file.read_bytes() for file in files)).hexdigest()
@@ -143,7 +154,7 @@ def child(job: str, request: dict, answer: int) -> None:
     result = {}
     try:
         if request["how"] in ("trace", "step"):
-            watch(os.path.dirname(request["dst"]) if job == "export" else request["dst"], on_step)
+            watch(os.path.dirname(request["dst"]) if job in ("export", "save") else request["dst"], on_step)
         run(job, request["src"], request["dst"], request["options"])
         if request["how"] == "trace":
             result["steps"] = list(steps)

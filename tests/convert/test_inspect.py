@@ -271,7 +271,7 @@ def test_malformed_folders_are_refused_in_both_layouts(converted, tmp_path):
 
     folder = shutil.copytree(converted["bf16"], tmp_path / "copy")
     (folder / "manifest.json").write_text("{")
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(VerificationError, match="manifest.json"):
         inspect(folder)
     (folder / "manifest.json").rename(folder / "journal.jsonl")
     for look in (inspect, lambda folder: list_tensors(folder, "*"), ds.inspect.Folder):

@@ -12,7 +12,7 @@ import pytest
 
 from dsv32_jax.checkpoint import random_checkpoint
 
-from .killer import Killer
+from .killer import Killer, digest
 
 OPTIONS = {"layers": "0-1", "group_bytes": 200_000, "max_memory": "4GiB", "workers": 2}
 RANDOM = int(os.environ.get("KILLS", "0"))
@@ -152,5 +152,24 @@ def test_killed_at_every_step_of_the_last_phase(job, originals, converted, tmp_p
             assert [entry.name for entry in root.iterdir()] == ["out"]
             names = {entry.name for entry in (root / "out").iterdir()}
             assert names == {entry.name for entry in (tmp_path / "whole" / "out").iterdir()}
+    finally:
+        killer.close()
+
+
+def test_killed_at_every_step_of_saving(tmp_path):
+    """A session or a trace is the one before or the new one, whole, and is saved when it is saved again."""
+    killer = Killer("save")
+    try:
+        (tmp_path / "whole").mkdir()
+        steps = killer.trace("", tmp_path / "whole" / "file", {"size": 9})
+        assert steps == ["open .file.*.tmp", "os.fsync .file.*.tmp", "os.rename .file.*.tmp", "os.fsync ."]
+        new = killer.finish("", tmp_path / "whole" / "file", {"size": 9})
+        for number, step in enumerate(steps):
+            (root := tmp_path / str(number)).mkdir()
+            old = killer.finish("", root / "file", {"size": 5})
+            assert killer.before("", root / "file", {"size": 9}, step=number) == -signal.SIGKILL
+            found = digest("save", root / "file")
+            assert found == (new if step == "os.fsync ." else old), step
+            assert killer.finish("", root / "file", {"size": 9}) == new
     finally:
         killer.close()

@@ -1,26 +1,24 @@
 """The manifest: what is read back is what was written, and everything else is refused with its reason."""
 
 import dataclasses
-import json
+import os
 import re
 
 import pytest
 
-from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Manifest, Place
-from dsv32_jax.errors import CheckpointError
+from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Manifest, Place, seal
+from dsv32_jax.errors import CheckpointError, VerificationError
+from dsv32_jax.system.locks import lock_folder
+
+from . import fakes
 
 SHA = "0" * 64
 PLACE = Place(("weights/00000/embed_VD.values/c.0.0", "weights/00000/embed_VD.values/c.0.1"), 1)
-MANIFEST = Manifest(
-    config={"hidden_size": 96},
-    leaves={
-        "embed_VD": LeafEntry("dense", {"values": ArrayEntry("bfloat16", (320, 96), SHA, PLACE)}),
-        "mtp.embed_VD": LeafEntry("dense", {}, "embed_VD"),
-    },
-    source={"folder": "hf"},
-    report={},
-    versions={"python": "3.11"},
-)
+LEAVES = {
+    "embed_VD": LeafEntry("dense", {"values": ArrayEntry("bfloat16", (320, 96), SHA, PLACE)}),
+    "mtp.embed_VD": LeafEntry("dense", {}, "embed_VD"),
+}
+MANIFEST = fakes.manifest({"hidden_size": 96}, LEAVES)
 
 
 def test_it_is_read_as_it_was_written(tmp_path):
@@ -60,9 +58,7 @@ def place(raw: dict, file: str) -> None:
 def changed(change, tmp_path) -> str:
     """What reading says after `change` was made to the JSON."""
     MANIFEST.write(tmp_path)
-    raw = json.loads((tmp_path / "manifest.json").read_text())
-    change(raw)
-    (tmp_path / "manifest.json").write_text(json.dumps(raw))
+    fakes.edit_manifest(tmp_path, change)
     with pytest.raises(CheckpointError) as caught:
         Manifest.read(tmp_path)
     return str(caught.value)
@@ -77,8 +73,17 @@ def changed(change, tmp_path) -> str:
             lambda raw: raw.update(format_version=1),
             "earlier version .* convert the original .*`dsv32 convert SRC NEW_FOLDER`",
         ),
-        (lambda raw: raw.clear(), "format_version is None"),
+        (lambda raw: raw.pop("format_version"), "format_version is None"),
         (lambda raw: (raw.pop("leaves"), raw.update(source=3)), "2 problems"),
+        (
+            lambda raw: (raw["source"]["files"].update(a={"size": "1"}), raw["storage"].update(mesh=[])),
+            r"3 problems.*manifest.source.files.a.size is '1'.*files.a.header_sha256 is missing.*storage.mesh is \[\]",
+        ),
+        (lambda raw: raw["report"].update(ignored={"x": True}), "manifest.report.ignored.x is True"),
+        (lambda raw: raw["report"]["notes"].append(None), r"manifest.report.notes\[0\] is None"),
+        (lambda raw: raw["report"].pop("errors"), "manifest.report.errors is missing"),
+        (lambda raw: raw["versions"].update(jax=0.1), "manifest.versions.jax is 0.1"),
+        (lambda raw: raw["storage"].update(files=[]), r"manifest.storage.files is \[\]"),
         (lambda raw: raw["leaves"].update(x=3), "leaf x: not an object"),
         (lambda raw: raw["leaves"]["embed_VD"].update(format="int4"), "unknown format .int4."),
         (lambda raw: raw["leaves"]["embed_VD"].update(format="nvfp4"), "nvfp4 with the arrays values"),
@@ -105,6 +110,24 @@ def test_a_malformed_one_is_refused(change, message, tmp_path):
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"format_version": 1}', "[" * 100_000])
 def test_a_torn_one_is_refused(text, tmp_path):
+    """Everything is checked against it, so it is damage whoever reads it."""
     (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(CheckpointError, match="manifest.json"):
+    with pytest.raises(VerificationError, match="manifest.json has changed since it was written"):
+        Manifest.read(tmp_path)
+    (tmp_path / "manifest.json").write_bytes(seal(text.encode()))
+    with pytest.raises(CheckpointError, match="manifest.json is no manifest"):
+        Manifest.read(tmp_path)
+
+
+def test_one_of_the_first_format_is_told(tmp_path):
+    """It has no seal."""
+    (tmp_path / "manifest.json").write_text('{\n "format_version": 1,\n "leaves": {}\n}\n')
+    with pytest.raises(CheckpointError, match="An earlier version wrote it.*dsv32 convert SRC NEW_FOLDER"):
+        Manifest.read(tmp_path)
+
+
+def test_a_folder_that_another_process_writes_is_called_so(tmp_path):
+    with lock_folder(tmp_path), pytest.raises(CheckpointError, match=rf"another process \(pid {os.getpid()} on .*Wait"):
+        Manifest.read(tmp_path)
+    with pytest.raises(CheckpointError, match="is not a converted checkpoint"):
         Manifest.read(tmp_path)

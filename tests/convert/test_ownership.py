@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 
 import convert
 from convert.export.export import export
+from convert.write import journal
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import OutputExistsError, VerificationError
 
@@ -96,6 +98,45 @@ def test_a_manifest_that_was_edited_is_not_complete_already(source, tmp_path):
     (out / "manifest.json").write_text(json.dumps(raw | {"report": {}}))
     with pytest.raises(VerificationError, match="manifest.json has changed"):
         convert.convert(source, out, **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    "number, line, message",
+    [
+        (0, {"plan": 1, "stamps": {}}, "line 1.plan is 1, line 1.source is missing, line 1.basis is missing"),
+        (0, [], r"line 1 is \[\]"),
+        (1, {}, "line 2.part is missing, line 2.leaves is missing"),
+        (1, {"begin": 7}, "line 2.begin is 7"),
+        (1, "begin", "line 2 is 'begin'"),
+        (1, {"part": "../x", "leaves": {}, "facts": {}, "outcomes": {}}, "a part is called '../x'"),
+        (1, {"part": "7", "leaves": {"a": {}}, "facts": {}, "outcomes": {}}, "not an object with arrays"),
+        (1, {"part": "7", "leaves": {}, "facts": {"x": "1"}, "outcomes": {}}, "line 2.facts.x is '1'"),
+        (1, {"part": "7", "leaves": {}, "facts": {}, "outcomes": {"w": [1]}}, "squared_norm"),
+    ],
+)
+def test_a_journal_of_another_form_is_damaged(number, line, message, source, tmp_path):
+    """Each line has the right checksum, as of another version or by intent."""
+    out = unfinished(source, tmp_path / "out")
+    lines = (out / "journal.jsonl").read_text().splitlines(keepends=True)
+    lines[number] = journal._seal(line)
+    (out / "journal.jsonl").write_text("".join(lines))
+    with pytest.raises(OutputExistsError, match=f"journal.jsonl is damaged .*{message}.*Nothing was touched"):
+        convert.convert(source, out, **OPTIONS)
+
+
+def test_every_byte_of_a_journal_is_covered(source, tmp_path):
+    """A changed one is damage, and a cut one is what a killed process leaves: fewer parts are known."""
+    out = unfinished(source, tmp_path / "out", parts=1)
+    raw, rng = (out / "journal.jsonl").read_bytes(), random.Random(3)
+    whole = journal._read_lines(out / "journal.jsonl")
+    for at in sorted(rng.sample(range(len(raw)), 1500)):
+        (out / "journal.jsonl").write_bytes(raw[:at])
+        if raw[:at].count(b"\n"):
+            assert journal._read_lines(out / "journal.jsonl") == whole[: raw[:at].count(b"\n")]
+        (out / "journal.jsonl").write_bytes(raw[:at] + bytes([raw[at] ^ 1 << rng.randrange(8)]) + raw[at + 1 :])
+        if at < len(raw) - 1:
+            with pytest.raises(OutputExistsError, match="is damaged"):
+                journal._read_lines(out / "journal.jsonl")
 
 
 def test_a_journal_that_is_a_link_is_refused(source, tmp_path):

@@ -240,6 +240,32 @@ def test_end_tokens_of_ones_own(model, greedy):
     assert later.tokens[0][:2] == row[:2] and row[2] not in later.tokens[0][:8]
 
 
+def test_a_minimum_counts_the_answer(model):
+    """Not the thoughts that a chat prompt opens; a row that lost its place counts them again."""
+    prompt, drawn = PROMPTS[0], {"max_new_tokens": NEW, "sampling": ds.Sampling(temperature=1.0, seed=5)}
+    (row,) = ds.generate(model, [prompt], **drawn).tokens
+    assert len(set(row[:5])) == 5 and prompt[-1] not in row
+
+    class Thinking:
+        def bytes_of(self, ids):
+            tags = {prompt[-1]: b"<think>", row[2]: b"</think>"}
+            return b"".join(tags.get(int(token), b".") for token in ids)
+
+    options = {**drawn, "stop_token_ids": [row[4]], "min_new_tokens": 3}
+    assert ds.generate(model, [prompt], **options).tokens == [row[:5]]
+    (later,) = ds.generate(model, [prompt], **options, tokenizer=Thinking()).tokens
+    assert later[:4] == row[:4] and row[4] not in later[:6]
+    seated = Row(validate_for(model, [prompt], **options, tokenizer=Thinking()))
+    counts = []
+    for token in later[:6]:
+        counts.append(seated.answered)
+        seated.tokens.append(token)
+    assert counts == [0, 0, 0, 0, 1, 2]
+    Thinking.bytes_of = lambda self, ids: b"<think>"
+    with pytest.raises(UsageError, match="min_new_tokens counts from </think>, and the tokenizer has no such token"):
+        ds.generate(model, [prompt], **options, tokenizer=Thinking())
+
+
 class Letters:
     """A tokenizer of one letter a token; token 5 is half of an e acute, token 6 the other half."""
 

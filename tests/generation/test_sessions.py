@@ -13,11 +13,12 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
-from dsv32_jax.generation import request
+from dsv32_jax.generation import request, session_file
 from dsv32_jax.generation import session as session_module
 from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.model.model import Origin
+from dsv32_jax.system import array_file
 from tests import models
 
 FIRST = [0, 31, 31, 200, 64, 65, 66, 67, 68, 69, 70, 71, 72]
@@ -219,7 +220,7 @@ def test_a_session_of_another_model(model, tiny, tmp_path):
         ds.load_session(models.abstract(tiny), tmp_path / "session")
 
 
-@pytest.mark.parametrize("fault", ["text", "truncated", "other kind", "a smaller array", "tokens", "no settings"])
+@pytest.mark.parametrize("fault", ["text", "truncated", "other kind", "a smaller array", "tokens", "no facts", "sizes"])
 def test_files_that_are_no_sessions(model, tmp_path, fault):
     """Each is refused with the file's name, and nothing of it is used."""
     file = tmp_path / "session"
@@ -235,11 +236,15 @@ def test_files_that_are_no_sessions(model, tmp_path, fault):
         file.write_bytes(file.read_bytes()[:-7])
     elif fault == "other kind":
         save_file(arrays, file, {**about, "kind": "something else"})
-    elif fault == "no settings":
+    elif fault == "no facts":
         save_file(arrays, file, {"kind": about["kind"]})
     elif fault == "tokens":
-        settings = {**json.loads(about["settings"]), "tokens": [5, -1]}
-        save_file(arrays, file, {**about, "settings": json.dumps(settings)})
+        settings = {**json.loads(about["facts"]), "tokens": [5, -1]}
+        array_file.write_arrays(file, session_file.KIND, settings, arrays)
+    elif fault == "sizes":
+        name = min(arrays)
+        wrong = {**arrays, name: arrays[name][:-1]}
+        array_file.write_arrays(file, session_file.KIND, json.loads(about["facts"]), wrong)
     else:
         name = min(arrays)
         save_file({**arrays, name: arrays[name][:-1].copy()}, file, about)

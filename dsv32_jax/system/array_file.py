@@ -1,0 +1,60 @@
+"""Named arrays and facts about them in one safetensors file, which holds the SHA-256 of both."""
+
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from ..errors import CheckpointError, StorageError, listing, pluralize, writing_failed
+from .files import Schema, find_mismatches, hash_chunks, replace_file, require_regular
+
+
+def write_arrays(file: Path, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
+    """Write a file of this `kind`, a name with a version, whole or not at all. Raises CapacityError, StorageError."""
+    about = {"kind": kind, "facts": json.dumps(facts)}
+    arrays = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    try:
+        with replace_file(file) as new:
+            save_file(dict(arrays), new, {**about, "sha256": _hash(about["facts"], arrays)})
+    except (SafetensorError, OSError) as error:
+        raise writing_failed(file, error) from error
+
+
+def read_arrays(file: Path, kind: str, form: Schema) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the facts and arrays that `write_arrays` was given, facts of this `form`.
+
+    Raises CheckpointError if the file is of another kind or not what was written, StorageError if it is unreadable.
+    """
+    noun = kind.split()[1]
+    try:
+        with safe_open(require_regular(file), "numpy") as opened:
+            about = opened.metadata() or {}
+            if about.get("kind") != kind:
+                found = f"but {about['kind']!r:.100}" if "kind" in about else "nor says what it is"
+                raise CheckpointError(f"{file} is not a {noun} of this version ({kind}), {found}")
+            arrays = {name: opened.get_tensor(name) for name in opened.keys()}
+            if about["sha256"] != _hash(about["facts"], arrays):
+                raise CheckpointError(f"{file} is damaged: its bytes are not those that were written")
+            facts = json.loads(about["facts"])
+    except FileNotFoundError:
+        raise CheckpointError(f"there is no {file}; nothing was read") from None
+    except OSError as error:
+        raise StorageError(f"{file} cannot be read: {error.strerror}") from error
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{file} is not a {noun}: {error}") from error
+    if problems := find_mismatches(facts, form, noun):
+        raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
+    return facts, arrays
+
+
+def _hash(facts: str, arrays: Mapping[str, np.ndarray]) -> str:
+    """Return the SHA-256 of facts and of all names, dtypes, shapes and bytes."""
+    named = ((f"{name} {array.dtype} {array.shape}".encode(), array.data) for name, array in sorted(arrays.items()))
+    return hash_chunks(itertools.chain([facts.encode()], *named))
