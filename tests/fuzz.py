@@ -219,7 +219,7 @@ def manifest_case(rng: random.Random, world: World) -> None:
     if rng.random() < 0.2:
         changed = change_bytes(rng, before)
     else:
-        changed = seal_manifest(change_json(rng, before.partition(b",\n")[2].join((b"{", b""))).removeprefix(b"{"))
+        changed = seal_manifest(change_json(rng, b"{" + before.partition(b",\n")[2]).removeprefix(b"{"))
     (folder / "manifest.json").write_bytes(changed)
     for look in (Checkpoint.open, inspect, verify):
         with contextlib.suppress(DsvError):
