@@ -64,7 +64,8 @@ class Sampling:
     """How tokens are chosen; the default is greedy. Raises UsageError on values that make no sense.
 
     `seed` is one for all prompts, or a sequence with one each. In float32 a row's tokens depend on its seed, its
-    prompt and its positions alone; in bfloat16 other batch shapes round differently, which can flip a near-tie.
+    prompt and its positions alone. In bfloat16 other shapes, of more rows or longer ones, round differently, which can
+    flip a near-tie: there that holds of a prompt in a call of its own.
     """
 
     temperature: float = option(0.0, "number", "X", "0 is greedy; DeepSeek recommends 1 with a top-p of 0.95", high=5)
@@ -87,7 +88,9 @@ class Sampling:
     logit_bias: Mapping[int, float] = option({}, "token_biases", "ID=X", "add X to the logit of a token")
     allowed_ids: Collection[int] | None = option(None, "token_ids", "IDS", "sample only these tokens", unset="all")
     forbidden_ids: Collection[int] = option((), "token_ids", "IDS", "never sample these tokens")
-    seed: int | Sequence[int] = option(0, "seed", "N", "equal prompts with equal seeds give equal tokens")
+    seed: int | Sequence[int] = option(
+        0, "seed", "N", "equal prompts with equal seeds give equal tokens; in bfloat16 alone"
+    )
 
     def __post_init__(self):
         for name, spec in specs(Sampling).items():
@@ -141,7 +144,7 @@ class Options:
         None, "dtype", "TYPE", "KV cache storage: bfloat16, float32 or fp8", unset="the compute dtype", group="cache"
     )
     draft: int = option(
-        0, "count", "K", "draft K tokens a step with the MTP head; the result is the same", high=16, group="cache"
+        0, "count", "K", "draft K tokens a step with the MTP head; the same result in float32", high=16, group="cache"
     )
     tokenizer: Any = option(
         None, "object", "", "a chat.Tokenizer, or an object with its bytes_of; adds text", unset="none", group="python"

@@ -2,7 +2,7 @@
 
 A step drafts some tokens, processes them in one go, and keeps those that the model itself samples. Model and MTP head
 sample with the same noise, which a row's seed and the position give, so a draft is right where both make the same of
-it: the result is token for token that of `prefill_decode.step`, greedy or drawn, only sooner.
+it: in float32 the result is token for token that of `prefill_decode.step`, greedy or drawn, only sooner.
 """
 
 import dataclasses

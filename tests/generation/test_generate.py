@@ -266,6 +266,22 @@ def test_a_minimum_counts_the_answer(model):
         ds.generate(model, [prompt], **options, tokenizer=Thinking())
 
 
+def test_a_prompt_by_itself_is_the_same_in_bfloat16(model, monkeypatch):
+    """To the last bit, after other requests and with less memory; of rows beside others only float32 promises that."""
+    model = models.random_model(model.cfg, dtype=jnp.bfloat16)
+    alone = {"max_new_tokens": NEW, "sampling": dataclasses.replace(HOT, seed=12)}
+    first = ds.generate(model, [PROMPTS[1]], **alone)
+    ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=HOT)
+    one = memory.compute_row_bytes(model.cfg, 64, np.dtype(jnp.bfloat16), 0)
+    monkeypatch.setattr(memory, "get_free_memory", lambda _: int(one * 2.6))
+    again = ds.generate(model, [PROMPTS[1]], **alone)
+    assert (again.tokens, again.logprobs) == (first.tokens, first.logprobs)
+    stream = ds.stream(model, PROMPTS[1], **alone)
+    assert [(token.token, token.logprob) for token in stream] == list(
+        zip(first.tokens[0], first.logprobs[0], strict=True)
+    )
+
+
 class Letters:
     """A tokenizer of one letter a token; token 5 is half of an e acute, token 6 the other half."""
 
