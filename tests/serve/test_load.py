@@ -1,0 +1,62 @@
+"""Many clients at once: each gets what `generate` makes for it alone, whoever else is there, and leaves nothing."""
+
+import asyncio
+
+import numpy as np
+import openai
+import pytest
+
+import dsv32_jax as ds
+from tests.serve.servers import CAPACITY, ROWS
+from tests.serve.test_openai import is_idle
+
+CLIENTS, LONGEST = 50, 16
+
+
+@pytest.fixture(scope="module")
+def asks(model):
+    """Ragged requests with seeds of their own; some share their beginnings."""
+    rng = np.random.default_rng(0)
+    shared = rng.integers(100, model.cfg.vocab_size // 2, 40).tolist()
+    prompts = [[0, *shared[: rng.integers(4, 40)], *rng.integers(100, 2000, 3).tolist()] for _ in range(CLIENTS)]
+    return [(prompt, int(rng.integers(1, LONGEST)), seed) for seed, prompt in enumerate(prompts)]
+
+
+@pytest.fixture(scope="module")
+def expected(model, tokenizer, asks):
+    samplings = [ds.Sampling(temperature=1.0, seed=seed) for *_, seed in asks]
+    limits, prompts = [limit for _, limit, _ in asks], [prompt for prompt, *_ in asks]
+    return ds.generate(
+        model,
+        prompts,
+        sampling=samplings,
+        max_new_tokens=limits,
+        tokenizer=tokenizer,
+        batch_size=ROWS,
+        capacity=CAPACITY,
+    )
+
+
+def test_everybody_is_answered_right(served, asks, expected):
+    """Streamed and whole; who is told to come back comes back; some leave in the middle."""
+
+    async def run():
+        url = f"{served.url}/v1"
+        async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=1000, timeout=300) as client:
+            return await asyncio.gather(*(ask(client, i, *one) for i, one in enumerate(asks)))
+
+    async def ask(client, i, prompt, limit, seed):
+        body = {"model": "demo", "prompt": prompt, "max_tokens": limit, "temperature": 1.0, "seed": seed}
+        if i % 2:
+            return (await client.completions.create(**body)).choices[0].text
+        stream = await client.completions.create(**body, stream=True)
+        if i % 10 == 0:
+            await anext(stream)
+            return await stream.close()
+        return "".join([event.choices[0].text async for event in stream])
+
+    texts = asyncio.run(run())
+    assert [text for text in texts if text is not None] == [
+        text for text, told in zip(expected.text, texts, strict=True) if told is not None
+    ]
+    assert texts.count(None) == CLIENTS / 10 and is_idle(served.engine)
