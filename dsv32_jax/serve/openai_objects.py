@@ -149,14 +149,26 @@ class CompletionWriter(_Writer):
         super().__init__(ask, tokenizer)
         self._written: dict[int, int] = {}
 
+    def open(self, choices, job):
+        return "".join(
+            self._event([self._finish(self._write(choice.index, _join(told), told), choice)])
+            for choice in choices
+            if (told := self._repeat(choice))
+        )
+
     def write_choice(self, choice):
-        return self._write(choice.index, choice.text[CONTENT], choice.tokens)
+        told = self._repeat(choice)
+        return self._write(choice.index, _join(told) + choice.text[CONTENT], [*told, *choice.tokens])
 
     def write_chunk(self, choice, arrival, pieces):
         text = "".join(piece.text for piece in pieces)
         if not text and not arrival.finish_reason and not self.ask.logprobs:
             return None
         return self._write(choice.index, text, arrival.tokens)
+
+    def _repeat(self, choice: Choice) -> Sequence[Token]:
+        """Return the tokens of its prompt if they are wanted."""
+        return self.ask.echo[choice.index // self.ask.request.options.n] if self.ask.echo else ()
 
     def _write(self, index: int, text: str, tokens: Sequence[Token]) -> dict[str, Any]:
         """Return text and tokens; `_written` counts the characters of each choice, which places its next token."""
@@ -182,3 +194,7 @@ class CompletionWriter(_Writer):
             return said.decode()
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in said)
+
+
+def _join(tokens: Sequence[Token]) -> str:
+    return "".join(token.text or "" for token in tokens)

@@ -5,11 +5,13 @@ import secrets
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..chat import Prompt, Tokenizer, prepare
+from ..chat import Detokenizer, Prompt, Tokenizer, prepare
 from ..generation.engine import Engine
 from ..generation.options import Sampling
 from ..generation.pages import PAGE
 from ..generation.request import Constraint, Request, validate_for
+from ..generation.result import Token
+from ..generation.score import score
 from . import fields
 from .fields import ApiError, get
 from .grammar import Vocabulary, write_grammar
@@ -38,7 +40,8 @@ class Ask:
 
     thinking   whether the model thinks first; None where the prompt is no conversation
     stream     whether tokens are wanted as they come;  usage: and their number at the end
-    logprobs   whether log-probabilities are wanted;  echo: the prompt before its completion
+    logprobs   whether log-probabilities are wanted
+    echo       the tokens of each prompt if they are wanted before its completions; the first has no log-probability
     """
 
     model: str
@@ -47,7 +50,7 @@ class Ask:
     stream: bool = False
     usage: bool = False
     logprobs: bool = False
-    echo: bool = False
+    echo: Sequence[Sequence[Token]] = ()
 
 
 class Reader:
@@ -84,7 +87,8 @@ class Reader:
         top, echo = get(body, "logprobs", int), get(body, "echo", bool, False)
         prompts = [self._read_prompt(one) for one in _split_prompts(body.get("prompt"))]
         request = self.ask(body, prompts, get(body, "max_tokens", int, COMPLETION_TOKENS), top_logprobs=top or 0)
-        return Ask(self.name, request, None, *_read_stream(body), top is not None, echo)
+        echoed = self._score(prompts, top) if echo else ()
+        return Ask(self.name, request, None, *_read_stream(body), top is not None, echoed)
 
     def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tokens of the prompt or the messages in a body. Raises ApiError and UsageError."""
@@ -151,6 +155,22 @@ class Reader:
         return self.vocabulary.compile(
             write_grammar(thinking=thinking, schema=schema, tools=tools, must_call=is_forced, most_calls=most)
         )
+
+    def _score(self, prompts: Sequence[Sequence[int]], top: int | None) -> list[list[Token]]:
+        """Return the tokens of prompts, with their log-probabilities unless `top` is None. The engine has most of the
+        memory, so prompts are read one after the other."""
+        scores: Any = [([0.0] * len(prompt), [()] * len(prompt)) for prompt in prompts]
+        if top is not None:
+            made = score(self.engine.model, prompts, top_logprobs=top, batch_size=1)
+            scores = zip(made.logprobs, made.top_logprobs, strict=True)
+        found = []
+        for prompt, (logprobs, tops) in zip(prompts, scores, strict=True):
+            text = Detokenizer(self.tokenizer)
+            said = [text.add([token]) for token in prompt]
+            said[-1] += text.end()
+            each: Any = zip(prompt, [None, *logprobs], said, [(), *tops], strict=False)
+            found.append([Token(token, logprob, None, piece, top) for token, logprob, piece, top in each])
+        return found
 
     def _read_message(self, message: Any, index: int) -> Any:
         if not isinstance(message, dict):

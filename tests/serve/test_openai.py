@@ -102,6 +102,24 @@ def test_logprobs(client, model, tokenizer):
     assert said == made.logprobs.tokens and len(made.logprobs.top_logprobs) == 5
 
 
+def test_an_echo(client, model, tokenizer):
+    """The prompt with its log-probabilities, as evaluation harnesses ask for it; no new token need be made."""
+    ids = [ds.chat.prepare(text, tokenizer).ids for text in (CODE, "x = é")]
+    scores = ds.score(model, ids, top_logprobs=1)
+    body = {"model": "demo", "prompt": ids, "echo": True, "logprobs": 1}
+    for limit in (0, 3):
+        made = client.completions.create(**body, max_tokens=limit)
+        streamed = list(client.completions.create(**body, max_tokens=limit, stream=True))
+        for choice, prompt, expected in zip(made.choices, ids, scores.logprobs, strict=True):
+            logprobs = choice.logprobs.token_logprobs
+            assert logprobs[0] is None and len(logprobs) == len(prompt) + limit
+            assert logprobs[1 : len(prompt)] == pytest.approx(expected, abs=1e-4)
+            assert choice.text.startswith(tokenizer.decode(prompt)) and choice.finish_reason == "length"
+            assert len(choice.logprobs.top_logprobs) == len(logprobs) and not choice.logprobs.top_logprobs[0]
+            said = [one for event in streamed for one in event.choices if one.index == choice.index]
+            assert "".join(one.text for one in said) == choice.text
+
+
 def test_prompts_in_every_form(client, tokenizer):
     """Text, ids, and lists of them; the choices of one prompt are next to each other."""
     ids = ds.chat.prepare(CODE, tokenizer).ids
