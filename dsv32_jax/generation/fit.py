@@ -115,7 +115,6 @@ def fit(
     speed: float | None = parse_size(disk_speed or 0)
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
     mapped = weights[0] if device_memory is None and jax.default_backend() == "cpu" else 0
-
     batch_rows, capacity = memory.round_up_rows(batch), max(PAGE, capacity_for(cfg, context))
     rows = memory.count_local_rows(batch_rows, data)
     demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
