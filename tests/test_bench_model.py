@@ -54,6 +54,22 @@ def test_rows(asked):
     assert headings.split()[:3] == ["batch", "context", "step"] and len(line) <= len(headings)
 
 
+def test_experts_in_host_memory():
+    """A device holds and reads less by what the host holds and reads, and the step is the same."""
+    plans = [bench.make_plan(TINY, 3, None, (2,), (24,), "bfloat16", 3, where) for where in ("device", "host:1")]
+    assert len(plans[1].host) == 3 and not plans[0].host
+    tokens, found = [], []
+    for plan in plans:
+        made, decode, _ = bench.measure_model(plan, seconds=0.0)
+        found.append((made["host_read"], decode["read"], decode["host_read"]))
+        cache = fill_cache(plan.cfg, 64, plan.cache_dtype, 2, 24)
+        tokens.append(DecodeStep(make_model(plan.cfg, None, plan.host), cache, 3).run().tolist())
+    (none, whole, nothing), (speed, rest, host) = found
+    assert none == nothing == 0 and speed > 0 and host > 0
+    assert rest + host == pytest.approx(whole, rel=0.2), "the share of experts is measured"
+    assert tokens[0] == tokens[1]
+
+
 def test_a_filled_cache_has_no_empty_slot(asked):
     """Different in every slot, component and layer, of standard deviation 1; the last slot is for the new token."""
     cache = fill_cache(asked.cfg, 64, dtype_of("bfloat16", jnp.bfloat16))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ..checkpoint.load import place_on_host
 from ..checkpoint.random_weights import leaf_maker, storage, uniform
 from ..config import Config
 from ..errors import CapacityError, pluralize
@@ -31,9 +32,18 @@ DTYPE = np.dtype(jnp.bfloat16)
 """The compute dtype."""
 
 
-def make_model(cfg: Config, mesh: Mesh | None = None) -> Model:
-    """Return a model with random NVFP4 weights, each device making its own part."""
-    return jax.block_until_ready(build(cfg, DTYPE, leaf_maker(cfg, DTYPE, mesh=mesh), mesh=mesh))
+def make_model(cfg: Config, mesh: Mesh | None = None, host: Collection[str] = ()) -> Model:
+    """Return a model with random NVFP4 weights, each device making its own part; those of the paths `host` stay in host
+    memory."""
+    on_device, whole = leaf_maker(cfg, DTYPE, mesh=mesh), leaf_maker(cfg, DTYPE)
+    table = {leaf.path: leaf for leaf in leaves(cfg)}
+
+    def make(path: str) -> Any:
+        if path in host:
+            return place_on_host(jax.tree.map(np.array, whole(path)), table[path], mesh)
+        return on_device(path)
+
+    return jax.block_until_ready(build(cfg, DTYPE, make, mesh=mesh))
 
 
 def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
@@ -47,10 +57,12 @@ def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     }
 
 
-def require_memory(cfg: Config, mesh: Mesh | None, batches: Sequence[int], capacity: int, dtype: np.dtype) -> None:
-    """Raise CapacityError if weights and the caches of the largest batch do not fit on a device, before any is made."""
+def require_memory(
+    cfg: Config, mesh: Mesh | None, batches: Sequence[int], capacity: int, dtype: np.dtype, weights: int
+) -> None:
+    """Raise CapacityError if `weights` bytes and the caches of the largest batch do not fit on a device, before any is
+    made."""
     data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
-    weights = sum(count_weight_bytes(cfg, mesh).values())
     rows = max(memory.count_local_rows(batch, data) for batch in batches)
     caches = rows * memory.compute_row_bytes(cfg, capacity, dtype, 0)
     free = memory.get_free_memory(devices)

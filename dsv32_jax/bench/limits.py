@@ -38,10 +38,16 @@ def make_move(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
     return lambda: jax.block_until_ready(copy(x)), 2 << 30
 
 
+def measure_host_speed() -> float:
+    """Return the bytes a second that all cores read of host memory."""
+    return BUFFER_BYTES / measure_median(make_reader(), 0.5).wall
+
+
 def make_reader() -> Callable[[], Any]:
     """Return a function that reads BUFFER_BYTES of memory and adds them up on all cores: no computation is faster."""
-    parts = np.array_split(np.ones(BUFFER_BYTES // 8, np.uint64), count_cores())
-    pool = ThreadPoolExecutor(len(parts))
+    cores = count_cores()
+    pool = ThreadPoolExecutor(cores)
+    parts = list(pool.map(lambda _: np.ones(BUFFER_BYTES // 8 // cores, np.uint64), range(cores)))  # near its core
     return lambda: collections.deque(pool.map(np.add.reduce, parts), maxlen=0)
 
 

@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from ..checkpoint import host_split
 from ..config import Config
 from ..errors import UsageError, listing
 from ..generation.prefill_decode import new_state
@@ -27,7 +28,7 @@ from ..model.model import Model
 from ..parallel import sharding
 from ..system.compilation import count_compilations, require_device
 from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model, require_memory
-from .limits import count_all_reduces, measure_all_reduce, measure_move_speed
+from .limits import count_all_reduces, measure_all_reduce, measure_host_speed, measure_move_speed
 from .measure import Row, format_headings, format_line, get_peak_memory, measure_median
 from .profile import profile_scopes
 
@@ -36,7 +37,8 @@ step: ms of a decode step of all rows, median; cpu: the processor time in it, al
 of all rows together. experts: the share that the rows of a device choose together in a layer, for the last tokens after
 a short context. weights: GB a device reads in a step, these experts and all the rest. GB/s: the two together, and as a
 share of what the device moves a second at best in this run: a plain read by all cores of a CPU, elsewhere a copy, read
-and written. floor: ms that reading these weights at that speed and the step's all-reduces take. ratio: step / floor.
+and written. host GB: read of experts in host memory, and its share of a plain read by all cores. floor: ms that reading
+these weights at these speeds and the step's all-reduces take. ratio: step / floor.
 Below each row: ms of a step by part, from a profile, as a device is busy with it; on a GPU of the same step without
 CUDA graphs, inside which a profile sees nothing."""
 
@@ -50,6 +52,8 @@ COLUMNS = (
     ("weights GB", 10, lambda row: f"{row['read'] / 1e9:.3f}"),
     ("GB/s", 7, lambda row: f"{row['read'] / row['step'] / 1e9:.1f}"),
     ("of best", 7, lambda row: f"{row['share']:.1%}"),
+    ("host GB", 7, lambda row: f"{row['host_read'] / 1e9:.2f}" if row["host_read"] else ""),
+    ("of best", 7, lambda row: f"{row['host_share']:.1%}" if row["host_read"] else ""),
     ("floor ms", 8, lambda row: f"{row['floor'] * 1e3:.2f}"),
     ("ratio", 6, lambda row: f"{row['step'] / row['floor']:.2f}"),
     ("memory GB", 9, lambda row: f"{row['memory'] / 1e9:.2f}"),
@@ -65,7 +69,7 @@ SHORT = 128
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The model, its mesh, batch sizes, contexts, the dtype of caches, and decode steps a call."""
+    """The model, its mesh, batch sizes, contexts, dtype of caches, decode steps a call, and weights in host memory."""
 
     cfg: Config
     mesh: Mesh | None
@@ -73,6 +77,7 @@ class Plan:
     contexts: Sequence[int]
     cache_dtype: np.dtype
     steps: int
+    host: frozenset[str]
 
     @property
     def capacity(self) -> int:
@@ -88,6 +93,7 @@ def make_plan(
     contexts: Sequence[int],
     cache_dtype: str,
     steps: int | None,
+    experts: str = "device",
 ) -> Plan:
     """Check the options. Raises UsageError, ConfigError, and CapacityError if weights and caches do not fit."""
     from .. import configs
@@ -102,14 +108,17 @@ def make_plan(
     if small := [number for number in (*batches, *contexts, steps) if number < 1]:
         raise UsageError(f"batches, contexts and steps are 1 or more, not {listing(small)}; nothing was made")
     devices = None if mesh is None else sharding.mesh(mesh)
-    plan = Plan(cfg, devices, batches, contexts, dtype_of(cache_dtype, None), steps)
-    require_memory(cfg, devices, batches, plan.capacity, plan.cache_dtype)
+    sizes, table = count_weight_bytes(cfg, devices), {leaf.path: leaf for leaf in leaves(cfg)}
+    host = frozenset(host_split.choose(cfg, table, sizes, experts))
+    plan = Plan(cfg, devices, batches, contexts, dtype_of(cache_dtype, None), steps, host)
+    held = sum(size for path, size in sizes.items() if path not in host)
+    require_memory(cfg, devices, batches, plan.capacity, plan.cache_dtype, held)
     return plan
 
 
-def count_step_bytes(cfg: Config, weights: dict[str, int], share: float) -> float:
-    """Return the bytes of weights that a device reads in a step if it reads this share of the experts."""
-    read = [leaf for leaf in leaves(cfg) if leaf.path != "embed_VD"]
+def count_step_bytes(cfg: Config, weights: Mapping[str, int], share: float) -> float:
+    """Return the bytes of `weights` that are read in a step if it reads this share of the experts."""
+    read = [leaf for leaf in leaves(cfg) if leaf.path in weights and leaf.path != "embed_VD"]
     return sum(weights[leaf.path] * (share if leaf.stacked else 1) for leaf in read)
 
 
@@ -127,11 +136,13 @@ def measure_expert_share(model: Model, tokens: jax.Array) -> float:
 def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
     """Yield a row about the weights, one for each batch and context, and one for prefill behind each context."""
     start = time.perf_counter()
-    model = make_model(plan.cfg, plan.mesh)
+    model = make_model(plan.cfg, plan.mesh, plan.host)
     made = {"kind": "made", "seconds": time.perf_counter() - start, "memory": _get_device_peak(plan.mesh)}
     copied, reduced = measure_move_speed(plan.mesh), measure_all_reduce(plan.cfg, plan.mesh)
-    yield {**made, "copied": copied, "all_reduce": reduced}
-    weights = count_weight_bytes(plan.cfg, plan.mesh)
+    host_speed = measure_host_speed() if plan.host else 0.0
+    yield {**made, "copied": copied, "all_reduce": reduced, "host_read": host_speed}
+    weights = {path: size for path, size in count_weight_bytes(plan.cfg, plan.mesh).items() if path not in plan.host}
+    in_host = {path: size for path, size in count_weight_bytes(plan.cfg, None).items() if path in plan.host}
     for batch in plan.batches:
         program = profiled = None
         for context in plan.contexts:
@@ -143,7 +154,8 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
             each = times.wall / plan.steps
             peak = _get_device_peak(plan.mesh)
             share = measure_expert_share(model, step.state.token_B)
-            read = count_step_bytes(plan.cfg, weights, share)
+            read, host_read = (count_step_bytes(plan.cfg, some, share) for some in (weights, in_host))
+            host_floor = host_read / host_speed if host_read else 0.0
             step.program = profiled = profiled or step.compile_for_profile()
             parts = profile_scopes(profiled, step.run)
             yield {
@@ -156,7 +168,9 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
                 "experts": share,
                 "read": read,
                 "share": read / each / copied,
-                "floor": read / copied + count_all_reduces(program.as_text()) * reduced,
+                "host_read": host_read,
+                "host_share": host_floor / each,
+                "floor": read / copied + host_floor + count_all_reduces(program.as_text()) * reduced,
                 "memory": peak,
                 "parts": {name: spent / plan.steps for name, spent in parts.items()},
             }
@@ -192,7 +206,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Print the rows as they come, as lines or as JSON."""
     sizes = arguments.batch or BATCHES, arguments.context or CONTEXTS
     where = arguments.config, arguments.layers, arguments.mesh
-    plan = make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps)
+    plan = make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps, arguments.experts)
     if not arguments.json:
         print(EXPLANATION, flush=True)
     for row in measure_model(plan):
@@ -203,6 +217,7 @@ def format_row(row: Row) -> str:
     """Return the line of a row."""
     if row["kind"] == "made":
         reduced = f", an all-reduce takes {row['all_reduce'] * 1e6:.0f} us" if row["all_reduce"] else ""
+        reduced += f", the host reads {row['host_read'] / 1e9:.0f} GB/s" if row["host_read"] else ""
         return (
             f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held; a device moves "
             f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{format_headings(COLUMNS)}"

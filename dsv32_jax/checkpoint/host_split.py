@@ -17,10 +17,10 @@ WEIGHT_SHARE = 0.85
 """The share of a device's memory that weights may take; caches and temporaries need the rest."""
 
 
-def choose(
-    cfg: Config, table: Mapping[str, Leaf], leaves: Mapping[str, LeafEntry], experts: str, mesh: Mesh | None
-) -> list[str]:
+def choose(cfg: Config, table: Mapping[str, Leaf], sizes: Mapping[str, int], experts: str) -> list[str]:
     """Return the paths of the routed experts that stay in host memory for "device", "host" or "host:N".
+
+    `sizes` are the bytes that each weight takes on each device.
 
     Raises UsageError for another word or a number of layers that there are not, CapacityError if the devices could not
     hold the rest.
@@ -34,14 +34,12 @@ def choose(
         )
     if experts == "device":
         return []
-    count = count_host_layers(table, leaves, layers, mesh) if word[1] is None else int(word[1])
+    count = count_host_layers(table, sizes, layers) if word[1] is None else int(word[1])
     chosen = tuple(layers[:count])
     return [path for path, leaf in table.items() if leaf.stacked and path.startswith(chosen)] if chosen else []
 
 
-def count_host_layers(
-    table: Mapping[str, Leaf], leaves: Mapping[str, LeafEntry], layers: list[str], mesh: Mesh | None
-) -> int:
+def count_host_layers(table: Mapping[str, Leaf], sizes: Mapping[str, int], layers: list[str]) -> int:
     """Return how many layers' experts the devices have no room for: all of them on a CPU, whose memory is the host's.
 
     Raises CapacityError if the devices cannot hold the other weights.
@@ -49,13 +47,11 @@ def count_host_layers(
     device = jax.local_devices()[0]
     if device.platform == "cpu":
         return len(layers)
-    sizes = {} if mesh is None else dict(mesh.shape)
-    each = {path: _count_bytes(sizes, table[path], entry) for path, entry in leaves.items() if entry.same_as is None}
     stats = device.memory_stats() or {}
     free = WEIGHT_SHARE * (stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0))
-    total = sum(each.values())
+    total = sum(sizes.values())
     for count, layer in enumerate(["", *layers]):
-        total -= sum(each[path] for path in each if layer and table[path].stacked and path.startswith(layer))
+        total -= sum(sizes[path] for path in sizes if layer and table[path].stacked and path.startswith(layer))
         if total <= free:
             return count
     raise CapacityError(
@@ -64,8 +60,15 @@ def count_host_layers(
     )
 
 
-def _count_bytes(mesh: partition.MeshShape, leaf: Leaf, entry: LeafEntry) -> int:
-    """Return the bytes of a weight on each device."""
-    shards = (partition.shard_shape(mesh, leaf, array.shape) for array in entry.arrays.values())
-    sizes = [array.nbytes // max(1, math.prod(array.shape)) for array in entry.arrays.values()]
-    return sum(math.prod(shard) * size for shard, size in zip(shards, sizes, strict=True))
+def count_device_bytes(
+    table: Mapping[str, Leaf], entries: Mapping[str, LeafEntry], mesh: Mesh | None
+) -> dict[str, int]:
+    """Return the bytes that each weight of a checkpoint takes on each device."""
+    sizes = {} if mesh is None else dict(mesh.shape)
+
+    def count(path: str, entry: LeafEntry) -> int:
+        shards = (partition.shard_shape(sizes, table[path], array.shape) for array in entry.arrays.values())
+        each = [array.nbytes // max(1, math.prod(array.shape)) for array in entry.arrays.values()]
+        return sum(math.prod(shard) * size for shard, size in zip(shards, each, strict=True))
+
+    return {path: count(path, entry) for path, entry in entries.items() if entry.same_as is None}

@@ -141,7 +141,8 @@ class Checkpoint:
 
     def choose_host_experts(self, experts: str, mesh: Mesh | None) -> list[str]:
         """Return the weights that `load(experts=...)` leaves in host memory. Raises UsageError, CapacityError."""
-        return host_split.choose(self.cfg, self.table, self.manifest.leaves, experts, mesh)
+        sizes = host_split.count_device_bytes(self.table, self.manifest.leaves, mesh)
+        return host_split.choose(self.cfg, self.table, sizes, experts)
 
     def keep_on_host(self, paths: Collection[str], mesh: Mesh | None = None) -> dict[str, HostWeight]:
         """Map the stacked weights `paths` and make them known to the kernels, without a copy."""
