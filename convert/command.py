@@ -22,9 +22,9 @@ from .subcommands import report_to
 
 NAME = "python -m convert" if __package__ == "convert" else "dsv32 convert"
 
-EPILOG = """exit codes: 0 done, 2 usage, 3 input damaged or unsupported, 4 the output is complete and damaged, 5 not
-enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 75 stopped by a signal, 130 Ctrl-C. After 5,
-74, 75 and 130 the same command continues where it stopped."""
+EPILOG = """exit codes: 0 done, 2 usage, 3 input missing, damaged or unsupported, 4 the output is complete and damaged,
+5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 75 stopped by a signal, 130 Ctrl-C.
+After 5, 74, 75 and 130 the same command continues where it stopped."""
 
 TEXTS: Any = {
     "description": "Convert a DeepSeek-V3.2 checkpoint (safetensors: BF16, FP8 or NVFP4) for dsv32_jax. "

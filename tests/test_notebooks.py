@@ -1,5 +1,6 @@
 """The notebooks run, and each pair of .py and .ipynb has the same cells."""
 
+import re
 from pathlib import Path
 
 import jupytext
@@ -22,10 +23,19 @@ def test_pair(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_needs_only_what_is_installed(path):
+    """Modules and files of a checkout are not there where a wheel is installed, or Jupyter opens another folder."""
+    text = path.with_suffix(".py").read_text(encoding="utf-8")
+    imported = set(re.findall(r"^(?:import|from) ([a-z0-9_]+)", text, re.MULTILINE))
+    assert not imported & {"convert", "configs", "tests"} and "../" not in text
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
-def test_runs(path, pytestconfig):
-    """Every cell runs within a minute."""
+def test_runs(path, pytestconfig, tmp_path):
+    """Every cell runs within a minute, in any folder."""
     if not pytestconfig.getoption("--notebooks"):
         pytest.skip("--notebooks runs them")
     notebook = jupytext.read(path)
-    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3").execute()
+    anywhere = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=60, kernel_name="python3", resources=anywhere).execute()

@@ -45,8 +45,8 @@ def program() -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return its exit code.
 
-    0 ok, 1 bug, 2 usage, 3 input damaged or unsupported, 4 a converted checkpoint is not as it was written, 5 not
-    enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C.
+    0 ok, 1 bug, 2 usage, 3 input missing, damaged or unsupported, 4 a converted checkpoint is not as it was written, or
+    doctor found problems, 5 not enough disk, memory or devices, 6 output exists or is locked, 74 I/O error, 130 Ctrl-C.
     """
     try:
         return _run(list(sys.argv[1:] if argv is None else argv))
