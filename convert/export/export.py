@@ -14,7 +14,7 @@ from typing import Any
 from dsv32_jax.checkpoint.companions import COMPANIONS, copy_companions
 from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
-from dsv32_jax.system.files import expand_path, is_abandoned, read_json, require_apart, sync
+from dsv32_jax.system.files import expand_path, find_mismatches, is_abandoned, read_json, require_apart, sync
 from dsv32_jax.system.locks import LOCK, lock_folder
 from dsv32_jax.system.progress import Progress, ignore_progress
 
@@ -93,9 +93,9 @@ def _read_record(folder: Path) -> dict[str, Any]:
     """The record of an export in `folder`: its job, and the names of its files. Empty where there is none."""
     try:
         record = read_json(folder / RECORD, MAX_RECORD_BYTES)
-        return record if isinstance(record["job"], str) and isinstance(record["files"], list) else {}
-    except (OSError, CheckpointError, LookupError, TypeError):
+    except (OSError, CheckpointError):
         return {}
+    return {} if find_mismatches(record, {"job": str, "files": [str]}, RECORD) else record
 
 
 def _list_own(aside: Path) -> list[Path]:

@@ -5,6 +5,8 @@ experts are stacked about `reader.SLAB_BYTES` of each component.
 """
 
 import hashlib
+import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -15,7 +17,7 @@ from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
-from dsv32_jax.errors import DsvError, StorageError, VerificationError
+from dsv32_jax.errors import CheckpointError, DsvError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from dsv32_jax.system.files import expand_path
@@ -96,6 +98,7 @@ class Converted:
         sources: dict[str, list[SourceTensor]] = {}
         if entries[0].passport is not None:
             for source in entries[0].passport.sources:
+                _require_tensor(source)
                 sources.setdefault(_module_of(source.name), []).append(source)
         weights = (
             Weight(name, group, entries, expert, tuple(sources.get(_module_of(name), ())))
@@ -164,12 +167,24 @@ class Converted:
         return self.expected[self._keys(weight.leaves[0])["values"]].dtype
 
 
+def _measure(source: SourceTensor) -> int:
+    return math.prod(source.shape) * DTYPES[source.dtype].itemsize
+
+
+def _require_tensor(source: SourceTensor) -> None:
+    """Raise CheckpointError unless a recorded tensor can have been one: of a dtype that there is, bits of its size."""
+    known = source.dtype in DTYPES and re.fullmatch("[0-9a-f]{64}", source.sha256)
+    if known and source.bits:
+        known = re.fullmatch("[0-9a-f]+", source.bits) and len(source.bits) == 2 * _measure(source)
+    if not known:
+        raise CheckpointError(f"a passport in the manifest has {tuple(source)!r:.200}, which is no tensor")
+
+
 def describe_storage(name: str, sources: Sequence[SourceTensor]) -> StoredWeight:
     """How the weight `name` was stored, from its recorded tensors."""
     tensors = {}
     for source in sources:
-        nbytes = int(np.prod(source.shape, dtype=np.int64)) * DTYPES[source.dtype].itemsize
-        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, nbytes)
+        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, _measure(source))
     return detect(name, tensors)
 
 

@@ -5,6 +5,7 @@
 dtype and shape. Neither shares code with `cut`: a proof that used the code it proves would prove nothing.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -78,7 +79,7 @@ def collapse_scales(row_scale: np.ndarray, shape: tuple[int, ...], name: str) ->
         again = np.broadcast_to(small, row_scale.shape)
     if _differ(again, row_scale):
         raise NotInvertible(f"{name}: rows that shared a scale have different ones now")
-    return np.ascontiguousarray(small).reshape(shape)
+    return _reshape(small, shape, name)
 
 
 def _join(leaves: Sequence[Leaf], arrays: Sequence[np.ndarray], per: int, name: str) -> np.ndarray:
@@ -132,7 +133,13 @@ def _cast(array: np.ndarray, tensor: Tensor) -> np.ndarray:
     found = array.astype(dtype, copy=False)
     if found.dtype != array.dtype and _differ(found.astype(array.dtype), array):
         raise NotInvertible(f"{tensor.name}: the {array.dtype.name} values are not exact in {dtype.name}")
-    return np.ascontiguousarray(found).reshape(tensor.shape)
+    return _reshape(found, tensor.shape, tensor.name)
+
+
+def _reshape(array: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+    if array.size != math.prod(shape):
+        raise NotInvertible(f"{name}: it was recorded as {list(shape)}, and {array.size} values are stored")
+    return np.ascontiguousarray(array).reshape(shape)
 
 
 def _restore_scalar(tensor_scale: np.ndarray, tensor: Tensor, bits: str) -> np.ndarray:

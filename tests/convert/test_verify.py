@@ -15,13 +15,14 @@ import pytest
 
 import convert
 import dsv32_jax as ds
+from convert.export.export import export
 from convert.name_folding import fold_names
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.checksums import find_changed_files, find_damage
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.reader import Reader
-from dsv32_jax.errors import UsageError, VerificationError
+from dsv32_jax.errors import CheckpointError, UsageError, VerificationError
 
 from . import fakes
 from .conftest import STORAGES
@@ -244,6 +245,31 @@ def test_what_has_no_provenance_is_not_proven(copy):
     report = verify(copy)
     assert report.lossless is False and report.proven == 0
     assert report.changed.keys() == {"its source is not recorded"}
+
+
+@pytest.mark.parametrize(
+    "place, value, said",
+    [
+        (1, "XX", "which is no tensor"),
+        (2, [10**30], "for model|is recorded|matrices|recorded as"),
+        (2, [], "matrices|recorded as"),
+        (3, "zz", "which is no tensor"),
+        (4, "zz", "which is no tensor"),
+    ],
+)
+def test_a_passport_that_was_made_up_is_refused(place, value, said, copy, tmp_path):
+    """By whoever computes with it, in a manifest that is sealed again."""
+
+    def change(raw: dict) -> None:
+        rows = [row for leaf in raw["leaves"].values() if "passport" in leaf for row in leaf["passport"]["sources"]]
+        for row in rows:
+            row[place : place + 1] = [value]
+
+    fakes.edit_manifest(copy, change)
+    with pytest.raises((CheckpointError, VerificationError), match=said):
+        verify(copy)
+    with pytest.raises((CheckpointError, VerificationError)):
+        export(copy, tmp_path / "hf", "bf16")
 
 
 def test_a_flipped_bit_anywhere_is_named(fragile):
