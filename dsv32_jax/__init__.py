@@ -16,7 +16,6 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from . import chat as chat
-    from . import convert as convert
     from . import evaluation as evaluation
     from . import inspect as inspect
     from .checkpoint.load import load as load
