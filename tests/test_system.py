@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.system import array_file, files, host
@@ -320,3 +321,14 @@ def test_every_byte_of_a_file_of_arrays_is_covered(tmp_path):
                 assert facts == {"tokens": [1, 2]} and found.keys() == arrays.keys()
                 assert all(found[name].tobytes() == array.tobytes() for name, array in arrays.items())
     assert refused >= 3 * len(raw) - 16
+
+
+@pytest.mark.parametrize(
+    "facts, said", [("{", "is not a session"), ("[" * 100_000, "is not a session"), ("[]", "damaged")]
+)
+def test_facts_that_are_none(facts, said, tmp_path):
+    """Under the right SHA-256."""
+    about = {"kind": "dsv32_jax session 0", "facts": facts, "sha256": array_file._hash(facts, {})}
+    save_file({}, tmp_path / "file", about)
+    with pytest.raises(CheckpointError, match=said):
+        array_file.read_arrays(tmp_path / "file", "dsv32_jax session 0", {"tokens": [int]})
