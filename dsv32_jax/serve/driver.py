@@ -1,6 +1,7 @@
 """One thread advances the engine for all requests, and hands each its tokens in the event loop that asked."""
 
 import asyncio
+import gc
 import logging
 import threading
 import time
@@ -137,12 +138,14 @@ class Driver:
 
     def _advance(self) -> Exception | None:
         """Take as many steps as fit in SEGMENT_SECONDS; return the error if that failed."""
-        begun = time.perf_counter()
+        begun, compiles = time.perf_counter(), self.engine.loop.totals["compiles"]
         try:
             self.engine.wait(lambda: False, self._steps)
         except Exception as error:
             log.exception("the engine failed; the requests it was working on are ended")
             return error
+        if self.engine.loop.totals["compiles"] > compiles:
+            gc.freeze()  # the collector would look through all that JAX has traced, for 0.2 to 1 s at a time
         slow = time.perf_counter() - begun > SEGMENT_SECONDS
         self._steps = max(1, self._steps // 2) if slow else min(self._steps * 2, 256)
         return None
