@@ -132,6 +132,15 @@ def test_a_skipped_layer_is_absent(model):
     np.testing.assert_array_equal(hidden(edit(model, skip=[1])), hidden(shorter))
 
 
+def test_a_direction_is_added_after_a_skipped_layer(model, direction):
+    """Whichever of the two edits is made first, and in one call."""
+    both = {"skip": [0], "add": {0: direction}}
+    once = edit(model, **both)
+    for edited in (once, edit(edit(model, skip=[0]), add={0: direction}), edit(edit(once, skip=[0]), skip=[0])):
+        first, second = observe(edited)
+        np.testing.assert_array_equal(second.x_BTD, first.x_BTD + direction)
+
+
 def test_silent_heads_are_zero_columns(model):
     """As if their columns of W^O were zero."""
     mla = model.layers[0].mla

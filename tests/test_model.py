@@ -282,11 +282,11 @@ def test_no_token_sees_the_future(model, tokens, whole):
 def test_layer_by_layer_is_one_program(model, tokens, whole):
     """The model called from Python runs a compiled program for each kind of layer, and gives the same."""
     arguments = jnp.asarray(tokens), empty(model.cfg, 3, ROOMY, jnp.float32), jnp.full(3, LENGTH, jnp.int32)
-    for h, cache in (model(*arguments), model.observe(*arguments)[:2]):
+    x, filled, seen = model.observe(*arguments)
+    for h, cache in (model(*arguments), (model.normalize(x), filled)):
         same(model.logits(h), whole.logits)
         same(h, whole.hidden)
         jax.tree.map(same, cache.layers, whole.cache.layers)
-    *_, seen = model.observe(*arguments)
     assert sets(seen[1].selected_BTk) == sets(whole.seen[1].selected_BTk)
 
 
@@ -520,8 +520,8 @@ def test_what_nobody_looks_at_is_not_computed(model):
         return model.logits(h), cache
 
     def watched(model, tokens, cache, count):
-        h, cache, seen = model.observe(tokens, cache, count)
-        return model.logits(h), cache, [layer.index_score_BTS for layer in seen]
+        x, cache, seen = model.observe(tokens, cache, count)
+        return model.logits(model.normalize(x)), cache, [layer.index_score_BTS for layer in seen]
 
     assert not scoring(_shapes(step, *arguments))
     assert scoring(_shapes(watched, *arguments))

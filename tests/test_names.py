@@ -33,7 +33,7 @@ MODULES = (
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
     *("generation.request", "generation.batch", "generation.score"),
-    *("inspect.capture", "inspect.interventions", "evaluation.divergence", "evaluation.layer_errors"),
+    *("inspect.capture", "inspect.edited_modules", "evaluation.divergence", "evaluation.layer_errors"),
 )
 
 LOWERCASE = {

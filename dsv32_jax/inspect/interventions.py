@@ -3,92 +3,24 @@
 import dataclasses
 import hashlib
 import numbers
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..errors import UsageError, argument, listing
 from ..generation.options import as_number
 from ..model import validation
-from ..model.block import Block, Seen
-from ..model.cache import LayerCache
-from ..model.indexer import Indexer
-from ..model.mla import MLA
+from ..model.block import Block
 from ..model.model import Model
 from ..model.moe import MoE
 from ..model.summary import Module
 from ..parallel.multihost import fetch
+from .edited_modules import EditedBlock, MutedMLA, RestrictedIndexer, Shift, Skip
 
 Pairs = Iterable[tuple[int, int]]
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Shift:
-    """A vector that is added to the residual stream at the positions from `start` on."""
-
-    direction_D: jax.Array
-    start: jax.Array
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class ShiftedBlock(Block):
-    """A layer after which directions are added to the residual stream, float32."""
-
-    shifts: tuple[Shift, ...] = nnx.data()
-
-    def observe(
-        self, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
-    ) -> tuple[jax.Array, LayerCache, Seen]:
-        """Return what `Block.observe` does, with the directions added."""
-        x_BTD, cache, seen = super().observe(x_BTD, cache, position_BT)
-        for shift in self.shifts:
-            x_BTD = x_BTD + jnp.where((position_BT >= shift.start)[..., None], shift.direction_D, 0)
-        return x_BTD, cache, seen
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class SkippedBlock(Block):
-    """A layer that the residual stream passes unchanged. What it would have computed is observed, and its cache is
-    written."""
-
-    def observe(
-        self, x_BTD: jax.Array, cache: LayerCache, position_BT: jax.Array
-    ) -> tuple[jax.Array, LayerCache, Seen]:
-        """Return the residual stream as it came, and the rest of what `Block.observe` returns."""
-        _, cache, seen = super().observe(x_BTD, cache, position_BT)
-        return x_BTD, cache, seen
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class MutedMLA(MLA):
-    """Attention in which only the heads of `kept_H` have an output: the others' columns of W^O count as zero."""
-
-    kept_H: jax.Array = nnx.data()
-
-    def output(self, o_BTHP: jax.Array) -> jax.Array:
-        """Project the outputs of the heads that are kept to [B, T, D]."""
-        return super().output(jnp.where(self.kept_H[:, None], o_BTHP, 0).astype(o_BTHP.dtype))
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class RestrictedIndexer(Indexer):
-    """An indexer that selects among the last `window` positions, a query's own included, and those of `always`, a
-    mask of max_position_embeddings positions."""
-
-    window: jax.Array = nnx.data()
-    always: jax.Array = nnx.data()
-
-    def restrict(self, value_BTS: jax.Array, position_BT: jax.Array, hidden: Any) -> jax.Array:
-        """Return the values with `hidden` at every position that may not be selected."""
-        slot_S = jnp.arange(value_BTS.shape[-1])
-        recent_BTS = slot_S > position_BT[..., None] - self.window
-        return jnp.where(recent_BTS | self.always.at[slot_S].get(mode="fill", fill_value=False), value_BTS, hidden)
 
 
 def edit(
@@ -191,9 +123,8 @@ def _shift(model: Model, add: Mapping[int, Any], scale: float, start: int) -> Mo
                 f"{argument('add')} takes finite directions of shape [{model.cfg.hidden_size}] and a finite scale; "
                 f"that of layer {i} is {list(direction.shape)}, scale={scale!r}"
             )
-        shift = Shift(_place(model, direction), _place(model, np.int32(start)))
-        shifts = (*getattr(model.layers[i], "shifts", ()), shift)
-        model = _replace_layer(model, i, _extend(model.layers[i], ShiftedBlock, shifts=shifts))
+        shift = Shift(place_whole(model, direction), place_whole(model, np.int32(start)))
+        model = change_stream(model, i, (*get_changes(model, i), shift))
     return model
 
 
@@ -206,7 +137,7 @@ def _mute(model: Model, heads: list[tuple[int, int]]) -> Model:
         if isinstance(block.mla, MutedMLA):
             kept_H = np.array(fetch(block.mla.kept_H))
         kept_H[[head for i, head in heads if i == layer]] = False
-        mla = _extend(block.mla, MutedMLA, kept_H=_place(model, kept_H))
+        mla = _extend(block.mla, MutedMLA, kept_H=place_whole(model, kept_H))
         model = _replace_layer(model, layer, dataclasses.replace(block, mla=mla))
     return model
 
@@ -221,7 +152,7 @@ def _restrict(model: Model, layers: list[int], window: int, positions: list[int]
         return model
     always = np.zeros(longest, bool)
     always[positions] = True
-    data = {"window": _place(model, np.int32(window)), "always": _place(model, always)}
+    data = {"window": place_whole(model, np.int32(window)), "always": place_whole(model, always)}
     for i in layers:
         indexer = _extend(model.layers[i].indexer, RestrictedIndexer, **data)
         model = _replace_layer(model, i, dataclasses.replace(model.layers[i], indexer=indexer))
@@ -248,11 +179,22 @@ def _set_topk(model: Model, topk: int | None) -> Model:
 
 
 def _skip(model: Model, layers: list[int]) -> Model:
-    """Return the model whose residual stream passes some layers unchanged."""
+    """Return the model whose residual stream passes some layers unchanged; directions after them are still added."""
     _check_places("skip", [(i,) for i in layers], len(model.layers))
     for i in layers:
-        model = _replace_layer(model, i, _extend(model.layers[i], SkippedBlock))
+        others = [change for change in get_changes(model, i) if not isinstance(change, Skip)]
+        model = change_stream(model, i, (Skip(), *others))
     return model
+
+
+def get_changes(model: Model, i: int) -> tuple[Callable, ...]:
+    """Return the changes made to the residual stream after layer i."""
+    return getattr(model.layers[i], "changes", ())
+
+
+def change_stream(model: Model, i: int, changes: tuple[Callable, ...]) -> Model:
+    """Return the model in which these changes are made to the residual stream after layer i."""
+    return _replace_layer(model, i, _extend(model.layers[i], EditedBlock, changes=changes))
 
 
 def _check_places(name: str, places: list[Any], *sizes: int) -> None:
@@ -278,7 +220,7 @@ def _replace_layer(model: Model, i: int, layer: Block) -> Model:
     return dataclasses.replace(model, layers=(*model.layers[:i], layer, *model.layers[i + 1 :]))
 
 
-def _place(model: Model, value: Any) -> jax.Array:
+def place_whole(model: Model, value: Any) -> jax.Array:
     """Put a whole value on every device of the model."""
     sharding = model.norm_D.sharding if model.mesh is None else NamedSharding(model.mesh, PartitionSpec())
     return jax.device_put(value, sharding)

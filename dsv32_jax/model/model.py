@@ -56,14 +56,19 @@ class Model(Module):
         A row's tokens follow those in its cache; the first `count_B` are real, the rest is padding. A padding token
         writes to a slot beyond the row's length, which is overwritten before any token attends to it.
         """
-        h_BTD, cache, _ = self._apply(block.run, tokens_BT, cache, count_B)
-        return h_BTD, cache
+        x_BTD, cache, _ = self._apply(block.run, tokens_BT, cache, count_B)
+        return self.normalize(x_BTD), cache
 
     def observe(
         self, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
     ) -> tuple[jax.Array, Cache, tuple[Seen, ...]]:
-        """Return what `__call__` does, and the intermediate values of every layer."""
+        """Return the residual stream [B, T, D] after the last layer, which `normalize` makes what `__call__` returns,
+        the cache, and the intermediate values of every layer."""
         return self._apply(block.observe, tokens_BT, cache, count_B)
+
+    def normalize(self, x_BTD: jax.Array) -> jax.Array:
+        """Return the residual stream as the head takes it: normed, in the compute dtype."""
+        return rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
 
     def _apply(
         self, run_block: Callable, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array
@@ -79,8 +84,7 @@ class Model(Module):
                 x_BTD, layer_cache, *layer_seen = run_block(layer, x_BTD, layer_cache, position_BT)
             caches.append(layer_cache.with_table(None))
             seen.extend(layer_seen)
-        h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)
-        return h_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.table_Bd), tuple(seen)
+        return x_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.table_Bd), tuple(seen)
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Return layers, dtype and mesh, and what is known of any module."""
@@ -159,7 +163,8 @@ def _forward(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Arra
 
 @jax.jit
 def _observe(model: Model, tokens_BT: jax.Array, cache: Cache, count_B: jax.Array) -> Output:
-    h_BTD, cache, seen = model.observe(tokens_BT, cache, count_B)
+    x_BTD, cache, seen = model.observe(tokens_BT, cache, count_B)
+    h_BTD = model.normalize(x_BTD)
     return Output(model.logits(h_BTD), cache, h_BTD, seen)
 
 
