@@ -14,6 +14,7 @@ from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.errors import UsageError
 from dsv32_jax.generation.session_file import identity
 from dsv32_jax.inspect import edit
+from dsv32_jax.kernels import cpu
 from dsv32_jax.model import model as model_module
 from dsv32_jax.system.compilation import count_compilations
 from tests import models
@@ -200,17 +201,37 @@ def test_edits_work_with_drafts_and_layerwise(model):
     assert plain.tokens == drafted.tokens == layerwise.tokens
 
 
-def test_edits_work_on_a_mesh(tiny, tmp_path):
-    """The same tokens as on one device."""
+def test_edits_work_on_a_mesh_and_from_host_memory(tiny, tmp_path):
+    """The same tokens, norms, contrasts and patches as on one device."""
     random_checkpoint.write(tmp_path / "hf", dataclasses.replace(tiny, num_hidden_layers=2), "fp8")
     convert.convert(tmp_path / "hf", tmp_path / "same")
-    tokens = []
-    for mesh in (None, ds.mesh("expert=2")):
-        edited = ds.load(tmp_path / "same", dtype=jnp.float32, mesh=mesh)
+    placements = [{}, {"mesh": ds.mesh("expert=2")}]
+    if not cpu.find_obstacle():
+        placements.append({"experts": "host"})
+    found = []
+    for placement in placements:
+        edited = ds.load(tmp_path / "same", dtype=jnp.float32, **placement)
         for name in ("bias", "direction", "heads", "window"):
             edited = edit(edited, **EDITS[name])
-        tokens.append(ds.generate(edited, TOKENS, max_new_tokens=4).tokens)
-    assert tokens[0] == tokens[1]
+        norms = ds.inspect.trace(edited, TOKENS, {"experts"})["norm"]
+        use = ds.inspect.contrast(edited, 2 * TOKENS, [[5, 6, 7], [8, 9]]).experts["count_a"]
+        patched = ds.inspect.patch(edited, [5, 6, 7], [5, 8, 7], 9).patched
+        found.append((ds.generate(edited, TOKENS, max_new_tokens=4).tokens, norms, use, patched))
+    for other in found[1:]:
+        assert other[0] == found[0][0]
+        for got, want in zip(other[1:], found[0][1:], strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_pages_of_one_edit_are_never_used_for_another(model):
+    """Engines side by side, the same prompt in each: every model's own tokens, from its own pages."""
+    several = [model, edit(model, **EDITS["direction"]), edit(model, **EDITS["bias"])]
+    want = [ds.generate(one, TOKENS, max_new_tokens=3).tokens[0] for one in several]
+    assert len(set(map(tuple, want))) > 1
+    engines = [ds.engine(one, rows=1, capacity=64) for one in several]
+    for _ in range(2):
+        streams = [one.submit(TOKENS[0], max_new_tokens=3) for one in engines]
+        assert [[each.token for each in stream] for stream in streams] == want
 
 
 def test_a_session_belongs_to_its_edit(model, tmp_path):

@@ -220,8 +220,8 @@ def made_up_trace(cfg: Config) -> Trace:
         "tokens": rng.integers(3, 99, (2, 30)).astype(np.int32),
         "length": np.array([30, 15], np.int32),
         "expert": rng.integers(0, cfg.n_routed_experts, (1, 2, 30, 2)).astype(np.int32),
-        "selected": np.tile(np.arange(30, dtype=np.int32), (2, 2, 30, 1)),
-        "index_score": rng.standard_normal((2, 2, 30, 30)).astype(np.float32),
+        "selected": np.tile(np.arange(20, dtype=np.int32), (2, 2, 30, 1)),
+        "index_score": rng.standard_normal((2, 2, 30, 20)).astype(np.float32),
     }
     arrays["expert"][:, 1, 15:] = -1
     return Trace(("routing", "indexer"), arrays, {"config": cfg.to_dict()})

@@ -19,8 +19,8 @@ from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import batch as batches
 from dsv32_jax.generation import prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
-from dsv32_jax.inspect import capture
-from dsv32_jax.inspect.traces import KINDS
+from dsv32_jax.inspect import observations
+from dsv32_jax.inspect.trace_arrays import KINDS
 from dsv32_jax.kernels import VARIABLE, cpu, dispatch, host_experts
 from dsv32_jax.layout import leaves
 from dsv32_jax.model import cache, experts, indexer, model, validation
@@ -33,7 +33,8 @@ MODULES = (
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
     *("generation.request", "generation.batch", "generation.score"),
-    *("inspect.capture", "inspect.edited_modules", "evaluation.divergence", "evaluation.layer_errors"),
+    *("inspect.observations", "inspect.interventions", "inspect.edited_modules", "inspect.contrasts"),
+    *("evaluation.divergence", "evaluation.layer_errors"),
 )
 
 LOWERCASE = {
@@ -145,7 +146,7 @@ def _trace_generation(cfg, weights) -> None:
         jax.eval_shape(seat, state, params, row_c, {"new_B": row_c}, new)
         decode = functools.partial(prefill_decode.decode, step, slots=9, width=4)
         jax.eval_shape(decode, weights, params, state, 5, 0)
-        observe = functools.partial(capture.observe, tuple(KINDS))
+        observe = functools.partial(observations.observe, observations.Keep(tuple(KINDS), (0,)))
         jax.eval_shape(observe, weights, caches[0], tokens_BT, tokens_BT, row_B)
         jax.eval_shape(functools.partial(score.score_chunk, width=4), weights, caches[0], tokens_BT, tokens_BT, row_B)
 
@@ -181,6 +182,8 @@ def _run(cfg, folder) -> None:
     ds.generate.layerwise(session.model, [[5, 6, 7]], max_new_tokens=2)
     ds.score(session.model, [[5, 6, 7]])
     ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})
+    ds.inspect.patch(session.model, [5, 6, 7], [5, 8, 7], 9)
+    ds.inspect.contrast(session.model, [[5, 6, 7], [5, 6]], [[8, 7], [5, 8, 7]])
     ds.evaluation.kl(session.model, session.model, [[5, 6, 7]])
     random_checkpoint.write(folder / "hf", one_row, "bf16")
     convert(folder / "hf", folder / "converted")

@@ -1,6 +1,8 @@
 """A trace holds what the layers computed when the answer was generated, and is saved and loaded as one file."""
 
 import dataclasses
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ from safetensors.numpy import load_file
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
 from dsv32_jax.generation import request
-from dsv32_jax.inspect import capture, traces
+from dsv32_jax.inspect import capture, observations, trace_arrays, trace_file
 from dsv32_jax.model import mla
 from dsv32_jax.model.ops import rms_norm, rotation
 from dsv32_jax.quantization import cache_formats
@@ -46,7 +48,7 @@ def trace(model, rows):
     """All kinds; the longest row is read in three chunks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(request, "chunk_size", lambda rows=1: 16)
-        return ds.inspect.trace(model, rows, traces.KINDS)
+        return ds.inspect.trace(model, rows, trace_arrays.KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +144,7 @@ def test_attention_is_that_of_the_layer(model, capacity):
     out = ds.forward(single, tokens, capacity=capacity, seen=True)
     (one,), (cache,) = out.seen, out.cache.layers
     position = jnp.broadcast_to(jnp.arange(18, dtype=jnp.int32), (2, 18))
-    weight, spread = capture.attention_weights(layer, one, cache, position)
+    weight, spread = observations.attention_weights(layer, one, cache, position)
     selected = np.asarray(one.selected_BTk)
     np.testing.assert_allclose(weight.sum(-1), 1, atol=1e-5)
     assert (np.asarray(weight)[selected < 0] == 0).all()
@@ -173,7 +175,7 @@ def same(got, want):
 
 def test_batches(model, rows, trace):
     """Each row is the same alone as in a batch."""
-    same(ds.inspect.trace(model, rows, traces.KINDS, batch_size=1), trace)
+    same(ds.inspect.trace(model, rows, trace_arrays.KINDS, batch_size=1), trace)
 
 
 def test_a_conversation(model):
@@ -212,47 +214,46 @@ def test_a_file_holds_it(trace, tmp_path):
 def test_repr(trace):
     """A few lines: kinds, size, and the shape of every array; no values."""
     lines = repr(trace).splitlines()
-    assert lines[0].startswith("Trace of attention, indexer, logits, mass, routing: 3 x 43 tokens, ")
+    assert lines[0].startswith("Trace of attention, experts, indexer, lens, logits, mass, residual, routing: 3 x 43 t")
     assert any(line.split() == ["expert", "[1,", "3,", "43,", "2]"] for line in lines) and len(lines) == len(trace) + 1
+    assert "<table>" in trace._repr_html_() and "[1, 3, 43, 2]" in trace._repr_html_()
 
 
-def _damaged(facts, arrays, what):
-    """Damage one thing in the facts or arrays of a file."""
-    match what:
-        case "kinds":
-            facts["kinds"] = ["routing", "colours"]
-        case "types":
-            facts["kinds"] = "routing"
-        case "config":
-            facts["about"] = {"config": []}
-        case "missing":
-            del arrays["gate"]
-        case "unknown":
-            arrays["extra"] = arrays["gate"]
-        case "dtype":
-            arrays["expert"] = arrays["expert"].astype(np.float32)
-        case "rows":
-            arrays["gate"] = arrays["gate"][:, :1].copy()
-        case "tokens":
-            arrays["length"] = arrays["length"] + 1
+DAMAGE = {
+    "kinds": lambda facts, arrays: facts.update(kinds=["routing", "colours"]),
+    "types": lambda facts, arrays: facts.update(kinds="routing"),
+    "no config": lambda facts, arrays: facts.update(about={"config": []}),
+    "a bad config": lambda facts, arrays: facts.update(about={"config": {"vocab_size": -5}}),
+    "missing": lambda facts, arrays: arrays.pop("gate"),
+    "unknown": lambda facts, arrays: arrays.update(extra=arrays["gate"]),
+    "dtype": lambda facts, arrays: arrays.update(expert=arrays["expert"].astype(np.float32)),
+    "rows": lambda facts, arrays: arrays.update(gate=arrays["gate"][:, :1].copy()),
+    "axes": lambda facts, arrays: arrays.update(tokens=arrays["tokens"].reshape(-1)),
+    "tokens": lambda facts, arrays: arrays.update(length=arrays["length"] + 1),
+    "an expert that is not there": lambda facts, arrays: arrays["expert"].fill(2**31 - 1),
+    "a token below padding": lambda facts, arrays: arrays["tokens"].fill(-2),
+    "a position beyond the context": lambda facts, arrays: arrays["position"].fill(2**30),
+    "a layer that is not there": lambda facts, arrays: arrays["layer"].fill(1),
+}
 
 
-@pytest.mark.parametrize("what", "kinds types config missing unknown dtype rows tokens".split())
-def test_a_damaged_file_is_refused(tmp_path, what):
-    """Inconsistent arrays, bytes that are not safetensors, another kind, and a missing file are refused."""
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_is_refused(model, tmp_path, what):
+    """Inconsistent arrays, ids out of range, bytes that are not safetensors, another kind, and a missing file are
+    refused."""
     file = tmp_path / "trace"
+    kinds = ["residual", "routing"]
     arrays = {
-        "tokens": np.zeros((2, 3), np.int32),
-        "length": np.full(2, 3, np.int32),
-        "expert": np.zeros((1, 2, 3, 2), np.int32),
-        "gate": np.zeros((1, 2, 3, 2), np.float32),
+        name: np.zeros(shape, trace_arrays.ARRAYS[name].dtype)
+        for name, shape in trace_arrays.shapes(model.cfg, kinds, 2, 3, 1, 2).items()
     }
-    facts = {"kinds": ["routing"], "about": {"config": {}}}
-    array_file.write_arrays(file, traces.KIND, facts, arrays)
-    assert ds.inspect.Trace.load(file).kinds == ("routing",)
+    arrays["length"][:] = 3
+    facts = {"kinds": kinds, "about": {"config": model.cfg.to_dict()}}
+    array_file.write_arrays(file, trace_file.KIND, facts, arrays)
+    assert ds.inspect.Trace.load(file).kinds == tuple(kinds)
     assert set(load_file(file)) == set(arrays)
-    _damaged(facts, arrays, what)
-    array_file.write_arrays(file, traces.KIND, facts, arrays)
+    DAMAGE[what](facts, arrays)
+    array_file.write_arrays(file, trace_file.KIND, facts, arrays)
     with pytest.raises(CheckpointError, match="is damaged"):
         ds.inspect.Trace.load(file)
     array_file.write_arrays(file, "dsv32_jax session 1", facts, arrays)
@@ -265,10 +266,82 @@ def test_a_damaged_file_is_refused(tmp_path, what):
         ds.inspect.Trace.load(tmp_path / "nowhere")
 
 
+def test_shapes_are_checked_before_anything_is_read(trace, tmp_path, monkeypatch):
+    """A file that does not fit in memory, and one with a wrong shape, are refused from their headers."""
+    trace.save(tmp_path / "whole")
+    arrays = {**trace, "gate": trace["gate"][..., :1].copy()}
+    facts = {"kinds": trace.kinds, "about": dict(trace.about)}
+    array_file.write_arrays(tmp_path / "wrong", trace_file.KIND, facts, arrays)
+    monkeypatch.setattr(array_file, "_hash", lambda *read: pytest.fail("arrays were read"))
+    with pytest.raises(CheckpointError, match="gate is F32"):
+        ds.inspect.Trace.load(tmp_path / "wrong")
+    monkeypatch.setattr(host, "get_free_memory", lambda: 10_000)
+    with pytest.raises(CapacityError, match="nothing was read"):
+        ds.inspect.Trace.load(tmp_path / "whole")
+    with pytest.raises(CapacityError, match="use the arrays"):
+        trace.table("attention")
+
+
+def test_the_residual_stream(model, rows, trace, seen):
+    """After every layer it is what enters the next one; chosen positions are those of the whole trace."""
+    two = models.random_model(dataclasses.replace(model.cfg, num_hidden_layers=2))
+    every = ds.inspect.trace(two, rows, {"residual", "lens", "logits"})
+    out = ds.forward(two, np.maximum(every["tokens"], 0), count_B=every["length"], seen=True)
+    for b, length in enumerate(every["length"]):
+        np.testing.assert_allclose(every["residual"][0, b, :length], out.seen[1].x_BTD[b, :length], atol=1e-4)
+        np.testing.assert_allclose(two.normalize(every["residual"][1, b, :length]), out.hidden[b, :length], atol=1e-4)
+        assert np.isnan(every["residual"][:, b, length:]).all() and (every["position"][b, length:] == -1).all()
+    last = every["lens_logprob"][1]
+    np.testing.assert_allclose(last, every["top_logprob"][..., : trace_arrays.LENS], atol=1e-5)
+    first = jax.nn.log_softmax(two.logits(two.normalize(jnp.asarray(every["residual"][0]))))
+    best = np.asarray(first.max(axis=-1))
+    np.testing.assert_allclose(every["lens_logprob"][0, ..., 0], np.where(every["tokens"] < 0, np.nan, best), atol=1e-4)
+    some = ds.inspect.trace(two, rows, {"residual"}, layers=[1], positions=[2, -1, 0])
+    assert some["layer"].tolist() == [1] and some["residual"].shape == (1, 3, 3, two.cfg.hidden_size)
+    for b, length in enumerate(every["length"]):
+        assert some["position"][b].tolist() == [2, length - 1, 0]
+        np.testing.assert_allclose(some["residual"][0, b], every["residual"][1, b, some["position"][b]], atol=1e-5)
+
+
+def test_norms_of_expert_outputs(model, trace, seen):
+    """Each is that of the expert's feed-forward applied alone."""
+    (layer,), (one,) = model.layers, seen.seen
+    h = rms_norm(one.x_BTD + one.attention_BTD, layer.ffn_norm_D, model.cfg.rms_norm_eps)[0, 3]
+    for expert, norm in zip(trace["expert"][0, 0, 3], trace["norm"][0, 0, 3], strict=True):
+        gate, up, down = (bank[expert] for bank in layer.ffn.routed)
+        want = down @ (jax.nn.silu(gate @ h) * (up @ h))
+        np.testing.assert_allclose(norm, jnp.linalg.norm(want), rtol=1e-4)
+    assert np.isnan(trace["norm"][:, 1, trace["length"][1] :]).all()
+
+
+def test_tables(trace, monkeypatch):
+    """A record for each value that is not padding, with its place and token."""
+    routing = trace.table("routing")
+    assert routing.dtype.names == ("layer", "row", "position", "choice", "token", "expert", "gate")
+    assert len(routing) == trace["length"].sum() * 2
+    one = routing[100]
+    assert one["gate"] == trace["gate"][0, one["row"], one["position"], one["choice"]]
+    assert one["token"] == trace["tokens"][one["row"], one["position"]]
+    attention = trace.table("attention")
+    assert len(attention) == (trace["selected"] >= 0).sum() and not np.isnan(attention["weight"]).any()
+    np.testing.assert_array_equal(attention["spread"], trace["spread"][0, attention["row"], attention["position"]])
+    assert len(trace.table("tokens")) == trace["length"].sum() and trace.table("length")["length"].sum() == sum(
+        trace["length"]
+    )
+    residual = trace.table("residual")
+    assert len(residual) == trace["length"].sum() * trace.config.hidden_size
+    assert residual[-1]["residual"] == trace["residual"][0, 2, -1, -1] and residual[-1]["position"] == 42
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda table: table.dtype.names))
+    assert trace.frame("expert") == ("layer", "row", "position", "choice", "token", "expert")
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(UsageError, match="pip install pandas"):
+        trace.frame("expert")
+
+
 def test_misuse(model, trace, tmp_path, monkeypatch):
     """Unknown kinds, arrays that were not kept, missing folders, too little memory."""
     for wrong in ("colours", {"routing", "colours"}, [3], 5):
-        with pytest.raises(UsageError, match="keep takes a set of attention, indexer, logits, mass, routing, not"):
+        with pytest.raises(UsageError, match="keep takes a set of attention, experts, indexer, lens, .*, routing, not"):
             ds.inspect.trace(model, PROMPTS, wrong)
     with pytest.raises(UsageError, match="prompts must be a list of lists"):
         ds.inspect.trace(model, "text")
@@ -282,8 +355,13 @@ def test_misuse(model, trace, tmp_path, monkeypatch):
     assert "selected" not in only and "tokens" in only
     with pytest.raises(StorageError):
         trace.save(tmp_path / "nowhere" / "trace")
+    for wrong in ({"layers": [1]}, {"layers": [True]}, {"positions": [7]}, {"positions": [0, -4]}):
+        with pytest.raises(UsageError, match="layers|positions"):
+            ds.inspect.trace(model, PROMPTS[1:], {"residual"}, **wrong)
+    with pytest.raises(UsageError, match="add 'residual' to keep"):
+        ds.inspect.trace(model, PROMPTS, positions=[0])
     monkeypatch.setattr(host, "get_free_memory", lambda: 10_000)
-    with pytest.raises(CapacityError, match=r"a trace of 3 rows of up to 37 tokens .* routing 0.0 kB"):
+    with pytest.raises(CapacityError, match=r"a trace of 3 rows of up to 37 tokens .* expert 0.0 kB"):
         ds.inspect.trace(model, PROMPTS, {"routing", "indexer"})
 
 
@@ -291,16 +369,21 @@ def test_memory(tiny, model, monkeypatch):
     """Ids and gates in layers of experts, positions and scores in all; a chunk's arrays count beside the cache."""
     cfg = dataclasses.replace(tiny, num_hidden_layers=2)
 
-    def size(tokens, *kinds):
-        return capture.nbytes(cfg, kinds, 1, tokens) - capture.nbytes(cfg, (), 1, tokens)
+    def size(tokens, *kinds, **chosen):
+        nothing = ds.inspect.estimate_bytes(cfg, (), tokens=tokens)
+        return ds.inspect.estimate_bytes(cfg, kinds, tokens=tokens, **chosen) - nothing
 
-    assert capture.nbytes(cfg, (), 3, 64) == 3 * (4 * 64 + 4)
+    assert ds.inspect.estimate_bytes(cfg, (), rows=3, tokens=64) == 3 * (4 * 64 + 4)
+    assert size(64, "residual") == 4 * (2 + 64 + 2 * 64 * cfg.hidden_size)
+    assert size(64, "residual", layers=1, positions=3) == 4 * (1 + 3 + 3 * cfg.hidden_size)
+    assert size(64, "lens") == 2 * 64 * (8 * trace_arrays.LENS + 4)
+    assert size(64, "routing", "experts") == 64 * 12 * cfg.num_experts_per_tok
     assert size(64, "routing") == 64 * 8 * cfg.num_experts_per_tok
     assert size(64, "indexer") == 2 * 64 * 8 * cfg.index_topk
     assert size(10, "attention") == 2 * 10 * (8 * 10 + 4)
-    assert size(64, "logits") == 64 * (8 * traces.TOP + 4)
+    assert size(64, "logits") == 64 * (8 * trace_arrays.TOP + 4)
     assert size(64, "attention", "indexer") == 2 * 64 * (12 * cfg.index_topk + 4)
     asked = []
     monkeypatch.setattr(capture.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
     ds.inspect.trace(model, PROMPTS[:1], {"routing"})
-    assert asked == [capture.nbytes(model.cfg, ("routing",), 1, 16)]
+    assert asked == [ds.inspect.estimate_bytes(model.cfg, {"routing"}, tokens=16)]

@@ -17,9 +17,9 @@ from jax.sharding import Mesh
 from ..config import Config
 from ..errors import CapacityError, UsageError, argument, pluralize
 from ..model.model import Model
-from ..model.summary import Summarized
 from ..parallel import multihost
 from ..system.compilation import initialize
+from ..system.summary import Summarized
 from . import memory
 from .batch import Batch
 from .loop import Loop

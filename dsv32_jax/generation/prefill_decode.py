@@ -17,9 +17,9 @@ import numpy as np
 from ..config import Config
 from ..model.cache import Cache, LayerCache, empty, empty_layer
 from ..model.model import Model
-from ..model.summary import Summarized
 from ..parallel.multihost import fetch
 from ..parallel.sharding import shard_rows
+from ..system.summary import Summarized
 from .sampler import SamplerParams, process_logits, sample
 
 Tree = TypeVar("Tree")

@@ -5,7 +5,7 @@ import dataclasses
 from typing import NamedTuple
 
 from ..errors import pluralize
-from ..model.summary import Summarized
+from ..system.summary import Summarized
 
 SHOWN_ROWS, SHOWN_CHARACTERS = 8, 60
 """The rows that `repr` shows, and how much of each."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import UsageError, argument, listing, pluralize
-from ..model.summary import Summarized
+from ..system.summary import Summarized
 from .options import Sampling
 
 SMALLEST = np.finfo(np.float32).tiny

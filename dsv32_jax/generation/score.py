@@ -14,9 +14,9 @@ from ..model.attention import MAX_TEMPORARY
 from ..model.cache import Cache, dtype_of
 from ..model.model import Model
 from ..model.ops import map_tokens
-from ..model.summary import Summarized
 from ..parallel.multihost import fetch
 from ..system.compilation import initialize
+from ..system.summary import Summarized
 from . import memory
 from .options import check_option
 from .prefill_decode import empty_caches, place

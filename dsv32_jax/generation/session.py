@@ -12,11 +12,11 @@ from ..errors import UsageError, argument
 from ..model import validation
 from ..model.cache import dtype_of
 from ..model.model import Model
-from ..model.summary import Summarized
 from ..parallel.multihost import make_agreed
 from ..system.files import expand_file_path
 from ..system.interrupts import defer_interrupt
 from ..system.progress import format_size
+from ..system.summary import Summarized
 from . import memory, session_file
 from .engine import OWN, Engine
 from .options import Sampling, accepts_options, check_option

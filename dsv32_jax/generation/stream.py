@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Self
 
-from ..model.summary import Summarized
+from ..system.summary import Summarized
 from .result import Generation, Token
 from .row import Row, summarize
 

@@ -3,6 +3,8 @@
 trace = inspect.trace(model, [prompt + answer])      # routing, index scores, attention, predictions of every token
 trace.save("run.safetensors")                        # inspect.Trace.load reads it without the model
 edited = inspect.edit(model, experts_off=[(3, 17)])   # another model, which shares all other weights
+inspect.contrast(model, rows_a, rows_b)              # experts and directions by how differently two texts use them
+inspect.patch(model, clean, corrupted, answer)       # what decides the answer: streams of one run put into another
 inspect.tree("checkpoint")                           # parameters, equal layers folded; also of a config.json or a model
 folder = inspect.Folder("checkpoint")                # converted, or in Hugging Face layout
 weight = folder.weight("layers.3.ffn.w_up_EMD", 5)   # one expert of one weight; nothing else is read
@@ -16,8 +18,13 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
+    from .capture import estimate_bytes as estimate_bytes
     from .capture import trace as trace
+    from .contrasts import Contrast as Contrast
+    from .contrasts import contrast as contrast
     from .interventions import edit as edit
+    from .patching import Patching as Patching
+    from .patching import patch as patch
     from .placements import Placement as Placement
     from .placements import parameters_per_device as parameters_per_device
     from .placements import placement as placement
@@ -32,8 +39,10 @@ if TYPE_CHECKING:
     from .weights import statistics as statistics
 
 _NAMES = {
-    ".capture": "trace",
+    ".capture": "estimate_bytes trace",
+    ".contrasts": "Contrast contrast",
     ".interventions": "edit",
+    ".patching": "Patching patch",
     ".placements": "Placement parameters_per_device placement",
     ".plots": "plots",
     ".traces": "Trace",

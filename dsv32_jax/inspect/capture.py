@@ -1,35 +1,32 @@
 """Prefill rows of tokens once more and keep what the layers compute: routing, index scores, attention, predictions."""
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+import numbers
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from ..config import Config
-from ..errors import CapacityError
+from ..errors import CapacityError, UsageError, argument, listing
 from ..generation import memory
+from ..generation.options import as_number
 from ..generation.request import capacity_for, chunk_size
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
-from ..model import mla, validation
-from ..model.attention import MAX_TEMPORARY, max_queries
-from ..model.block import Block, Seen
-from ..model.cache import Cache, LayerCache
+from ..model import validation
 from ..model.model import Model
-from ..model.ops import map_tokens, rms_norm, rotation
 from ..parallel.multihost import fetch
 from ..system import host
-from .traces import ARRAYS, KINDS, TOP, Trace, check_kinds, shapes
+from .observations import Keep, observe_jit
+from .trace_arrays import ARRAYS, check_kinds, shapes
+from .traces import Trace
 
 ALL = ("attention", "indexer", "logits", "routing")
-"""The kinds that cost little beside a prefill; "mass" computes dense attention weights as well."""
-
-Values = dict[str, jax.Array]
-"""Arrays of a trace for one chunk of one layer, [B, T, ...]."""
+"""The kinds that cost little beside a prefill. "mass" computes dense attention weights as well, "experts" applies each
+expert once more, "lens" applies the head after every layer, "residual" takes much memory."""
 
 
 def trace(
@@ -37,49 +34,99 @@ def trace(
     tokens: Sequence[Sequence[int]],
     keep: Collection[str] = ALL,
     *,
+    layers: Iterable[int] | None = None,
+    positions: Iterable[int] | None = None,
     cache_dtype: Any = None,
     batch_size: int | None = None,
 ) -> Trace:
     """Run rows of token ids (prompts with their answers, of any lengths) and return what every layer computed.
 
-    `keep` names the kinds of arrays: "routing", "indexer", "attention", "logits" and "mass"; `Trace` lists their
-    arrays. Rows are prefilled in chunks, as `score` does. In float32 the values are those that generated the answer.
-    The work of "mass" grows with the square of the longest row.
-    Raises UsageError for bad arguments and CapacityError, before anything runs, if the arrays do not fit in memory.
+    `keep` names the kinds of arrays: "routing", "experts", "indexer", "attention", "mass", "logits", "lens" and
+    "residual"; `Trace` lists their arrays. Residual streams are kept after `layers` and at `positions` of each row, -1
+    the last (default: all). Rows are prefilled in chunks, as `score` does. In float32 the values are those that
+    generated the answer. `estimate_bytes` says before what a trace takes; the work of "mass" grows with the square of
+    the longest row. Raises UsageError for bad arguments and CapacityError, before anything runs, if the arrays do not
+    fit in memory.
     """
     kinds = check_kinds(keep)
     cfg = validation.config_of(model)
     rows = validation.check_prompts(tokens, cfg.vocab_size)
     longest = validation.check_length(max(map(len, rows)), cfg.max_position_embeddings)
-    require_room(cfg, len(rows), longest, kinds)
-    arrays: dict[str, np.ndarray] = {}
-    for name, shape in shapes(cfg, kinds, len(rows), longest).items():
-        _, dtype, padding = ARRAYS[name]
-        arrays[name] = np.full(shape, padding, dtype)
+    if "residual" not in kinds and not (layers is None and positions is None):
+        raise UsageError(f"layers and positions choose residual streams: add 'residual' to {argument('keep')}")
+    chosen = _check_layers(layers, cfg.num_hidden_layers) if "residual" in kinds else ()
+    places = _check_positions(positions, [len(row) for row in rows])
+    sizes = shapes(cfg, kinds, len(rows), longest, len(chosen), places.shape[1])
+    require_room(sizes, longest)
+    arrays = {name: np.full(shape, ARRAYS[name].padding, ARRAYS[name].dtype) for name, shape in sizes.items()}
     for b, row in enumerate(rows):
         arrays["tokens"][b, : len(row)], arrays["length"][b] = row, len(row)
+    if "residual" in kinds:
+        arrays["layer"][:], arrays["position"][:] = chosen, places
     capacity = capacity_for(cfg, longest)
-    extra = nbytes(cfg, kinds, 1, capacity) * min(chunk_size(), capacity) // capacity
-    step = partial(_observe_jit, kinds)
+    on_device = count_bytes(shapes(cfg, kinds, 1, capacity, len(chosen), capacity))
+    extra = on_device * min(chunk_size(), capacity) // capacity
+    step = partial(observe_jit, Keep(kinds, chosen))
     for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
         _copy(chunk, arrays)
     return Trace(kinds, arrays, {"config": cfg.to_dict(), "model": identity(model)})
 
 
-def nbytes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> int:
-    """Return the size of a trace in bytes."""
-    return 4 * sum(map(math.prod, shapes(cfg, kinds, rows, tokens).values()))
+def estimate_bytes(
+    cfg: Config,
+    keep: Collection[str] = ALL,
+    *,
+    rows: int = 1,
+    tokens: int,
+    layers: int | None = None,
+    positions: int | None = None,
+) -> int:
+    """Return the size of a trace of `rows` rows of `tokens` tokens in bytes; of residual streams after so many layers
+    at so many positions (default: all)."""
+    layers = cfg.num_hidden_layers if layers is None else layers
+    return count_bytes(shapes(cfg, check_kinds(keep), rows, tokens, layers, tokens if positions is None else positions))
 
 
-def require_room(cfg: Config, rows: int, tokens: int, kinds: Collection[str]) -> None:
-    """Raise CapacityError if a trace does not fit in the host's memory."""
-    needed, free = nbytes(cfg, kinds, rows, tokens), host.get_free_memory()
+def count_bytes(sizes: Mapping[str, tuple[int, ...]]) -> int:
+    """Return the bytes of arrays of these shapes, all of 4-byte numbers."""
+    return 4 * sum(map(math.prod, sizes.values()))
+
+
+def require_room(sizes: Mapping[str, tuple[int, ...]], tokens: int) -> None:
+    """Raise CapacityError if a trace of these arrays does not fit in the host's memory."""
+    needed, free, rows = count_bytes(sizes), host.get_free_memory(), sizes["length"][0]
     if needed > free * memory.CACHE_SHARE:
-        each = ", ".join(f"{kind} {nbytes(cfg, (kind,), 1, tokens) / tokens / 1e3:.1f} kB" for kind in kinds)
+        each = ", ".join(
+            f"{name} {4 * math.prod(shape) / (rows * tokens) / 1e3:.1f} kB" for name, shape in sizes.items()
+        )
         raise CapacityError(
             f"a trace of {rows} rows of up to {tokens} tokens takes {needed / 1e9:.2f} GB, but {free / 1e9:.2f} GB are "
-            f"free; nothing was run. A token takes: {each}. Keep fewer kinds, or trace fewer rows or shorter ones"
+            f"free; nothing was run. A token takes: {each}. Keep fewer kinds, layers or positions, or trace fewer rows "
+            "or shorter ones"
         )
+
+
+def _check_layers(layers: Any, count: int) -> tuple[int, ...]:
+    """Return the layers whose residual stream is kept, in order. Raises UsageError."""
+    chosen = list(range(count) if layers is None else layers)
+    if wrong := [i for i in chosen if as_number(i, numbers.Integral) is None or not 0 <= i < count]:
+        raise UsageError(f"{argument('layers')} takes layers 0 to {count - 1}, not {listing(map(repr, wrong))}")
+    return tuple(sorted(set(map(int, chosen))))
+
+
+def _check_positions(positions: Any, lengths: Sequence[int]) -> np.ndarray:
+    """Return the positions of each row [rows, p], -1 beyond its end. Raises UsageError."""
+    if positions is None:
+        every = np.arange(max(lengths), dtype=np.int32)
+        return np.where(every < np.array(lengths)[:, None], every, -1)
+    chosen, shortest = list(positions), min(lengths)
+    wrong = [i for i in chosen if as_number(i, numbers.Integral) is None or not -shortest <= i < shortest]
+    if wrong:
+        raise UsageError(
+            f"{argument('positions')} takes positions that every row has; the shortest has {shortest} tokens, "
+            f"which leaves out {listing(map(repr, wrong))}"
+        )
+    return np.array([[i % length for i in chosen] for length in lengths], np.int32).reshape(len(lengths), -1)
 
 
 def _copy(chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
@@ -91,100 +138,9 @@ def _copy(chunk: Chunk, arrays: Mapping[str, np.ndarray]) -> None:
             targets, sources = array, parts
         for target, source in zip(targets, sources, strict=False):
             for b, (row, count) in enumerate(zip(chunk.rows, chunk.counts, strict=True)):
-                target[row, chunk.start : chunk.start + count] = source[b, :count][..., : target.shape[-1]]
-
-
-def observe(
-    kinds: tuple[str, ...], model: Model, cache: Cache, tokens_BT: jax.Array, next_BT: jax.Array, count_B: jax.Array
-) -> tuple[Cache, tuple[list[Values], Values]]:
-    """Prefill a chunk and return the new cache, and the values of each layer and of the head, [B, T, ...]."""
-    position_BT = cache.length_B[:, None] + jnp.arange(tokens_BT.shape[1], dtype=jnp.int32)
-    h_BTD, filled, seen = model.observe(tokens_BT, cache, count_B)
-    layers = [
-        _observe_layer(kinds, layer, layer_seen, layer_cache, position_BT)
-        for layer, layer_seen, layer_cache in zip(model.layers, seen, filled.layers, strict=True)
-    ]
-    head = _predictions(model, h_BTD) if "logits" in kinds else {}
-    return filled, (layers, head)
-
-
-_observe_jit = jax.jit(observe, static_argnames="kinds", donate_argnames="cache")
-
-
-def _observe_layer(
-    kinds: tuple[str, ...], layer: Block, seen: Seen, cache: LayerCache, position_BT: jax.Array
-) -> Values:
-    found: Values = {}
-    if "routing" in kinds and seen.routing is not None:
-        found |= {"expert": seen.routing.expert_BTX, "gate": seen.routing.gate_BTX}
-    if "indexer" in kinds:
-        score_BTk = jnp.take_along_axis(seen.index_score_BTS, jnp.maximum(seen.selected_BTk, 0), axis=-1)
-        score_BTk = jnp.where(seen.selected_BTk >= 0, score_BTk, -jnp.inf)
-        found |= {"selected": seen.selected_BTk, "index_score": score_BTk}
-    if "attention" in kinds:
-        weight_BTk, spread_BT = attention_weights(layer, seen, cache, position_BT)
-        found |= {"selected": seen.selected_BTk, "weight": weight_BTk, "spread": spread_BT}
-    if "mass" in kinds:
-        found |= zip(KINDS["mass"], mass_shares(layer, seen, cache, position_BT), strict=True)
-    return found
-
-
-def attention_weights(
-    layer: Block, seen: Seen, cache: LayerCache, position_BT: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Return the weight of each selected position, mean over heads [B, T, k], and the entropy of the weights in nats,
-    mean over heads [B, T].
-
-    Uses the products of attention itself, so that XLA computes them once.
-    """
-
-    def of(q_c_BTHN, q_r_BTHR, selected_BTk, position_BT):
-        if cache.capacity <= layer.cfg.index_topk:
-            visible_BTS = layer.indexer.restrict(cache.visible(position_BT), position_BT, False)
-            weight_BTHk, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
-        else:
-            weight_BTHk, _ = mla.sparse_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, selected_BTk)
-        return weight_BTHk.mean(axis=2), jax.scipy.special.entr(weight_BTHk).sum(axis=-1).mean(axis=2)
-
-    block = max_queries(layer.cfg, len(position_BT), cache.capacity)
-    return map_tokens(of, _queries(layer, seen, position_BT), block)
-
-
-def mass_shares(
-    layer: Block, seen: Seen, cache: LayerCache, position_BT: jax.Array
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the shares [B, T] of dense attention's weight that the arrays of the kind "mass" hold."""
-
-    def of(q_c_BTHN, q_r_BTHR, selected_BTk, position_BT):
-        slot_S = jnp.arange(cache.capacity)
-        visible_BTS = cache.visible(position_BT)
-        weight_BTHS, _ = mla.absorbed_weights(layer.mla, q_c_BTHN, q_r_BTHR, cache, visible_BTS)
-        weight_BTS = weight_BTHS.mean(axis=2)
-        selected_weight_BTk = jnp.take_along_axis(weight_BTS, jnp.maximum(selected_BTk, 0), axis=-1)
-        selected_BT = jnp.where(selected_BTk >= 0, selected_weight_BTk, 0).sum(axis=-1)
-        best_BT = jax.lax.top_k(weight_BTS, selected_BTk.shape[-1])[0].sum(axis=-1)
-        recent_BTS = visible_BTS & (slot_S > position_BT[..., None] - selected_BTk.shape[-1])
-        return selected_BT, best_BT, jnp.where(recent_BTS, weight_BTS, 0).sum(axis=-1)
-
-    block = max_queries(layer.cfg, len(position_BT), cache.capacity)
-    block = max(1, block // max(1, cache.capacity // layer.cfg.index_topk))
-    return map_tokens(of, _queries(layer, seen, position_BT), block)
-
-
-def _queries(layer: Block, seen: Seen, position_BT: jax.Array) -> tuple[jax.Array, ...]:
-    """Return the queries [B, T, H, N] and [B, T, H, R] of the layer's input, the selected positions and its own."""
-    h_BTD = rms_norm(seen.x_BTD, layer.attn_norm_D, layer.cfg.rms_norm_eps).astype(layer.dtype)
-    queries = layer.mla.queries(layer.mla.latent_query(h_BTD), *rotation(position_BT, layer.cfg))
-    return *queries, seen.selected_BTk, position_BT
-
-
-def _predictions(model: Model, h_BTD: jax.Array) -> Values:
-    """Return the most likely next tokens with their log-probabilities, and the entropy of each prediction."""
-
-    def of(h_BTD):
-        logprob_BTV = jax.nn.log_softmax(model.logits(h_BTD), axis=-1)
-        top_logprob_BTw, top_id_BTw = jax.lax.top_k(logprob_BTV, min(TOP, logprob_BTV.shape[-1]))
-        return top_id_BTw, top_logprob_BTw, -jnp.sum(jnp.exp(logprob_BTV) * logprob_BTV, axis=-1)
-
-    at_once = max(1, MAX_TEMPORARY // (len(h_BTD) * model.cfg.vocab_size))
-    return dict(zip(KINDS["logits"], map_tokens(of, (h_BTD,), at_once), strict=True))
+                if name == "residual":
+                    place = arrays["position"][row] - chunk.start
+                    here = (0 <= place) & (place < count)
+                    target[row, here] = source[b, place[here]]
+                else:
+                    target[row, chunk.start : chunk.start + count] = source[b, :count][..., : target.shape[-1]]

@@ -6,7 +6,7 @@ can tell them apart.
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from ..quantization.quantize import E2M1, E4M3
 from .placements import Placement
 from .traces import Trace
 from .weights import Statistics
+
+if TYPE_CHECKING:
+    from .patching import Patching
 
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
@@ -146,6 +149,20 @@ def heat(
     return picture
 
 
+def patching(found: "Patching", tokens: Sequence[str]) -> Picture:
+    """Plot what each patch adds to the log-probability of the answer; `tokens` are the texts of the clean prompt's."""
+    columns = ["".join(show_token(tokens[i]) for i in group) for group in found.positions]
+    labels = "position patched (token of the clean prompt)", "after layer", "change of log-probability (nats)"
+    picture = heat(found.change, *labels, rows=found.layers, columns=columns, centre=0)
+    picture.axes.tick_params("x", rotation=60)
+    return picture
+
+
+def show_token(text: str) -> str:
+    """Return the text of a token as the label of an axis."""
+    return ascii(text)[1:-1] if text.strip(" ") else "space"
+
+
 def expert_errors(errors: np.ndarray, layers: Sequence[int]) -> Picture:
     """Plot the relative error of every expert [layers, experts]."""
     return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
@@ -233,8 +250,7 @@ def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     axes.set_yscale("log", base=2)
     axes.set_ylim(1.3 * max(ranks.max(), limit), min(ranks.min(), limit) / 1.3)
     axes.yaxis.set_major_formatter("{x:g}")
-    names = [ascii(token)[1:-1] if token.strip(" ") else "space" for token in tokens]
-    axes.set_xticks(range(len(tokens)), names, rotation=30, ha="right")
+    axes.set_xticks(range(len(tokens)), list(map(show_token, tokens)), rotation=30, ha="right")
     axes.set(xlabel="token", ylabel="rank of the needle (1 = first)")
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return picture

@@ -1,7 +1,7 @@
-"""Traces: the values that the layers of a model compute for rows of tokens, as arrays and as one file."""
+"""Traces: the values that the layers of a model compute for rows of tokens, as arrays, tables and one file."""
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -9,53 +9,22 @@ from typing import Any, Self
 import numpy as np
 
 from ..config import Config
-from ..errors import CheckpointError, UsageError, listing, pluralize
-from ..system.array_file import read_arrays, write_arrays
-from ..system.files import expand_file_path
-
-KIND, FORM = "dsv32_jax trace 2", {"kinds": [str], "about": {"config": dict}}
-"""What the file of a trace is called, and the form of its facts."""
-
-TOP = 20
-"""How many of the most likely next tokens are kept."""
-
-KINDS = {
-    "attention": ("selected", "weight", "spread"),
-    "indexer": ("selected", "index_score"),
-    "logits": ("top_id", "top_logprob", "entropy"),
-    "mass": ("mass_selected", "mass_best", "mass_recent"),
-    "routing": ("expert", "gate"),
-}
-"""The arrays of each kind."""
-
-ARRAYS: dict[str, tuple[str, type, float]] = {
-    "tokens": ("rt", np.int32, -1),
-    "length": ("r", np.int32, 0),
-    "expert": ("mrtX", np.int32, -1),
-    "gate": ("mrtX", np.float32, np.nan),
-    "selected": ("lrtk", np.int32, -1),
-    "index_score": ("lrtk", np.float32, -np.inf),
-    "weight": ("lrtk", np.float32, np.nan),
-    "spread": ("lrt", np.float32, np.nan),
-    "mass_selected": ("lrt", np.float32, np.nan),
-    "mass_best": ("lrt", np.float32, np.nan),
-    "mass_recent": ("lrt", np.float32, np.nan),
-    "top_id": ("rtn", np.int32, -1),
-    "top_logprob": ("rtn", np.float32, np.nan),
-    "entropy": ("rt", np.float32, np.nan),
-}
-"""Axes, dtype and padding of each array. Axes: rows, tokens, layers, MoE layers, X experts of a token, k selected
-positions, n next tokens."""
+from ..errors import UsageError, listing
+from ..system.progress import format_size
+from ..system.summary import Summarized
+from . import trace_file, trace_table
+from .trace_arrays import KINDS
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trace(Mapping[str, np.ndarray]):
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Trace(Summarized, Mapping[str, np.ndarray]):
     """The values that every layer computes for the tokens of each row; `inspect.trace` makes one. `trace[name]` is:
 
     tokens         [rows, tokens]                  token ids
     length         [rows]                          the number of tokens in each row
-    expert         [MoE layers, rows, tokens, X]   routing: the experts of each token, in no particular order
+    expert         [MoE layers, rows, tokens, X]   routing, experts: the experts of each token, in no particular order
     gate           as expert                       routing: their gates, which sum to routed_scaling_factor
+    norm           as expert                       experts: the norm of each one's output, before its gate
     selected       [layers, rows, tokens, k]       indexer, attention: the positions attended to, -1 for none
     index_score    as selected                     indexer: their index scores, -inf for none
     weight         as selected                     attention: their attention weights, mean over heads; they sum to 1
@@ -66,6 +35,12 @@ class Trace(Mapping[str, np.ndarray]):
     top_id         [rows, tokens, n]               logits: the most likely next tokens
     top_logprob    as top_id                       logits: their log-probabilities
     entropy        [rows, tokens]                  logits: entropy of the prediction in nats
+    lens_id        [layers, rows, tokens, o]       lens: the most likely next tokens if this layer were the last,
+    lens_logprob   as lens_id                          their log-probabilities,
+    lens_entropy   as spread                           and the entropy of that prediction in nats
+    residual       [s, rows, p, D]                 residual: the residual stream after the layers of
+    layer          [s]                                 `layer`
+    position       [rows, p]                           at the positions of `position`
 
     Entry i along tokens belongs to the token at position i. Beyond the end of a row ids are -1, index scores -inf and
     all else is NaN. `about` holds the model's config and the digest of its checkpoint.
@@ -92,10 +67,11 @@ class Trace(Mapping[str, np.ndarray]):
     def __len__(self) -> int:
         return len(self.arrays)
 
-    def __repr__(self) -> str:
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return kinds and size, and the shape of every array."""
         rows, tokens = self.arrays["tokens"].shape
-        head = f"Trace of {', '.join(self.kinds) or 'nothing'}: {rows} x {tokens} tokens, {self.nbytes / 1e6:.1f} MB"
-        return "\n".join([head, *(f"  {name:<14} {list(array.shape)}" for name, array in self.arrays.items())])
+        title = f"Trace of {', '.join(self.kinds) or 'nothing'}: {rows} x {tokens} tokens, {format_size(self.nbytes)}"
+        return title, {name: str(list(array.shape)) for name, array in self.arrays.items()}
 
     @property
     def nbytes(self) -> int:
@@ -107,62 +83,22 @@ class Trace(Mapping[str, np.ndarray]):
         """The model's config."""
         return Config.from_dict(dict(self.about["config"]), "the config in the trace")
 
+    def table(self, name: str) -> np.ndarray:
+        """Return the arrays of a kind, or one array, as a structured array: a record for each value that is not
+        padding, with its layer, row, position and token. Raises UsageError, and CapacityError if it does not fit in
+        memory."""
+        return trace_table.build(self, name)
+
+    def frame(self, name: str) -> Any:
+        """Return `table` as a pandas DataFrame. Raises UsageError if pandas is not installed."""
+        return trace_table.to_frame(self.table(name))
+
     def save(self, file: str | Path) -> None:
         """Write the trace to one safetensors file, atomically. Raises CapacityError, StorageError."""
-        facts = {"kinds": self.kinds, "about": dict(self.about)}
-        write_arrays(expand_file_path(file), KIND, facts, self.arrays)
+        trace_file.write(file, self.kinds, self.arrays, self.about)
 
     @classmethod
     def load(cls, file: str | Path) -> Self:
-        """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError."""
-        facts, arrays = read_arrays(expand_file_path(file), KIND, FORM)
-        kinds = facts["kinds"]
-        if problems := _find_problems(kinds, arrays):
-            raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
-        return cls(tuple(kinds), {name: arrays[name] for name in names_of(kinds)}, facts["about"])
-
-
-def check_kinds(keep: Any) -> tuple[str, ...]:
-    """Return the kinds that `keep` names, sorted. Raises UsageError."""
-    names = list(keep) if isinstance(keep, Collection) and not isinstance(keep, str) else [keep]
-    if unknown := [name for name in names if name not in KINDS]:
-        raise UsageError(f"keep takes a set of {listing(KINDS)}, not {listing(map(repr, unknown))}")
-    return tuple(kind for kind in KINDS if kind in names)
-
-
-def names_of(kinds: Collection[str]) -> list[str]:
-    """Return the names of all arrays of a trace of these kinds."""
-    return ["tokens", "length", *(name for name in ARRAYS if any(name in KINDS[kind] for kind in kinds))]
-
-
-def shapes(cfg: Config, kinds: Collection[str], rows: int, tokens: int) -> dict[str, tuple[int, ...]]:
-    """Return the shape of every array of a trace of `rows` rows of at most `tokens` tokens."""
-    sizes = {
-        "r": rows,
-        "t": tokens,
-        "l": cfg.num_hidden_layers,
-        "m": max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace),
-        "X": cfg.num_experts_per_tok,
-        "k": min(cfg.index_topk, tokens),
-        "n": min(TOP, cfg.vocab_size),
-    }
-    return {name: tuple(sizes[axis] for axis in ARRAYS[name][0]) for name in names_of(kinds)}
-
-
-def _find_problems(kinds: list[str], arrays: dict[str, np.ndarray]) -> list[str]:
-    """Return the faults of a trace that was read: kinds, names, dtypes, and sizes that contradict each other."""
-    if not KINDS.keys() >= set(kinds):
-        return [f"its kinds are {kinds!r}"]
-    wanted = set(names_of(kinds))
-    problems = [f"{name} is missing" for name in sorted(wanted - set(arrays))]
-    problems += [f"{name} is unknown" for name in sorted(set(arrays) - wanted)]
-    sizes: dict[str, int] = {}
-    for name in sorted(wanted & set(arrays)):
-        array, (axes, dtype, _) = arrays[name], ARRAYS[name]
-        if array.dtype != dtype or array.ndim != len(axes):
-            problems.append(f"{name} is {array.dtype} {list(array.shape)}")
-        elif any(sizes.setdefault(axis, size) != size for axis, size in zip(axes, array.shape, strict=True)):
-            problems.append(f"{name} is {list(array.shape)}, which does not fit the other arrays")
-    if not problems and arrays["length"].max(initial=0) != arrays["tokens"].shape[1]:
-        problems.append(f"the longest row has {arrays['length'].max(initial=0)} tokens, not {sizes['t']}")
-    return problems
+        """Read the file that `save` wrote; needs neither the model nor JAX. Raises CheckpointError, and CapacityError
+        if it does not fit in memory."""
+        return cls(*trace_file.read(file))

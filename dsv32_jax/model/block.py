@@ -8,13 +8,14 @@ import numpy as np
 from flax import nnx
 
 from ..config import Config
+from ..system.summary import Summarized
 from .attention import attention
 from .cache import LayerCache
 from .indexer import Indexer
 from .mla import MLA
 from .moe import MLP, MoE, Routing
 from .ops import rms_norm
-from .summary import Module, Summarized
+from .summary import Module
 
 
 @jax.tree_util.register_dataclass

@@ -14,7 +14,8 @@ from ..parallel.sharding import map_rows
 from ..quantization import cache_formats
 from ..quantization.cache_formats import Rows
 from ..system.progress import format_size
-from .summary import Summarized, describe_devices, nbytes
+from ..system.summary import Summarized
+from .summary import describe_devices, nbytes
 
 DTYPES = {np.dtype(dtype).name: dtype for dtype in (jnp.bfloat16, jnp.float32, jnp.float8_e4m3fn)}
 

@@ -14,6 +14,7 @@ from ..config import Config
 from ..errors import UsageError
 from ..parallel import sharding
 from ..quantization.formats import Weight
+from ..system.summary import Summarized
 from . import block, validation
 from .block import Block, Seen
 from .cache import Cache, LayerCache, empty
@@ -22,7 +23,7 @@ from .mla import MLA
 from .moe import MLP, MoE
 from .mtp import MTP
 from .ops import einsum32, look_up, rms_norm
-from .summary import Module, Summarized
+from .summary import Module
 
 
 @dataclasses.dataclass(frozen=True)

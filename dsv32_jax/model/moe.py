@@ -11,9 +11,10 @@ from jax.sharding import Mesh
 from ..config import Config
 from ..parallel.sharding import map_rows
 from ..quantization.formats import Weight
+from ..system.summary import Summarized
 from .experts import Matrices, mix_experts, mix_experts_on_mesh
 from .ops import einsum32, swiglu
-from .summary import Module, Summarized
+from .summary import Module
 
 
 @jax.tree_util.register_dataclass
@@ -60,8 +61,12 @@ class MoE(Module):
         routing = self.route(h_BTD)
         h_tD = h_BTD.reshape(-1, h_BTD.shape[-1])
         expert_tX, gate_tX = (part.reshape(-1, part.shape[-1]) for part in (routing.expert_BTX, routing.gate_BTX))
+        return self.mix(h_tD, expert_tX, gate_tX).reshape(h_BTD.shape), routing
+
+    def mix(self, h_tD: jax.Array, expert_tX: jax.Array, gate_tX: jax.Array) -> jax.Array:
+        """Return the sum of the given experts and the shared one, float32 [t, D]. The id E is no expert."""
         experts = mix_experts if self.mesh is None else partial(mix_experts_on_mesh, self.mesh)
-        return experts(h_tD, expert_tX, gate_tX, self.routed, self.shared).reshape(h_BTD.shape), routing
+        return experts(h_tD, expert_tX, gate_tX, self.routed, self.shared)
 
     @property
     def routed(self) -> Matrices:

@@ -1,8 +1,6 @@
-"""Short representations: a model, a cache or an output shows its sizes instead of its arrays, in a notebook too."""
+"""Short representations of modules: parameters, bytes by format, and devices with the memory used on each."""
 
 import collections
-import dataclasses
-import html
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -14,29 +12,9 @@ from jax.core import Tracer
 from ..quantization.formats import NVFP4, Fp8Block
 from ..quantization.host_weight import HostWeight
 from ..system.progress import format_count, format_size
+from ..system.summary import Summarized
 
 FORMATS = {NVFP4: "nvfp4", Fp8Block: "fp8", HostWeight: "in host memory"}
-
-
-class Summarized:
-    """A mixin whose `repr`, as text and as HTML, is a title and some named values."""
-
-    def summary(self) -> tuple[str, dict[str, str]]:
-        """Return the title and the named values; by default the shapes of the fields of a dataclass."""
-        fields: Any = dataclasses.fields(self)  # type: ignore[arg-type]
-        return type(self).__name__, {field.name: describe(getattr(self, field.name)) for field in fields}
-
-    def __repr__(self) -> str:
-        title, values = self.summary()
-        width = max(map(len, values), default=0)
-        return "\n".join([title, *(f"  {name:{width}}  {value}" for name, value in values.items())])
-
-    __str__ = __repr__
-
-    def _repr_html_(self) -> str:
-        title, values = self.summary()
-        rows = [f"<tr><td>{html.escape(name)}</td><td>{html.escape(value)}</td></tr>" for name, value in values.items()]
-        return f"<div>{html.escape(title)}</div><table>{''.join(rows)}</table>"
 
 
 class Module(Summarized, nnx.Module):
@@ -78,12 +56,3 @@ def describe_devices(arrays: Iterable[Any]) -> str:
     each = sum(math.prod(array.sharding.shard_shape(array.shape)) * array.dtype.itemsize for array in held)
     kind = min(devices, key=lambda device: device.id).device_kind
     return f"{len(devices)} x {kind}, {format_size(each)} on each"
-
-
-def describe(value: Any) -> str:
-    """Return the dtype and shape of an array, the title of what has a summary, the number of things in a tuple."""
-    if hasattr(value, "dtype"):
-        return f"{value.dtype}{list(value.shape)}"
-    if isinstance(value, tuple):
-        return f"{len(value)} x {type(value[0]).__name__}" if value else "none"
-    return value.summary()[0] if isinstance(value, Summarized) else repr(value)

@@ -2,16 +2,18 @@
 
 import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import CheckpointError, StorageError, listing, pluralize, writing_failed
+from ..errors import CapacityError, CheckpointError, StorageError, listing, pluralize, writing_failed
+from . import host
 from .files import Schema, find_mismatches, hash_chunks, replace_file, require_regular
+from .progress import format_size
 
 
 def write_arrays(file: Path, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, np.ndarray]) -> None:
@@ -25,10 +27,28 @@ def write_arrays(file: Path, kind: str, facts: Mapping[str, Any], arrays: Mappin
         raise writing_failed(file, error) from error
 
 
-def read_arrays(file: Path, kind: str, form: Schema) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+class Header(NamedTuple):
+    """What a file says of an array: its dtype, as F32, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def accept_all(facts: Mapping[str, Any], headers: Mapping[str, Header]) -> list[str]:
+    """Return no problems."""
+    return []
+
+
+def read_arrays(
+    file: Path,
+    kind: str,
+    form: Schema,
+    find_problems: Callable[[Mapping[str, Any], Mapping[str, Header]], list[str]] = accept_all,
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the facts and arrays that `write_arrays` was given, facts of this `form`.
 
-    Raises CheckpointError if the file is of another kind or not what was written, StorageError if it is unreadable.
+    Arrays are read if they fit in memory and `find_problems` finds none in facts and headers. Raises CheckpointError if
+    the file is of another kind or not what was written, CapacityError, StorageError if it is unreadable.
     """
     noun = kind.split()[1]
     try:
@@ -37,10 +57,16 @@ def read_arrays(file: Path, kind: str, form: Schema) -> tuple[dict[str, Any], di
             if about.get("kind") != kind:
                 found = f"but {about['kind']!r:.100}" if "kind" in about else "nor says what it is"
                 raise CheckpointError(f"{file} is not a {noun} of this version ({kind}), {found}")
+            facts = json.loads(about["facts"])
+            slices = {name: opened.get_slice(name) for name in opened.keys()}
+            headers = {name: Header(part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+            if problems := find_mismatches(facts, form, noun) or find_problems(facts, headers):
+                count = pluralize(len(problems), "problem")
+                raise CheckpointError(f"{file} is damaged ({count}): {listing(problems)}")
+            _require_room(file)
             arrays = {name: opened.get_tensor(name) for name in opened.keys()}
             if about["sha256"] != _hash(about["facts"], arrays):
                 raise CheckpointError(f"{file} is damaged: its bytes are not those that were written")
-            facts = json.loads(about["facts"])
     except FileNotFoundError:
         raise CheckpointError(f"there is no {file}; nothing was read") from None
     except OSError as error:
@@ -49,9 +75,14 @@ def read_arrays(file: Path, kind: str, form: Schema) -> tuple[dict[str, Any], di
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{file} is not a {noun}: {error}") from error
-    if problems := find_mismatches(facts, form, noun):
-        raise CheckpointError(f"{file} is damaged ({pluralize(len(problems), 'problem')}): {listing(problems)}")
     return facts, arrays
+
+
+def _require_room(file: Path) -> None:
+    """Raise CapacityError if the arrays of a file, which are no larger than the file, do not fit in memory."""
+    needed, free = file.stat().st_size, host.get_free_memory()
+    if needed > free:
+        raise CapacityError(f"{file} takes {format_size(needed)}, but {format_size(free)} are free; nothing was read")
 
 
 def _hash(facts: str, arrays: Mapping[str, np.ndarray]) -> str:
