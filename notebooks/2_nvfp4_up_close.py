@@ -11,9 +11,11 @@
 # %% [markdown]
 # # NVFP4 up close
 #
-# A weight from its bits to its values, why NVFP4 needs two levels of scales, and where four bits hurt. Uses the small
-# bundled model; to look at other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout, and `LAYER`
-# and `EXPERT`. Only the weights shown here are read.
+# **How do four bits hold a weight, why are there two levels of scales, and where does it hurt?** Shown on one expert of
+# the small bundled model. `picture.save("file.pdf")` keeps a figure.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout, and `LAYER` and `EXPERT`. The
+# conversions below need its size in free disk space three times: leave out two. Only the weights shown here are read.
 
 # %%
 import tempfile
@@ -57,17 +59,19 @@ for i, (value, before) in enumerate(zip(weight.values()[0, :16], original.values
 # %% [markdown]
 # ## Codes and scales
 #
-# How often each of the 16 numbers occurs in this matrix. It is not a bell curve: 2 and 3 cover wide intervals, 1.5 a
-# narrow one, and 6 and -6 are frequent because the scale maps the largest element of every block to one of them. Minus
-# zero (light) has a code of its own that adds nothing: one sixteenth of all codes.
+# How often does each of the 16 numbers occur in this matrix?
 
 # %%
 found = inspect.statistics(weight)
 inspect.plots.codes(found)
 
 # %% [markdown]
-# The block scales. One block reaches 448, the largest E4M3 number, because the tensor scale is chosen that way; the
-# others follow their own largest element. E4M3 has three bits of mantissa: 8 steps between powers of two.
+# **Codes are not a bell curve**: 2 and 3 cover wide intervals, 1.5 a narrow one, and 6 and -6 are frequent because the
+# scale maps the largest element of every block to one of them. Minus zero (light) has a code of its own that adds
+# nothing: one sixteenth of all codes.
+
+# %% [markdown]
+# And the block scales, E4M3 numbers with three bits of mantissa: 8 steps between powers of two.
 
 # %%
 print(f"{found.blocks} blocks: {found.zero_blocks} of zeros, {found.saturated_blocks} at 448")
@@ -76,15 +80,14 @@ print(f"{clipped} of {original.values().size} elements exceed the largest value 
 inspect.plots.scales(found)
 
 # %% [markdown]
-# An element exceeds the largest value of its block if the block's scale was rounded down: E4M3 is within 6 % of the
-# ideal scale.
+# **One block reaches 448, the largest E4M3 number (its line is too short to see), because the tensor scale is chosen
+# that way; the others follow their own largest element.** A number without a line is the scale of no block. An element
+# exceeds the largest value of its block if the block's scale was rounded down: E4M3 is within 6 % of the ideal scale.
 #
 # ## Why two scales
 #
 # E4M3 reaches from 2^-9 to 448, with fewer and fewer steps below 2^-6. The float32 scale of a matrix moves it to the
-# same place in that range, whatever its size. Here the weights of this expert are divided by growing powers of two:
-# with the tensor scale (solid) the error is constant; with block scales alone (dashed) it jumps as soon as blocks need
-# scales that E4M3 does not have.
+# same place in that range, whatever its size. Here the weights of this expert are divided by growing powers of two.
 
 # %%
 w = original.values()
@@ -106,21 +109,25 @@ inspect.plots.lines(
 )
 
 # %% [markdown]
+# **With the tensor scale (solid) the error is constant; with block scales alone (dashed) it jumps as soon as blocks
+# need scales that E4M3 does not have.**
+#
 # ## Three ways to choose a block's scale
 #
 # Rounding to nearest (RTN) maps the largest element to 6. Four-over-six may map it to 4 instead, which makes the steps
-# finer for the other elements; MSE searches. For Gaussian noise the three reach 9.5, 8.7 and 8.1 %; trained weights
-# that went through FP8 are no easier.
+# finer for the other elements; MSE searches.
 
 # %%
 errors = {scales: 100 * original.error(folder.weight(path, EXPERT)) for scales, folder in quantized.items()}
 inspect.plots.bars(errors, "||error|| / ||weight|| (%)", digits=2)
 
 # %% [markdown]
+# **Searching takes a seventh off the error of rounding.** For Gaussian noise the three reach 9.5, 8.7 and 8.1 %;
+# trained weights that went through FP8 are no easier.
+#
 # ## Errors of all experts
 #
-# The error of every routed expert in every layer. The colour bar spans a tenth of a percentage point: with a scale for
-# every 16 weights no expert stands out. In a checkpoint with a bright square, look at that expert.
+# The error of every routed expert in every layer.
 
 # %%
 first = source.config.first_k_dense_replace
@@ -128,6 +135,9 @@ errors = inspect.expert_errors(quantized["mse"], source)
 inspect.plots.expert_errors(errors, range(first, source.config.num_hidden_layers))
 
 # %% [markdown]
+# **No expert stands out**: the colour bar spans a tenth of a percentage point, because every 16 weights have a scale.
+# In a checkpoint with a bright square, look at that expert.
+#
 # And by kind of weight, in one layer. Weights that the default policy does not quantize (the rest of attention, the
 # indexer, the router) have no error at all.
 

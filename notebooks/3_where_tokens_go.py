@@ -11,9 +11,12 @@
 # %% [markdown]
 # # Where tokens go
 #
-# The experts that the router sends tokens to: how even the load is, what groups do, and which experts specialize in
-# which kinds of token. Uses the small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in
-# Hugging Face layout. The conversations are traced once; everything after that needs only the trace's file, no model.
+# **Does the router use all experts, and do they specialize?** How even the load is, what groups do, and which experts
+# take which kinds of token. The conversations are traced once; everything after that needs only the trace's file, no
+# model.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
+# `experts="host"`; `dsv32 fit` says what that takes.
 
 # %%
 import keyword
@@ -50,13 +53,17 @@ trace
 # ## Load
 #
 # The tokens that each expert of each layer gets, relative to an equal share. Training adjusts a bias of the router
-# against the load, to keep it near 1. Red squares are experts that get more, blue ones get less.
+# against the load, to keep it near 1.
 
 # %%
 inspect.plots.expert_load(trace)
 
+# %% [markdown]
+# **The load is uneven on this text**: red squares are experts that get more than an equal share, blue ones get less. As
+# a number of experts:
+
 # %%
-counts = inspect.plots.count_experts(trace)
+counts = trace.count_experts()
 share = counts / counts.sum(axis=1, keepdims=True)
 even = np.exp(-(share * np.log(share)).sum(axis=1))
 for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
@@ -70,8 +77,7 @@ for i, (layer, busiest) in enumerate(zip(even, share.max(axis=1), strict=True)):
 #
 # Experts form groups, and a token may use only experts of its best groups (in the real model 4 of 8, so that its
 # experts are on few machines). Below: how many groups tokens use, and the gates of a token's experts from the largest
-# to the smallest, as shares of their sum, the routed scaling factor. The first choice has more than 40 %, the last
-# about a tenth.
+# to the smallest, as shares of their sum, the routed scaling factor.
 
 # %%
 cfg = trace.config
@@ -92,12 +98,12 @@ inspect.plots.stacks(
 )
 
 # %% [markdown]
+# **The first choice has more than 40 % of the gates, the last about a tenth.**
+#
 # ## Specialization
 #
 # Tokens by kind, judged by their text alone. The share of each kind's choices that an expert gets, times the number of
-# experts: 1 means that the kind does not matter. White lines separate groups. An expert that is red in one row and blue
-# in the others has specialized. In the small model indentation and keywords, which begin a line, share the first group;
-# names and words prefer another expert.
+# experts: 1 means that the kind does not matter. White lines separate groups.
 
 
 # %%
@@ -123,13 +129,19 @@ for row, tokens in enumerate(trace["tokens"]):
 inspect.plots.experts_by_kind(trace, cfg.num_hidden_layers - 1, members)
 
 # %% [markdown]
+# **Experts specialize**: one that is red in one row and blue in the others has. In the small model indentation and
+# keywords, which begin a line, share the first group; names and words prefer another expert.
+#
 # The distance of each kind's use of experts from that of all tokens, layer by layer: half the sum of absolute
-# differences, so 0 is the same use and 1 means no expert in common. Keywords stand out in layer 2, indentation in the
-# layers after it; names and words are closest to the average in nearly every layer.
+# differences, so 0 is the same use and 1 means no expert in common.
 
 # %%
 total = share[:, None]
-kinds = np.stack([inspect.plots.count_experts(trace, mask) for mask in members.values()], axis=1)
+kinds = np.stack([trace.count_experts(mask) for mask in members.values()], axis=1)
 distance = np.abs(kinds / kinds.sum(axis=-1, keepdims=True) - total).sum(axis=-1) / 2
 numbers = [name.removeprefix("layer ") for name in names]
 inspect.plots.heat(distance.T, "layer", "kind of token", "distance from all tokens", list(members), numbers)
+
+# %% [markdown]
+# **Keywords stand out in layer 2, indentation in the layers after it**; names and words are closest to the average in
+# nearly every layer.

@@ -10,10 +10,12 @@
 # %% [markdown]
 # # What the indexer keeps
 #
-# Sparse attention sees only the positions that the lightning indexer scores highest. Which ones are these, how much of
-# dense attention's weight do they keep, and does one important detail survive? Uses the small bundled model, which
-# selects 128 positions (the real one 2048); to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging
-# Face layout.
+# **Sparse attention sees only the positions that the lightning indexer scores highest. Which ones are these, how much
+# of dense attention's weight do they keep, and does one important detail survive?** The small bundled model selects 128
+# positions, the real one 2048: take longer texts there.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
+# `experts="host"`; `dsv32 fit` says what that takes.
 
 # %%
 import tempfile
@@ -42,14 +44,15 @@ trace
 # %% [markdown]
 # ## Selected positions
 #
-# Each row is a token, each column a position before it. Bright positions score highest, white ones are not selected. Up
-# to 128 tokens everything is selected (the full triangle). After that there is a bright diagonal (recent tokens) and
-# vertical lines: positions that many later tokens come back to.
+# Each row is a token, each column a position before it. Bright positions score highest, white ones are not selected.
 
 # %%
 inspect.plots.selection(trace, LAYER)
 
 # %% [markdown]
+# **Recent tokens (the diagonal) and a few positions that many later tokens come back to (vertical lines) are kept.** Up
+# to 128 tokens everything is selected: the full triangle.
+#
 # The positions that the last hundred tokens select most often, other than the 64 most recent, with their context:
 
 # %%
@@ -65,24 +68,27 @@ for position in np.argsort(-count, kind="stable")[:6]:
 #
 # Generation never computes the weights of dense attention. A trace of `"mass"` does, beside a replay of the given
 # tokens: the share of dense attention's weight on the selected positions (mean over heads), beside the best choice of
-# as many positions and the most recent ones. The indexer comes within a few percent of the best choice in every layer;
-# the most recent positions alone would lose most in layers 0, 1 and 4.
+# as many positions and the most recent ones.
 
 # %%
 mass = inspect.trace(model, [ids[start : start + 5 * topk] for start in (200, 5000, 9000)], {"mass"})
 inspect.plots.attention_mass(mass, first=2 * topk)
 
 # %% [markdown]
-# By layer and position, in the first text: 100 % as long as everything is selected, then less as the text grows. Dark
-# columns are tokens whose attention spreads over more than 128 positions.
+# **The indexer comes within a few percent of the best choice in every layer**; the most recent positions alone would
+# lose most in layers 0, 1 and 4.
+#
+# By layer and position, in the first text:
 
 # %%
 inspect.plots.attention_mass_by_position(mass)
 
 # %% [markdown]
+# **All is kept as long as everything is selected, then less as the text grows.** Dark columns are tokens whose
+# attention spreads over more than 128 positions.
+#
 # The trace has a measure that needs no dense attention: the spread (entropy) of the weights on selected positions. Its
-# exponential is the effective number of positions a head attends to (here averaged over 16 tokens). Layers 2 to 4
-# attend to ten or twenty and lose little; layer 0 attends to about 80 of 128, and would use more.
+# exponential is the effective number of positions a head attends to (here averaged over 16 tokens).
 
 # %%
 effective = np.exp(trace["spread"][:, 0])
@@ -90,12 +96,14 @@ smooth = {f"layer {i}": np.convolve(row[:length], np.ones(16) / 16, "valid") for
 inspect.plots.lines(smooth, "position", "effective number of positions")
 
 # %% [markdown]
+# **Layers 2 to 4 attend to ten or twenty positions and lose little; layer 0 attends to about 80 of 128, and would use
+# more.**
+#
 # ## A needle
 #
 # One important line is at the start, then unrelated code follows, then the beginning of the same line. How does the
 # position that holds the answer rank among the index scores of the last tokens? Above the dashed line attention sees
-# it. The axis shows the tokens of the question; the answer comes after the last one. In the small model layer 0 selects
-# the needle in the middle of the question, layers 1 to 3 never do, and the last layer finds it just in time.
+# it. The axis shows the tokens of the question; the answer comes after the last one.
 
 # %%
 needle = "MAGIC_TIMEOUT = 4711\n\n"
@@ -110,3 +118,7 @@ seen = ds.forward(model, [haystack], seen=True).seen
 scores = np.stack([np.asarray(layer.index_score_BTS[0, -len(question) :], np.float32) for layer in seen])
 ranks = 1 + (scores > scores[:, :, answer : answer + 1]).sum(axis=-1)
 inspect.plots.needle(ranks, topk, [tokenizer.decode([token]) for token in question])
+
+# %% [markdown]
+# **The last layer finds the needle just in time.** Layer 0 selects it in the middle of the question, layers 1 to 3
+# never do.

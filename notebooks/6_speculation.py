@@ -10,10 +10,12 @@
 # %% [markdown]
 # # Speculation
 #
-# The MTP head drafts the next tokens, the model verifies all of them in one step, and the result is token for token
-# what the model would have generated alone. How many drafts are accepted, and where in a text are they right? Uses the
-# small bundled model; to use other weights, set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout that includes
-# the MTP head.
+# **How many drafts are accepted, and where in a text are they right?** The MTP head drafts the next tokens, the model
+# verifies all of them in one step, and the result is token for token what the model would have generated alone.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
+# `experts="host"`; `dsv32 fit` says what that takes.
+# The folder must include the MTP head.
 
 # %%
 import keyword
@@ -42,8 +44,7 @@ prompts = [ids[start : start + 48] for start in range(1000, 9000, 1000)]
 # %% [markdown]
 # ## Acceptance
 #
-# With more drafts a step generates more tokens, but a smaller share of the drafts is accepted: a draft counts only if
-# all drafts before it were right, and the layer was trained to look one token ahead. The tokens are the same every time
+# The tokens are the same every time
 # in float32; bfloat16 rounds more, so a step of several tokens may break a tie between two tokens differently.
 
 # %%
@@ -67,6 +68,9 @@ inspect.plots.bars(
 )
 
 # %% [markdown]
+# **With more drafts a step generates more tokens, but a smaller share of the drafts is accepted**: a draft counts only
+# if all drafts before it were right, and the layer was trained to look one token ahead.
+#
 # ## Along a text
 #
 # Slot i of the MTP head combines the model's hidden state of token i with token i + 1 and drafts token i + 2. In a
@@ -99,8 +103,7 @@ print("".join(f"[{part}]" if good else part for part, good in zip(
 )))  # fmt: skip
 
 # %% [markdown]
-# The share of right drafts in a window of 16 tokens, for the first three texts. It comes in stretches, and rises to 100
-# % where a text begins to repeat itself, as greedy texts of a small model do.
+# The share of right drafts in a window of 16 tokens, for the first three texts:
 
 # %%
 window = np.ones(16) / 16
@@ -109,9 +112,12 @@ inspect.plots.lines(shares, "new token", "drafts right (%)")
 
 
 # %% [markdown]
+# **Right drafts come in stretches, and reach 100 % where a text begins to repeat itself**, as greedy texts of a small
+# model do.
+#
 # ## By kind of token
 #
-# Which tokens are easy to draft? Indentation is; names and words are the hardest.
+# Which tokens are easy to draft?
 
 
 # %%
@@ -128,3 +134,6 @@ kinds = np.array([[kind(tokenizer.decode([token])) for token in row[len(prompts[
 shares = {f"{name}\n({(kinds == name).sum()} tokens)": 100 * right[kinds == name].mean() for name in np.unique(kinds)}
 shares = dict(sorted(shares.items(), key=lambda item: -item[1]))
 inspect.plots.bars(shares, "drafts right (%)", digits=0)
+
+# %% [markdown]
+# **Indentation is easy to draft; names and words are the hardest.**

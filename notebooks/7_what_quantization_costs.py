@@ -11,9 +11,12 @@
 # %% [markdown]
 # # What quantization costs
 #
-# The small bundled model in its own FP8, and in NVFP4 with two ways to choose block scales. The error of the weights
-# matters less than its effect on predictions: how far they move (KL), how often the most likely token stays the same,
-# and the loss on the actual tokens. To use another model, set `SOURCE` to its Hugging Face folder.
+# **What does NVFP4 change in what the model says?** The small bundled model in its own FP8, and in NVFP4 with two ways
+# to choose block scales. The error of the weights matters less than its effect on predictions: how far they move (KL),
+# how often the most likely token stays the same, and the loss on the actual tokens.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout; it is converted three times
+# and two of the results are loaded one after the other. `dsv32 fit` says what that takes.
 
 # %%
 import tempfile

@@ -259,6 +259,7 @@ def test_repr_is_a_summary(real, tiny):
     """A few lines with the sizes that tell models apart."""
     for config in (real, tiny):
         assert repr(config) == str(config) and len(repr(config).splitlines()) < 8
+        assert "<table>" in config._repr_html_() and "indexer" in config._repr_html_()
     for word in ("61 layers (3 dense, 58 MoE)", "7168", "129280", "163840", "256", "YaRN"):
         assert word in repr(real)
 

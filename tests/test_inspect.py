@@ -243,7 +243,7 @@ def test_figures(small):
     from dsv32_jax.inspect import plots
 
     made, cfg = made_up_trace(small), small
-    assert plots.count_experts(made).sum() == 2 * (30 + 15)
+    assert made.count_experts().sum() == 2 * (30 + 15)
     found = inspect.statistics(stored(np.random.default_rng(0).standard_normal((32, 64), np.float32)))
     shares = np.random.default_rng(0).random((2, 1, 40))
     mass = Trace(("mass",), dict.fromkeys(("mass_selected", "mass_best", "mass_recent"), shares), made.about)

@@ -626,7 +626,10 @@ def test_repr_of_a_model_is_a_summary(cfg, storage):
     stated = format_count(sum(table.values()) + copies), format_size(nbytes(jax.tree.leaves(drafting)))
     for word in (*stated, "2 (1 dense, 1 MoE)", "MTP head", storage.replace("dense", "float32"), "cpu"):
         assert word in text, (word, text)
-    assert all(word in drafting._repr_html_() for word in (*stated, "<table>"))
+    parts = "<table>", "embedding, norm, head", "layer 0", "layer 1", "MTP head", storage.replace("dense", "float32")
+    assert all(word in drafting._repr_html_() for word in (*stated, *parts))
+    deep = models.abstract(dataclasses.replace(cfg, num_hidden_layers=9))
+    assert "layer 1 to layer 8, each" in deep._repr_html_()
     assert len(repr(drafting.layers[1])) < 400
 
 

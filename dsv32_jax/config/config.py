@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, StorageError, listing, pluralize
 from ..system.files import read_json
+from ..system.summary import Summarized
 from . import keys
 from .keys import ASSUMED, REQUIRED
 
@@ -49,7 +50,7 @@ YARN_PATHS = {f"rope_scaling.{key}" for key in YARN_KEYS - FIXED_IN_YARN.keys()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
-class Config:
+class Config(Summarized):
     """A DeepSeek-V3.2 model. The fields have the names of config.json."""
 
     vocab_size: int
@@ -117,24 +118,21 @@ class Config:
             values["rope_scaling"] = {"type": "yarn", **values["rope_scaling"]}
         return {"architectures": ["DeepseekV32ForCausalLM"], **REQUIRED, **values}
 
-    def __repr__(self) -> str:
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return the number of layers, and the sizes of their parts."""
         dense, yarn = self.first_k_dense_replace, self.rope_scaling
         drafting = " and the MTP head" if self.num_nextn_predict_layers else ""
         scaling = f", YaRN {yarn.factor:g} x {yarn.original_max_position_embeddings}" if yarn else ""
-        return "\n".join(
-            [
-                f"DeepSeek-V3.2 config: {self.num_hidden_layers} layers "
-                f"({dense} dense, {self.num_hidden_layers - dense} MoE){drafting}",
-                f"  hidden size {self.hidden_size}, vocabulary {self.vocab_size}, "
-                f"context {self.max_position_embeddings}, rope theta {self.rope_theta:g}{scaling}",
-                f"  attention: {self.num_attention_heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim}, "
-                f"values {self.v_head_dim}, latents {self.q_lora_rank} (query) and {self.kv_lora_rank} (key-value)",
-                f"  indexer: {self.index_n_heads} heads of {self.index_head_dim}, top {self.index_topk}",
-                f"  experts: {self.n_routed_experts} of width {self.moe_intermediate_size} in {self.n_group} groups, "
-                f"{self.num_experts_per_tok} from {self.topk_group} groups a token; dense width "
-                f"{self.intermediate_size}",
-            ]
-        )
+        title = f"DeepSeek-V3.2 config: {self.num_hidden_layers} layers ({dense} dense, "
+        return f"{title}{self.num_hidden_layers - dense} MoE){drafting}", {
+            "hidden size": f"{self.hidden_size}, vocabulary {self.vocab_size}",
+            "context": f"{self.max_position_embeddings}, rope theta {self.rope_theta:g}{scaling}",
+            "attention": f"{self.num_attention_heads} heads of {self.qk_nope_head_dim} + {self.qk_rope_head_dim}, "
+            f"values {self.v_head_dim}, latents {self.q_lora_rank} (query) and {self.kv_lora_rank} (key-value)",
+            "indexer": f"{self.index_n_heads} heads of {self.index_head_dim}, top {self.index_topk}",
+            "experts": f"{self.n_routed_experts} of width {self.moe_intermediate_size} in {self.n_group} groups, "
+            f"{self.num_experts_per_tok} from {self.topk_group} groups a token; dense width {self.intermediate_size}",
+        }
 
 
 class Interpreted(NamedTuple):

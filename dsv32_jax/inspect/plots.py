@@ -107,13 +107,38 @@ def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
     return picture
 
 
-def lines(values: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, x: Sequence[float] = ()) -> Picture:
-    """Plot a line for each name over `x` (default: the index)."""
+def groups(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, ylabel: str) -> Picture:
+    """Plot bars side by side at each inner name, one for each outer name: means with their standard errors."""
+    picture = Picture()
+    axes = picture.axes
+    names = list(dict.fromkeys(name for inner in values.values() for name in inner))
+    width = 0.8 / len(values)
+    for i, (label, inner) in enumerate(values.items()):
+        at = np.arange(len(names)) + width * (i - (len(values) - 1) / 2)
+        means, errors = zip(*(inner[name] for name in names), strict=True)
+        style = {"color": COLOURS[i], "edgecolor": "black", "linewidth": 0.5, "capsize": 3}
+        axes.bar(at, means, 0.92 * width, yerr=errors, label=label, **style)
+    axes.set_xticks(range(len(names)), names)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
+    return picture
+
+
+def lines(
+    values: Mapping[str, Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    x: Sequence[float] = (),
+    errors: Mapping[str, Sequence[float]] = {},
+) -> Picture:
+    """Plot a line for each name over `x` (default: the index), with standard errors where there are some."""
     picture = Picture(7, 3)
     axes = picture.axes
     for i, (name, heights) in enumerate(values.items()):
         at = x if len(x) else range(len(heights))
-        axes.plot(at, heights, color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i % 3], label=name)
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i % 3]}
+        axes.errorbar(at, heights, errors.get(name), capsize=3, label=name, **style)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(frameon=False)
     return picture
@@ -129,15 +154,13 @@ def heat(
     centre: float | None = None,
 ) -> Picture:
     """Plot a matrix as colours, with names of rows and columns (default: their numbers). Colours diverge from `centre`
-    if it is given."""
+    if it is given, equally far on both sides."""
     picture = Picture(7, 1.7 + 0.25 * min(len(values), 10))
     axes = picture.axes
     colours: dict[str, Any] = {"cmap": "cividis"}
     if centre is not None:
-        from matplotlib.colors import TwoSlopeNorm
-
-        low, high = (reach(values, initial=centre) for reach in (np.nanmin, np.nanmax))
-        colours = {"cmap": "coolwarm", "norm": TwoSlopeNorm(centre, low - 1e-9, high + 1e-9)}
+        reach = max(np.nanmax(np.abs(values - centre), initial=0), 1e-9)
+        colours = {"cmap": "coolwarm", "vmin": centre - reach, "vmax": centre + reach}
     image = axes.imshow(values, aspect="auto", interpolation="nearest", **colours)
     for names, axis in ((rows, axes.yaxis), (columns, axes.xaxis)):
         if len(names):
@@ -168,17 +191,9 @@ def expert_errors(errors: np.ndarray, layers: Sequence[int]) -> Picture:
     return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
 
 
-def count_experts(trace: Trace, mask: np.ndarray | None = None) -> np.ndarray:
-    """Count how often each expert is used [MoE layers, experts], by all tokens or those of `mask` [rows, tokens]."""
-    expert = trace["expert"]
-    mask = np.ones(expert.shape[1:3], bool) if mask is None else mask
-    used = [layer[mask] for layer in expert]
-    return np.stack([np.bincount(one[one >= 0], minlength=trace.config.n_routed_experts) for one in used])
-
-
 def expert_load(trace: Trace) -> Picture:
     """Plot the tokens of each expert of each layer, relative to an equal share."""
-    counts = count_experts(trace)
+    counts = trace.count_experts()
     share = counts / counts.sum(axis=1, keepdims=True) * counts.shape[1]
     first = trace.config.first_k_dense_replace
     rows = range(first, first + len(share))
@@ -189,7 +204,7 @@ def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -
     """Plot which experts of a layer each kind of token uses, relative to an equal share. `kinds` has a mask
     [rows, tokens] for each kind. White lines separate groups of experts."""
     index = layer - trace.config.first_k_dense_replace
-    counts = np.stack([count_experts(trace, mask)[index] for mask in kinds.values()])
+    counts = np.stack([trace.count_experts(mask)[index] for mask in kinds.values()])
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
     labels = f"expert of layer {layer}", "kind of token", "use (1 = equal share)"
     picture = heat(share, *labels, rows=list(kinds), centre=1)
@@ -202,15 +217,11 @@ def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -
 def attention_mass(trace: Trace, first: int) -> Picture:
     """Plot the share of dense attention's weight on selected positions, by layer, mean over positions from `first` on,
     beside the best choice of as many positions and the most recent ones."""
-    picture = Picture()
-    axes = picture.axes
     names = {"selected": "selected by the indexer", "best": "best choice", "recent": "most recent"}
-    for i, (kind, name) in enumerate(names.items()):
-        mean = 100 * np.nanmean(trace[f"mass_{kind}"][:, :, first:], axis=(1, 2))
-        axes.bar(np.arange(len(mean)) + 0.27 * (i - 1), mean, width=0.25, color=COLOURS[i], label=name)
-    axes.set_xticks(range(len(trace["mass_selected"])))
-    axes.set(xlabel="layer", ylabel="attention mass (%)", ylim=(0, 100))
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=3, frameon=False)
+    means = {name: np.nanmean(trace[f"mass_{kind}"][:, :, first:], axis=(1, 2)) for kind, name in names.items()}
+    shares = {name: {str(i): (100 * share, 0.0) for i, share in enumerate(mean)} for name, mean in means.items()}
+    picture = groups(shares, "layer", "attention mass (%)")
+    picture.axes.set(ylim=(0, 100))
     return picture
 
 

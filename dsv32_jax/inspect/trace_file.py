@@ -23,9 +23,7 @@ Contents = tuple[tuple[str, ...], Mapping[str, np.ndarray], Mapping[str, Any]]
 """The kinds, arrays and facts of a trace."""
 
 
-def write(
-    file: str | Path, kinds: tuple[str, ...], arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]
-) -> None:
+def write(file: str | Path, kinds: tuple[str, ...], arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
     """Write a trace atomically. Raises CapacityError, StorageError."""
     write_arrays(expand_file_path(file), KIND, {"kinds": kinds, "about": dict(about)}, arrays)
 

@@ -93,6 +93,12 @@ class Trace(Summarized, Mapping[str, np.ndarray]):
         """Return `table` as a pandas DataFrame. Raises UsageError if pandas is not installed."""
         return trace_table.to_frame(self.table(name))
 
+    def count_experts(self, mask: np.ndarray | None = None) -> np.ndarray:
+        """Count the uses of each expert [MoE layers, experts] by all tokens, or those of `mask` [rows, tokens]."""
+        expert = self["expert"]
+        used = [layer[np.ones(expert.shape[1:3], bool) if mask is None else mask] for layer in expert]
+        return np.stack([np.bincount(one[one >= 0], minlength=self.config.n_routed_experts) for one in used])
+
     def save(self, file: str | Path) -> None:
         """Write the trace to one safetensors file, atomically. Raises CapacityError, StorageError."""
         trace_file.write(file, self.kinds, self.arrays, self.about)

@@ -23,7 +23,7 @@ from .mla import MLA
 from .moe import MLP, MoE
 from .mtp import MTP
 from .ops import einsum32, look_up, rms_norm
-from .summary import Module
+from .summary import Module, tabulate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +95,11 @@ class Model(Module):
         mesh = {} if self.mesh is None else {"mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items())}
         layers = f"{len(self.layers)} ({dense} dense, {len(self.layers) - dense} MoE){drafting}"
         return "DeepSeek-V3.2", {"layers": layers, **weights, "compute": self.dtype.name, **mesh}
+
+    def _repr_html_(self) -> str:
+        parts = {"embedding, norm, head": (self.embed_VD, self.norm_D, self.head_VD)}
+        parts |= {f"layer {i}": layer for i, layer in enumerate(self.layers)}
+        return super()._repr_html_() + tabulate(parts if self.mtp is None else parts | {"MTP head": self.mtp})
 
     @jax.named_scope("head")
     def logits(self, h_BTD: jax.Array) -> jax.Array:

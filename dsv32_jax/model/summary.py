@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ from jax.core import Tracer
 from ..quantization.formats import NVFP4, Fp8Block
 from ..quantization.host_weight import HostWeight
 from ..system.progress import format_count, format_size
-from ..system.summary import Summarized
+from ..system.summary import Summarized, format_table
 
 FORMATS = {NVFP4: "nvfp4", Fp8Block: "fp8", HostWeight: "in host memory"}
 
@@ -22,18 +22,38 @@ class Module(Summarized, nnx.Module):
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Return parameters, bytes by format, and devices with the memory used on each."""
-        weights = find_weights(self)
-        parameters = sum(math.prod(weight.shape) for weight in weights)
-        sizes = collections.Counter[str]()
-        for weight in weights:
-            arrays: Any = weight.arrays.weight if isinstance(weight, HostWeight) else weight
-            sizes[FORMATS.get(type(weight)) or str(arrays.dtype)] += sum(map(nbytes, jax.tree.leaves(arrays)))
-        formats = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.most_common())
-        return type(self).__name__, {
-            "parameters": f"{format_count(parameters)}, {format_size(sizes.total())}",
-            "formats": formats or "none",
-            "devices": describe_devices(jax.tree.leaves(weights)),
-        }
+        return type(self).__name__, measure(self)
+
+
+def measure(module: Any) -> dict[str, str]:
+    """Return parameters, bytes by format, and devices with the memory used on each, of all weights of a pytree."""
+    weights = find_weights(module)
+    parameters = sum(math.prod(weight.shape) for weight in weights)
+    sizes = collections.Counter[str]()
+    for weight in weights:
+        arrays: Any = weight.arrays.weight if isinstance(weight, HostWeight) else weight
+        sizes[FORMATS.get(type(weight)) or str(arrays.dtype)] += sum(map(nbytes, jax.tree.leaves(arrays)))
+    formats = ", ".join(f"{format_size(size)} {name}" for name, size in sizes.most_common())
+    return {
+        "parameters": f"{format_count(parameters)}, {format_size(sizes.total())}",
+        "formats": formats or "none",
+        "devices": describe_devices(jax.tree.leaves(weights)),
+    }
+
+
+def tabulate(parts: Mapping[str, Any]) -> str:
+    """Return an HTML table of the parts of a model: their sizes, formats and devices. Neighbours that are equal in all
+    of these are one row."""
+    rows: list[tuple[list[str], tuple[str, ...]]] = []
+    for name, part in parts.items():
+        values = tuple(measure(part).values())
+        if rows and rows[-1][1] == values:
+            rows[-1][0].append(name)
+        else:
+            rows.append(([name], values))
+    names = [each[0] if len(each) == 1 else f"{each[0]} to {each[-1]}, each" for each, _ in rows]
+    cells = [(name, *values) for name, (_, values) in zip(names, rows, strict=True)]
+    return format_table(cells, ("part", "parameters", "formats", "devices"))
 
 
 def find_weights(module: Any) -> list[Any]:
