@@ -153,8 +153,7 @@ def heat(
     columns: Sequence[Any] = (),
     centre: float | None = None,
 ) -> Picture:
-    """Plot a matrix as colours, with names of rows and columns (default: their numbers). Colours diverge from `centre`
-    if it is given, equally far on both sides."""
+    """Plot a matrix as colours, its rows and columns named or numbered. Colours diverge equally far from `centre`."""
     picture = Picture(7, 1.7 + 0.25 * min(len(values), 10))
     axes = picture.axes
     colours: dict[str, Any] = {"cmap": "cividis"}
@@ -168,7 +167,8 @@ def heat(
         else:
             axis.get_major_locator().set_params(integer=True)
     axes.set(xlabel=xlabel, ylabel=ylabel)
-    picture.figure.colorbar(image, ax=axes, label=label)
+    bar = picture.figure.colorbar(image, ax=axes, label=label)
+    bar.ax.set_ylim(np.nanmin(values) - 1e-9, np.nanmax(values) + 1e-9)
     return picture
 
 

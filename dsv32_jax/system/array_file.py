@@ -28,7 +28,7 @@ def write_arrays(file: Path, kind: str, facts: Mapping[str, Any], arrays: Mappin
 
 
 class Header(NamedTuple):
-    """What a file says of an array: its dtype, as F32, and its shape."""
+    """The dtype of an array in a file, F32 for example, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
