@@ -91,7 +91,8 @@ class Server:
             Route("/tokenize", self._reply(self.reader.tokenize), methods=["POST"]),
             Route("/detokenize", self._reply(self.reader.detokenize), methods=["POST"]),
         ]
-        handlers: Any = {error: _handle for error in (ApiError, UsageError, Busy, HTTPException, Exception)}
+        known = (ApiError, UsageError, Busy, HTTPException, FloatingPointError, CapacityError)
+        handlers: Any = dict.fromkeys((*known, Exception), _handle)  # an error that is not known ends the connection
 
         @contextlib.asynccontextmanager
         async def live(_: Starlette) -> AsyncIterator[None]:

@@ -140,6 +140,6 @@ def test_over_http(served):
         ({"tool_choice": {"type": "any"}}, "no such tool"),
     ):
         body = {"model": "demo", "max_tokens": 3, "messages": ASKED, **body}
-        answer = httpx2.post(f"{served.url}/v1/messages", json=body)
+        answer = httpx2.post(f"{served.url}/v1/messages", json=body, timeout=120)
         assert answer.status_code == 400 and message in answer.json()["error"]["message"]
         assert answer.json()["error"]["type"] == "invalid_request_error"
