@@ -27,6 +27,12 @@ HTTP = httpx2.Client(timeout=120)
 """Waits for a busy machine too."""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def close_connections():
+    with HTTP:
+        yield
+
+
 def is_idle(engine) -> bool:
     """Nobody has a place, waits, or uses a page but the tree; after a moment, which is long on a busy machine."""
     for _ in range(3000):
