@@ -93,5 +93,5 @@ layers = {f"layer {i}": change(window=32, layers=[i]) for i in range(model.cfg.n
 inspect.plots.groups({"window of 32": layers}, "layer with the window", "change of loss (nats a token)")
 
 # %% [markdown]
-# **Nearly all of the loss is the last layer's**, which in notebook 9 fetches a name from where it was written. Any one of
-# the other layers would do with a window of 32.
+# **Nearly all of the loss is the last layer's**, which in notebook 9 fetches a name from where it was written. Any one
+# of the other layers would do with a window of 32.
