@@ -3,11 +3,14 @@
 `python -m tests.cli.test_terminal_widths` writes the golden files again.
 """
 
+import contextlib
+import os
 import re
+import subprocess
 import sys
+import termios
 from pathlib import Path
 
-import pexpect
 import pytest
 
 from dsv32_jax.cli import demo
@@ -18,9 +21,11 @@ REPOSITORY = Path(__file__).parents[2]
 SCREENS = REPOSITORY / "tests" / "data" / "screens"
 WIDTHS = (80, 100, 40)
 ROWS = 300
+MARK = b"\r\n--drawn--"
+"""Written when all is drawn."""
 
 FACTS = """
-import time
+import os, time
 from convert import report
 from dsv32_jax.system.progress import Progress
 from dsv32_jax.system.reporter import BarReporter
@@ -60,6 +65,7 @@ for seconds in (0.0, 60.0):
 del bar._open
 bar._open()
 bar._live.refresh()
+os.write(1, b"\\n--drawn--")
 input()
 """
 """A dry run, the end of a conversion and its progress, with facts that are always the same. It waits for a line."""
@@ -69,11 +75,19 @@ def draw(width: int, *command: str, answer: bool = False) -> tuple[list[str], li
     """What a terminal of this width shows after a command, or when it waits; and the lines that were written to it."""
     environment = {"TERM": "xterm", "LANG": "C.UTF-8", "PATH": "/usr/bin:/bin", "HOME": "/nowhere", "NO_COLOR": "1"}
     environment |= {"PYTHONPATH": f"{REPOSITORY}", "JAX_PLATFORMS": "cpu"}
-    options = {"dimensions": (ROWS, width), "cwd": str(REPOSITORY), "env": environment, "encoding": "utf-8"}
-    child = pexpect.spawn(sys.executable, list(command), timeout=60, **options)
-    child.expect([" left", pexpect.EOF] if answer else pexpect.EOF)
-    written = (child.before or "") + (child.after if isinstance(child.after, str) else "")
-    child.close(force=True)
+    master, slave = os.openpty()
+    termios.tcsetwinsize(slave, (ROWS, width))
+    streams = {"stdin": slave, "stdout": slave, "stderr": slave}
+    child = subprocess.Popen([sys.executable, *command], cwd=REPOSITORY, env=environment, **streams)
+    os.close(slave)
+    content = b""
+    with contextlib.suppress(OSError):  # Linux's end of a terminal
+        while not (answer and MARK in content) and (piece := os.read(master, 1 << 16)):
+            content += piece
+    child.kill()
+    child.wait()
+    os.close(master)
+    written = (content.partition(MARK)[0] if answer else content).decode()
     screen = pyte.Screen(width, ROWS)
     pyte.Stream(screen).feed(written)
     plain = re.sub(r"\x1b\[\??[0-9;]*[A-Za-z]", "", written)
