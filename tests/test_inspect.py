@@ -267,7 +267,10 @@ def test_figures(small):
         plots.lines({"a": [1, 2], "b": [2, 1]}, "step", "tokens"),
     ]
     for one in figures:
-        assert one._repr_png_().startswith(b"\x89PNG")
+        png, shown = one._repr_png_()
+        width, height = (int.from_bytes(png[at : at + 4], "big") for at in (16, 20))
+        assert png.startswith(b"\x89PNG") and (width // 2, height // 2) == (shown["width"], shown["height"])
+        assert shown["alt"] == repr(one)
         assert one.axes.get_xlabel() or one.axes.get_xticklabels()
         assert one.axes.get_ylabel()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
 MARKERS = "os^Dvph*"
-DPI = 110
+DPI = 220
 
 
 class Picture:
@@ -32,9 +32,7 @@ class Picture:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise UsageError(
-                "figures need matplotlib: pip install matplotlib, or '.[notebook]' for the notebooks"
-            ) from None
+            raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]'") from None
         self.figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
         self.axes: Any = self.figure.subplots()
         self.axes.spines[["top", "right"]].set_visible(False)
@@ -47,10 +45,12 @@ class Picture:
         title, x, y = self.axes.get_title(), self.axes.get_xlabel(), self.axes.get_ylabel()
         return f"Picture{title and f' of {title}'}: {y}{x and f' by {x}'}"
 
-    def _repr_png_(self) -> bytes:
+    def _repr_png_(self) -> tuple[bytes, dict[str, Any]]:
+        """Return the picture, shown at half its pixels, with its text for those who do not see it."""
         file = io.BytesIO()
         self.save(file, "png")
-        return file.getvalue()
+        width, height = self.figure.get_size_inches() * DPI / 2
+        return file.getvalue(), {"width": int(width), "height": int(height), "alt": repr(self)}
 
 
 def codes(statistics: Statistics) -> Picture:
