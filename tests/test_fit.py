@@ -18,7 +18,7 @@ import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.errors import CapacityError, CheckpointError, UsageError
 from dsv32_jax.generation import fit as fitting
 from dsv32_jax.generation import memory, prefill_decode, speculative
 from dsv32_jax.generation.batch import SEGMENT_TOKENS
@@ -447,5 +447,5 @@ def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
 def test_a_folder_to_convert_has_a_config(tmp_path):
     """That is what can be asked of it."""
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match=f"is not converted; .*: {tmp_path}/config.json"):
+    with pytest.raises(CheckpointError, match=f"is not converted: .*: dsv32 fit {tmp_path}/config.json"):
         fit(tmp_path)

@@ -87,7 +87,10 @@ def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightSha
     if format is not None:
         raise UsageError(f"a format is for a config.json; what {path} holds is in the formats of its manifest")
     if (path / "config.json").is_file() and not is_converted(path):
-        raise UsageError(f"{path} is not converted; what it needs follows from its config too: {path / 'config.json'}")
+        raise CheckpointError(
+            f"{path} is not converted: run `dsv32 convert {path} DST`, or ask what its config needs: "
+            f"dsv32 fit {path / 'config.json'}"
+        )
     manifest = Manifest.read(path)
     cfg = Config.from_dict(manifest.config, f"the config in {path.name}'s manifest")
     table = {leaf.path: leaf for leaf in leaves(cfg)}
