@@ -78,7 +78,7 @@ JOINED = "jnp.concatenate([turned.astype(x.dtype), x[..., 2 * half :]], axis=-1)
 RAMP = "stretched = np.clip((np.arange(size // 2, dtype=np.float32) - np.float32(low)) / width, 0, 1)"
 GROUPS = "jax.lax.top_k(biased_BTGe, 2)[0].sum(axis=-1)"
 SHARE = "chosen_BTX / (jnp.sum(chosen_BTX, axis=-1, keepdims=True) + 1e-20) * cfg.routed_scaling_factor"
-NORM_OF_STREAM = "h_BTD = rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)"
+NORM_OF_STREAM = "return rms_norm(x_BTD, self.norm_D, self.cfg.rms_norm_eps).astype(self.dtype)"
 
 BITCAST = "jax.lax.bitcast_convert_type(w.codes, jnp.float4_e2m1fn)"
 LOOKUP = "_E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)\n\n\n"
@@ -161,7 +161,7 @@ MISTAKES = (
     ),
     mistake(
         "mtp_prenorm_hidden", MTP, MODEL,
-        NORM_OF_STREAM, "h_BTD = x_BTD.astype(self.dtype)",
+        NORM_OF_STREAM, "return x_BTD.astype(self.dtype)",
         'return einsum32("BTD,VD->BTV", h_BTD, self.head_VD)',
         'return einsum32("BTD,VD->BTV", rms_norm(h_BTD, self.norm_D, self.cfg.rms_norm_eps), self.head_VD)',
     ),
