@@ -14,7 +14,7 @@ from ..system.files import expand_file_path
 from .trace_arrays import ARRAYS, KINDS, names_of, shapes
 
 KIND, FORM = "dsv32_jax trace 3", {"kinds": [str], "about": {"config": dict}}
-"""What the file of a trace is called, and the form of its facts."""
+"""The kind of file that a trace is, and the form of its facts."""
 
 DTYPES = {np.int32: "I32", np.float32: "F32"}
 """The names of dtypes in a safetensors header."""

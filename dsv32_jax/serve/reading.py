@@ -26,7 +26,7 @@ TOKENIZE = {"model", "prompt", "messages", "tools", "tool_choice", "thinking", "
 COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
 
 DRAWN = {"temperature": 1.0}
-"""What OpenAI's interface draws with where neither the request nor the checkpoint says."""
+"""The sampling of OpenAI's interface, where neither the request nor the checkpoint says otherwise."""
 
 ANY_OBJECT = {"type": "object"}
 

@@ -11,11 +11,10 @@ import sys
 import termios
 from pathlib import Path
 
+import pyte
 import pytest
 
 from dsv32_jax.cli import demo
-
-pyte = pytest.importorskip("pyte")
 
 REPOSITORY = Path(__file__).parents[2]
 SCREENS = REPOSITORY / "tests" / "data" / "screens"

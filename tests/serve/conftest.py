@@ -1,6 +1,5 @@
 """A server of the demo model. Its tests need the libraries of the extras [serve] and [test]."""
 
-import importlib.util
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -9,9 +8,6 @@ from dsv32_jax.convert import convert
 
 import dsv32_jax as ds
 from dsv32_jax.cli import demo
-
-LIBRARIES = ("starlette", "uvicorn", "prometheus_client", "openai", "anthropic", "llguidance", "tokenizers")
-collect_ignore_glob = ["test_*.py"] if any(importlib.util.find_spec(name) is None for name in LIBRARIES) else []
 
 
 @pytest.fixture(scope="session")
