@@ -10,20 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..errors import UsageError, pluralize
 from ..model.cache import Cache, LayerCache
 from ..model.model import Model, forward
 from ..parallel import sharding
 from ..parallel.multihost import fetch
 from ..parallel.sharding import map_rows, shard_rows
 from . import memory, prefill_decode, speculative
+from .constraint import look_ahead
 from .options import Sampling
 from .pages import PAGE
 from .prefill_decode import Caches, State, empty_caches, new_state, place
 from .programs import Programs
 from .result import TopLogprobs
 from .row import Row
-from .sampler import SamplerParams, bias_row, make_params
+from .sampler import SamplerParams, make_params
 from .scheduler import Seat
 
 SEGMENT_TOKENS = 256
@@ -60,7 +60,7 @@ class Batch:
 
     def __init__(self, model: Model, places: int, pages: int, cache_dtype: np.dtype, draft: int, programs: Programs):
         self.state: State | None = None
-        self._params: SamplerParams | None = None
+        self._params: Any = None  # SamplerParams, once there is a state
         self.cache_dtype, self.draft = cache_dtype, draft
         self._model, self._places, self._pages, self._programs = model, places, pages, programs
 
@@ -158,25 +158,24 @@ class Batch:
         row_c = np.array([row.slot for row in rows], np.int32)
         return row_c, values, jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 
-    def find_bias(self, row: Row) -> np.ndarray:
-        """Return what is added to the logits of a row, [V]: -inf where it may not sample a token, or its constraint
-        does not allow it next. Raises UsageError if that leaves none."""
-        cfg, tokens = self._model.cfg, self._model.origin.tokens
-        bias_V = bias_row(row.sampling, cfg.vocab_size, tokens or cfg.vocab_size)
-        if row.constraint is not None:
-            bias_V[~row.constraint.allowed()] = -np.inf
-        if not np.isfinite(bias_V).any():
-            count = pluralize(len(row.tokens), "new token")
-            raise UsageError(f"the constraint leaves no token to sample after {count}")
-        return bias_V
-
     def set_biases(self, biases: Mapping[Row, np.ndarray]) -> None:
         """Add these to the logits of these rows from now on."""
+        self._params = self._with_biases(self._params, biases)
+
+    def _with_biases(self, params: SamplerParams, biases: Mapping[Row, np.ndarray]) -> SamplerParams:
         rows, size = list(biases), memory.round_up_rows(len(biases))
         row_c = np.array([row.slot for row in rows] + [self._places] * (size - len(rows)), np.int32)
         bias_cV = np.zeros((size, self._model.cfg.vocab_size), np.float32)
         bias_cV[: len(rows)] = list(biases.values())
-        self._params = put_biases(self._model.mesh, self._params, row_c, bias_cV)
+        return dataclasses.replace(params, bias_BV=put_biases(self._model.mesh, params.bias_BV, row_c, bias_cV))
+
+    def _propose(self, rows: Sequence[Row], state: State) -> tuple[State, speculative.Proposal]:
+        """Return the state, and drafts, behind each of which rows sample what their constraints allow there."""
+        state, tokens_Bu = self._programs.draft(self._model, self._params, state)
+        tokens_Bu, biases = look_ahead(self._model, rows, fetch(tokens_Bu))
+        params = [self._with_biases(self._params, some) if some else self._params for some in biases]
+        tokens: Any = place(self._model, tokens_Bu)
+        return state, speculative.Proposal(tokens, (self._params, *params))
 
     def read(self, chunk: Sequence[Row | None], size: int, blocks: int) -> State:
         """Return the state after up to `size` more tokens of these rows; None is padding."""
@@ -193,15 +192,20 @@ class Batch:
 
     def decode(self, rows: Sequence[Row], steps: int, fewest: int, blocks: int) -> tuple[State, Made]:
         """Return the state after up to `steps` steps, while more than `fewest` rows go on, and their tokens."""
-        step = speculative.step if self.draft else prefill_decode.step
+        state, given, step = self._with_rows(rows, blocks), self._params, prefill_decode.step
+        if self.draft and any(row.constraint for row in rows):
+            step = speculative.verify
+            state, given = self._propose(rows, state)
+        elif self.draft:
+            step = speculative.step
         top = max(row.request.options.top_logprobs for row in rows)
         width = top and min(memory.round_up_rows(top), self._model.cfg.vocab_size)
         state, generated = jax.block_until_ready(
             self._programs.decode(
                 step,
                 self._model,
-                self._params,
-                self._with_rows(rows, blocks),
+                given,
+                state,
                 np.int32(steps),
                 np.int32(fewest),
                 SEGMENT_TOKENS,
@@ -246,11 +250,10 @@ def seat_rows(
     return shard_rows(mesh, (state, jax.tree.map(put, params, new)))
 
 
-@partial(jax.jit, static_argnames="mesh", donate_argnames="params")
-def put_biases(mesh: Mesh | None, params: SamplerParams, row_c: jax.Array, bias_cV: jax.Array) -> SamplerParams:
-    """Return the parameters with another bias of these rows; a row beyond the batch is padding."""
-    bias_BV = params.bias_BV.at[row_c].set(bias_cV, mode="drop")
-    return shard_rows(mesh, dataclasses.replace(params, bias_BV=bias_BV))
+@partial(jax.jit, static_argnames="mesh")
+def put_biases(mesh: Mesh | None, bias_BV: jax.Array, row_c: jax.Array, bias_cV: jax.Array) -> jax.Array:
+    """Return the biases of all rows with others for these; a row beyond the batch is padding."""
+    return shard_rows(mesh, bias_BV.at[row_c].set(bias_cV, mode="drop"))
 
 
 @partial(jax.jit, static_argnames=("mesh", "more"))

@@ -14,6 +14,7 @@ from ..parallel import multihost
 from ..system.compilation import count_compilations, log_slow_compilation
 from . import memory
 from .batch import SEGMENT_TOKENS, Batch, Made, find_nonfinite
+from .constraint import find_bias
 from .pages import PAGE, count_pages
 from .prefill_decode import Caches
 from .request import fill, most_alone, most_beside, plan_chunk
@@ -154,7 +155,7 @@ class Loop:
         biases: dict[Row, Any] = {}
         for row in self.scheduler.running:
             try:
-                biases |= {row: self.batch.find_bias(row)} if row.constraint else {}
+                biases |= {row: find_bias(self.model, row, row.constraint)} if row.constraint else {}
             except UsageError as error:
                 row.interrupt(error)
                 self.scheduler.release(row)

@@ -70,7 +70,7 @@ class Generated(Summarized):
     top_logprob_Bmw: jax.Array
 
 
-Step = Callable[[Model, SamplerParams, State, Generated], tuple[State, Generated]]
+Step = Callable[[Model, Any, State, Generated], tuple[State, Generated]]
 
 
 @partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype", "draft"))
@@ -158,9 +158,10 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
 
 
 def decode(
-    step: Step, model: Model, params: SamplerParams, state: State, steps: Any, fewest: Any, slots: int, width: int
+    step: Step, model: Model, params: Any, state: State, steps: Any, fewest: Any, slots: int, width: int
 ) -> tuple[State, Generated]:
-    """Take `step` while more than `fewest` rows go on, at most `steps` times; a row has room for `slots` tokens.
+    """Take `step`, which is given `params`, while more than `fewest` rows go on, at most `steps` times; a row has room
+    for `slots` tokens.
 
     The barrier ties the weights to the step: XLA would otherwise dequantize all of them before the loop, and keep that.
     """
@@ -179,7 +180,7 @@ def decode(
 
 
 def decode_layerwise(
-    step: Step, model: Model, params: SamplerParams, state: State, steps: int, fewest: int, slots: int, width: int
+    step: Step, model: Model, params: Any, state: State, steps: int, fewest: int, slots: int, width: int
 ) -> tuple[State, Generated]:
     """Do what `decode` does, calling each step from Python."""
     generated = _nothing_generated(len(state.token_B), slots, width)

@@ -10,7 +10,7 @@ import jax
 
 from ..model.model import Model
 from ..quantization.host_weight import HostWeight
-from . import prefill_decode
+from . import prefill_decode, speculative
 from .prefill_decode import Generated, State
 
 LOG = logging.getLogger("dsv32_jax")
@@ -37,10 +37,11 @@ OPTIONS = compiler_options(os.environ.get("XLA_FLAGS", ""))
 
 
 class Programs(NamedTuple):
-    """The functions `prefill` and `decode` of prefill_decode.py, as they are run."""
+    """The functions `prefill` and `decode` of prefill_decode.py and `draft` of speculative.py, as they are run."""
 
     prefill: Callable[..., State]
     decode: Callable[..., tuple[State, Generated]]
+    draft: Callable[..., tuple[State, jax.Array]]
 
 
 WHOLE = Programs(
@@ -51,10 +52,11 @@ WHOLE = Programs(
         donate_argnames="state",
         compiler_options=OPTIONS,
     ),
+    jax.jit(speculative.draft, donate_argnames="state", compiler_options=OPTIONS),
 )
 """The whole model is one program, compiled once for each bucket of shapes."""
 
-LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise)
+LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise, speculative.draft)
 """Each kind of layer is one program, called from Python: compiles in seconds, runs slower."""
 
 

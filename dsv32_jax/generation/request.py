@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,18 +20,6 @@ SMALLEST_BUCKET = 16
 
 SHORT_CHUNK = 256
 """Tokens that an accelerator reads between two decode steps, about as fast as fewer ones."""
-
-
-class Constraint(Protocol):
-    """Says after each token of a row which ones may come next."""
-
-    def allowed(self) -> np.ndarray:
-        """Return whether each token may come next, bool [V]. Raises UsageError if the constraint cannot be kept."""
-        ...
-
-    def add(self, token: int) -> None:
-        """Take the token that came."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,9 +74,9 @@ def validate(
     most, capacity = _fit_context(cfg, [len(row) for row in rows], wanted, given.capacity)
     check_option("min_new_tokens", given.min_new_tokens, 0, min(most))
     require_drafts(cfg, given.draft)
-    if given.constraint and (given.draft or given.min_new_tokens):
-        other = argument(*(("draft", given.draft) if given.draft else ("min_new_tokens", given.min_new_tokens)))
-        raise UsageError(f"{other} cannot be used with a constraint, which knows only the next token; leave one out")
+    if given.constraint and given.min_new_tokens:
+        other = argument("min_new_tokens", given.min_new_tokens)
+        raise UsageError(f"{other} cannot be used with a constraint, which says when a row may end; leave one out")
     end_ids = [*cfg.eos_token_id, *check_ids("stop_token_ids", given.stop_token_ids, cfg.vocab_size)]
     samplings = expand_samplings(sampling, len(rows), given.n)
     for one in samplings[:: given.n]:

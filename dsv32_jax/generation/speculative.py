@@ -6,37 +6,49 @@ it: in float32 the result is token for token that of `prefill_decode.step`, gree
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from ..model.cache import LayerCache
 from ..model.model import Model
 from ..parallel.sharding import shard_rows
 from .prefill_decode import Generated, State, advance
 from .sampler import SamplerParams, process_logits, sample
 
 
+class Proposal(NamedTuple):
+    """The tokens that a step processes, the last one of each row and its drafts, and the parameters that its u new
+    tokens are sampled with. A draft of -1 is never right."""
+
+    tokens_Bu: jax.Array
+    params: tuple[SamplerParams, ...]
+
+
 def step(model: Model, params: SamplerParams, state: State, generated: Generated) -> tuple[State, Generated]:
     """Draft u - 1 tokens a row, and keep those that the model agrees with, and one token more."""
+    state, tokens_Bu = draft(model, params, state)
+    return verify(model, Proposal(tokens_Bu, (params,) * tokens_Bu.shape[1]), state, generated)
+
+
+def verify(model: Model, proposal: Proposal, state: State, generated: Generated) -> tuple[State, Generated]:
+    """Keep the drafts that the model agrees with, and one token more."""
     length_B, active_B, new_B = state.cache.length_B, ~state.done_B, state.new_B
-    drafts, draft_cache = _draft(model, params, state)
-    tokens_Bu = jnp.stack([state.token_B, *drafts], axis=1)
-    h_BuD, cache = model(tokens_Bu, state.cache, jnp.zeros_like(length_B))
+    tokens_Bu, each = proposal
+    h_BuD, cache = model(jnp.maximum(tokens_Bu, 0), state.cache, jnp.zeros_like(length_B))
     logit_BuV = shard_rows(model.mesh, model.logits(h_BuD))
 
     state = dataclasses.replace(state, step_B=state.step_B + active_B.astype(jnp.int32))
     sampled = []
-    for u in range(len(drafts) + 1):
+    for u, params in enumerate(each):
         state, generated = advance(params, state, generated, logit_BuV[:, u], length_B + 1 + u, active_B)
         sampled.append(state.token_B)
-        if u < len(drafts):
-            active_B &= ~state.done_B & (state.token_B == drafts[u])
+        if u + 1 < len(each):
+            active_B &= ~state.done_B & (state.token_B == tokens_Bu[:, u + 1])
     count_B = state.new_B - new_B
     state = dataclasses.replace(
         state,
         cache=dataclasses.replace(cache, length_B=length_B + count_B),
-        draft_cache=draft_cache,
         hidden_BuD=h_BuD,
         next_Bu=jnp.stack(sampled, axis=1),
         unread_B=count_B,
@@ -44,8 +56,9 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
     return state, generated
 
 
-def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.Array], LayerCache]:
-    """Return u - 1 drafts a row, and the MTP head's cache, in which only the slots of unread tokens are true.
+def draft(model: Model, params: SamplerParams, state: State) -> tuple[State, jax.Array]:
+    """Return the last token of each row and u - 1 drafts, and the state, in whose MTP cache only the slots of unread
+    tokens are true.
 
     The head first reads the unread tokens with the model's own hidden vectors; after that it goes on from its own.
     """
@@ -62,4 +75,5 @@ def _draft(model: Model, params: SamplerParams, state: State) -> tuple[list[jax.
         logit_BV = shard_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
         logit_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
         drafts.append(sample(params, logit_BV, length_B + 1 + u))
-    return drafts, cache.with_table(None)
+    state = dataclasses.replace(state, draft_cache=cache.with_table(None))
+    return shard_rows(model.mesh, (state, jnp.stack([state.token_B, *drafts], axis=1)))

@@ -15,7 +15,7 @@ import numpy as np
 from ..chat import Tokenizer, template
 from ..chat.template import Mark
 from ..errors import UsageError
-from ..generation.request import Constraint
+from ..generation.constraint import Constraint
 
 ANY = "/(?s:.*)/"
 CALLS = f"<{template.DSML}function_calls>\n"
@@ -40,6 +40,9 @@ class _Matcher:
     def add(self, token: int) -> None:
         """Take the token that came."""
         self._matcher.consume_token(token)
+
+    def __deepcopy__(self, _: Any) -> "_Matcher":
+        return _Matcher(self._matcher.deep_copy())
 
 
 class Vocabulary:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..chat import Detokenizer, Prompt, Tokenizer, prepare
+from ..generation.constraint import Constraint
 from ..generation.engine import Engine
 from ..generation.options import Sampling
 from ..generation.pages import PAGE
-from ..generation.request import Constraint, Request, validate_for
+from ..generation.request import Request, validate_for
 from ..generation.result import Token
 from ..generation.score import score
 from . import fields

@@ -7,8 +7,12 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import UsageError
+from dsv32_jax.generation.constraint import look_ahead
+from dsv32_jax.generation.request import validate_for
+from dsv32_jax.generation.row import Row
 from tests import models
 
+HOT = ds.Sampling(temperature=2.0, top_p=0.9, seed=3, frequency_penalty=0.5)
 PROMPTS = [[0, 17, 42], [0, 250, 8], [0, 31, 31, 200]]
 
 
@@ -67,8 +71,54 @@ def test_others_are_not_disturbed(model):
     assert all(len(row) == 31 and row[:-1] == sorted(row[:-1]) for row in tokens[1::2])
 
 
+@pytest.mark.parametrize("layerwise, sampling", [(False, None), (True, HOT)], ids=["greedy", "drawn"])
+def test_drafts_keep_it_too(model, sampling, layerwise):
+    """Token for token what one by one gives, beside a row without a constraint; drafts are right at times."""
+
+    def run(draft):
+        with ds.engine(model, rows=2, capacity=128, draft=draft, layerwise=layerwise) as engine:
+            options = {"max_new_tokens": 16, "sampling": sampling}
+            constraint = {"constraint": lambda: Rising(model.cfg.vocab_size, 15)}
+            streams = [engine.submit(PROMPTS[0], **options, **own) for own in (constraint, {})]
+            tokens = [[token.token for token in stream] for stream in streams]
+            return tokens, streams[0].result().stats.steps
+
+    plain, steps = run(0)
+    drafted, fewer = run(2)
+    assert drafted == plain and plain[0][:-1] == sorted(plain[0][:-1]) and fewer < steps == 16
+
+
+class Dead(Rising):
+    """Allows nothing behind a token that can be divided by four."""
+
+    def allowed(self):
+        return super().allowed() & (self.last % 4 != 0)
+
+
+@pytest.mark.parametrize(
+    "drafts, expected, known",
+    [
+        ([21, 25, 31], [21, 25, 31], 3),
+        ([21, 24, 25], [21, -1, 25], 1),
+        ([21, 50, 51], [21, 50, 51], 1),
+        ([21, 1, 22], [21, 1, 22], 1),
+    ],
+    ids=["right", "dead end", "not allowed", "end"],
+)
+def test_what_comes_behind_drafts(model, drafts, expected, known):
+    """Biases up to the first draft that cannot be right; one behind which nothing may come is never right."""
+    make = {"constraint": lambda: Dead(model.cfg.vocab_size, 9), "draft": 3, "max_new_tokens": 9}
+    row = Row(validate_for(model, [PROMPTS[0]], **make))
+    row.slot, row.constraint.last = 1, 19
+    tokens_Bu, biases = look_ahead(model, [row], np.array([[0, 5, 5, 5], [19, *drafts]]))
+    assert tokens_Bu.tolist() == [[0, 5, 5, 5], [19, *expected]] and row.constraint.last == 19
+    assert [np.flatnonzero(np.isfinite(one[row])).tolist() for one in biases if one] == [
+        [*range(draft + 1, draft + 10)] for draft in drafts[:known]
+    ]
+
+
 def test_what_cannot_be_kept(model):
-    """No token is left: that row ends with an error, and others go on. Drafts are refused before anything runs."""
+    """No token is left: that row ends with an error, and others go on."""
     own = {"constraint": lambda: Rising(model.cfg.vocab_size)}
     with ds.engine(model, rows=2, capacity=128, pages=3) as engine:
         bad = engine.submit([0, 5], sampling=ds.Sampling(forbidden_ids=range(21, 30)), **own)
@@ -76,6 +126,5 @@ def test_what_cannot_be_kept(model):
         assert len(list(good)) == 3
         with pytest.raises(UsageError, match="leaves no token to sample after 0 new tokens"):
             next(bad)
-    for options in ({"draft": 1}, {"min_new_tokens": 2}):
-        with pytest.raises(UsageError, match="with a constraint"):
-            ds.generate(model, [[0, 5]], **options, **own)
+    with pytest.raises(UsageError, match="min_new_tokens=2 cannot be used with a constraint"):
+        ds.generate(model, [[0, 5]], min_new_tokens=2, **own)
