@@ -14,6 +14,7 @@ import numpy as np
 
 import configs
 import dsv32_jax as ds
+from dsv32_jax.bench.decode_step import make_model
 from dsv32_jax.checkpoint.random_weights import leaf_maker
 from dsv32_jax.kernels import VARIABLE, dispatch, gpu_attention
 from dsv32_jax.model import indexer, mla
@@ -153,12 +154,33 @@ def models(mesh: str | None) -> None:
     assert off < 1e-4 and made == other
 
 
+def interleaved() -> None:
+    """The tokens of a prompt read in chunks between the decode steps of other rows, against the prompt alone: programs
+    whose buffers move from call to call. Two layers at true dimensions."""
+    cfg = dataclasses.replace(ds.Config.from_json(configs.path("deepseek_v32")), num_hidden_layers=2)
+    model = make_model(dataclasses.replace(cfg, num_nextn_predict_layers=0))
+    rng = np.random.default_rng(2)
+    long, *short = (rng.integers(3, cfg.vocab_size, size).tolist() for size in (6000, *[8] * 8))
+    with ds.engine(model, rows=9, capacity=9216) as engine:
+        (alone,) = engine.submit(long, max_new_tokens=1)
+    with ds.engine(model, rows=9, capacity=9216) as engine:
+        running = [engine.submit(prompt, max_new_tokens=4000, min_new_tokens=4000) for prompt in short]
+        for stream in running:
+            next(stream)
+        (beside,) = engine.submit(long, max_new_tokens=1)
+        for stream in running:
+            stream.close()
+    print(f"{len(long)} tokens: log-probability {alone.logprob:.3f} alone, {beside.logprob:.3f} between steps")
+    assert abs(alone.logprob - beside.logprob) < 0.1
+
+
 if __name__ == "__main__":
     assert jax.default_backend() == "gpu"
     print(dispatch.describe())
     kernels()
     attention()
     if jax.device_count() == 1:
+        interleaved()
         models(None)
     else:
         for axis in ("expert", "model", "data"):

@@ -21,11 +21,12 @@ DEEP = 40
 DEFAULTS = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUDNN,CUSTOM_CALL,COLLECTIVES",
-    "xla_gpu_command_buffer_scheduling_mode": "CONCURRENT",
+    "xla_gpu_command_buffer_scheduling_mode": "SERIALIZE",
 }
 """XLA's CPU backend by default runs as much as it can side by side, and would dequantize all layers at once. On a GPU a
-step runs as CUDA graphs that include the all-reduces, and a kernel waits only for its inputs. Each backend ignores the
-options of the other."""
+step runs as CUDA graphs that include kernels and all-reduces, one after the other: XLA does not see all that a Triton
+kernel depends on, and beside others it read what was not written yet (jaxlib 0.11.2: NaN in one of four chunks of a
+prompt). Each backend ignores the options of the other."""
 
 
 def compiler_options(flags: str) -> dict[str, str]:
