@@ -260,14 +260,14 @@ class Engine(Summarized):
             self._let_in()
             yield
 
-    def cancel(self, rows: Sequence[Row]) -> None:
-        """Stop these rows after the step that is running."""
+    def interrupt(self, rows: Sequence[Row]) -> None:
+        """Stop these rows after the step that is running. Whoever has a stream closes it instead."""
         with self._turns.take():
             self._abandoned.extend(rows)
             self._let_in()
 
     def abandon(self, row: Row) -> None:
-        """Stop a row before the next step. Unlike `cancel` this waits for nobody: the garbage collector may call it."""
+        """Stop a row before the next step, without waiting for it: the garbage collector may call this."""
         self._abandoned.append(row)
 
     def _let_in(self) -> None:

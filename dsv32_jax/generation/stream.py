@@ -64,7 +64,7 @@ class Stream(Summarized, Iterator[Token]):
         self._is_closing = True
         with self._lock:
             if self._finalizer.alive:
-                self._engine.cancel([self._row])
+                self._engine.interrupt([self._row])
             self._end()
 
     def _is_ready(self) -> bool:
@@ -75,10 +75,11 @@ class Stream(Summarized, Iterator[Token]):
             self._session.end(self._row)
 
     def result(self) -> Generation:
-        """Return what `generate` returns. A stream that has not ended is closed, and its row is "interrupted"."""
-        with self._lock:
-            self.close()
-            return summarize([self._row], self._engine.loop.totals)
+        """Return what `generate` returns, with all tokens, as soon as the row has ended. After `close` it has the
+        tokens that were taken until then, and its row is "interrupted"."""
+        for _ in self:
+            pass
+        return summarize([self._row], self._engine.loop.totals)
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Return how far the stream is."""

@@ -132,7 +132,7 @@ class Driver:
                     return
                 jobs, left, self._left = list(self._jobs), self._left, []
             if left:
-                self.engine.cancel([row for job in left for row in job.rows])
+                self.engine.interrupt([row for job in left for row in job.rows])
             if jobs:
                 self._hand_out(jobs, self._advance())
 

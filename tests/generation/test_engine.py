@@ -150,6 +150,16 @@ def test_many_threads(model, alone):
         assert is_idle(engine)
 
 
+def test_results_of_streams(model, alone):
+    """Asked for from threads, like those of futures: each waits for all tokens, also for those taken before."""
+    with ds.engine(model, rows=4, capacity=256) as engine, concurrent.futures.ThreadPoolExecutor(4) as pool:
+        streams = [submit(engine, i) for i in range(4)]
+        next(streams[2])
+        results = [pool.submit(stream.result) for stream in streams]
+        assert [(one.result(60).tokens[0], one.result().finish_reason[0]) for one in results] == alone[:4]
+        assert is_idle(engine)
+
+
 def test_streams_that_are_left(model):
     """Closed, cancelled before their turn, or forgotten: places and pages are free again."""
     with ds.engine(model, rows=1, capacity=256, pages=4) as engine:
