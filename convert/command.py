@@ -2,16 +2,16 @@
 
 import argparse
 import json
-import os
 import shlex
 import sys
 import time
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import Manifest, is_complete
-from dsv32_jax.errors import COMMAND_LINE, DsvError, StorageError, explain_exhaustion
+from dsv32_jax.errors import DsvError
 from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.argument_parser import Parser
+from dsv32_jax.system.exit_codes import run_command
 from dsv32_jax.system.reporter import Reporter, make_reporter
 
 from . import dry_run, report, signals
@@ -60,46 +60,33 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(prog=NAME, **TEXTS)
     add_arguments(parser)
-    return run(parser.parse_args(argv), f"{NAME} {shlex.join(argv)}")
+    return run_command(lambda: run(parser.parse_args(argv), f"{NAME} {shlex.join(argv)}"), "--json" in argv)
 
 
 def run(options: argparse.Namespace, command: str) -> int:
     """Run the `command` with these options and return its exit code."""
-    spelling, reporter = COMMAND_LINE.set(True), make_reporter(options.json)
 
     def describe_state(reporter: Reporter) -> str:
         return f"{reporter.meter.describe_saved()}; to continue, run the same command again:\n  {command}"
 
     facts: dict[str, Any] = {}
-    try:
-        with report_to(reporter, describe_state):
-            text = (_rehearse if options.dry_run else _convert)(options, reporter, facts)
-        print(json.dumps(facts) if options.json else text, flush=True)
-        return 0
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except DsvError as error:
-        message, code = str(error), error.exit_code
-    except OSError as error:
-        message, code = f"{error}. {describe_state(reporter)}", StorageError.exit_code
-    except (MemoryError, RuntimeError) as error:
-        exhausted = explain_exhaustion(error)
-        message, code = f"{exhausted}. {describe_state(reporter)}\nwith a smaller --max-memory", exhausted.exit_code
-    finally:
-        COMMAND_LINE.reset(spelling)
-    reporter.error(message, code)
-    if options.json:
-        print(json.dumps({**facts, "error": message, "code": code}), flush=True)
-    return code
+    relief = "\nwith a smaller --max-memory"
+    with report_to(make_reporter(options.json), describe_state, relief) as reporter:
+        refusal = (_rehearse if options.dry_run else _convert)(options, reporter, facts)
+    if refusal is None or not options.json:
+        print(json.dumps(facts) if options.json else report.format_conversion(facts, options.verbose), flush=True)
+    if refusal is not None:
+        refusal.facts = facts
+        raise refusal
+    return 0
 
 
 def _collect(options: argparse.Namespace) -> Options:
     return {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
 
 
-def _convert(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> str:
-    """Convert; add what was done to `facts`, and return it as text."""
+def _convert(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> None:
+    """Convert, and add what was done to `facts`."""
     src, dst = options.src, options.dst
     reporter.event("start", source=src, output=dst)
     reporter.stage(f"reading the headers of {src}")
@@ -108,12 +95,10 @@ def _convert(options: argparse.Namespace, reporter: Reporter, facts: dict[str, A
     reporter.event("done", output=dst, digest=manifest.digest)
     facts |= {"output": dst, "already_complete": complete, "seconds": round(time.monotonic() - start, 3)}
     facts |= _list_facts(manifest)
-    return report.format_conversion(facts)
 
 
-def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> str:
-    """Add what the conversion would do to `facts`, and return it as text. Raises what the conversion would raise,
-    once the text is printed."""
+def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> DsvError | None:
+    """Add what the conversion would do to `facts`, and return the error that it would raise."""
     reporter.stage(f"reading the headers of {options.src}")
     plan, budget, dst = prepare(options.src, options.dst, _collect(options))
     reporter.stage("measuring disks, and a sample of the weights")
@@ -123,14 +108,9 @@ def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, 
         found, refusal = None, error
     if isinstance(found, Manifest):
         facts |= {"output": options.dst, "already_complete": True, "seconds": 0.0, **_list_facts(found)}
-        return report.format_conversion(facts)
-    facts |= dry_run.estimate(plan, budget, dst, found)
-    text = report.format_estimate(facts, options.src, options.dst, verbose=options.verbose)
-    if refusal is not None:
-        reporter.close()
-        print("" if options.json else text + "\n", end="", flush=True)
-        raise refusal
-    return text
+    else:
+        facts |= {"source": options.src, "output": options.dst, **dry_run.estimate(plan, budget, dst, found)}
+    return refusal
 
 
 def _list_facts(manifest: Manifest) -> dict[str, Any]:

@@ -45,8 +45,12 @@ def format_rows(rows: Iterable[tuple[str, str]]) -> str:
     return "\n".join(line for title, text in rows for line in wrap.wrap(f"{title:<{INDENT}}{printable(text)}"))
 
 
-def format_estimate(facts: dict[str, Any], src: str, dst: str, *, verbose: bool) -> str:
-    """The outcome of a dry run, the summary last; `verbose`: every parameter too."""
+def format_conversion(facts: dict[str, Any], verbose: bool = False) -> str:
+    """The outcome of a conversion or of a dry run, the summary last; `verbose`: every parameter of a dry run too."""
+    return _format_estimate(facts, verbose) if "would_write" in facts else _format_outcome(facts)
+
+
+def _format_estimate(facts: dict[str, Any], verbose: bool) -> str:
     rows = [("parameter", f"{path}: {text}") for path, text in facts["leaves"].items()] if verbose else []
     rows += _list_model(facts)
     speeds = [f"at {format_size(facts[name])}/s" if facts[name] else "" for name in ("read_speed", "write_speed")]
@@ -59,9 +63,9 @@ def format_estimate(facts: dict[str, Any], src: str, dst: str, *, verbose: bool)
         spent = format_duration(facts["convert_seconds"])
         time = f"about {format_duration(facts['seconds'])}; converting takes {spent}, measured on a sample"
     rows += [
-        ("source", f"{src}: {facts['layers']} layers, {format_count(facts['parameters'])} parameters"),
+        ("source", f"{facts['source']}: {facts['layers']} layers, {format_count(facts['parameters'])} parameters"),
         ("read", f"{format_size(facts['would_read'])} in {files} {speeds[0]}"),
-        ("write", f"{format_size(facts['would_write'])} to {dst} {speeds[1]}{saved}"),
+        ("write", f"{format_size(facts['would_write'])} to {facts['output']} {speeds[1]}{saved}"),
         ("disk", f"need {needed} ({reserve} reserve), {free} free"),
         ("memory", f"need {memory}, allowed {limit}, {unused} free; {workers}"),
         ("time", time),
@@ -69,8 +73,7 @@ def format_estimate(facts: dict[str, Any], src: str, dst: str, *, verbose: bool)
     return format_rows(rows)
 
 
-def format_conversion(facts: dict[str, Any]) -> str:
-    """The outcome of a conversion, the summary last."""
+def _format_outcome(facts: dict[str, Any]) -> str:
     rows = _list_model(facts)
     rows += [("error", f"{name} {100 * error:.2f} %") for name, error in facts["relative_rms_errors"].items()]
     rows += [("largest", f"{name} {100 * error:.2f} %") for name, error in facts["largest_errors"].items()]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from dsv32_jax.checkpoint.manifest import is_complete
-from dsv32_jax.errors import UsageError
+from dsv32_jax.errors import CapacityError, DsvError, StorageError, UsageError, explain_exhaustion, refusal
 from dsv32_jax.system.files import expand_path
 from dsv32_jax.system.reporter import Reporter, make_reporter
 
@@ -24,8 +24,10 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str]) -> Iterator[Reporter]:
-    """Report stalled reads to `reporter`. A signal ends the process with a last message that describes the state."""
+def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], relief: str = "") -> Iterator[Reporter]:
+    """Report stalled reads to `reporter`. A signal ends the process with a last message that describes the state, and
+    so does the error that is raised where the disk or the memory fails. `relief`: what helps where memory does not
+    suffice."""
     from .read.safetensors import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
@@ -34,6 +36,12 @@ def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str]) -> 
     try:
         with signals.exit_on_signal(final_message), warn_on_stalled_reads(reporter.warning):
             yield reporter
+    except DsvError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{refusal(error)}. {describe_state(reporter)}") from error
+    except (MemoryError, RuntimeError) as error:
+        raise CapacityError(f"{explain_exhaustion(error)}. {describe_state(reporter)}{relief}") from error
     finally:
         reporter.close()
 

@@ -5,14 +5,15 @@ import errno
 import numbers
 import os
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextvars import ContextVar
 
 
 class DsvError(Exception):
-    """Base class of the errors that this package raises on purpose."""
+    """Base class of the errors that this package raises on purpose. `facts`: what a program is told beside them."""
 
     exit_code = 1
+    facts: Mapping[str, object] = {}
 
 
 class UsageError(DsvError, ValueError):

@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import sys
@@ -11,20 +10,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..bench import command as bench
-from ..errors import (
-    COMMAND_LINE,
-    FULL,
-    CapacityError,
-    CheckpointError,
-    DsvError,
-    StorageError,
-    UsageError,
-    explain_exhaustion,
-    printable,
-    refusal,
-)
+from ..errors import UsageError
 from ..system import interrupts
 from ..system.argument_parser import Parser
+from ..system.exit_codes import run_command
 from . import eval_command, parsers
 
 DESCRIPTION = "DeepSeek-V3.2 in JAX, running from NVFP4 weights. `dsv32 help COMMAND` lists a command's options."
@@ -59,30 +48,14 @@ def _run(argv: list[str]) -> int:
     logging.basicConfig(format="%(message)s")
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")
-    spelling = COMMAND_LINE.set(True)
-    try:
-        with interrupts.raise_on_interrupt():
-            arguments = parser().parse_args([*argv[1:], "--help"] if argv[:1] == ["help"] else argv)
-            arguments.argv = argv
-            return arguments.run(arguments)
-    except DsvError as error:
-        message, code = str(error), error.exit_code
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except FileNotFoundError as error:
-        message, code = refusal(error), CheckpointError.exit_code
-    except OSError as error:
-        message, code = refusal(error), (CapacityError if error.errno in FULL else StorageError).exit_code
-    except (MemoryError, RuntimeError) as error:
-        exhausted = explain_exhaustion(error)
-        message, code = str(exhausted), exhausted.exit_code
-    finally:
-        COMMAND_LINE.reset(spelling)
-    print(printable(f"error: {message}"), file=sys.stderr)
-    if "--json" in argv:
-        print(json.dumps({"error": message, "code": code}))
-    return code
+
+    def run() -> int:
+        arguments = parser().parse_args([*argv[1:], "--help"] if argv[:1] == ["help"] else argv)
+        arguments.argv = argv
+        return arguments.run(arguments)
+
+    with interrupts.raise_on_interrupt():
+        return run_command(run, "--json" in argv)
 
 
 def parser() -> argparse.ArgumentParser:

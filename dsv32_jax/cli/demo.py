@@ -2,7 +2,10 @@
 
 import argparse
 import contextlib
+import functools
+import json
 import math
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,19 +25,23 @@ PASSAGE = ("class BaseProcess(object):", "    def terminate(")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print each step and its time."""
+    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print each step and its time, or
+    all of them as JSON."""
     from .. import convert
 
+    seconds: dict[str, float] = {}
+    show = functools.partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    time_step = functools.partial(_time_step, show, seconds)
     read_choice()
     if arguments.new_tokens < 1:
         raise UsageError(f"--new-tokens must be 1 or more, not {arguments.new_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
         target = Path(scratch, "converted")
-        with _report_step("converted a Hugging Face checkpoint") as report:
+        with time_step("converted a Hugging Face checkpoint") as report:
             manifest = convert.convert(CHECKPOINT, target)
             size = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
             report(f"{format_size(size)} of FP8 and BF16, {len(manifest.leaves)} weights, lossless")
-        with _report_step("imported JAX and loaded the model") as report:
+        with time_step("imported JAX and loaded the model") as report:
             from .. import chat
             from ..checkpoint.load import load
             from ..generation.generate import generate
@@ -45,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
             model = load(target)
             tokenizer = chat.Tokenizer.load(target, model.cfg)
             report(f"{model.cfg.num_hidden_layers} layers + MTP, computing in {model.dtype}")
-        with _report_step("generated text") as report:
+        with time_step("generated text") as report:
             gen = generate(
                 model,
                 [chat.prepare(PROMPT, tokenizer).ids],
@@ -56,19 +63,27 @@ def run(arguments: argparse.Namespace) -> int:
             )
             cached = ", cached for the next run" if is_cache_enabled() else ""
             report(f"{gen.stats.compile_seconds:.1f} s of it compiling {gen.stats.compiles} programs{cached}")
-        print(PROMPT + (gen.text or [""])[0])
-        with _report_step("read a held-out paragraph") as report:
-            text = (CHECKPOINT / "heldout.txt").read_text(encoding="utf-8")
-            ids = chat.prepare(text[text.index(PASSAGE[0]) : text.index(PASSAGE[1])], tokenizer).ids
+        (text,) = gen.text or [""]
+        show(PROMPT + text)
+        with time_step("read a held-out paragraph") as report:
+            heldout = (CHECKPOINT / "heldout.txt").read_text(encoding="utf-8")
+            ids = chat.prepare(heldout[heldout.index(PASSAGE[0]) : heldout.index(PASSAGE[1])], tokenizer).ids
             (logprobs,) = score(model, [ids]).logprobs
             perplexity = math.exp(-sum(logprobs) / len(logprobs))
             report(f"perplexity {perplexity:.1f} over {len(logprobs)} tokens, vocabulary {model.cfg.vocab_size}")
-    print("13 million parameters, trained for nine minutes: the text is often wrong, the path is the real model's.")
+    show("13 million parameters, trained for nine minutes: the text is often wrong, the path is the real model's.")
+    if arguments.json:
+        print(json.dumps({"prompt": PROMPT, "text": text, "perplexity": perplexity, "seconds": seconds}))
     return 0
 
 
 @contextlib.contextmanager
-def _report_step(name: str) -> Iterator[Callable[[str], None]]:
-    """Yield a function that prints the seconds since the start, the step and a result."""
+def _time_step(show: Callable[[str], None], seconds: dict[str, float], name: str) -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows a step and its result, with the seconds since its start, which join `seconds`."""
     start = time.perf_counter()
-    yield lambda result: print(f"{time.perf_counter() - start:6.1f} s  {name}: {result}", flush=True)
+
+    def report(result: str) -> None:
+        seconds[name] = round(time.perf_counter() - start, 3)
+        show(f"{seconds[name]:6.1f} s  {name}: {result}")
+
+    yield report

@@ -57,6 +57,7 @@ def add_commands(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="convert, load and run a small trained model: a minute, no download")
     demo.add_argument("--new-tokens", type=int, default=80, metavar="N", help="maximum new tokens (default: 80)")
+    demo.add_argument("--json", action="store_true", help="print one JSON object, and the steps to stderr")
     demo.set_defaults(run=_run_late("demo"))
 
 

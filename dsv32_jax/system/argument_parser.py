@@ -2,8 +2,10 @@
 
 import argparse
 import re
+import sys
+from typing import NoReturn
 
-from ..errors import unknown
+from ..errors import UsageError, unknown
 
 
 class Parser(argparse.ArgumentParser):
@@ -15,7 +17,7 @@ class Parser(argparse.ArgumentParser):
     trailing_positional: str | None = None
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
-        """Parse, and exit with an error if anything is left over."""
+        """Parse. Raises UsageError if anything is left over."""
         found, rest = super().parse_known_args(args, namespace)
         name = self.trailing_positional
         if name and rest and getattr(found, name) is None and not rest[0].startswith("-"):
@@ -24,10 +26,12 @@ class Parser(argparse.ArgumentParser):
             self.error(f"unrecognized arguments: {', '.join(unknown(rest, self._option_string_actions))}")
         return found, rest
 
-    def error(self, message: str):
-        """Exit with the message; a name that is none of the choices gets the most similar one as a hint."""
+    def error(self, message: str) -> NoReturn:
+        """Print the usage and raise UsageError with the message; a name that is none of the choices gets the most
+        similar one as a hint."""
         if match := re.fullmatch(r"(.*invalid choice: )'([^']*)' \(choose from (.*)\)", message):
             choices = re.split(r", ", match[3].replace("'", ""))
             (hint,) = unknown([match[2]], choices)
             message = f"{match[1]}{hint}; choose from {', '.join(choices)}"
-        super().error(message)
+        self.print_usage(sys.stderr)
+        raise UsageError(message)

@@ -48,10 +48,6 @@ class Reporter:
         """Report something to look into while the job goes on."""
         self._write(f"warning: {message}")
 
-    def error(self, message: str, code: int) -> None:
-        """Report why the job ends, with this exit code."""
-        self._write(f"error: {message}")
-
     def final_message(self, message: str, code: int) -> bytes:
         """Return what a signal handler writes to stderr before it ends the process."""
         return f"\n{_encodable(message)}\n".encode()
@@ -80,9 +76,6 @@ class JsonReporter(Reporter):
     def warning(self, message: str) -> None:
         self.event("warning", message=message)
 
-    def error(self, message: str, code: int) -> None:
-        self.event("error", message=message, code=code)
-
     def final_message(self, message: str, code: int) -> bytes:
         return json.dumps({"event": "interrupted", "message": message, "code": code}).encode() + b"\n"
 
@@ -107,10 +100,6 @@ class BarReporter(Reporter):
             super().warning(message)
         else:
             self._live.console.print(_encodable(f"warning: {message}"), markup=False, highlight=False)
-
-    def error(self, message: str, code: int) -> None:
-        self.close()
-        super().error(message, code)
 
     def final_message(self, message: str, code: int) -> bytes:
         return b"\x1b[?25h" + super().final_message(message, code)  # show the cursor again

@@ -37,7 +37,8 @@ model = {
     "conversions": {"fp8 -> nvfp4": 45056},
 }
 estimate = {
-    **model, "parameters": 685_355_329_792, "files": 163, "leaves": {},
+    **model, "source": "DeepSeek-V3.2/", "output": "/data/DeepSeek-V3.2 converted",
+    "parameters": 685_355_329_792, "files": 163, "leaves": {},
     "would_read": 688_586_727_753, "would_write": 402_430_000_000, "saved": 12_000_000_000,
     "peak_memory": 7_921_000_000, "memory_limit": 8_000_000_000, "memory_free": 26_100_000_000, "workers": 2,
     "disk_needed": 410_545_000_000, "disk_reserve": 8_115_000_000, "disk_free": 61_190_000_000,
@@ -51,7 +52,7 @@ converted = {
     "nan_scale_bytes": 0, "zero_blocks": 3, "pairs_of_different_tensor_scales": 0,
 }
 print("$ dsv32 convert SRC DST --dry-run")
-print(report.format_estimate(estimate, "DeepSeek-V3.2/", "/data/DeepSeek-V3.2 converted", verbose=False))
+print(report.format_conversion(estimate))
 print("$ dsv32 convert SRC DST")
 print(report.format_conversion(converted), flush=True)
 now = [0.0]

@@ -99,15 +99,12 @@ def test_paths_that_are_none(checkpoints, tmp_path, monkeypatch, path, said):
 
 def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, capsys):
     """With what may be meant; so does every `dsv32` command."""
-    with pytest.raises(SystemExit, match="2"):
-        convert.main([str(checkpoints["bf16"]), str(tmp_path / "out"), "--polcy", "full"])
+    assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out"), "--polcy", "full"]) == 2
     assert "--polcy (do you mean --policy?)" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["generate", "folder", "--max-token=5", "--sistem", "x"])
+    assert cli.main(["generate", "folder", "--max-token=5", "--sistem", "x"]) == 2
     told = capsys.readouterr().err
     assert "usage: dsv32 generate" in told and "--sistem (do you mean --system?)" in told
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["generat", "folder"])
+    assert cli.main(["generat", "folder"]) == 2
     assert "invalid choice: generat (do you mean generate?); choose from convert, " in capsys.readouterr().err
 
 
