@@ -27,7 +27,6 @@ from dsv32_jax.errors import (
     writing_failed,
 )
 from dsv32_jax.parallel import partition
-from dsv32_jax.quantization.scale_search import SCALINGS
 from dsv32_jax.system.files import expand_path, require_apart
 from dsv32_jax.system.locks import lock_folder, require_unlocked
 from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
@@ -41,10 +40,12 @@ from .read.downloads import verify_downloads
 from .read.source import Source, require_downloaded
 from .read.weights import read_tensor_scale
 from .transform.cut import PlannedLeaf
-from .transform.requantize import Requantizer, find_partners, sum_odd_scales, summarize_errors
+from .transform.requantize import find_partners, sum_odd_scales, summarize_errors
 from .write.differences import read_finished
 from .write.journal import Journal, require_ours, require_same_bytes
 from .write.pipeline import HashingReader, Pipeline
+from .write.saved_matrices import FOLDER as MATRICES
+from .write.saved_matrices import SavingRequantizer
 
 
 class Options(TypedDict, total=False):
@@ -192,26 +193,27 @@ def _sum_sizes(folders: Iterable[str]) -> int:
 def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progress: Callable[[Progress], None]) -> None:
     """Write every parameter that is not on disk yet: read, cut, hash, save, and note each part in the journal."""
     done, missing = journal.entries, list_missing(plan, journal)
-    meter = ByteMeter(progress, plan.nbytes, plan.nbytes - size_of(missing))
+    wanted = {stored.name for leaf in missing for stored in leaf.sources}
+    matrices = SavingRequantizer(dst / MATRICES, wanted, *plan.scaling)
+    meter = ByteMeter(progress, plan.nbytes, plan.nbytes - size_of(missing) + matrices.nbytes)
     meter.report()
     journal.start()
+
+    def count(path: str, nbytes: int) -> None:
+        saved, restored = matrices.take_changes()
+        meter.add_done(path, nbytes - restored)
+        meter.add_saved(saved)
+
     writer = Writer(dst, partition.make_shard_shape(plan.mesh, [leaf.leaf for leaf in plan.leaves]))
     read = HashingReader(plan.source.read)
-    pipeline = Pipeline(read, make_requantizer(plan), writer, budget, done.get, meter.add_done)
+    pipeline = Pipeline(read, matrices, writer, budget, done.get, count)
     groups = zip(limits.group_leaves(missing, budget), journal.begin_new(), strict=False)
     with contextlib.closing(pipeline.run(groups)) as parts:
         for part, nbytes in parts:
             journal.add(part)
             done |= part.entries
-            meter.add_saved(nbytes)
-
-
-def make_requantizer(plan: Plan) -> Requantizer:
-    """Return what quantizes and dequantizes as the plan says."""
-    together = {}
-    if plan.recipe.tensor_scales == "shared":
-        together = find_partners(s for leaf in plan.leaves for s in leaf.sources if s.wanted == "nvfp4")
-    return Requantizer(SCALINGS[plan.recipe.scales], together)
+            meter.add_saved(nbytes - matrices.remove(part.outcomes))
+    matrices.close()
 
 
 def _require_tensor_scales(source: Source, leaves: list[PlannedLeaf]) -> None:

@@ -17,13 +17,14 @@ from dsv32_jax.parallel import partition
 from dsv32_jax.system.progress import format_size
 
 from . import report
-from .conversion import list_missing, make_requantizer
+from .conversion import list_missing
 from .plan import limits
 from .plan.limits import Budget
 from .plan.plan import Plan
 from .read.source import Source
 from .transform import cut
 from .transform.cut import PlannedLeaf
+from .transform.requantize import Requantizer
 from .write.journal import Journal
 from .write.pipeline import HashingReader, describe
 
@@ -102,7 +103,7 @@ def measure_conversion(plan: Plan, budget: Budget, leaves: Iterable[PlannedLeaf]
 
 def _convert(plan: Plan, sample: list[tuple[PlannedLeaf, int]]) -> tuple[float, str]:
     """Return the seconds that it takes to convert each matrix of a sample in a thread, and what was wrong."""
-    read, requantizer = HashingReader(plan.source.read), make_requantizer(plan)
+    read, requantizer = HashingReader(plan.source.read), Requantizer(*plan.scaling)
 
     def convert_one(planned: PlannedLeaf, index: int) -> None:
         shape = (1, *planned.leaf.shape[1:]) if planned.leaf.stacked else planned.leaf.shape

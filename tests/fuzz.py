@@ -31,7 +31,7 @@ import dsv32_jax as ds
 from configs import path
 from convert.inspect.folder_tree import inspect
 from convert.verify.verify import verify
-from convert.write.journal import _seal as seal
+from convert.write.journal import seal
 from dsv32_jax import chat
 from dsv32_jax.chat import template
 from dsv32_jax.chat.messages import load_json

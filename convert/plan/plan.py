@@ -13,11 +13,14 @@ from dsv32_jax.config import interpret
 from dsv32_jax.config.keys import find_assumptions
 from dsv32_jax.errors import CheckpointError, UsageError, argument, listing, pluralize
 from dsv32_jax.layout import COPIES, Leaf, leaves
+from dsv32_jax.quantization.quantize import Scaling
+from dsv32_jax.quantization.scale_search import SCALINGS
 
 from ..name_folding import fold_details
 from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
 from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays, name_format
+from ..transform.requantize import find_partners
 from .policy import FormatChooser, Recipe
 from .scope import UnneededTensors
 
@@ -58,6 +61,14 @@ class Plan:
             (stored.name, _describe_change(stored, leaf.form)) for leaf in self.leaves for stored in leaf.sources
         }
         return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
+
+    @property
+    def scaling(self) -> tuple[Scaling, dict[str, tuple[StoredWeight, ...]]]:
+        """How NVFP4 block scales are chosen, and which weights share their tensor scale with which others."""
+        together = {}
+        if self.recipe.tensor_scales == "shared":
+            together = find_partners(s for leaf in self.leaves for s in leaf.sources if s.wanted == "nvfp4")
+        return SCALINGS[self.recipe.scales], together
 
 
 def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int] | None = None) -> Plan:

@@ -131,7 +131,7 @@ class Journal:
         if self.file.exists():
             _cut_torn_line(self.file)
         else:
-            write_file(self.file, _seal(self._header).encode())
+            write_file(self.file, seal(self._header).encode())
 
     def begin(self, part: str) -> None:
         """Record that the folder of `part` is about to be made."""
@@ -161,7 +161,7 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> None:
         descriptor = os.open(self.file, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW)
         with open(descriptor, "w", encoding="utf-8") as out:
-            out.write(_seal(line))
+            out.write(seal(line))
             out.flush()
             os.fsync(out.fileno())
 
@@ -177,7 +177,7 @@ def _read_lines(file: Path) -> list[Any] | None:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_nlink > 1:
                 raise ValueError("it is a hard link, or no regular file")
-            lines = _parse_lines([_unseal(text.decode()) for text in stream.read().split(b"\n")[:-1]])
+            lines = _parse_lines([unseal(text.decode()) for text in stream.read().split(b"\n")[:-1]])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, LookupError, TypeError) as error:
@@ -222,15 +222,16 @@ def _parse_part(line: dict[str, Any]) -> Part:
     return Part(line["part"], entries, line["facts"], outcomes)
 
 
-def _seal(line: dict[str, Any]) -> str:
+def seal(line: dict[str, Any]) -> str:
+    """Return a line of text that `unseal` accepts while no character of it changes."""
     text = json.dumps(line)
     return json.dumps({"line": line, "sha256": hashlib.sha256(text.encode()).hexdigest()}) + "\n"
 
 
-def _unseal(text: str) -> dict[str, Any]:
-    """The line that `_seal` was given. Raises ValueError, LookupError or TypeError where the text is another."""
+def unseal(text: str) -> dict[str, Any]:
+    """Return what `seal` was given. Raises ValueError, LookupError or TypeError where the text is another."""
     sealed = json.loads(text)
-    if _seal(sealed["line"]) != text + "\n":
+    if seal(sealed["line"]) != text + "\n":
         raise ValueError("a line has changed")
     return sealed["line"]
 

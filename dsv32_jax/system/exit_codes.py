@@ -13,9 +13,9 @@ from ..errors import (
     DsvError,
     StorageError,
     explain_exhaustion,
-    printable,
     refusal,
 )
+from .reporter import encodable
 
 
 def run_command(run: Callable[[], int], as_json: bool) -> int:
@@ -41,7 +41,7 @@ def run_command(run: Callable[[], int], as_json: bool) -> int:
         message, code = str(exhausted), exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
-    print(printable(f"error: {message}"), file=sys.stderr, flush=True)
+    print(encodable(f"error: {message}"), file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps({**facts, "error": message, "code": code}), flush=True)
     return code

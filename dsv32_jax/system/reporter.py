@@ -50,13 +50,13 @@ class Reporter:
 
     def final_message(self, message: str, code: int) -> bytes:
         """Return what a signal handler writes to stderr before it ends the process."""
-        return f"\n{_encodable(message)}\n".encode()
+        return f"\n{encodable(message)}\n".encode()
 
     def close(self) -> None:
         """Restore the terminal."""
 
     def _write(self, line: str) -> None:
-        print(_encodable(line), file=sys.stderr, flush=True)
+        print(encodable(line), file=sys.stderr, flush=True)
 
 
 class JsonReporter(Reporter):
@@ -99,7 +99,7 @@ class BarReporter(Reporter):
         if self._live is None:
             super().warning(message)
         else:
-            self._live.console.print(_encodable(f"warning: {message}"), markup=False, highlight=False)
+            self._live.console.print(encodable(f"warning: {message}"), markup=False, highlight=False)
 
     def final_message(self, message: str, code: int) -> bytes:
         return b"\x1b[?25h" + super().final_message(message, code)  # show the cursor again
@@ -115,7 +115,7 @@ class BarReporter(Reporter):
 
             def draw() -> text.Text:
                 width = terminal.width - 1
-                line = _encodable(self.meter.describe(width), terminal.encoding)
+                line = encodable(self.meter.describe(width), terminal.encoding)
                 return text.Text(line, no_wrap=True, overflow="crop")
 
             terminal = console.Console(stderr=True, emoji=False)
@@ -146,7 +146,7 @@ def show_slow(total: int, after: float = 1.0) -> Iterator[Callable[[int], None]]
         bar.close()
 
 
-def _encodable(text: str, encoding: str | None = None) -> str:
+def encodable(text: str, encoding: str | None = None) -> str:
     """Return `text` without control characters, and with escapes for what an encoding, stderr's, does not have."""
     known: str = encoding or sys.stderr.encoding or "ascii"
     return printable(text).encode(known, "backslashreplace").decode(known, errors="replace")

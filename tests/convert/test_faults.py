@@ -502,7 +502,8 @@ def test_f55_a_terminal(folder, tmp_path, monkeypatch):
         for progress in (Progress(0, 100, "a"), Progress(50, 100, "b"), Progress(0, 200, "another")):
             bar(progress)
             bar.warning(f"[/x] at \x1b[31m{progress.leaf}")
-        bar.error("lost", 1)
+        bar.close()
+        print("error: lost", file=sys.stderr, flush=True)
     reader.join()
     os.close(master)
     text = b"".join(said).decode()

@@ -118,7 +118,7 @@ def test_a_journal_of_another_form_is_damaged(number, line, message, source, tmp
     """Each line has the right checksum, as of another version or by intent."""
     out = unfinished(source, tmp_path / "out")
     lines = (out / "journal.jsonl").read_text().splitlines(keepends=True)
-    lines[number] = journal._seal(line)
+    lines[number] = journal.seal(line)
     (out / "journal.jsonl").write_text("".join(lines))
     with pytest.raises(OutputExistsError, match=f"journal.jsonl is damaged .*{message}.*Nothing was touched"):
         convert.convert(source, out, **OPTIONS)

@@ -1,0 +1,122 @@
+"""Matrices that were converted while their part takes long, each in a file: a stopped conversion goes on from them.
+
+OUTPUT/matrices/NAME holds a line of JSON, which describes the components, and then their bytes. A file is removed when
+the part with its matrix is on disk.
+"""
+
+import collections
+import contextlib
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsv32_jax.checkpoint.reader import raw
+from dsv32_jax.errors import OutputExistsError
+from dsv32_jax.quantization.quantize import Scaling
+from dsv32_jax.system.files import hash_chunks, remove_abandoned, replace_file
+
+from ..read.safetensors import NUMPY_DTYPES
+from ..read.weights import Read, StoredWeight
+from ..transform.requantize import ErrorStats, Requantizer
+from .journal import seal, unseal
+from .pipeline import HashingReader
+
+FOLDER = "matrices"
+
+PATIENCE = 20.0
+"""Seconds without a part on disk after which matrices are saved: quick parts need no second copy."""
+
+
+class SavingRequantizer(Requantizer):
+    """A Requantizer that saves matrices in `folder` when no part was saved for PATIENCE seconds, and takes those that a
+    stopped run saved. Only files of the matrices `wanted` stay."""
+
+    def __init__(
+        self, folder: Path, wanted: Collection[str], scaling: Scaling, partners: Mapping[str, tuple[StoredWeight, ...]]
+    ):
+        super().__init__(scaling, partners)
+        if folder.is_symlink():
+            raise OutputExistsError(f"{folder} is a link; nothing was touched. Convert to a new folder")
+        self._folder, self._since = folder, time.monotonic()
+        self._changes: collections.deque[tuple[int, int]] = collections.deque()
+        if folder.is_dir():
+            remove_abandoned(folder)
+            self.remove(entry.name for entry in os.scandir(folder) if entry.name not in wanted)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all saved matrices."""
+        return sum(entry.stat().st_size for entry in os.scandir(self._folder)) if self._folder.is_dir() else 0
+
+    def load(self, stored: StoredWeight, read: Read) -> dict[str, np.ndarray]:
+        """Return what Requantizer does, from the file of the matrix if there is one and its source has not changed."""
+        if stored.wanted is None or stored.is_in(stored.wanted):
+            return super().load(stored, read)
+        assert isinstance(read, HashingReader)
+        sources = [read.source(tensor, False).sha256 for tensor in stored.tensors]
+        if (restored := self._restore(stored.name, sources)) is not None:
+            return restored
+        components = super().load(stored, read)
+        if time.monotonic() - self._since > PATIENCE:
+            self._save(stored.name, sources, components)
+        return components
+
+    def take_changes(self) -> tuple[int, int]:
+        """Return the bytes of matrices that were saved, and of those that were restored, since the last call."""
+        saved = restored = 0
+        while self._changes:
+            more = self._changes.popleft()
+            saved, restored = saved + more[0], restored + more[1]
+        return saved, restored
+
+    def remove(self, names: Iterable[str]) -> int:
+        """Remove the files of matrices that are in a part on disk; return their bytes."""
+        self._since, removed = time.monotonic(), 0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                removed += (self._folder / name).stat().st_size
+                (self._folder / name).unlink()
+        return removed
+
+    def close(self) -> None:
+        """Remove the folder, as all parts are on disk."""
+        if self._folder.is_dir():
+            shutil.rmtree(self._folder)
+
+    def _save(self, name: str, sources: list[str], components: dict[str, np.ndarray]) -> None:
+        """Write a matrix to its file; a disk that is full only costs time if the conversion is stopped."""
+        content = [raw(array) for array in components.values()]
+        shapes = [(key, array.dtype.name, array.shape) for key, array in components.items()]
+        facts = {"sources": sources, "components": shapes, "errors": self.errors[name], "sha256": hash_chunks(content)}
+        with contextlib.suppress(OSError):
+            self._folder.mkdir(exist_ok=True)
+            with replace_file(self._folder / name) as new, open(new, "wb") as file:
+                file.write(seal(facts).encode())
+                for piece in content:
+                    file.write(piece)
+            self._changes.append(((self._folder / name).stat().st_size, 0))
+
+    def _restore(self, name: str, sources: list[str]) -> dict[str, np.ndarray] | None:
+        """Return the components of a matrix from its file; None where there is none, or it is damaged or outdated."""
+        try:
+            with open(os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+                facts: dict[str, Any] = unseal(file.readline().decode().removesuffix("\n"))
+                content = file.read()
+                nbytes = file.tell()
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        if facts["sources"] != sources or facts["sha256"] != hashlib.sha256(content).hexdigest():
+            return None
+        components, at = {}, 0
+        for key, dtype, shape in facts["components"]:
+            flat = np.frombuffer(content, NUMPY_DTYPES[dtype], int(np.prod(shape)), at)
+            components[key], at = flat.reshape(shape), at + flat.nbytes
+        self.errors[name] = ErrorStats(*facts["errors"])
+        self._changes.append((0, nbytes))
+        return components
