@@ -11,10 +11,7 @@ from dsv32_jax.system.lazy import attach
 if TYPE_CHECKING:
     from dsv32_jax.system.progress import Progress as Progress
 
-    from .command import main as main
-    from .command import program as program
+    from .command import main as main, program as program
     from .conversion import convert as convert
 
-_NAMES = {".command": "main program", ".conversion": "convert", "dsv32_jax.system.progress": "Progress"}
-
-__getattr__, __dir__ = attach(__name__, _NAMES)
+__getattr__, __dir__ = attach(__name__, __file__)

@@ -8,9 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dsv32_jax.bench import convert as bench_convert
-from dsv32_jax.bench import load as bench_load
-from dsv32_jax.bench import measure
+from dsv32_jax.bench import convert as bench_convert, load as bench_load, measure
 from dsv32_jax.checkpoint import random_weights
 from dsv32_jax.errors import CheckpointError, UsageError
 from dsv32_jax.layout import leaves

@@ -10,8 +10,7 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax import cli
-from dsv32_jax.bench import decode_step, profile
-from dsv32_jax.bench import model as bench
+from dsv32_jax.bench import decode_step, model as bench, profile
 from dsv32_jax.bench.decode_step import DecodeStep, count_weight_bytes, fill_cache, make_model
 from dsv32_jax.bench.measure import measure_median
 from dsv32_jax.errors import CapacityError, UsageError

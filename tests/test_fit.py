@@ -19,8 +19,7 @@ from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, CheckpointError, UsageError
-from dsv32_jax.generation import fit as fitting
-from dsv32_jax.generation import memory, prefill_decode, speculative
+from dsv32_jax.generation import fit as fitting, memory, prefill_decode, speculative
 from dsv32_jax.generation.batch import SEGMENT_TOKENS
 from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
 from dsv32_jax.generation.options import Sampling

@@ -22,8 +22,7 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert.export.reshard import reshard
-from dsv32_jax.checkpoint import load as loading
-from dsv32_jax.checkpoint import random_checkpoint
+from dsv32_jax.checkpoint import load as loading, random_checkpoint
 from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.writer import Writer

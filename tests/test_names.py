@@ -16,8 +16,7 @@ import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.load import place_on_host
 from dsv32_jax.evaluation import layer_errors
-from dsv32_jax.generation import batch as batches
-from dsv32_jax.generation import prefill_decode, score, speculative
+from dsv32_jax.generation import batch as batches, prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import observations
 from dsv32_jax.inspect.trace_arrays import KINDS

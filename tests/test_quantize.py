@@ -3,8 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax.quantization import quantize
 from dsv32_jax.quantization.quantize import E2M1, E4M3, RTN, nvfp4_dequantize, nvfp4_quantize

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax.kernels import cpu, reference
 from dsv32_jax.model import cache, mla, ops

@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..generation.generate import engine as make_engine
-from ..generation.generate import generate
+from ..generation.generate import engine as make_engine, generate
 from ..generation.result import Generation
 from ..model.model import Model
 from .decode_step import make_model

@@ -9,14 +9,9 @@ prompt    = chat.prepare(messages, tokenizer, thinking=True)
 gen       = generate(model, [prompt.ids], tokenizer=tokenizer)
 """
 
-from ..generation.text_stream import Detokenizer as Detokenizer
-from ..generation.text_stream import StopStrings as StopStrings
-from .conversation import Conversation as Conversation
-from .conversation import Prompt as Prompt
-from .conversation import prepare as prepare
+from ..generation.text_stream import Detokenizer as Detokenizer, StopStrings as StopStrings
+from .conversation import Conversation as Conversation, Prompt as Prompt, prepare as prepare
 from .encoding import encode as encode
 from .messages import EncodingError as EncodingError
-from .parsing import ParsingError as ParsingError
-from .parsing import parse as parse
-from .parsing import parse_lenient as parse_lenient
+from .parsing import ParsingError as ParsingError, parse as parse, parse_lenient as parse_lenient
 from .tokenizer import Tokenizer as Tokenizer

@@ -8,7 +8,7 @@ from ..errors import UsageError, pluralize, require
 from ..generation.text_stream import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
-from .messages import Message, find_pending, require_turn
+from .messages import Message, find_pending, require_results, require_turn
 from .parsing import parse_lenient
 from .tokenizer import Tokenizer
 
@@ -85,7 +85,7 @@ class Conversation:
     def user(self, text: str) -> Self:
         """Add a user's turn. Raises UsageError while tool calls are pending."""
         require(text, str, "a user's turn must be a string")
-        self._require_no_pending()
+        require_results(self.messages)
         return self._add({"role": "user", "content": text})
 
     def assistant(self, message: Mapping[str, Any]) -> Self:
@@ -139,7 +139,3 @@ class Conversation:
 
     def _add(self, *messages: Mapping[str, Any]) -> Self:
         return dataclasses.replace(self, messages=(*self.messages, *messages))
-
-    def _require_no_pending(self) -> None:
-        if pending := self.pending:
-            raise UsageError(f"add the results of pending tool calls first: {', '.join(pending)}")

@@ -106,10 +106,15 @@ def find_pending(messages: Sequence[Message]) -> list[str]:
     return [call["function"]["name"] for call in calls or ()][given:]
 
 
-def require_turn(messages: Sequence[Message]) -> None:
-    """Raise UsageError unless it is the model's turn after these messages, which have an encoding."""
+def require_results(messages: Sequence[Message]) -> None:
+    """Raise UsageError while the last tool calls have no results."""
     if pending := find_pending(messages):
         raise UsageError(f"add the results of pending tool calls first: {listing(pending)}")
+
+
+def require_turn(messages: Sequence[Message]) -> None:
+    """Raise UsageError unless it is the model's turn after these messages, which have an encoding."""
+    require_results(messages)
     if not messages or messages[-1].get("role") not in ("user", "developer", "tool"):
         raise UsageError("it is not the model's turn: add a user's turn first")
 

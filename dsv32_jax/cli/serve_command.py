@@ -9,8 +9,7 @@ from pathlib import Path
 
 from ..checkpoint.companions import read_sampling
 from ..errors import UsageError, require_integer
-from ..generation.generate import MAX_ROWS
-from ..generation.generate import engine as make_engine
+from ..generation.generate import MAX_ROWS, engine as make_engine
 from ..generation.options import Sampling
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import collect_options

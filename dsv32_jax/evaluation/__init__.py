@@ -14,23 +14,12 @@ from typing import TYPE_CHECKING
 from ..system.lazy import attach
 
 if TYPE_CHECKING:
-    from .divergence import Divergence as Divergence
-    from .divergence import kl as kl
-    from .layer_errors import LayerError as LayerError
-    from .layer_errors import layers as layers
+    from .divergence import Divergence as Divergence, kl as kl
+    from .layer_errors import LayerError as LayerError, layers as layers
     from .lm_eval_adapter import LmEval as LmEval
-    from .loss import Perplexity as Perplexity
-    from .loss import perplexity as perplexity
+    from .loss import Perplexity as Perplexity, perplexity as perplexity
     from .variant import Variant as Variant
 
-_NAMES = {
-    ".divergence": "Divergence kl",
-    ".layer_errors": "LayerError layers",
-    ".lm_eval_adapter": "LmEval",
-    ".loss": "Perplexity perplexity",
-    ".variant": "Variant",
-}
-
-__getattr__, __dir__ = attach(__name__, _NAMES)
+__getattr__, __dir__ = attach(__name__, __file__)
 
 __all__ = __dir__()

@@ -12,6 +12,7 @@ import numpy as np
 
 from ..errors import CheckpointError, listing, pluralize
 from ..generation.score import score
+from ..inspect.contrasts import estimate_ratio
 from ..model.model import Model
 from ..system.compilation import count_compilations
 from .corpus import BATCH, Corpus, Progress, Texts, Window, build_corpus, ignore_progress, map_batches
@@ -27,18 +28,12 @@ class Estimate:
 
 
 def estimate_mean(values: Sequence[np.ndarray]) -> Estimate:
-    """Return the mean of all `values`, one array a window.
-
-    Tokens of a window are dependent, so windows are the sample: the error is that of a ratio of two sums over windows
-    (Cochran, Sampling Techniques, 6.4).
-    """
-    total, count = (np.array([measure(each) for each in values], np.float64) for measure in (np.sum, np.size))
-    windows, tokens = len(values), count.sum()
-    mean = total.sum() / tokens
-    if windows < 2:
-        return Estimate(float(mean), None)
-    residual = total - mean * count
-    return Estimate(float(mean), math.sqrt(windows / (windows - 1) * np.sum(residual**2)) / float(tokens))
+    """Return the mean of all `values`, one array a window; windows are the sample."""
+    sums, tokens = (np.array([measure(each) for each in values], np.float64) for measure in (np.sum, np.size))
+    if len(values) < 2:
+        return Estimate(float(sums.sum() / tokens.sum()), None)
+    mean, variance = estimate_ratio(sums, tokens)
+    return Estimate(float(mean), math.sqrt(variance))
 
 
 def exponentiate(nats: Estimate) -> Estimate:

@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..config import Config
-from ..errors import UsageError, argument, listing, require_integer
+from ..errors import UsageError, listing, require_integer
 from ..model import cache
 from ..model.model import Model, build
 from ..parallel import partition
@@ -31,7 +30,7 @@ from .options import check_option
 from .pages import PAGE
 from .prefill_decode import empty_caches, new_state
 from .programs import WHOLE
-from .request import capacity_for, chunk_size
+from .request import capacity_for, chunk_size, require_drafts
 from .weight_shapes import WeightShapes, read_weight_shapes
 
 COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
@@ -109,7 +108,7 @@ def fit(
     cfg, longest = shapes.cfg, shapes.cfg.max_position_embeddings
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
-    _check_draft(cfg, draft)
+    require_drafts(cfg, check_option("draft", draft))
     weights = shapes.device_bytes(sizes, compute)
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)
     speed: float | None = parse_size(disk_speed or 0)
@@ -156,14 +155,6 @@ def measure_disk_speed(path: str | Path) -> float | None:
         while count < DISK_SAMPLE and (chunk := file.read(8 << 20)):
             count += len(chunk)
         return max(count, 1) / max(time.perf_counter() - start, 1e-6)
-
-
-def _check_draft(cfg: Config, draft: int) -> None:
-    check_option("draft", draft)
-    if draft and not cfg.num_nextn_predict_layers:
-        raise UsageError(
-            f"{argument('draft', draft)} needs the MTP head, which this model does not have; use {argument('draft', 0)}"
-        )
 
 
 class Setup(NamedTuple):

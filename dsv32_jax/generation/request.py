@@ -96,8 +96,7 @@ def require_drafts(cfg: Config, draft: int) -> None:
     """Raise UsageError if tokens are to be drafted and the model has no MTP head."""
     if draft and not cfg.num_nextn_predict_layers:
         raise UsageError(
-            f"{argument('draft', draft)} needs the MTP head, which this checkpoint does not have; "
-            f"use {argument('draft', 0)}"
+            f"{argument('draft', draft)} needs the MTP head, which this model does not have; use {argument('draft', 0)}"
         )
 
 

@@ -8,8 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..checkpoint.load import ABSORBED
-from ..checkpoint.load import FORMATS as STORED
+from ..checkpoint.load import ABSORBED, FORMATS as STORED
 from ..checkpoint.manifest import LeafEntry, Manifest, is_converted
 from ..checkpoint.random_checkpoint import is_quantized
 from ..checkpoint.reader import dtype_of

@@ -18,38 +18,26 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
-    from .capture import estimate_bytes as estimate_bytes
-    from .capture import trace as trace
-    from .contrasts import Contrast as Contrast
-    from .contrasts import contrast as contrast
+    from .capture import estimate_bytes as estimate_bytes, trace as trace
+    from .contrasts import Contrast as Contrast, contrast as contrast
     from .interventions import edit as edit
-    from .patching import Patching as Patching
-    from .patching import patch as patch
-    from .placements import Placement as Placement
-    from .placements import parameters_per_device as parameters_per_device
-    from .placements import placement as placement
+    from .patching import Patching as Patching, patch as patch
+    from .placements import (
+        Placement as Placement,
+        parameters_per_device as parameters_per_device,
+        placement as placement,
+    )
     from .traces import Trace as Trace
-    from .trees import Tree as Tree
-    from .trees import tree as tree
-    from .weights import Folder as Folder
-    from .weights import Statistics as Statistics
-    from .weights import StoredWeight as StoredWeight
-    from .weights import count_clipped as count_clipped
-    from .weights import expert_errors as expert_errors
-    from .weights import statistics as statistics
+    from .trees import Tree as Tree, tree as tree
+    from .weights import (
+        Folder as Folder,
+        Statistics as Statistics,
+        StoredWeight as StoredWeight,
+        count_clipped as count_clipped,
+        expert_errors as expert_errors,
+        statistics as statistics,
+    )
 
-_NAMES = {
-    ".capture": "estimate_bytes trace",
-    ".contrasts": "Contrast contrast",
-    ".interventions": "edit",
-    ".patching": "Patching patch",
-    ".placements": "Placement parameters_per_device placement",
-    ".plots": "plots",
-    ".traces": "Trace",
-    ".trees": "Tree tree",
-    ".weights": "Folder Statistics StoredWeight count_clipped expert_errors statistics",
-}
-
-__getattr__, __dir__ = attach(__name__, _NAMES)
+__getattr__, __dir__ = attach(__name__, __file__)
 
 __all__ = __dir__()

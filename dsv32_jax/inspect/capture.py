@@ -1,7 +1,6 @@
 """Prefill rows of tokens once more and keep what the layers compute: routing, index scores, attention, predictions."""
 
 import math
-import numbers
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -10,9 +9,8 @@ import jax
 import numpy as np
 
 from ..config import Config
-from ..errors import CapacityError, UsageError, argument, listing
+from ..errors import CapacityError, UsageError, argument, listing, to_integer
 from ..generation import memory
-from ..generation.options import as_number
 from ..generation.request import capacity_for, chunk_size
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
@@ -109,7 +107,7 @@ def require_room(sizes: Mapping[str, tuple[int, ...]], tokens: int) -> None:
 def _check_layers(layers: Any, count: int) -> tuple[int, ...]:
     """Return the layers whose residual stream is kept, in order. Raises UsageError."""
     chosen = list(range(count) if layers is None else layers)
-    if wrong := [i for i in chosen if as_number(i, numbers.Integral) is None or not 0 <= i < count]:
+    if wrong := [i for i in chosen if to_integer(i) not in range(count)]:
         raise UsageError(f"{argument('layers')} takes layers 0 to {count - 1}, not {listing(map(repr, wrong))}")
     return tuple(sorted(set(map(int, chosen))))
 
@@ -120,8 +118,7 @@ def _check_positions(positions: Any, lengths: Sequence[int]) -> np.ndarray:
         every = np.arange(max(lengths), dtype=np.int32)
         return np.where(every < np.array(lengths)[:, None], every, -1)
     chosen, shortest = list(positions), min(lengths)
-    wrong = [i for i in chosen if as_number(i, numbers.Integral) is None or not -shortest <= i < shortest]
-    if wrong:
+    if wrong := [i for i in chosen if to_integer(i) not in range(-shortest, shortest)]:
         raise UsageError(
             f"{argument('positions')} takes positions that every row has; the shortest has {shortest} tokens, "
             f"which leaves out {listing(map(repr, wrong))}"

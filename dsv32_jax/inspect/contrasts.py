@@ -118,9 +118,10 @@ def sum_chunk(
 _sum_chunk_jit = jax.jit(sum_chunk, donate_argnames="cache")
 
 
-def _estimate(sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def estimate_ratio(sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the mean over tokens of what `sums` [rows, ...] adds up, and its variance, as of a ratio of two sums over
-    rows (Cochran, Sampling Techniques, 6.4)."""
+    two rows or more (Cochran, Sampling Techniques, 6.4): tokens of one row depend on each other, so rows are the
+    sample."""
     rows, total = len(tokens), tokens.sum()
     mean = sums.sum(axis=0) / total
     residual = sums - mean * tokens.reshape(-1, *[1] * mean.ndim)
@@ -129,7 +130,7 @@ def _estimate(sums: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 def _compare_experts(a: Sums, b: Sums, first: int) -> np.ndarray:
     """Return the records of all routed experts; `first` is the first layer that has some."""
-    shares, variances = zip(*(_estimate(one.used, one.tokens) for one in (a, b)), strict=True)
+    shares, variances = zip(*(estimate_ratio(one.used, one.tokens) for one in (a, b)), strict=True)
     layer, expert = np.indices(shares[0].shape)
     difference, error = shares[0] - shares[1], np.sqrt(variances[0] + variances[1])
     columns = {
@@ -141,7 +142,7 @@ def _compare_experts(a: Sums, b: Sums, first: int) -> np.ndarray:
 
 def _compare_streams(a: Sums, b: Sums) -> tuple[np.ndarray, np.ndarray]:
     """Return the difference of mean streams [layers, D], and the records of the layers."""
-    means, variances = zip(*(_estimate(one.stream, one.tokens) for one in (a, b)), strict=True)
+    means, variances = zip(*(estimate_ratio(one.stream, one.tokens) for one in (a, b)), strict=True)
     direction = means[0] - means[1]
     norm, error = np.linalg.norm(direction, axis=-1), np.sqrt((variances[0] + variances[1]).sum(axis=-1))
     ratio = np.divide(norm, error, out=np.full_like(norm, np.inf), where=error > 0)

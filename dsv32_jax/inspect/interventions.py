@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import numbers
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from ..errors import UsageError, argument, listing
+from ..errors import UsageError, argument, listing, to_integer
 from ..generation.options import as_number
 from ..model import validation
 from ..model.block import Block
@@ -66,18 +65,8 @@ def edit(
     edited = _skip(edited, skipped)
     if edited is model:
         return model
-    facts = [
-        sorted(off),
-        sorted(favour.items()),
-        scale,
-        start,
-        sorted(heads),
-        skipped,
-        window,
-        always,
-        chosen,
-        index_topk,
-    ]
+    selected = sorted(off), sorted(favour.items()), window, always, chosen, index_topk
+    facts = [*selected, scale, start, sorted(heads), skipped]
     digest = hashlib.sha256(f"{model.origin.edit} {facts}".encode())
     for i in sorted(add):
         digest.update(f"{i} ".encode() + np.asarray(add[i], np.float32).tobytes())
@@ -201,10 +190,8 @@ def _check_places(name: str, places: list[Any], *sizes: int) -> None:
     """Raise UsageError that names every place that is not integers below these sizes."""
 
     def fits(place: Any) -> bool:
-        return len(place) == len(sizes) and all(
-            as_number(at, numbers.Integral) is not None and 0 <= at < size
-            for at, size in zip(place, sizes, strict=True)
-        )
+        pairs = zip(map(to_integer, place), sizes, strict=False)
+        return len(place) == len(sizes) and all(at is not None and 0 <= at < size for at, size in pairs)
 
     if wrong := [place for place in places if not fits(place)]:
         below = " and ".join(map(str, sizes))

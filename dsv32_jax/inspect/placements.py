@@ -30,7 +30,7 @@ class Placement(NamedTuple):
         return len(self.shards) // len(set(self.shards))
 
     def __repr__(self) -> str:
-        mesh = ", ".join(f"{name}={size}" for name, size in self.mesh.items())
+        mesh = partition.format_mesh(self.mesh)
         shards, copies = pluralize(len(set(self.shards)), "shard"), pluralize(self.copies, "copy", "copies")
         lines = [f"{self.path} {list(self.shape)} over {mesh}: {shards}, {copies} of each"]
         for device, shard in enumerate(self.shards):

@@ -22,20 +22,24 @@ if TYPE_CHECKING:
 BLUE, ORANGE, GREEN, RED, PURPLE, SKY, YELLOW = "#0072B2 #E69F00 #009E73 #D55E00 #CC79A7 #56B4E9 #F0E442".split()
 COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
 MARKERS = "os^Dvph*"
+BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
+"""A legend to the right of the axes."""
 DPI = 220
 
 
 class Picture:
-    """A matplotlib `figure` with one pair of `axes`, sized in inches, that a notebook shows whatever its backend."""
+    """A matplotlib `figure` with one pair of labelled `axes`, `height` inches high, that a notebook shows whatever its
+    backend."""
 
-    def __init__(self, width: float = 7, height: float = 3):
+    def __init__(self, xlabel: str = "", ylabel: str = "", height: float = 3):
         try:
             from matplotlib.figure import Figure
         except ImportError:
             raise UsageError("figures need matplotlib: pip install matplotlib, or '.[notebook]'") from None
-        self.figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+        self.figure = Figure(figsize=(7, height), dpi=DPI, layout="constrained")
         self.axes: Any = self.figure.subplots()
         self.axes.spines[["top", "right"]].set_visible(False)
+        self.axes.set(xlabel=xlabel, ylabel=ylabel)
 
     def save(self, file: Any, format: str | None = None) -> None:
         """Write the figure to a file, in the format of its suffix."""
@@ -55,19 +59,17 @@ class Picture:
 
 def codes(statistics: Statistics) -> Picture:
     """Plot how often each of the 16 values of E2M1 occurs."""
-    picture = Picture()
-    axes = picture.axes
-    order = [*range(15, 7, -1), *range(8)]
+    picture = Picture("element (E2M1, before its scales)", "share of elements (%)")
+    axes, order = picture.axes, [*range(15, 7, -1), *range(8)]
     share = 100 * statistics.codes / statistics.codes.sum()
     axes.bar(range(16), share[order], color=[SKY if code == 8 else BLUE for code in order])
     axes.set_xticks(range(16), ["-0" if code == 8 else f"{E2M1[code]:g}" for code in order])
-    axes.set(xlabel="element (E2M1, before its scales)", ylabel="share of elements (%)")
     return picture
 
 
 def scales(statistics: Statistics) -> Picture:
     """Plot block scales by magnitude; a block with the scale 448 is saturated."""
-    picture = Picture()
+    picture = Picture("block scale (E4M3)", "share of blocks (%)")
     axes = picture.axes
     counts = statistics.scales[:127] + statistics.scales[128:255]
     used = np.flatnonzero(counts)
@@ -76,40 +78,37 @@ def scales(statistics: Statistics) -> Picture:
     axes.set_xscale("log", base=2)
     where = {"xycoords": ("data", "axes fraction"), "xytext": (4, -10), "textcoords": "offset points"}
     axes.annotate("448", (448, 1), color=RED, **where)
-    axes.set(xlabel="block scale (E4M3)", ylabel="share of blocks (%)", ylim=(0, None))
+    axes.set_ylim(0)
     return picture
 
 
 def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str = "") -> Picture:
     """Plot a labelled bar for each name."""
-    picture = Picture()
+    picture = Picture(xlabel, ylabel)
     axes = picture.axes
     drawn = axes.bar(range(len(values)), list(values.values()), color=BLUE, width=0.6)
     axes.bar_label(drawn, fmt=f"%.{digits}f", padding=2)
     axes.set_xticks(range(len(values)), list(values))
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.margins(y=0.15)
     return picture
 
 
 def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
     """Plot a column of named parts for each name."""
-    picture = Picture(7, 3.4)
-    axes = picture.axes
-    bottom = np.zeros(len(values))
+    picture = Picture("", ylabel, 3.4)
+    axes, bottom = picture.axes, np.zeros(len(values))
     for i, part in enumerate(dict.fromkeys(part for column in values.values() for part in column)):
         heights = np.array([column.get(part, 0.0) for column in values.values()])
         axes.bar(range(len(values)), heights, bottom=bottom, width=0.6, color=COLOURS[i % len(COLOURS)], label=part)
         bottom += heights
     axes.set_xticks(range(len(values)), list(values))
-    axes.set(ylabel=ylabel)
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False, reverse=True)
+    axes.legend(**BESIDE, reverse=True)
     return picture
 
 
 def groups(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, ylabel: str) -> Picture:
     """Plot bars side by side at each inner name, one for each outer name: means with their standard errors."""
-    picture = Picture()
+    picture = Picture(xlabel, ylabel)
     axes = picture.axes
     names = list(dict.fromkeys(name for inner in values.values() for name in inner))
     width = 0.8 / len(values)
@@ -120,7 +119,6 @@ def groups(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str,
         axes.bar(at, means, 0.92 * width, yerr=errors, label=label, **style)
     axes.set_xticks(range(len(names)), names)
     axes.axhline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
     return picture
 
@@ -133,14 +131,12 @@ def lines(
     errors: Mapping[str, Sequence[float]] = {},
 ) -> Picture:
     """Plot a line for each name over `x` (default: the index), with standard errors where there are some."""
-    picture = Picture(7, 3)
-    axes = picture.axes
+    picture = Picture(xlabel, ylabel)
     for i, (name, heights) in enumerate(values.items()):
         at = x if len(x) else range(len(heights))
         style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i % 3]}
-        axes.errorbar(at, heights, errors.get(name), capsize=3, label=name, **style)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
-    axes.legend(frameon=False)
+        picture.axes.errorbar(at, heights, errors.get(name), capsize=3, label=name, **style)
+    picture.axes.legend(frameon=False)
     return picture
 
 
@@ -154,7 +150,7 @@ def heat(
     centre: float | None = None,
 ) -> Picture:
     """Plot a matrix as colours, its rows and columns named or numbered. Colours diverge equally far from `centre`."""
-    picture = Picture(7, 1.7 + 0.25 * min(len(values), 10))
+    picture = Picture(xlabel, ylabel, 1.7 + 0.25 * min(len(values), 10))
     axes = picture.axes
     colours: dict[str, Any] = {"cmap": "cividis"}
     if centre is not None:
@@ -166,7 +162,6 @@ def heat(
             axis.set_ticks(range(len(names)), list(map(str, names)))
         else:
             axis.get_major_locator().set_params(integer=True)
-    axes.set(xlabel=xlabel, ylabel=ylabel)
     bar = picture.figure.colorbar(image, ax=axes, label=label)
     bar.ax.set_ylim(np.nanmin(values) - 1e-9, np.nanmax(values) + 1e-9)
     return picture
@@ -193,11 +188,9 @@ def expert_errors(errors: np.ndarray, layers: Sequence[int]) -> Picture:
 
 def expert_load(trace: Trace) -> Picture:
     """Plot the tokens of each expert of each layer, relative to an equal share."""
-    counts = trace.count_experts()
-    share = counts / counts.sum(axis=1, keepdims=True) * counts.shape[1]
-    first = trace.config.first_k_dense_replace
-    rows = range(first, first + len(share))
-    return heat(share, "expert", "layer", "load (1 = equal share)", rows=rows, centre=1)
+    layers = range(trace.config.first_k_dense_replace, trace.config.num_hidden_layers)
+    share = _divide_by_equal_share(trace.count_experts())
+    return heat(share, "expert", "layer", "load (1 = equal share)", rows=layers, centre=1)
 
 
 def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -> Picture:
@@ -205,13 +198,16 @@ def experts_by_kind(trace: Trace, layer: int, kinds: Mapping[str, np.ndarray]) -
     [rows, tokens] for each kind. White lines separate groups of experts."""
     index = layer - trace.config.first_k_dense_replace
     counts = np.stack([trace.count_experts(mask)[index] for mask in kinds.values()])
-    share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
     labels = f"expert of layer {layer}", "kind of token", "use (1 = equal share)"
-    picture = heat(share, *labels, rows=list(kinds), centre=1)
+    picture = heat(_divide_by_equal_share(counts), *labels, rows=list(kinds), centre=1)
     size = trace.config.n_routed_experts // trace.config.n_group
     for border in range(size, trace.config.n_routed_experts, size):
         picture.axes.axvline(border - 0.5, color="white", linewidth=2)
     return picture
+
+
+def _divide_by_equal_share(counts: np.ndarray) -> np.ndarray:
+    return counts / np.maximum(counts.sum(axis=1, keepdims=True), 1) * counts.shape[1]
 
 
 def attention_mass(trace: Trace, first: int) -> Picture:
@@ -239,19 +235,16 @@ def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture
         real = positions >= 0
         rank = np.argsort(np.argsort(scores[real]))
         ranks[i, positions[real]] = (rank + 1) / max(real.sum(), 1)
-    picture = Picture(7, 4)
-    axes = picture.axes
-    extent = (0, length, length, start)
-    image = axes.imshow(ranks, cmap="cividis", aspect="auto", interpolation="nearest", extent=extent, origin="upper")
-    axes.set(xlabel="position attended to", ylabel="token that attends", title=f"layer {layer}")
-    picture.figure.colorbar(image, ax=axes, label="rank of its index score (1 = highest)")
+    picture = heat(ranks, "position attended to", "token that attends", "rank of its index score (1 = highest)")
+    picture.axes.images[0].set_extent((0, length, length, start))
+    picture.axes.set_title(f"layer {layer}")
     return picture
 
 
 def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     """Plot the rank of one position among the index scores of the given tokens [layers, tokens]; ranks up to `limit`
     are selected."""
-    picture = Picture(7, 3.2)
+    picture = Picture("token", "rank of the needle (1 = first)", 3.2)
     axes = picture.axes
     for layer, rank in enumerate(ranks):
         style = {"color": COLOURS[layer % len(COLOURS)], "marker": MARKERS[layer % len(MARKERS)]}
@@ -262,8 +255,7 @@ def needle(ranks: np.ndarray, limit: int, tokens: Sequence[str]) -> Picture:
     axes.set_ylim(1.3 * max(ranks.max(), limit), min(ranks.min(), limit) / 1.3)
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xticks(range(len(tokens)), list(map(show_token, tokens)), rotation=30, ha="right")
-    axes.set(xlabel="token", ylabel="rank of the needle (1 = first)")
-    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.legend(**BESIDE)
     return picture
 
 
@@ -276,7 +268,8 @@ def sharding(placement: Placement) -> Picture:
     axes_split = [axis for axis, name in enumerate(split) if name is not None]
     down = axes_split[0] if axes_split else 0
     across = axes_split[1] if len(axes_split) > 1 else next(axis for axis in range(len(shape)) if axis != down)
-    picture = Picture(7, 3.4)
+    labels = (f"{letters[axis]} ({split[axis] or 'whole'})" for axis in (across, down))
+    picture = Picture(*labels, 3.4)
     axes = picture.axes
     where: dict[tuple, list[int]] = {}
     for device, shard in enumerate(shards):
@@ -293,8 +286,6 @@ def sharding(placement: Placement) -> Picture:
     axes.set(
         xlim=(0, shape[across]),
         ylim=(shape[down], 0),
-        xlabel=f"{letters[across]} ({split[across] or 'whole'})",
-        ylabel=f"{letters[down]} ({split[down] or 'whole'})",
         title=placement.path + (f", each with all of {', '.join(rest)}" if rest else ""),
     )
     return picture

@@ -1,7 +1,6 @@
 """Trees of parameters, equal layers and experts folded, with sizes, for a terminal and for a notebook."""
 
 import dataclasses
-import html
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,15 +8,14 @@ from typing import Any
 import jax
 
 from ..checkpoint.manifest import ArrayEntry, LeafEntry
-from ..errors import UsageError, printable
+from ..errors import UsageError
 from ..generation.weight_shapes import FORMATS, read_weight_shapes
 from ..model.model import Model
 from ..quantization.formats import NVFP4, Fp8Block
 from ..system.files import expand_path
 from ..system.progress import format_count, format_size
+from ..system.summary import escape, format_table
 from .weights import converter
-
-STYLE = "text-align:left;padding:0 1em 0 0;font-family:monospace;white-space:nowrap"
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -31,19 +29,21 @@ class Tree:
 
     def _repr_html_(self) -> str:
         """Return a section for each run of equal layers, and a table of sums."""
-        parts = [f"<p>{_escape(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
+        parts = [f"<p>{escape(f'{self.found.folder} ({self.found.layout}): {self.found.title}')}</p>"]
         for branch in self.found.tree:
             layers = None if branch.layers is None else converter("name_folding").format_ranges(branch.layers)
             title = "outside of layers" if layers is None else f"layers {layers}"
             total = _sizes(sum(row.parameters for row in branch.rows), sum(row.nbytes for row in branch.rows))
-            summary = _escape(f"{title}: {total[0]} parameters, {total[1]}")
+            summary = escape(f"{title}: {total[0]} parameters, {total[1]}")
             rows = [
                 (row.name, f"{row.count} x {list(row.shape)}", row.format, *_sizes(row.parameters, row.nbytes))
                 for row in branch.rows
             ]
-            parts.append(f"<details><summary>{summary}</summary>{_table(rows)}</details>")
+            parts.append(f"<details><summary>{summary}</summary>{format_table(rows)}</details>")
         sums = [(kind, format, *_sizes(*sizes)) for kind, format, *sizes in self.found.sizes]
-        return "".join([*parts, _table([*sums, ("total", "", *_sizes(self.found.parameters, self.found.nbytes))])])
+        return "".join(
+            [*parts, format_table([*sums, ("total", "", *_sizes(self.found.parameters, self.found.nbytes))])]
+        )
 
 
 def tree(what: str | Path | Model, format: str | None = None) -> Tree:
@@ -88,12 +88,3 @@ def _entry(weight: Any) -> LeafEntry:
         arrays = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
     format = {NVFP4: "nvfp4", Fp8Block: "fp8_block"}.get(type(weight), "dense")
     return LeafEntry(format, {name: ArrayEntry(a.dtype.name, a.shape, "") for name, a in arrays.items()})
-
-
-def _table(rows: list[tuple[str, ...]]) -> str:
-    cells = ("".join(f'<td style="{STYLE}">{_escape(cell)}</td>' for cell in row) for row in rows)
-    return f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>"
-
-
-def _escape(text: str) -> str:
-    return html.escape(printable(text))

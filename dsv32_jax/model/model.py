@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 from ..config import Config
 from ..errors import UsageError
 from ..parallel import sharding
+from ..parallel.partition import format_mesh
 from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from . import block, validation
@@ -92,7 +93,7 @@ class Model(Module):
         _, weights = super().summary()
         dense = sum(isinstance(layer.ffn, MLP) for layer in self.layers)
         drafting = "" if self.mtp is None else " and the MTP head"
-        mesh = {} if self.mesh is None else {"mesh": ", ".join(f"{axis}={n}" for axis, n in self.mesh.shape.items())}
+        mesh = {} if self.mesh is None else {"mesh": format_mesh(self.mesh.shape)}
         layers = f"{len(self.layers)} ({dense} dense, {len(self.layers) - dense} MoE){drafting}"
         return "DeepSeek-V3.2", {"layers": layers, **weights, "compute": self.dtype.name, **mesh}
 

@@ -1,25 +1,29 @@
 """Packages that import their modules on first use, so that importing the package itself is instant."""
 
+import ast
 import importlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 
-def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return `__getattr__` and `__dir__` for a package (PEP 562).
+def attach(package: str, file: str) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """Return `__getattr__` and `__dir__` (PEP 562) of the package whose `__init__` is `file`.
 
-    `names` has for each module, relative to the package, its public names; `.name` with the name `name` is that module
-    itself.
+    Its public names are those that its block `if TYPE_CHECKING:` imports, which type checkers read too.
     """
-    modules = {name: module for module, some in names.items() for name in some.split()}
+    block = next(node for node in ast.parse(Path(file).read_text("utf-8")).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    sources = {alias.name: node for node in imports for alias in node.names}
 
     def get(name: str) -> Any:
-        if name not in modules:
+        if name not in sources:
             raise AttributeError(f"module {package!r} has no attribute {name!r}")
-        module = importlib.import_module(modules[name], package)
-        value = module if modules[name] == f".{name}" else getattr(module, name)
+        module, dots = sources[name].module, "." * sources[name].level
+        found = importlib.import_module(dots + (module or name), package)
+        value = getattr(found, name) if module else found
         setattr(sys.modules[package], name, value)
         return value
 
-    return get, lambda: sorted(modules)
+    return get, lambda: sorted(sources)

@@ -4,6 +4,8 @@ import dataclasses
 import html
 from typing import Any
 
+from ..errors import printable
+
 
 class Summarized:
     """A mixin whose `repr`, as text and as HTML, is a title and some named values."""
@@ -22,16 +24,21 @@ class Summarized:
 
     def _repr_html_(self) -> str:
         title, values = self.summary()
-        return f"<div>{html.escape(title)}</div>{format_table(list(values.items()))}"
+        return f"<div>{escape(title)}</div>{format_table(list(values.items()))}"
 
 
 def format_table(rows: list[tuple[str, ...]], head: tuple[str, ...] = ()) -> str:
     """Return rows of text as an HTML table, with a row of column names if there is a `head`."""
 
     def row(cells: tuple[str, ...], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag} {STYLE}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag} {STYLE}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return f"<table>{row(head, 'th') if head else ''}{''.join(row(cells, 'td') for cells in rows)}</table>"
+
+
+def escape(text: str) -> str:
+    """Return text as it is written in HTML, without characters that could steer a terminal."""
+    return html.escape(printable(text))
 
 
 STYLE = 'style="text-align:left;padding:0 1em 0 0;white-space:nowrap"'

@@ -1,8 +1,7 @@
 """What the vectors do not show: every fault, tools, context, and content that is not text."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax import chat
 from dsv32_jax.chat import template

@@ -1,8 +1,7 @@
 """Stop strings across the borders of pieces."""
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax.chat import Detokenizer, StopStrings
 from dsv32_jax.errors import UsageError

@@ -9,8 +9,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
+from hypothesis import assume, given, strategies as st
 
 from dsv32_jax import chat
 from dsv32_jax.chat import Detokenizer, Tokenizer, prepare, template

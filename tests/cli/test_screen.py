@@ -8,8 +8,7 @@ import time
 import unicodedata
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax.cli.terminal import Screen, json_line, one_line
 from dsv32_jax.errors import printable

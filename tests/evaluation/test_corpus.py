@@ -2,8 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from dsv32_jax.errors import StorageError, UsageError
 from dsv32_jax.evaluation import corpus

@@ -13,8 +13,7 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
-from dsv32_jax.generation import request, session_file
-from dsv32_jax.generation import session as session_module
+from dsv32_jax.generation import request, session as session_module, session_file
 from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.model.model import Origin

@@ -6,8 +6,7 @@ import json
 import anthropic
 import httpx2
 import pytest
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from dsv32_jax import chat
 from dsv32_jax.serve.app import Limits, Server

@@ -6,8 +6,7 @@ import json
 import httpx2
 import openai
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from dsv32_jax import chat
 from dsv32_jax.chat import template
