@@ -2,11 +2,12 @@
 
 import difflib
 import errno
-import numbers
+import operator
 import os
 import unicodedata
 from collections.abc import Collection, Iterable, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 
 class DsvError(Exception):
@@ -156,9 +157,12 @@ def require_integer(name: str, value: object, least: int, most: int | None = Non
     return number
 
 
-def to_integer(value: object) -> int | None:
-    """Return an integer of Python or NumPy as an int, and None for anything else; a bool is not an integer."""
-    return None if isinstance(value, bool) or not isinstance(value, numbers.Integral) else int(value)
+def to_integer(value: Any) -> int | None:
+    """Return an integer of Python, NumPy or JAX as an int, and None for anything else; a bool is not an integer."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
 
 
 def unknown(given: Iterable[str], known: Collection[str]) -> list[str]:

@@ -34,12 +34,6 @@ def add(commands: Any) -> None:
     add("--weight", action="append", metavar="NAME", help="a weight of the first column (default: all)")
     add("--by", choices=("auto", "xla"), action="append", help="implementation (default: both)")
 
-    add = _add_command(bench, "convert", "convert layers of the true dimensions to NVFP4, beside cp (20 GB disk)")
-    add("--layers", default="1+1", metavar="N+M", help="dense and MoE layers (default: 1+1, 12 GB in FP8)")
-    add("--source", choices=("fp8", "nvfp4"), action="append", help="format to start from (default: both in turn)")
-    add("--max-memory", default="8GB", metavar="SIZE", help="limit of the conversion (default: 8GB)")
-    add("--folder", help="where the checkpoints are written (default: the temporary folder)")
-
 
 def _add_command(bench: Any, name: str, summary: str) -> Callable[..., Any]:
     """Add the parser of one bench, and return the function that adds its options."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint.companions import read_tokenizer
 from ..config import Config
-from ..errors import CheckpointError, UsageError, listing, require
+from ..errors import CheckpointError, UsageError, listing, require, to_integer
 from ..system.files import expand_path
 from . import template
 from .template import Mark, Sampled
@@ -137,8 +137,7 @@ class Tokenizer:
     def check_ids(self, ids: Iterable[int], name: str) -> list[int]:
         """Return `ids` as ints. Raises UsageError, which calls them `name`, unless all are in the vocabulary."""
         ids = list(ids)
-        wrong = [i for i in ids if isinstance(i, bool) or not hasattr(i, "__index__") or not 0 <= i < self.vocab_size]
-        if wrong:
+        if wrong := [i for i in ids if to_integer(i) not in range(self.vocab_size)]:
             raise UsageError(
                 f"{len(wrong)} of {len(ids)} {name} are outside the vocabulary of 0..{self.vocab_size - 1}: "
                 f"{listing(wrong, 5)}"

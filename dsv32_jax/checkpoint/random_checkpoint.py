@@ -20,12 +20,6 @@ DENSE_MATRICES = ("embed_tokens", "lm_head", "shared_head", "mlp.gate.", "weight
 
 ORIGINALS = {path: name for name, _, path in MODEL}
 
-SHARD_BYTES = 1_000_000_000
-"""Bytes of a shard of `write_large`, about."""
-
-Shard = dict[str, np.ndarray]
-"""Tensors by their names."""
-
 
 def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> None:
     """Write config.json, three shards and their index to `folder`, which must not exist.
@@ -33,31 +27,12 @@ def write(folder: Path, cfg: Config, storage: str = "nvfp4", seed: int = 0) -> N
     `storage` of the linear layers is "bf16", "fp8", "nvfp4" (ModelOpt's names) or "compressed-tensors" (NVFP4). The
     tensors of one layer are spread over the shards, as in large checkpoints.
     """
-    shards: list[Shard] = [{}, {}, {}]
-    sources = _list_sources(cfg)
+    shards: list[dict[str, np.ndarray]] = [{}, {}, {}]
+    sources = {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(lambda name: _generate(sources[name], name, storage, seed), sources)
         for i, (name, array) in enumerate(itertools.chain.from_iterable(found)):
             shards[i % len(shards)][name] = np.ascontiguousarray(array)
-    _write_shards(folder, cfg, shards)
-
-
-def write_large(folder: Path, cfg: Config, storage: str) -> None:
-    """Write the same in shards of about 1 GB, where weights of one shape are equal: this takes little time, and memory
-    for one weight of each shape and for two shards."""
-    shards: list[Shard] = [{}]
-    generated: dict[tuple[tuple[int, ...], bool], Shard] = {}
-    for name, leaf in _list_sources(cfg).items():
-        kind = leaf.source_shape, is_quantized(leaf)
-        if kind not in generated:
-            generated[kind] = {key.removeprefix(name): array for key, array in _generate(leaf, name, storage, 0)}
-        shards[-1] |= {name + suffix: array for suffix, array in generated[kind].items()}
-        if sum(array.nbytes for array in shards[-1].values()) > SHARD_BYTES:
-            shards.append({})
-    _write_shards(folder, cfg, [shard for shard in shards if shard])
-
-
-def _write_shards(folder: Path, cfg: Config, shards: list[Shard]) -> None:
     folder.mkdir(parents=True)
     weight_map = {}
     for i, shard in enumerate(shards, 1):
@@ -68,10 +43,6 @@ def _write_shards(folder: Path, cfg: Config, shards: list[Shard]) -> None:
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
     (folder / "config.json").write_text(json.dumps(cfg.to_dict(), indent=1))
-
-
-def _list_sources(cfg: Config) -> dict[str, Leaf]:
-    return {name: leaf for leaf in leaves(cfg) for name in leaf.sources}
 
 
 def _generate(leaf: Leaf, name: str, storage: str, seed: int) -> list[tuple[str, np.ndarray]]:

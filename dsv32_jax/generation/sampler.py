@@ -5,7 +5,6 @@ the smallest logit to keep is found by bisection over the 2^32 ordered float32 v
 """
 
 import dataclasses
-import operator
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UsageError, argument, listing, pluralize
+from ..errors import UsageError, argument, listing, pluralize, to_integer
 from ..system.summary import Summarized
 from .options import Sampling
 
@@ -69,7 +68,7 @@ def make_params(
     def column(values: Any, dtype: Any = np.float32) -> Any:
         return np.array(list(values), dtype)
 
-    params = SamplerParams(
+    return SamplerParams(
         temperature_B=column(one.temperature if one.temperature >= SMALLEST else 0 for one in samplings),
         top_k_B=column((one.top_k or vocab_size for one in samplings), np.int32),
         top_p_B=column(max(one.top_p, SMALLEST) for one in samplings),
@@ -85,7 +84,6 @@ def make_params(
         min_answer_B=column([min_answer] * rows, np.int32),
         thoughts_end_B=column([thoughts_end] * rows, np.int32),
     )
-    return params
 
 
 def bias_row(sampling: Sampling, vocab_size: int, tokens: int) -> np.ndarray:
@@ -109,20 +107,12 @@ def bias_row(sampling: Sampling, vocab_size: int, tokens: int) -> np.ndarray:
 
 def check_ids(name: str, ids: Collection[int], vocab_size: int) -> list[int]:
     """Return `ids` as ints. Raises UsageError that lists those outside the vocabulary."""
-    wrong = [token for token in ids if isinstance(token, bool) or not _is_id(token, vocab_size)]
-    if wrong:
+    if wrong := [token for token in ids if to_integer(token) not in range(vocab_size)]:
         raise UsageError(
             f"{argument(name)} holds {pluralize(len(wrong), 'id')} outside the vocabulary of 0..{vocab_size - 1}: "
             f"{listing(wrong, 5)}"
         )
-    return [operator.index(token) for token in ids]
-
-
-def _is_id(token: Any, vocab_size: int) -> bool:
-    try:
-        return 0 <= operator.index(token) < vocab_size
-    except TypeError:
-        return False
+    return list(map(int, ids))
 
 
 def process_logits(

@@ -3,7 +3,6 @@
 Each check returns its argument in the form that the model takes; tracers are returned unchecked.
 """
 
-import operator
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..config import Config
-from ..errors import UsageError, argument, listing, pluralize, require_integer
+from ..errors import UsageError, argument, listing, pluralize, require_integer, to_integer
 from .cache import Cache
 
 NOT_ROWS = (str, bytes, dict, set, frozenset)
@@ -64,13 +63,9 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
 
 
 def _token_id(token: Any, row: int, position: int) -> int:
-    wrong = UsageError(f"prompt {row} has {token!r} at position {position}; token ids must be integers")
-    if isinstance(token, bool | np.bool_):
-        raise wrong
-    try:
-        return operator.index(token)
-    except TypeError:
-        raise wrong from None
+    if (number := to_integer(token)) is None:
+        raise UsageError(f"prompt {row} has {token!r} at position {position}; token ids must be integers")
+    return number
 
 
 def _check_vocabulary(rows: list[list[int]], vocab_size: int) -> None:
