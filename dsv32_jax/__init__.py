@@ -15,7 +15,7 @@ from .system.lazy import attach
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from . import chat as chat, convert as convert, evaluation as evaluation, inspect as inspect
+    from . import chat as chat, evaluation as evaluation, inspect as inspect
     from .checkpoint.load import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
@@ -29,6 +29,6 @@ if TYPE_CHECKING:
     from .model.model import Model as Model, Output as Output, forward as forward
     from .parallel.sharding import mesh as mesh
 
-__getattr__, __dir__ = attach(__name__, __file__)
+__getattr__, __dir__ = attach(__name__, __file__, "convert")
 
 __all__ = [*__dir__(), "__version__"]

@@ -37,7 +37,7 @@ WITHOUT_JAX = (
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.reader checkpoint.writer "
     "checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.placements bench.measure chat.encoding "
-    "chat.parsing chat.tokenizer chat.conversation cli.parsers cli.terminal"
+    "chat.lenient_parser chat.tokenizer chat.conversation cli.parsers cli.terminal"
 ).split()
 """What `--help`, dry runs, the converter's plan and the demo's first half stand on."""
 

@@ -9,9 +9,10 @@ prompt    = chat.prepare(messages, tokenizer, thinking=True)
 gen       = generate(model, [prompt.ids], tokenizer=tokenizer)
 """
 
-from ..generation.text_stream import Detokenizer as Detokenizer, StopStrings as StopStrings
+from ..generation.detokenizer import Detokenizer as Detokenizer, StopStrings as StopStrings
 from .conversation import Conversation as Conversation, Prompt as Prompt, prepare as prepare
 from .encoding import encode as encode
+from .lenient_parser import parse_lenient as parse_lenient
 from .messages import EncodingError as EncodingError
-from .parsing import ParsingError as ParsingError, parse as parse, parse_lenient as parse_lenient
+from .strict_parser import ParsingError as ParsingError, parse as parse
 from .tokenizer import Tokenizer as Tokenizer

@@ -5,12 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
 from ..errors import UsageError, pluralize, require
-from ..generation.text_stream import require_tokenizer
+from ..generation.detokenizer import require_tokenizer
 from . import template
 from .encoding import encode, encode_pieces
-from .messages import Message, find_pending, require_results, require_turn
-from .parsing import parse_lenient
+from .lenient_parser import parse_lenient
+from .messages import Message
 from .tokenizer import Tokenizer
+from .tool_calls import find_pending, require_results, require_turn
 
 
 @dataclasses.dataclass(frozen=True)

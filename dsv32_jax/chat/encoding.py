@@ -11,17 +11,16 @@ from .messages import (
     Fault,
     InvalidMessage,
     Message,
-    get_calls,
     get_schemas,
     get_text,
-    pair_results,
     rename_aliases,
+    require_encodable,
     require_fields,
     require_messages,
-    require_sayable,
     to_json,
 )
 from .template import Mark
+from .tool_calls import get_calls, pair_results
 
 ROLES = tuple(FIELDS)
 
@@ -91,7 +90,7 @@ def encode_pieces(messages, *, thinking, tools=None, context=(), drop_thinking=T
         if drop_thinking and encoder.drops(position):
             continue
         try:
-            pieces += require_sayable(encoder.encode(position))
+            pieces += require_encodable(encoder.encode(position))
         except InvalidMessage as error:
             index = position - first if position >= first else None
             name = "tools" if index is None else f"message {index} ({encoder.roles[position]:.40})"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..generation import text_stream
+from ..generation import detokenizer
 
 
 class Mark(str):
@@ -27,8 +27,8 @@ BOS = Mark("<｜begin▁of▁sentence｜>")
 EOS = Mark("<｜end▁of▁sentence｜>")
 USER = Mark("<｜User｜>")
 ASSISTANT = Mark("<｜Assistant｜>")
-THINK = Mark(text_stream.THINK)
-THINK_END = Mark(text_stream.THINK_END)
+THINK = Mark(detokenizer.THINK)
+THINK_END = Mark(detokenizer.THINK_END)
 DSML = Mark("｜DSML｜")
 
 SPECIAL = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterable
 
-from ..chat.answer_parts import ARGUMENTS, CALL, CONTENT, AnswerParts, Piece
+from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, Piece, StreamingParser
 from ..errors import pluralize
 from ..generation.result import Stats
 from .terminal import Screen
@@ -14,7 +14,7 @@ class AnswerView:
 
     def __init__(self, screen: Screen, *, thinking: bool, hide_reasoning: bool):
         self._screen, self._hide_reasoning = screen, hide_reasoning
-        self._parts = AnswerParts(thinking=thinking)
+        self._parts = StreamingParser(thinking=thinking)
         self._part, self._last_char = self._parts.part, ""
         self._tokens, self._start = 0, time.perf_counter()
 

@@ -9,8 +9,8 @@ from typing import Any
 
 from ..chat import Conversation, Tokenizer, template
 from ..chat.encoding import encode_pieces
+from ..chat.lenient_parser import UNENDED
 from ..chat.messages import to_json
-from ..chat.parsing import UNENDED
 from ..errors import UsageError, pluralize
 from ..generation.options import Sampling
 from ..generation.result import Generation

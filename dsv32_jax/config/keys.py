@@ -153,7 +153,7 @@ def rename(raw: dict[str, Any], problems: list[str]) -> dict[str, Any]:
             continue
         inner: dict[str, Any] = dict(raw.get(parent) or {"type": "yarn"}) if parent else raw
         if inner.setdefault(key, value) != value:
-            problems.append(f"{name} is {value!r}, but {target} is {inner[key]!r}{_explain_way(name)}")
+            problems.append(f"{name} is {value!r}, but {target} is {inner[key]!r}{_suggest_ignoring(name)}")
         if parent:
             inner.setdefault("mscale_all_dim", inner.get("mscale", 1.0))
             raw[parent] = inner
@@ -210,7 +210,7 @@ def drop_neutral(raw: dict[str, Any], known: Collection[str], prefix: str, probl
         where = f" in {prefix[:-1]}" if prefix else ""
         problems.append(
             f"unknown keys{where} ({len(changing)}), which may change the model: {listing(changing, 20)}"
-            + _explain_way(prefix + changing[0])
+            + _suggest_ignoring(prefix + changing[0])
         )
 
 
@@ -224,10 +224,10 @@ def find_disagreements(raw: dict[str, Any], cfg: Any) -> Iterator[str]:
     for key, (what, allowed) in REPEATED.items():
         if raw.get(key) is not None and raw[key] not in allowed(cfg):
             values = " or ".join(map(repr, allowed(cfg)))
-            yield f"{key} is {raw[key]!r:.200}, but {what} says {values:.300}{_explain_way(key)}"
+            yield f"{key} is {raw[key]!r:.200}, but {what} says {values:.300}{_suggest_ignoring(key)}"
 
 
-def _explain_way(key: str) -> str:
+def _suggest_ignoring(key: str) -> str:
     return f" (if the model does not depend on it, convert with {argument('ignore_config', key)})"
 
 

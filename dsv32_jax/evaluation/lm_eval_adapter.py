@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import encode, template
-from ..chat.messages import require_turn
+from ..chat.tool_calls import require_turn
 from ..errors import UsageError, listing, pluralize, require_integer
 from ..generation.generate import generate
 from ..generation.options import Sampling

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from ..checkpoint.companions import GENERATION, read_sampling
-from ..errors import COMMAND_LINE, CheckpointError, UsageError, argument, listing, pluralize, to_integer, unknown
+from ..errors import COMMAND_LINE, CheckpointError, UsageError, argument, listing, pluralize, unknown
 from ..system.files import expand_path
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -176,7 +176,7 @@ def check(name: str, spec: Spec, value: Any, low: float = -math.inf, high: float
     if value is None and spec.unset:
         return None
     if spec.kind in ("count", "number"):
-        number = to_integer(value) if spec.kind == "count" else as_number(value)
+        number = as_number(value, numbers.Integral if spec.kind == "count" else numbers.Real)
         if number is None or not low <= number <= high:
             what = "an integer" if spec.kind == "count" else "a number"
             limits = f", {low} or more" if high == math.inf else f" from {low} to {high}"
@@ -196,14 +196,15 @@ def check_option(name: str, value: Any, low: float = -math.inf, high: float = ma
     return check(name, specs(Options)[name], value, low, high)
 
 
-def as_number(value: Any) -> float | None:
-    """Return a number of Python or NumPy as a float; None unless it is finite."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+def as_number(value: Any, kind: type = numbers.Real) -> Any:
+    """Return `value`, Python's or NumPy's, as an int or a float; None unless it is a finite number of this kind."""
+    if isinstance(value, bool) or not isinstance(value, kind):
         return None
     try:
-        return number if math.isfinite(number := float(value)) else None
+        number = int(value) if kind is numbers.Integral else float(value)
     except OverflowError:
         return None
+    return number if isinstance(number, int) or math.isfinite(number) else None
 
 
 def _is_bias(value: Any) -> bool:
@@ -213,7 +214,7 @@ def _is_bias(value: Any) -> bool:
 
 def _check_seed(value: Any) -> int | tuple[int, ...]:
     many = isinstance(value, Iterable) and not isinstance(value, str)
-    seeds = [to_integer(seed) for seed in (value if many else [value])]
+    seeds = [as_number(seed, numbers.Integral) for seed in (value if many else [value])]
     if not seeds or any(seed is None or not 0 <= seed < 2**63 for seed in seeds):
         raise UsageError(f"{argument('seed')} must be an integer below 2^63, or one for each prompt, not {value!r}")
     return tuple(seeds) if many else seeds[0]

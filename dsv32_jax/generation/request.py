@@ -11,10 +11,10 @@ from ..config import Config
 from ..errors import UsageError, argument, pluralize
 from ..model import cache, validation
 from ..model.model import Model
+from .detokenizer import THINK, THINK_END, StopStrings, read_tag, require_tokenizer
 from .options import Options, Sampling, check_option
 from .pages import PAGE
 from .sampler import bias_row, check_ids
-from .text_stream import THINK, THINK_END, StopStrings, read_tag, require_tokenizer
 
 SMALLEST_BUCKET = 16
 

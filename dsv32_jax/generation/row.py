@@ -4,10 +4,10 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+from .detokenizer import Detokenizer
 from .options import Sampling
 from .request import Request
 from .result import Generation, Stats, Token, TopLogprobs
-from .text_stream import Detokenizer
 
 
 class Row:

@@ -29,14 +29,13 @@ if TYPE_CHECKING:
     )
     from .traces import Trace as Trace
     from .trees import Tree as Tree, tree as tree
-    from .weights import (
-        Folder as Folder,
+    from .weight_statistics import (
         Statistics as Statistics,
-        StoredWeight as StoredWeight,
         count_clipped as count_clipped,
         expert_errors as expert_errors,
         statistics as statistics,
     )
+    from .weights import Folder as Folder, StoredWeight as StoredWeight
 
 __getattr__, __dir__ = attach(__name__, __file__)
 

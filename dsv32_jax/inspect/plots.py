@@ -14,7 +14,7 @@ from ..errors import UsageError
 from ..quantization.quantize import E2M1, E4M3
 from .placements import Placement
 from .traces import Trace
-from .weights import Statistics
+from .weight_statistics import Statistics
 
 if TYPE_CHECKING:
     from .patching import Patching
@@ -268,8 +268,8 @@ def sharding(placement: Placement) -> Picture:
     axes_split = [axis for axis, name in enumerate(split) if name is not None]
     down = axes_split[0] if axes_split else 0
     across = axes_split[1] if len(axes_split) > 1 else next(axis for axis in range(len(shape)) if axis != down)
-    labels = (f"{letters[axis]} ({split[axis] or 'whole'})" for axis in (across, down))
-    picture = Picture(*labels, 3.4)
+    xlabel, ylabel = (f"{letters[axis]} ({split[axis] or 'whole'})" for axis in (across, down))
+    picture = Picture(xlabel, ylabel, 3.4)
     axes = picture.axes
     where: dict[tuple, list[int]] = {}
     for device, shard in enumerate(shards):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from ..quantization.formats import Weight, exact
+from ..quantization.formats import Weight, split_scale
 from ..system import host
 
 BLOCK = (1, 256)
@@ -40,7 +40,7 @@ def einsum(spec: str, x: jax.Array, w: Weight) -> jax.Array:
 
     It is multiplied in x's dtype, in which a weight without its tensor scale is exact; that scale multiplies the sums.
     """
-    values, scale = exact(w, x.dtype)
+    values, scale = split_scale(w, x.dtype)
     return dot(*_join_contracted(spec, x, values)) * scale.reshape(())
 
 

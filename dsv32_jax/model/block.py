@@ -1,6 +1,7 @@
-"""A decoder layer: attention and feed-forward, each normed before and added to the residual stream."""
+"""A decoder layer: attention and feed-forward, dense or MoE, each normed before and added to the residual stream."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -8,13 +9,14 @@ import numpy as np
 from flax import nnx
 
 from ..config import Config
+from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from .attention import attention
 from .cache import LayerCache
 from .indexer import Indexer
 from .mla import MLA
-from .moe import MLP, MoE, Routing
-from .ops import rms_norm
+from .moe import MoE, Routing
+from .ops import einsum32, rms_norm, swiglu
 from .summary import Module
 
 
@@ -35,6 +37,21 @@ class Seen(Summarized):
     index_score_BTS: jax.Array
     selected_BTk: jax.Array
     routing: Routing | None
+
+
+@dataclasses.dataclass(eq=False, repr=False)
+class MLP(Module):
+    """The dense feed-forward of the first layers."""
+
+    cfg: Config
+    w_gate_FD: Weight = nnx.data()
+    w_up_FD: Weight = nnx.data()
+    w_down_DF: Weight = nnx.data()
+
+    def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, None]:
+        """Return float32 [B, T, D], and no routing."""
+        up, down = partial(einsum32, "BTD,FD->BTF"), partial(einsum32, "BTF,DF->BTD")
+        return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, up, down), None
 
 
 @dataclasses.dataclass(eq=False, repr=False)

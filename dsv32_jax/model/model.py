@@ -17,11 +17,11 @@ from ..parallel.partition import format_mesh
 from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from . import block, validation
-from .block import Block, Seen
+from .block import MLP, Block, Seen
 from .cache import Cache, LayerCache, empty
 from .indexer import Indexer
 from .mla import MLA
-from .moe import MLP, MoE
+from .moe import MoE
 from .mtp import MTP
 from .ops import einsum32, look_up, rms_norm
 from .summary import Module, tabulate

@@ -1,4 +1,4 @@
-"""Feed-forward layers: dense, and the mixture of experts with its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
+"""The mixture of experts and its gate (DeepSeek-V3, arXiv 2412.19437, 2.1.2)."""
 
 import dataclasses
 from functools import partial
@@ -13,7 +13,7 @@ from ..parallel.sharding import map_rows
 from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from .experts import Matrices, mix_experts, mix_experts_on_mesh
-from .ops import einsum32, swiglu
+from .ops import einsum32
 from .summary import Module
 
 
@@ -24,21 +24,6 @@ class Routing(Summarized):
 
     expert_BTX: jax.Array
     gate_BTX: jax.Array
-
-
-@dataclasses.dataclass(eq=False, repr=False)
-class MLP(Module):
-    """The dense feed-forward of the first layers."""
-
-    cfg: Config
-    w_gate_FD: Weight = nnx.data()
-    w_up_FD: Weight = nnx.data()
-    w_down_DF: Weight = nnx.data()
-
-    def __call__(self, h_BTD: jax.Array) -> tuple[jax.Array, None]:
-        """Return float32 [B, T, D], and no routing."""
-        up, down = partial(einsum32, "BTD,FD->BTF"), partial(einsum32, "BTF,DF->BTD")
-        return swiglu(h_BTD, self.w_gate_FD, self.w_up_FD, self.w_down_DF, up, down), None
 
 
 @dataclasses.dataclass(eq=False, repr=False)

@@ -3,6 +3,7 @@
 Each check returns its argument in the form that the model takes; tracers are returned unchecked.
 """
 
+import operator
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..config import Config
-from ..errors import UsageError, argument, listing, pluralize, require_integer, to_integer
+from ..errors import UsageError, argument, listing, pluralize, require_integer
 from .cache import Cache
 
 NOT_ROWS = (str, bytes, dict, set, frozenset)
@@ -63,9 +64,12 @@ def check_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
 
 
 def _token_id(token: Any, row: int, position: int) -> int:
-    if (number := to_integer(token)) is None:
-        raise UsageError(f"prompt {row} has {token!r} at position {position}; token ids must be integers")
-    return number
+    try:
+        if not isinstance(token, bool):
+            return operator.index(token)
+    except TypeError:
+        pass
+    raise UsageError(f"prompt {row} has {token!r} at position {position}; token ids must be integers")
 
 
 def _check_vocabulary(rows: list[list[int]], vocab_size: int) -> None:

@@ -84,7 +84,7 @@ def dequantize(w: Weight, dtype) -> jax.Array:
             return w.astype(dtype)
 
 
-def exact(w: Weight, dtype) -> tuple[jax.Array, jax.Array]:
+def split_scale(w: Weight, dtype) -> tuple[jax.Array, jax.Array]:
     """Split `w` into values, which are exact in bfloat16 and float32, and a scale.
 
     The scale is the tensor scale of NVFP4, which multiplies sums of products in float32; for other formats it is 1.

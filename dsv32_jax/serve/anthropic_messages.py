@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..chat import Tokenizer
-from ..chat.answer_parts import ARGUMENTS, CALL, CONTENT, REASONING, Piece
 from ..chat.messages import is_json, to_json
+from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, REASONING, Piece
 from . import fields
 from .choice import Call, Choice
 from .driver import Arrival, Job

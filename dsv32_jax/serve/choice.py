@@ -3,7 +3,7 @@
 import dataclasses
 import secrets
 
-from ..chat.answer_parts import ARGUMENTS, CALL, CONTENT, REASONING, AnswerParts, Piece
+from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, REASONING, Piece, StreamingParser
 from ..generation.result import Token
 from .driver import Arrival
 
@@ -27,7 +27,7 @@ class Choice:
     def __init__(self, index: int, thinking: bool | None):
         self.index, self.thinking, self.tokens = index, thinking, list[Token]()
         self.text, self.calls = {REASONING: "", CONTENT: ""}, list[Call]()
-        self.parts = None if thinking is None else AnswerParts(thinking=thinking)
+        self.parts = None if thinking is None else StreamingParser(thinking=thinking)
         self.ended: str | None = None
 
     def add(self, arrival: Arrival) -> list[Piece]:

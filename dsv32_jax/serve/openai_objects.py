@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..chat import Tokenizer
-from ..chat.answer_parts import ARGUMENTS, CALL, CONTENT, Piece
+from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, Piece
 from ..generation.result import Token
 from .choice import Call, Choice
 from .driver import Arrival, Job

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from ..chat import Tokenizer, template
-from ..chat.answer_parts import CONTENT, REASONING
 from ..chat.messages import Message
+from ..chat.streaming_parser import CONTENT, REASONING
 from ..chat.template import Sampled
 from .choice import Call, Choice
 

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from dsv32_jax.layout import COPIES
-from dsv32_jax.model.block import Block
+from dsv32_jax.model.block import MLP, Block
 from dsv32_jax.model.experts import apply_shared_expert
 from dsv32_jax.model.indexer import Indexer, index_scores
 from dsv32_jax.model.mla import MLA, softmax_scale
 from dsv32_jax.model.model import Model, build
-from dsv32_jax.model.moe import MLP, MoE
+from dsv32_jax.model.moe import MoE
 from dsv32_jax.model.ops import dot, einsum, einsum32, rms_norm, rotation
 
 

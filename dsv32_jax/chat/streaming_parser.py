@@ -8,10 +8,10 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from ..generation.text_stream import CALLS_START, StopStrings
+from ..generation.detokenizer import CALLS_START, StopStrings
 from . import template
+from .lenient_parser import DroppedCall, read_value
 from .messages import is_json, to_json
-from .parsing import Dropped, read_value
 
 REASONING, CONTENT, CALL, ARGUMENTS = "reasoning", "content", "call", "arguments"
 
@@ -30,7 +30,7 @@ class Piece(NamedTuple):
     text: str
 
 
-class AnswerParts:
+class StreamingParser:
     """Splits one completion.
 
     part      the one that the next text belongs to; CALL from the first tool call on
@@ -76,13 +76,13 @@ class AnswerParts:
         yield Piece(REASONING, self._stops.add(text))
         if self._stops.hit is not None:
             self.part = CONTENT
-            yield self._go_on(self._read_content, *CALLS_START)
+            yield self._switch_to(self._read_content, *CALLS_START)
 
     def _read_content(self, text: str) -> Iterator[Piece | str]:
         yield Piece(CONTENT, self._stops.add(text))
         if self._stops.hit is not None:
             self.part = CALL
-            yield self._go_on(self._read_opening)
+            yield self._switch_to(self._read_opening)
 
     def _read_between(self, text: str) -> Iterator[Piece | str]:
         """Between tags only space is expected, or the arguments of a call as one JSON object."""
@@ -90,7 +90,7 @@ class AnswerParts:
         if self.is_whole and self._stray.strip():
             yield self._take_stray()
         if self._stops.hit is not None:
-            yield self._go_on(self._read_opening if self._stops.hit == OPEN else self._read_closing)
+            yield self._switch_to(self._read_opening if self._stops.hit == OPEN else self._read_closing)
 
     def _read_opening(self, text: str) -> Iterator[Piece | str]:
         tag, rest = self._complete(text)
@@ -99,20 +99,20 @@ class AnswerParts:
         kind, quoted, is_string = found.groups("") if (found := OPENING.fullmatch(tag)) else ("", "", "")
         name = quoted[1:-1]
         if not kind or bool(quoted) == (kind == "function_calls") or self.is_whole == (kind == "parameter"):
-            yield self._break(f"the tag {tag[:60]!r} is malformed or misplaced")
+            yield self._reject(f"the tag {tag[:60]!r} is malformed or misplaced")
         elif kind == "parameter" and (name in self._keys or self._stray.strip()):
-            yield self._break(f"{name!r} appears twice, or after other text")
+            yield self._reject(f"{name!r} appears twice, or after other text")
         elif kind == "parameter":
             self._key, self._is_string, self._value = name, is_string == "true", ""
             yield Piece(ARGUMENTS, f"{', ' if self._keys else '{'}{to_json(name)}: " + '"' * self._is_string)
             self._keys.append(name)
-            yield self._go_on(self._read_value, VALUE_END, rest=rest)
+            yield self._switch_to(self._read_value, VALUE_END, rest=rest)
         else:
             if kind == "invoke":
                 self.is_whole, self.calls, self._keys = False, self.calls + 1, []
                 yield Piece(CALL, name)
             self._stray = ""
-            yield self._go_on(self._read_between, OPEN, CLOSE, rest=rest)
+            yield self._switch_to(self._read_between, OPEN, CLOSE, rest=rest)
 
     def _read_value(self, text: str) -> Iterator[Piece | str]:
         value = self._stops.add(text)
@@ -124,9 +124,9 @@ class AnswerParts:
         try:
             yield Piece(ARGUMENTS, '"' if self._is_string else read_value(self._key, self._value, self.warnings))
             self._tag = "parameter"
-            yield self._go_on(self._read_closing)
-        except Dropped as reason:
-            yield self._break(str(reason))
+            yield self._switch_to(self._read_closing)
+        except DroppedCall as reason:
+            yield self._reject(str(reason))
 
     def _read_closing(self, text: str) -> Iterator[Piece | str]:
         tag, rest = self._complete(text)
@@ -135,18 +135,18 @@ class AnswerParts:
         if tag.strip() == "invoke" and not self.is_whole:
             whole = self._stray.strip()
             if whole and (self._keys or not (whole.startswith("{") and is_json(whole))):
-                yield self._break("text beside its parameters")
+                yield self._reject("text beside its parameters")
                 return
             if whole:
                 self.warnings.append(f"tool call {self.calls - 1}: its arguments are written as a JSON object")
             self.is_whole = True
             yield Piece(ARGUMENTS, "}" if self._keys else whole or "{}")
         elif tag.strip() != "parameter" and (tag.strip() != "function_calls" or not self.is_whole):
-            yield self._break(f"the tag {'/' + tag[:60]!r} is malformed or misplaced")
+            yield self._reject(f"the tag {'/' + tag[:60]!r} is malformed or misplaced")
             return
         if self.is_whole:
             self._stray = ""
-        yield self._go_on(self._read_between, OPEN, CLOSE, rest=rest)
+        yield self._switch_to(self._read_between, OPEN, CLOSE, rest=rest)
 
     def _ignore(self, text: str) -> Iterator[Piece | str]:
         """Return nothing of what follows a malformed call, because it may belong to it."""
@@ -166,12 +166,12 @@ class AnswerParts:
         stray, self._stray = self._stray, ""
         return Piece(CONTENT, stray)
 
-    def _break(self, reason: str) -> str:
+    def _reject(self, reason: str) -> str:
         self.is_whole = False
         self.warnings.append(f"tool call {max(0, self.calls - 1)}: {reason}. What follows was ignored")
-        return self._go_on(self._ignore)
+        return self._switch_to(self._ignore)
 
-    def _go_on(self, read, *stops: str, rest: str | None = None) -> str:
+    def _switch_to(self, read, *stops: str, rest: str | None = None) -> str:
         """Read what follows, which is returned, in another way."""
         rest = self._stops.rest if rest is None else rest
         self._read, self._stops = read, StopStrings(stops)

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 
 from dsv32_jax import chat
 from dsv32_jax.chat import template
-from dsv32_jax.chat.answer_parts import ARGUMENTS, CALL, AnswerParts
+from dsv32_jax.chat.streaming_parser import ARGUMENTS, CALL, StreamingParser
 from tests.chat.dialogues import answers
 
 CALLS = "\n\n<｜DSML｜function_calls>\n"
@@ -16,9 +16,9 @@ X = '<｜DSML｜parameter name="x" string="false">1</｜DSML｜parameter>\n'
 CLOSED = "</｜DSML｜invoke>\n</｜DSML｜function_calls>"
 
 
-def read(text: str, thinking: bool, cuts=()) -> tuple[list[tuple[str, str]], AnswerParts]:
+def read(text: str, thinking: bool, cuts=()) -> tuple[list[tuple[str, str]], StreamingParser]:
     """The parts of a text that comes in pieces, those of one part joined."""
-    parts, found = AnswerParts(thinking=thinking), []
+    parts, found = StreamingParser(thinking=thinking), []
     places = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     pieces = [text[start:end] for start, end in zip(places, places[1:], strict=False)]
     for part, piece in [*(one for some in pieces for one in parts.add(some)), *parts.end()]:
