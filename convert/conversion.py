@@ -44,8 +44,7 @@ from .transform.requantize import find_partners, sum_odd_scales, summarize_error
 from .write.differences import read_finished
 from .write.journal import Journal, require_ours, require_same_bytes
 from .write.pipeline import HashingReader, Pipeline
-from .write.saved_matrices import FOLDER as MATRICES
-from .write.saved_matrices import SavingRequantizer
+from .write.saved_matrices import FOLDER as MATRICES, SavingRequantizer
 
 
 class Options(TypedDict, total=False):
