@@ -17,7 +17,7 @@ from dsv32_jax.inspect import edit
 from dsv32_jax.kernels import cpu
 from dsv32_jax.model import model as model_module
 from dsv32_jax.system.compilation import count_compilations
-from tests import models
+from tests import edit_cost, models
 
 TOKENS = [[0, *range(5, 45)]]
 """Twice as long as index_topk."""
@@ -189,6 +189,28 @@ def test_another_value_compiles_nothing(model, direction):
         with count_compilations() as compiled:
             hidden(edited)
         assert compiled.count == 0, name
+
+
+def test_an_edit_costs_at_most_a_hundredth_of_a_step():
+    """At true dimensions: experts off run the very program, a direction after every layer adds little to it."""
+    model = edit_cost.shape_model(edit_cost.true_dimensions(1, 1))
+    edits = edit_cost.make_edits(model)
+    plain, off, direction = (edit_cost.make_step(one).program for one in (model, *edits.values()))
+    assert list(edits) == ["experts off", "direction"] and off.as_text() == plain.as_text()
+    before, after = edit_cost.count(plain), edit_cost.count(direction)
+    for name in edit_cost.COUNTED:
+        assert before[name] < after[name] <= 1.01 * before[name], name
+
+
+def test_ratios_of_one_round():
+    """The script that measures them: times of the same round are compared, so that a machine that slows cancels."""
+    steps = {"once": lambda: sum(range(100_000)), "twice": lambda: sum(range(200_000))}
+    times = edit_cost.measure(steps, 0.0)
+    assert all(found.shape == (3, 2) and (found > 0).all() for found in times.values())
+    slow = np.linspace(1, 9, 200) + np.random.default_rng(0).normal(0, 0.01, 200)
+    found = edit_cost.estimate_ratio(1.01 * slow, np.linspace(1, 9, 200))
+    assert found.low < found.median < found.high and found.high - found.low < 0.01
+    assert 1.005 < found.low and found.high < 1.015
 
 
 def test_edits_work_with_drafts_and_layerwise(model):
