@@ -2,7 +2,6 @@
 
 import dataclasses
 import sys
-import types
 
 import jax
 import jax.numpy as jnp
@@ -314,7 +313,7 @@ def test_norms_of_expert_outputs(model, trace, seen):
     assert np.isnan(trace["norm"][:, 1, trace["length"][1] :]).all()
 
 
-def test_tables(trace, monkeypatch):
+def test_tables(trace):
     """A record for each value that is not padding, with its place and token."""
     routing = trace.table("routing")
     assert routing.dtype.names == ("layer", "row", "position", "choice", "token", "expert", "gate")
@@ -330,9 +329,24 @@ def test_tables(trace, monkeypatch):
     )
     residual = trace.table("residual")
     assert len(residual) == trace["length"].sum() * trace.config.hidden_size
+    assert trace.table("layer")["layer"].tolist() == trace["layer"].tolist()
+    places = trace.table("position")
+    assert len(places) == trace["length"].sum() and places["token"][-1] == trace["tokens"][2, places["position"][-1]]
     assert residual[-1]["residual"] == trace["residual"][0, 2, -1, -1] and residual[-1]["position"] == 42
-    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=lambda table: table.dtype.names))
-    assert trace.frame("expert") == ("layer", "row", "position", "choice", "token", "expert")
+
+
+def test_frames(trace, monkeypatch):
+    """Every table as a DataFrame, with its columns, dtypes and values, to group and count by."""
+    for name in (*trace.kinds, *trace):
+        table, frame = trace.table(name), trace.frame(name)
+        assert tuple(frame.columns) == table.dtype.names and len(frame) == len(table)
+        for column in table.dtype.names:
+            assert frame[column].dtype == table[column].dtype
+            np.testing.assert_array_equal(frame[column].to_numpy(), table[column])
+    counts = trace.frame("routing").groupby(["layer", "expert"]).size()
+    assert counts.sum() == trace.count_experts().sum()
+    for (layer, expert), count in counts.items():
+        assert count == trace.count_experts()[layer - trace.config.first_k_dense_replace, expert]
     monkeypatch.setitem(sys.modules, "pandas", None)
     with pytest.raises(UsageError, match="pip install pandas"):
         trace.frame("expert")

@@ -13,7 +13,8 @@ from ..system.progress import format_size
 from .trace_arrays import ARRAYS, KINDS
 
 COLUMNS = {"l": "layer", "m": "layer", "s": "layer", "r": "row", "t": "position", "p": "position", "D": "dimension"}
-"""The column of each axis. The others count a token's choices from 0."""
+"""The column of each axis. The others count a token's choices from 0. Arrays of these names, and tokens, are columns
+already."""
 
 
 def build(trace: Any, name: str) -> np.ndarray:
@@ -24,7 +25,8 @@ def build(trace: Any, name: str) -> np.ndarray:
     shape = max((array.shape for array in arrays.values()), key=len)
     token = [("token", np.int32)] if set(axes) & {"t", "p"} else []
     index = [(COLUMNS.get(axis, "choice"), np.int32) for axis in axes]
-    dtype = np.dtype([*index, *token, *((each, arrays[each].dtype) for each in names if each != "tokens")])
+    values = [each for each in names if each not in ("tokens", *dict(index))]
+    dtype = np.dtype([*index, *token, *((each, arrays[each].dtype) for each in values)])
     needed, free = math.prod(shape) * (dtype.itemsize + 8 * len(axes)), host.get_free_memory()
     if needed > free:
         raise CapacityError(
@@ -37,14 +39,14 @@ def build(trace: Any, name: str) -> np.ndarray:
         table[COLUMNS.get(axis, "choice")] = place
     if "s" in axes:
         table["layer"] = trace["layer"][table["layer"]]
+    if "p" in axes:
         table["position"] = trace["position"][table["row"], table["position"]]
     if "m" in axes:
         table["layer"] += trace.config.first_k_dense_replace
     if token:
         table["token"] = trace["tokens"][table["row"], table["position"]]
-    for each in names:
-        if each != "tokens":
-            table[each] = whole[each][at]
+    for each in values:
+        table[each] = whole[each][at]
     return table
 
 
