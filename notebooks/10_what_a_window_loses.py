@@ -15,7 +15,12 @@
 # the indexer is restricted to a window, in all layers and in one at a time, and the loss on held-out text compared.
 #
 # *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
-# `experts="host"`; `dsv32 fit` says what that takes. It selects 2048 positions: take texts of 8,000 tokens and more.
+# `experts="host"`. In NVFP4 it takes 411 GB on disk, once more converted, and in memory; `dsv32 fit` says what else.
+# It selects 2048 positions: take a longer text, `LENGTH` of 8,000 and more, and windows up to 2048.
+#
+# *Fixed by rule:* the first ten rows of the held-out file, windows of half the last down from what the model selects,
+# and the first four positions, of which others have written. *Chosen by hand, perhaps after looking:* the window of 32
+# in single layers.
 
 # %%
 import tempfile

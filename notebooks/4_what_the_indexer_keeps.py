@@ -15,7 +15,11 @@
 # positions, the real one 2048: take longer texts there.
 #
 # *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
-# `experts="host"`; `dsv32 fit` says what that takes.
+# `experts="host"`. In NVFP4 it takes 411 GB on disk, once more converted, and in memory; `dsv32 fit` says what else.
+#
+# *Fixed by rule:* the number of selected positions, which is the model's. *Chosen by hand, perhaps after looking:*
+# layer 3 of the first picture, where the texts begin, the needle, and the code that hides it: one example, which other
+# needles need not follow.
 
 # %%
 import tempfile
@@ -81,7 +85,7 @@ inspect.plots.attention_mass(mass, first=2 * topk)
 # By layer and position, in the first text:
 
 # %%
-inspect.plots.attention_mass_by_position(mass)
+inspect.plots.heat(100 * mass["mass_selected"][:, 0], "position", "layer", "attention mass kept (%)")
 
 # %% [markdown]
 # **All is kept as long as everything is selected, then less as the text grows.** Dark columns are tokens whose

@@ -11,8 +11,13 @@
 # # Meshes
 #
 # **Which device holds which part of a model?** Eight virtual CPU devices stand for eight accelerators; program and
-# placement are the same. *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and
-# leave out `XLA_FLAGS`; `dsv32 fit` says which mesh has room for it.
+# placement are the same.
+#
+# *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and leave out `XLA_FLAGS`. In
+# NVFP4 it takes 411 GB on disk and over all devices; `dsv32 fit` says which mesh has room for it.
+#
+# *Fixed by rule:* nothing here is a sample; sizes are counted. *Chosen by hand, perhaps after looking:* the weights and
+# meshes shown.
 #
 # The rule: each letter of a weight's name is an axis; E is split over the mesh axis "expert", H, F, M and V
 # over "model", rows of a batch over "data".
@@ -30,6 +35,8 @@ import numpy as np
 
 import dsv32_jax as ds
 from dsv32_jax import configs, convert, inspect
+from dsv32_jax.generation.weight_shapes import read_weight_shapes
+from dsv32_jax.parallel.partition import parse_mesh
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"
 MESH = "expert=4,model=2"
@@ -79,30 +86,49 @@ inspect.plots.sharding(inspect.placement(model.cfg, "layers.3.mla.w_uq_HNQ", MES
 # Bytes of weights on each of the eight devices, split (sharded over some axis) and replicated:
 
 # %%
-megabytes = {f"device {device.id}": {"replicated": 0.0, "split": 0.0} for device in jax.devices()}
+megabytes = {str(device.id): {"replicated": 0.0, "split": 0.0} for device in jax.devices()}
 for weight in jax.tree.leaves(model):
     for shard in weight.addressable_shards:
         kind = "replicated" if shard.data.shape == weight.shape else "split"
-        megabytes[f"device {shard.device.id}"][kind] += shard.data.nbytes / 1e6
-inspect.plots.stacks(megabytes, "weights (MB)")
+        megabytes[str(shard.device.id)][kind] += shard.data.nbytes / 1e6
+inspect.plots.stacks(megabytes, "weights (MB)", "device")
 
 # %% [markdown]
 # **All devices hold the same, and what is replicated, mostly embeddings and the indexer, is small beside what is
 # split.**
 #
-# And the parameters per device of the real model, in billions, by kind; this needs nothing but the configuration. In
-# NVFP4 a billion parameters of experts take 0.56 GB.
+# And the weights of the real model on each device, in NVFP4 as NVIDIA publishes it, by kind, with the memory of an H100
+# and an H200. This needs nothing but the configuration.
 
 # %%
-real = ds.Config.from_json(configs.path("deepseek_v32"))
-meshes = ("expert=8", "expert=4,model=2", "expert=16", "expert=8,model=2", "expert=32")
-counts = {mesh: {kind: n / 1e9 for kind, n in inspect.parameters_per_device(real, mesh).items()} for mesh in meshes}
-names = {mesh: mesh.replace(",", "\n") for mesh in meshes}
-inspect.plots.stacks({names[mesh]: parts for mesh, parts in counts.items()}, "parameters per device (billions)")
+shapes = read_weight_shapes(configs.path("deepseek_v32"))
+meshes = ("expert=4", "expert=8", "expert=4,model=2", "expert=16", "expert=32")
+
+
+def kind_of(path: str) -> str:
+    if path.startswith("mtp."):
+        return "MTP head"
+    kinds = {".mla.": "attention", ".indexer.": "attention", ".ffn.": "dense, shared"}
+    found = next((kind for mark, kind in kinds.items() if mark in path), "embedding, head")
+    return "experts" if shapes.table[path].stacked else found
+
+
+gigabytes = {}
+for mesh in meshes:
+    parts = dict.fromkeys(("embedding, head", "attention", "dense, shared", "MTP head", "experts"), 0.0)
+    for path, size in shapes.count_device_bytes(parse_mesh(mesh), "bfloat16").items():
+        parts[kind_of(path)] += size / 1e9
+    gigabytes[mesh.replace(",", "\n")] = parts
+picture = inspect.plots.stacks(gigabytes, "weights on each device (GB)", "mesh")
+for device, limit in {"H100": 80, "H200": 141}.items():
+    picture.axes.axhline(limit, color="black", linestyle="--", linewidth=1)
+    picture.axes.annotate(f"{device}, {limit} GB", (len(meshes) - 0.6, limit + 2), ha="right")
+picture.axes.set_ylim(0, 155)
+picture
 
 # %% [markdown]
 # **Experts are nearly everything, so splitting them helps most**, until attention, which only "model" splits, begins to
-# show. `dsv32 fit` counts bytes, caches and the temporary memory of a step against the memory of a device.
+# show. A column below the line has room for caches; `dsv32 fit` counts these and the temporary memory of a step too.
 #
 # ## The same tokens
 #

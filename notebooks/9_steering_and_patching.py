@@ -15,7 +15,13 @@
 # The first is asked by adding the direction, the second by putting parts of one run into another.
 #
 # *For the real checkpoint* set `SOURCE` to a DeepSeek-V3.2 folder in Hugging Face layout and give `ds.load` a mesh, or
-# `experts="host"`; `dsv32 fit` says what that takes. A patch is a prefill for each layer and position: choose `layers`.
+# `experts="host"`. In NVFP4 it takes 411 GB on disk, once more converted, and in memory; `dsv32 fit` says what else.
+# A patch is a prefill for each layer and position: choose `layers`.
+#
+# *Fixed by rule:* the texts of the direction, the first 4,096 tokens of each kind; the first 32 functions. *Chosen by
+# hand, perhaps after looking:* layer 3, the seed, the characters that count as code, and the two prompts, a pair whose
+# answers differ: one example of one layer each, which others need not follow. The functions are from the text of the
+# direction.
 
 # %%
 import re

@@ -305,15 +305,15 @@ def plant(folder: Path, planted: Mistake) -> tuple[int, str, float]:
             (folder / name).write_text(text, encoding="utf-8")
 
 
-def main() -> int:
+def main(mistakes: tuple[Mistake, ...] = MISTAKES) -> int:
     """Baseline, then every mistake; 0 where the first is green and all others are red."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these mistakes (default: all)")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="copies to work on at the same time (1)")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - {planted.name for planted in MISTAKES}:
-        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in MISTAKES)}")
-    chosen = tuple(planted for planted in MISTAKES if not arguments.names or planted.name in arguments.names)
+    if unknown := set(arguments.names) - {planted.name for planted in mistakes}:
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(m.name for m in mistakes)}")
+    chosen = tuple(planted for planted in mistakes if not arguments.names or planted.name in arguments.names)
     if wrong := misfits(chosen):
         print("replacements that do not apply:\n  " + "\n  ".join(wrong))
         return 1

@@ -4,20 +4,20 @@ import ast
 import json
 from pathlib import Path
 
-from tests import golden, mutations
+from tests import edit_mistakes, golden, mutations
 
 DATA = Path(__file__).parent / "data"
 
 
 def test_every_replacement_applies():
     """Each text to be replaced occurs exactly once, and what comes of it is Python."""
-    assert mutations.misfits() == []
+    assert mutations.misfits() == mutations.misfits(edit_mistakes.MISTAKES) == []
 
 
 def test_every_named_test_exists():
     """A mistake is looked for by tests that are there, on cases that are there."""
     names = {case.name for case in golden.cases(DATA)}
-    for planted in mutations.MISTAKES:
+    for planted in (*mutations.MISTAKES, *edit_mistakes.MISTAKES):
         for test in planted.tests:
             file, _, function = test.partition("::")
             function, _, case = function.partition("[")

@@ -31,6 +31,18 @@ def test_needs_only_what_is_installed(path):
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_first_cell(path):
+    """It asks a question, says how to run on the real checkpoint and what that takes, and, where something is found,
+    what a rule fixes and what was chosen."""
+    first = jupytext.read(path).cells[0].source
+    assert re.search(r"\*\*[A-Z][^*]*\?\*\*", first)
+    real = first.partition("*For the real checkpoint* set `SOURCE`")[2]
+    assert re.search(r"\d GB", real)
+    chosen = "*Fixed by rule:*" in real and re.search(r"\*Chosen\s(by\shand,\sperhaps\s)?after\slooking:\*", real)
+    assert chosen or path.stem == "1_quickstart"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.filterwarnings("default")
 def test_runs(path, pytestconfig, tmp_path):
     """Every cell runs within a minute, in any folder."""

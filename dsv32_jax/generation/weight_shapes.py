@@ -57,17 +57,22 @@ class WeightShapes(NamedTuple):
 
     def device_bytes(self, mesh: partition.MeshShape, dtype) -> tuple[int, int]:
         """Return the bytes that one device of `mesh` holds of weights as stored, and of those that `load` dequantizes.
+        Raises CapacityError."""
+        sizes = self.count_device_bytes(mesh, dtype)
+        dequantized = sum(size for path, size in sizes.items() if path.endswith(ABSORBED))
+        return sum(sizes.values()) - dequantized, dequantized
 
-        Raises CapacityError if the mesh does not divide them.
-        """
+    def count_device_bytes(self, mesh: partition.MeshShape, dtype) -> dict[str, int]:
+        """Return the bytes that one device of `mesh` holds of each parameter, as `load` holds it. Raises CapacityError
+        if the mesh does not divide them."""
         stored = [(self.table[path], array.shape) for path, w in self.weights.items() for array in jax.tree.leaves(w)]
         partition.check_divisible(mesh, stored)
-        nbytes = {False: 0, True: 0}
+        nbytes = {path: 0 for path in self.weights}
         for path in self.weights:
             for array in jax.tree.leaves(self.get_loaded(path, dtype_of(dtype))):
                 local = partition.shard_shape(mesh, self.table[path], array.shape)
-                nbytes[path.endswith(ABSORBED)] += math.prod(local) * array.dtype.itemsize
-        return nbytes[False], nbytes[True]
+                nbytes[path] += math.prod(local) * array.dtype.itemsize
+        return nbytes
 
 
 def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightShapes:

@@ -22,11 +22,7 @@ if TYPE_CHECKING:
     from .contrasts import Contrast as Contrast, contrast as contrast
     from .interventions import edit as edit
     from .patching import Patching as Patching, patch as patch
-    from .placements import (
-        Placement as Placement,
-        parameters_per_device as parameters_per_device,
-        placement as placement,
-    )
+    from .placements import Placement as Placement, placement as placement
     from .traces import Trace as Trace
     from .trees import Tree as Tree, tree as tree
     from .weight_statistics import (

@@ -1,12 +1,11 @@
 """Sharding of weights over a mesh, from their axis letters alone: needs neither devices nor weights."""
 
 import itertools
-import math
 from typing import NamedTuple
 
 from ..config import Config
 from ..errors import UsageError, pluralize, require
-from ..layout import COPIES, leaves
+from ..layout import leaves
 from ..parallel import partition
 
 
@@ -57,19 +56,3 @@ def placement(cfg: Config, path: str, mesh: str) -> Placement:
         shard = ((size * i // n, size * (i + 1) // n) for size, (i, n) in zip(leaf.shape, cuts, strict=True))
         shards.append(tuple(shard))
     return Placement(path, leaf.letters, leaf.shape, sizes, split, tuple(shards))
-
-
-def parameters_per_device(cfg: Config, mesh: str) -> dict[str, int]:
-    """Return the number of parameters that one device of `mesh` holds, by kind, including the MTP head; shared copies
-    count once. Raises CapacityError if the mesh does not divide the weights evenly."""
-    require(cfg, Config, "cfg must be a Config, such as model.cfg")
-    sizes = partition.parse_mesh(mesh)
-    counts: dict[str, int] = dict.fromkeys(("embedding, head", "attention", "indexer", "dense, shared", "experts"), 0)
-    own = [leaf for leaf in leaves(cfg) if leaf.path not in COPIES]
-    partition.check_divisible(sizes, [(leaf, leaf.shape) for leaf in own])
-    for leaf in own:
-        kind = "embedding, head"
-        for mark, name in ((".mla.", "attention"), (".indexer.", "indexer"), (".ffn.", "dense, shared")):
-            kind = name if mark in leaf.path else kind
-        counts["experts" if leaf.stacked else kind] += math.prod(partition.shard_shape(sizes, leaf, leaf.shape))
-    return counts

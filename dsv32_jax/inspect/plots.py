@@ -24,6 +24,7 @@ COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, "#999999")
 MARKERS = "os^Dvph*"
 BESIDE: dict[str, Any] = {"loc": "center left", "bbox_to_anchor": (1, 0.5), "frameon": False}
 """A legend to the right of the axes."""
+STYLES = ("-", "--", ":", "-.", (0, (6, 2)))
 DPI = 220
 
 
@@ -68,17 +69,22 @@ def codes(statistics: Statistics) -> Picture:
 
 
 def scales(statistics: Statistics) -> Picture:
-    """Plot block scales by magnitude; a block with the scale 448 is saturated."""
-    picture = Picture("block scale (E4M3)", "share of blocks (%)")
+    """Plot how many blocks have each scale, by magnitude, and the scales between these that none has; a block with the
+    scale 448 (red) is saturated."""
+    picture = Picture("block scale (E4M3); x: that of no block", "blocks")
     axes = picture.axes
     counts = statistics.scales[:127] + statistics.scales[128:255]
     used = np.flatnonzero(counts)
-    axes.vlines(np.maximum(E4M3[used], 2.0**-10), 0, 100 * counts[used] / statistics.blocks, color=BLUE, linewidth=3)
-    axes.axvline(448, color=RED, linestyle="--", linewidth=1)
+    unused = [code for code in range(used[0], used[-1]) if not counts[code]]
+    at = np.maximum(E4M3[:127], 2.0**-10)
+    axes.vlines(at[used], 0.5, counts[used], color=[RED if code == 126 else BLUE for code in used], linewidth=4)
+    axes.plot(at[unused], np.full(len(unused), 0.6), "x", color="black", markersize=5)
     axes.set_xscale("log", base=2)
-    where = {"xycoords": ("data", "axes fraction"), "xytext": (4, -10), "textcoords": "offset points"}
-    axes.annotate("448", (448, 1), color=RED, **where)
-    axes.set_ylim(0)
+    axes.set_yscale("log")
+    axes.xaxis.get_major_locator().set_params(subs=(1, 1.5))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_ylim(0.5)
     return picture
 
 
@@ -93,9 +99,9 @@ def bars(values: Mapping[str, float], ylabel: str, digits: int = 1, xlabel: str 
     return picture
 
 
-def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
+def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str, xlabel: str = "") -> Picture:
     """Plot a column of named parts for each name."""
-    picture = Picture("", ylabel, 3.4)
+    picture = Picture(xlabel, ylabel, 3.4)
     axes, bottom = picture.axes, np.zeros(len(values))
     for i, part in enumerate(dict.fromkeys(part for column in values.values() for part in column)):
         heights = np.array([column.get(part, 0.0) for column in values.values()])
@@ -107,7 +113,8 @@ def stacks(values: Mapping[str, Mapping[str, float]], ylabel: str) -> Picture:
 
 
 def groups(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str, ylabel: str) -> Picture:
-    """Plot bars side by side at each inner name, one for each outer name: means with their standard errors."""
+    """Plot bars side by side at each inner name, one for each outer name: means, and standard errors if any
+    is not 0."""
     picture = Picture(xlabel, ylabel)
     axes = picture.axes
     names = list(dict.fromkeys(name for inner in values.values() for name in inner))
@@ -116,7 +123,7 @@ def groups(values: Mapping[str, Mapping[str, tuple[float, float]]], xlabel: str,
         at = np.arange(len(names)) + width * (i - (len(values) - 1) / 2)
         means, errors = zip(*(inner[name] for name in names), strict=True)
         style = {"color": COLOURS[i], "edgecolor": "black", "linewidth": 0.5, "capsize": 3}
-        axes.bar(at, means, 0.92 * width, yerr=errors, label=label, **style)
+        axes.bar(at, means, 0.92 * width, yerr=errors if any(errors) else None, label=label, **style)
     axes.set_xticks(range(len(names)), names)
     axes.axhline(0, color="black", linewidth=0.8)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncols=3, frameon=False)
@@ -130,12 +137,14 @@ def lines(
     x: Sequence[float] = (),
     errors: Mapping[str, Sequence[float]] = {},
 ) -> Picture:
-    """Plot a line for each name over `x` (default: the index), with standard errors where there are some."""
+    """Plot a line for each name over `x`, its ticks (default: the index), with standard errors where there are some."""
     picture = Picture(xlabel, ylabel)
     for i, (name, heights) in enumerate(values.items()):
         at = x if len(x) else range(len(heights))
-        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": ("-", "--", ":")[i % 3]}
+        style = {"color": COLOURS[i % len(COLOURS)], "linestyle": STYLES[i % len(STYLES)]}
         picture.axes.errorbar(at, heights, errors.get(name), capsize=3, label=name, **style)
+    if len(x):
+        picture.axes.set_xticks(x)
     picture.axes.legend(frameon=False)
     return picture
 
@@ -170,7 +179,7 @@ def heat(
 def patching(found: "Patching", tokens: Sequence[str]) -> Picture:
     """Plot what each patch adds to the log-probability of the answer; `tokens` are the texts of the clean prompt's."""
     columns = ["".join(show_token(tokens[i]) for i in group) for group in found.positions]
-    labels = "position patched (token of the clean prompt)", "after layer", "change of log-probability (nats)"
+    labels = "position patched (token of the clean prompt)", "after layer", "change of log p (nats)"
     picture = heat(found.change, *labels, rows=found.layers, columns=columns, centre=0)
     picture.axes.tick_params("x", rotation=60)
     return picture
@@ -179,11 +188,6 @@ def patching(found: "Patching", tokens: Sequence[str]) -> Picture:
 def show_token(text: str) -> str:
     """Return the text of a token as the label of an axis."""
     return ascii(text)[1:-1] if text.strip(" ") else "space"
-
-
-def expert_errors(errors: np.ndarray, layers: Sequence[int]) -> Picture:
-    """Plot the relative error of every expert [layers, experts]."""
-    return heat(100 * errors, "expert", "layer", "||error|| / ||weight|| (%)", rows=layers)
 
 
 def expert_load(trace: Trace) -> Picture:
@@ -219,11 +223,6 @@ def attention_mass(trace: Trace, first: int) -> Picture:
     picture = groups(shares, "layer", "attention mass (%)")
     picture.axes.set(ylim=(0, 100))
     return picture
-
-
-def attention_mass_by_position(trace: Trace, row: int = 0) -> Picture:
-    """Plot the share of dense attention's weight on selected positions, by layer and position."""
-    return heat(100 * trace["mass_selected"][:, row], "position", "layer", "attention mass kept (%)")
 
 
 def selection(trace: Trace, layer: int, row: int = 0, start: int = 0) -> Picture:

@@ -13,8 +13,7 @@ from ..system.progress import format_size
 from .trace_arrays import ARRAYS, KINDS
 
 COLUMNS = {"l": "layer", "m": "layer", "s": "layer", "r": "row", "t": "position", "p": "position", "D": "dimension"}
-"""The column of each axis. The others count a token's choices from 0. Arrays of these names, and tokens, are columns
-already."""
+"""The column of each axis. The others count a token's choices from 0."""
 
 
 def build(trace: Any, name: str) -> np.ndarray:
