@@ -59,7 +59,8 @@ MISTAKES = (
     ),
     mistake(
         "lost_on_a_mesh", EVERYWHERE, EDIT,
-        "jax.device_put(value, sharding)", "jax.device_put(value if model.mesh is None else 0 * value, sharding)",
+        "jax.device_put(value, sharding)",
+        "jax.device_put(value if model.mesh is None else np.zeros_like(value), sharding)",
     ),
     mistake(
         "lost_with_experts_in_host_memory", EVERYWHERE, EDIT,
@@ -86,7 +87,7 @@ MISTAKES = (
     ),
     mistake(
         "patch_forgets_the_edit", PAIRS + "a_patch_of_an_edited_model", PATCH,
-        "(*get_changes(model, i), Patch(", "(Patch(",
+        "(*get_changes(model, i), Patch(other, places[i == layer]))", "(Patch(other, places[i == layer]),)",
     ),
     mistake(
         "padding_is_counted", PAIRS + "experts_are_counted", CONTRAST,

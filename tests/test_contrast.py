@@ -111,7 +111,7 @@ def test_the_defaults_begin_where_prompts_differ(model, patching):
 def test_a_patch_of_an_edited_model(model):
     """The edit stays: patched with everything, it is the edited model's own clean run."""
     edited = edit(model, skip=[1], experts_off=[(2, 0)])
-    found = patch(edited, CLEAN, CORRUPTED, ANSWER, layers=[1], positions=[range(7)])
+    found = patch(edited, CLEAN, CORRUPTED, ANSWER, layers=[0, 1], positions=[range(7)])
     np.testing.assert_allclose(found.patched, ds.score(edited, [[*CLEAN, ANSWER]]).logprobs[0][-1], atol=1e-4)
 
 

@@ -82,16 +82,18 @@ def test_every_edit_has_an_identity(model, direction):
     """Edits that differ in one value differ; equal ones are equal."""
     made = [edit(model, **EDITS[name]) for name in EDITS]
     made += [edit(model, add={0: direction}), edit(model, add={0: direction}, scale=2), edit(model, add={1: direction})]
+    made += [edit(model, add={0: -direction})]
     made += [edit(made[0], **EDITS["heads"]), edit(model, window=5), edit(model, window=5, layers=[0])]
     assert len({identity(one) for one in made}) == len(made)
     assert identity(edit(model, window=5)) == identity(made[-2])
 
 
 def test_an_expert_that_is_off_is_never_selected(model, tiny):
-    """The gates of the others sum to the scaling factor, each in proportion to its affinity."""
+    """However much it is favoured. The gates of the others sum to the scaling factor, each in proportion to its
+    affinity."""
     before = ds.inspect.trace(model, TOKENS, {"routing"})
     used = int(np.bincount(before["expert"].ravel()).argmax())
-    edited = edit(model, experts_off=[(1, used)])
+    edited = edit(edit(model, favour={(1, used): 4.0}), experts_off=[(1, used)])
     after = ds.inspect.trace(edited, TOKENS, {"routing"})
     assert used in before["expert"] and used not in after["expert"]
     np.testing.assert_allclose(after["gate"].sum(axis=-1), tiny.routed_scaling_factor, rtol=1e-5)
