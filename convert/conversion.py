@@ -3,13 +3,11 @@
 import collections
 import contextlib
 import importlib.metadata
-import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from dsv32_jax.checkpoint.checksums import find_changed_files
 from dsv32_jax.checkpoint.companions import check_tokenizer, copy_companions
 from dsv32_jax.checkpoint.folder import FILE, JOURNAL, WEIGHTS
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_complete
@@ -19,9 +17,7 @@ from dsv32_jax.errors import (
     CheckpointError,
     DsvError,
     UsageError,
-    VerificationError,
     argument,
-    kind_of,
     listing,
     unknown,
     writing_failed,
@@ -29,21 +25,22 @@ from dsv32_jax.errors import (
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path, require_apart
 from dsv32_jax.system.locks import lock_folder, require_unlocked
-from dsv32_jax.system.progress import ByteMeter, Progress, ignore_progress
+from dsv32_jax.system.progress import ByteMeter, Progress
 
 from .plan import limits
 from .plan.limits import Budget, size_of
 from .plan.plan import Plan, make_plan
 from .plan.policy import make_recipe
 from .plan.scope import interpret_source, select_first_layers
-from .read.downloads import verify_downloads
-from .read.source import Source, require_downloaded
+from .read.provenance import HashingReader, list_sources
+from .read.source import Source
+from .read.source_file import require_downloaded, verify_downloads
 from .read.weights import read_tensor_scale
 from .transform.cut import PlannedLeaf
-from .transform.requantize import find_partners, sum_odd_scales, summarize_errors
+from .transform.requantize import find_pairs, sum_odd_scales, summarize_errors
 from .write.differences import read_finished
 from .write.journal import Journal, require_ours, require_same_bytes
-from .write.pipeline import HashingReader, Pipeline
+from .write.pipeline import Pipeline
 from .write.saved_matrices import FOLDER as MATRICES, SavingRequantizer
 
 
@@ -103,7 +100,7 @@ def convert(
     src: str | Path,
     dst: str | Path,
     *,
-    progress: Callable[[Progress], None] = ignore_progress,
+    progress: Callable[[Progress], None] = lambda progress: None,
     **options: Unpack[Options],
 ) -> Manifest:
     """Convert the Hugging Face checkpoint `src` into the folder `dst`, and return the manifest of what was written.
@@ -139,10 +136,12 @@ def judge(plan: Plan, budget: Budget, dst: Path) -> Manifest | Journal:
     require_ours(dst)
     require_unlocked(dst)
     if is_complete(dst):
-        return _read_finished(plan, dst)
+        manifest = read_finished(dst, plan.digest, plan.basis)
+        require_same_bytes(plan.source, manifest.leaves.values())
+        return manifest
     limits.require_free_memory(limits.peak_memory(plan.leaves, budget))
     journal = _resume(plan, dst)
-    needed = size_of(list_missing(plan, journal)) - _sum_sizes(journal.unfinished)
+    needed = size_of(list_missing(plan, journal)) - journal.count_unfinished_bytes()
     limits.require_disk_space(limits.find_existing(dst), max(0, needed))
     return journal
 
@@ -162,18 +161,6 @@ def read_stamps(dst: Path) -> list[tuple[int, int] | None]:
     return stamps
 
 
-def _read_finished(plan: Plan, dst: Path) -> Manifest:
-    """The manifest of a finished output, whose files and source are looked at too."""
-    manifest = read_finished(dst, plan.digest, plan.basis)
-    require_same_bytes(plan.source, manifest.leaves.values())
-    if damaged := find_changed_files(dst, manifest):
-        raise kind_of(damaged, VerificationError)(
-            f"{dst} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
-            "folder and convert again, or convert to another one"
-        )
-    return manifest
-
-
 def _resume(plan: Plan, dst: Path) -> Journal:
     """The journal of the output, once its parts are known to come from the source as it is now."""
     source = plan.source
@@ -182,11 +169,6 @@ def _resume(plan: Plan, dst: Path) -> Journal:
     require_same_bytes(source, journal.entries.values(), touched)
     journal.reconcile(dst / WEIGHTS)
     return journal
-
-
-def _sum_sizes(folders: Iterable[str]) -> int:
-    files = (os.path.join(root, name) for folder in folders for root, _, names in os.walk(folder) for name in names)
-    return sum(map(os.path.getsize, files))
 
 
 def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progress: Callable[[Progress], None]) -> None:
@@ -268,11 +250,10 @@ def _report(plan: Plan, journal: Journal, entries: Mapping[str, LeafEntry], comp
 
 def _count_differing_pairs(plan: Plan, entries: Mapping[str, LeafEntry]) -> int:
     """How many pairs of gate and up, or q_a and kv_a, have different tensor scales in the source."""
-    digests = {t.name: t.sha256 for entry in entries.values() if entry.passport for t in entry.passport.sources}
+    sources = list_sources(entries.values())
     stored = {s.name: s for leaf in plan.leaves for s in leaf.sources if s.tensor_scale is not None}
-    scales = {name: digests[s.tensor_scale.name] for name, s in stored.items() if s.tensor_scale is not None}
-    pairs = {frozenset((name, s.name)) for name, others in find_partners(stored.values()).items() for s in others}
-    return sum(len({scales[name] for name in pair}) > 1 for pair in pairs)
+    scales = {name: sources[s.tensor_scale.name].sha256 for name, s in stored.items() if s.tensor_scale is not None}
+    return sum(scales[first.name] != scales[second.name] for first, second in find_pairs(stored.values()))
 
 
 def _describe_source(plan: Plan) -> dict[str, Any]:

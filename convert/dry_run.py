@@ -21,12 +21,13 @@ from .conversion import list_missing
 from .plan import limits
 from .plan.limits import Budget
 from .plan.plan import Plan
+from .read.provenance import HashingReader
 from .read.source import Source
 from .transform import cut
 from .transform.cut import PlannedLeaf
 from .transform.requantize import Requantizer
 from .write.journal import Journal
-from .write.pipeline import HashingReader, describe
+from .write.pipeline import describe
 
 CHUNK_BYTES = 8 << 20
 MOST_READ, MOST_WRITTEN = 256 << 20, 1 << 30

@@ -28,7 +28,7 @@ def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], rel
     """Report stalled reads to `reporter`. A signal ends the process with a last message that describes the state, and
     so does the error that is raised where the disk or the memory fails. `relief`: what helps where memory does not
     suffice."""
-    from .read.safetensors import warn_on_stalled_reads
+    from .read.source_file import warn_on_stalled_reads
 
     def final_message(signal_name: str, code: int) -> bytes:
         return reporter.final_message(f"{signal_name}: stopped. {describe_state(reporter)}", code)
@@ -46,17 +46,31 @@ def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], rel
         reporter.close()
 
 
+def _add_parser(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Any:
+    """Add a subparser for `run`, with the option that all have."""
+    parser = commands.add_parser(name, **texts)
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _print(arguments: argparse.Namespace, facts: Any, text: str) -> int:
+    """Print the facts as JSON if that was asked for, else the text."""
+    print(json.dumps(facts) if arguments.json else text, flush=True)
+    return 0
+
+
 def _add_inspect(commands: Any) -> None:
-    inspect = commands.add_parser(
+    inspect = _add_parser(
+        commands,
         "inspect",
+        _inspect,
         help="show what a checkpoint folder holds: tree, sizes, formats",
         description="Show what a Hugging Face folder or a converted checkpoint holds, from headers alone.",
     )
     inspect.add_argument("path", metavar="PATH", help="folder of either kind")
     inspect.add_argument("--tensors", metavar="GLOB", help="list tensors by name, for example '*experts.0.*'")
     inspect.add_argument("--stats", action="store_true", help="with --tensors: read them and show value statistics")
-    inspect.add_argument("--json", action="store_true", help="print one JSON object")
-    inspect.set_defaults(run=_inspect)
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
@@ -68,19 +82,20 @@ def _inspect(arguments: argparse.Namespace) -> int:
         rows = tensors.compute_statistics(arguments.path, arguments.tensors)
         for text in [json.dumps(list(rows))] if arguments.json else map(report.format_statistics, rows):
             print(text, flush=True)
-    elif arguments.tensors:
+        return 0
+    if arguments.tensors:
         found = tensors.list_tensors(arguments.path, arguments.tensors)
-        print(json.dumps(found) if arguments.json else report.format_tensors(found))
-    else:
-        whole = folder_tree.inspect(arguments.path)
-        facts = {**dataclasses.asdict(whole), "bits_per_weight": whole.bits}
-        print(json.dumps(facts) if arguments.json else report.format_inspection(whole))
-    return 0
+        return _print(arguments, found, report.format_tensors(found))
+    whole = folder_tree.inspect(arguments.path)
+    facts = {**dataclasses.asdict(whole), "bits_per_weight": whole.bits}
+    return _print(arguments, facts, report.format_inspection(whole))
 
 
 def _add_verify(commands: Any) -> None:
-    verify = commands.add_parser(
+    verify = _add_parser(
+        commands,
         "verify",
+        _verify,
         help="check a converted checkpoint against its checksums, or against its source",
         description="Read a converted checkpoint, name everything that is damaged, and prove that it is lossless. "
         "Exit code 4 when something does not match.",
@@ -90,8 +105,6 @@ def _add_verify(commands: Any) -> None:
     verify.add_argument(
         "--level", choices=("quick", "full"), default="full", help="quick reads no arrays (default: full)"
     )
-    verify.add_argument("--json", action="store_true", help="print one JSON object")
-    verify.set_defaults(run=_verify)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -99,13 +112,14 @@ def _verify(arguments: argparse.Namespace) -> int:
 
     with report_to(make_reporter(arguments.json), lambda _: "Nothing was changed.") as reporter:
         found = verify(arguments.folder, against=arguments.against, level=arguments.level, progress=reporter)
-    print(json.dumps(dataclasses.asdict(found)) if arguments.json else report.format_verification(found), flush=True)
-    return 0
+    return _print(arguments, dataclasses.asdict(found), report.format_verification(found))
 
 
 def _add_export(commands: Any) -> None:
-    export = commands.add_parser(
+    export = _add_parser(
+        commands,
         "export",
+        _export,
         help="a converted checkpoint -> Hugging Face safetensors",
         description="Write a converted checkpoint as safetensors for vLLM, SGLang, TensorRT-LLM or transformers.",
     )
@@ -117,8 +131,6 @@ def _add_export(commands: Any) -> None:
         action="store_true",
         help="give gate and up, and q_a and kv_a, one tensor scale where that is exact",
     )
-    export.add_argument("--json", action="store_true", help="print one JSON object")
-    export.set_defaults(run=_export)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -130,13 +142,14 @@ def _export(arguments: argparse.Namespace) -> int:
         exported = export(
             arguments.folder, out, arguments.format, share_scales=arguments.share_scales, progress=reporter
         )
-    print(json.dumps(dataclasses.asdict(exported)) if arguments.json else report.format_export(exported), flush=True)
-    return 0
+    return _print(arguments, dataclasses.asdict(exported), report.format_export(exported))
 
 
 def _add_reshard(commands: Any) -> None:
-    reshard = commands.add_parser(
+    reshard = _add_parser(
+        commands,
         "reshard",
+        _reshard,
         help="rewrite a converted checkpoint for another device mesh",
         description="Write a converted checkpoint again, so that each device of a mesh reads its own bytes. "
         "Any checkpoint loads on any mesh; this makes loading faster.",
@@ -144,8 +157,6 @@ def _add_reshard(commands: Any) -> None:
     reshard.add_argument("folder", metavar="CHECKPOINT", help="a converted checkpoint; never modified")
     reshard.add_argument("out", metavar="OUT", help="output folder: new, empty or unfinished")
     reshard.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (default: one device)")
-    reshard.add_argument("--json", action="store_true", help="print one JSON object")
-    reshard.set_defaults(run=_reshard)
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
@@ -159,5 +170,4 @@ def _reshard(arguments: argparse.Namespace) -> int:
     with report_to(make_reporter(arguments.json), describe_state) as reporter:
         manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=reporter)
     facts = {"output": arguments.out, "already_complete": complete, "digest": manifest.digest}
-    print(json.dumps(facts) if arguments.json else report.format_reshard(facts), flush=True)
-    return 0
+    return _print(arguments, facts, report.format_reshard(facts))

@@ -233,7 +233,7 @@ def journal_case(rng: random.Random, world: World) -> None:
     folder = world.copy("out")
     manifest = json.loads((folder / "manifest.json").read_bytes())
     (folder / "manifest.json").unlink()
-    basis = {"format_version": 2, "config": {}, "files": manifest["source"]["files"], "recipe": [], "mesh": {}}
+    basis = {"format_version": 3, "config": {}, "files": manifest["source"]["files"], "recipe": [], "mesh": {}}
     line = {"plan": manifest["source"]["plan"], "source": "hf", "basis": basis, "stamps": {}}
     part = {"part": "00000", "leaves": manifest["leaves"], "facts": {}, "outcomes": {}}
     lines = [line, {"begin": "00000"}, part]

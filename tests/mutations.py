@@ -90,7 +90,7 @@ BLOCKED = "(blocks.astype(jnp.float32) * scale[..., None]).reshape(w.shape)"
 FP8 = "w.values.astype(jnp.float32) * step"
 BUILD = "    return build(stored.cfg, dtype, lambda path:"
 ROWS = "np.repeat(scale, FP8_BLOCK, axis=0)[:out]"
-READ = "        return self._read_bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)\n"
+READ = "        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)\n"
 SCALAR = "value = read(stored.tensor_scale).astype(np.float32).reshape(1)"
 
 

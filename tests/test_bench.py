@@ -52,11 +52,11 @@ def test_load_rows(tiny):
     """A plain read, a copied load with its memory, a mapped load and the first token after it."""
     cfg = dataclasses.replace(tiny, num_nextn_predict_layers=0, num_hidden_layers=2)
     found = bench_load.measure_load(cfg=cfg)
-    speeds = ("plain_read_gbps", "copied_gbps", "mapped_seconds", "first_token_seconds")
+    speeds = ("plain_read_gbps", "copied_gbps", "mapped_seconds", "checked_gbps", "first_token_seconds")
     assert all(found[key] > 0 for key in speeds) and found["peak_over_model_bytes"] >= 0
     assert found["bytes"] > cfg.vocab_size * cfg.hidden_size * 2
     rows = bench_load.list_rows(found)
-    assert [row["part"] for row in rows] == ["plain read", "copied", "mapped", "first token"]
+    assert [row["part"] for row in rows] == ["plain read", "copied", "mapped", "checked", "first token"]
     assert list(measure.format_table(bench_load.COLUMNS, rows))[2].startswith("copied ")
 
 

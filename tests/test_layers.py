@@ -35,7 +35,7 @@ FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 WITHOUT_JAX = (
     "errors system.host config quantization.quantize layout checkpoint.companions quantization.scale_search "
     "checkpoint.random_checkpoint inspect.traces cli.app cli.demo chat checkpoint.reader checkpoint.writer "
-    "checkpoint.provenance parallel.partition checkpoint.manifest checkpoint.checksums "
+    "parallel.partition checkpoint.manifest checkpoint.checksums "
     "inspect inspect.weights inspect.placements bench.measure chat.encoding "
     "chat.lenient_parser chat.tokenizer chat.conversation cli.parsers cli.terminal"
 ).split()

@@ -22,7 +22,7 @@ import pytest
 import convert
 import dsv32_jax as ds
 from convert.export.reshard import reshard
-from dsv32_jax.checkpoint import load as loading, random_checkpoint
+from dsv32_jax.checkpoint import load as loading, random_checkpoint, reader as reading
 from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.writer import Writer
@@ -102,7 +102,7 @@ def test_copies_have_the_same_bits(folder):
 def test_arrays_are_read_ahead_of_their_devices(ahead, folder, monkeypatch):
     """About AHEAD_BYTES, or one array; each byte once."""
     monkeypatch.setattr(loading, "AHEAD_BYTES", ahead)
-    monkeypatch.setattr(loading, "SLAB_BYTES", 3000)
+    monkeypatch.setattr(reading, "SLAB_BYTES", 3000)
     begun, finished, most, read = [0], [0], [0], [0]
     lock = threading.Lock()
     start, result, preadv = loading._Copy.__init__, loading._Copy.result, os.preadv

@@ -19,7 +19,7 @@ from ..transform.cut import name_format
 from ..verify import inverse
 from .shared_scales import Sharing, find_differing_pairs, share_scales
 
-DTYPE_NAMES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 LAYOUTS = {
     ("modelopt", "nvfp4"): ("modelopt-nvfp4", ("", "_scale", "_scale_2")),
     ("modelopt", "fp8_block"): ("deepseek-fp8", ("", "_scale_inv")),
@@ -70,7 +70,7 @@ class Target(NamedTuple):
 
 def choose_targets(converted: Converted, family: str, share: bool) -> tuple[dict[str, Target], list[str]]:
     """The target of every weight, by name, and notes on what is not written exactly as it is stored."""
-    weights = {w.name: w for group in converted.groups for w in group.weights if not _is_left_out(w)}
+    weights = {w.name: w for group in converted.groups for w in group.weights if not w.is_left_out}
     nvfp4 = [w for w in weights.values() if family != "bf16" and set(w.formats) == {"nvfp4"}]
     targets = {name: _choose(converted, weight, family, bool(nvfp4)) for name, weight in weights.items()}
     notes = [
@@ -90,11 +90,6 @@ def choose_targets(converted: Converted, family: str, share: bool) -> tuple[dict
     owners = {w.name: weights[sharing.shared[w.name].partner] if w.name in sharing.shared else w for w in nvfp4}
     notes += _set_scalars(converted, targets, owners)
     return targets, notes
-
-
-def _is_left_out(weight: Weight) -> bool:
-    entry = weight.entries[0]
-    return entry.same_as is not None and entry.passport is not None and not weight.sources
 
 
 def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: bool) -> Target:

@@ -16,7 +16,7 @@ from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
 from dsv32_jax.system.files import expand_path, find_mismatches, is_abandoned, read_json, require_apart, sync
 from dsv32_jax.system.locks import LOCK, lock_folder
-from dsv32_jax.system.progress import Progress, ignore_progress
+from dsv32_jax.system.progress import Progress
 
 from ..name_folding import fold_names
 from ..plan.limits import require_disk_space
@@ -51,7 +51,7 @@ def export(
     *,
     share_scales: bool = False,
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[Progress], None] = ignore_progress,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Exported:
     """Write the converted checkpoint `folder` to the new folder `out` in the layout `family`, one of FAMILIES.
 
@@ -158,13 +158,14 @@ def _write_shards(
     groups = [group for group in converted.groups if group.weights[0].name in targets]
     done, total = 0, sum(map(count_bytes, groups))
     progress(Progress(done, total))
-    with ShardsWriter(aside, shards) as writer:
-        for group in groups:
-            for weight, parts in converted.read(group, raise_damaged):
-                for name, array in encode(targets[weight.name], weight, parts).items():
-                    writer.add(name, array)
-            done += count_bytes(group)
-            progress(Progress(done, total, group.leaves[0].path))
+    writer = ShardsWriter(aside, shards)
+    for group in groups:
+        for weight, parts in converted.read(group, raise_damaged):
+            for name, array in encode(targets[weight.name], weight, parts).items():
+                writer.add(name, array)
+        done += count_bytes(group)
+        progress(Progress(done, total, group.leaves[0].path))
+    writer.finish()
 
 
 def _write_configs(converted: Converted, aside: Path, family: str, targets: dict[str, Target]) -> None:

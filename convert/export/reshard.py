@@ -14,12 +14,12 @@ from dsv32_jax.checkpoint.folder import JOURNAL, WEIGHTS
 from dsv32_jax.checkpoint.manifest import Manifest, digest, is_complete
 from dsv32_jax.checkpoint.reader import Key
 from dsv32_jax.checkpoint.writer import Writer, list_files
-from dsv32_jax.errors import VerificationError, kind_of
+from dsv32_jax.errors import VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path, require_apart
 from dsv32_jax.system.locks import lock_folder
-from dsv32_jax.system.progress import Progress, ignore_progress
+from dsv32_jax.system.progress import Progress
 
 from ..plan.limits import require_disk_space
 from ..read.converted import Converted
@@ -33,7 +33,7 @@ def reshard(
     out: str | Path,
     mesh: str | Mapping[str, int] | None = None,
     *,
-    progress: Callable[[Progress], None] = ignore_progress,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Write the converted checkpoint `folder` to `out`, so that each device of `mesh` reads its own bytes.
 
@@ -45,9 +45,7 @@ def reshard(
     converted, out = Converted(folder), expand_path(out).absolute()
     table = {leaf.path: leaf for leaf in leaves(converted.config)}
     partition.check_divisible(sizes, ((table[path], entry.shape) for (path, _), entry in converted.expected.items()))
-    if damaged := converted.arrays.find_problems():
-        text = "\n  ".join(map(str, damaged))
-        raise kind_of(damaged, VerificationError)(f"{converted.folder} is damaged; nothing was written:\n  {text}")
+    converted.arrays.require_files("nothing was written")
     require_apart(converted.folder, out)
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])
@@ -89,7 +87,7 @@ def _write_parts(
         journal.begin(part)
         places = writer.save(part, {key: _read(converted, key) for key in parts[part]})
         entries = {path: converted.manifest.leaves[path].at(path, places) for path, _ in parts[part]}
-        journal.add(Part(part, {path: dataclasses.replace(e, origin=None) for path, e in entries.items()}, {}, {}))
+        journal.add(Part(part, {path: dataclasses.replace(e, provenance=None) for path, e in entries.items()}, {}, {}))
         done += sizes[part]
         progress(Progress(done, converted.nbytes, min(entries), saved=done))
 

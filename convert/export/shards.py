@@ -5,12 +5,12 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
 from dsv32_jax.checkpoint.reader import raw
-from dsv32_jax.system.files import write_file
+from dsv32_jax.system.files import sync, write_file
 
 from ..read.safetensors import DTYPES
 from ..read.source import INDEX
@@ -55,61 +55,40 @@ def write_json(file: Path, content: object) -> None:
 
 
 class ShardsWriter:
-    """Writes tensors by name, each to its shard. A shard is open from its first tensor to its last."""
+    """Makes the files of `shards` in a folder and writes their tensors, in any order."""
 
     def __init__(self, folder: Path, shards: Iterable[Shard]):
-        self._folder = folder
-        self._shards = {tensor.name: shard for shard in shards for tensor in shard.tensors}
-        self._open: dict[str, _ShardFile] = {}
+        self._places: dict[str, tuple[Path, int, OutputTensor]] = {}
+        self._files = [self._create(folder / shard.file, shard.tensors) for shard in shards]
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._open.values():
-            os.close(file.descriptor)
-
-    def add(self, name: str, array: np.ndarray) -> None:
-        """Write one tensor. With its last one, a shard is flushed to disk."""
-        shard = self._shards[name]
-        file = self._open.get(shard.file)
-        if file is None:
-            file = self._open[shard.file] = _ShardFile(self._folder, shard)
-        file.write(name, array)
-        if not file.missing:
-            os.fsync(file.descriptor)
-            os.close(self._open.pop(shard.file).descriptor)
-
-
-class _ShardFile:
-    """An open shard. Tensors of wider dtypes come first, so that all are aligned and can be mapped."""
-
-    def __init__(self, folder: Path, shard: Shard):
-        ordered = sorted(shard.tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize)
+    def _create(self, file: Path, tensors: Iterable[OutputTensor]) -> Path:
+        """Write the header and set the size. Tensors of wider dtypes come first, so that all are aligned."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        self.missing: dict[str, tuple[OutputTensor, int]] = {}
-        end = 0
+        ordered, offsets = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize), [0]
         for tensor in ordered:
-            self.missing[tensor.name] = tensor, end
-            offsets = [end, end := end + tensor.nbytes]
-            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
+            offsets.append(offsets[-1] + tensor.nbytes)
+            header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets[-2:]}
         text = json.dumps(header, separators=(",", ":")).encode()
         text += b" " * (-len(text) % ALIGNMENT)
-        self._begin = 8 + len(text)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
-        self.descriptor = os.open(folder / shard.file, flags, 0o644)
-        os.ftruncate(self.descriptor, self._begin + end)
-        self._write(struct.pack("<Q", len(text)) + text, 0)
+        begin = 8 + len(text)
+        for tensor, offset in zip(ordered, offsets, strict=False):
+            self._places[tensor.name] = file, begin + offset, tensor
+        with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            out.truncate(begin + offsets[-1])
+        return file
 
-    def write(self, name: str, array: np.ndarray) -> None:
+    def add(self, name: str, array: np.ndarray) -> None:
         """Write one tensor to its place."""
-        tensor, offset = self.missing.pop(name)
+        file, offset, tensor = self._places.pop(name)
         found = (array.dtype, array.shape)
         assert found == (DTYPES[tensor.dtype], tensor.shape), f"{tensor} was planned, {found} is to be written"
-        self._write(raw(array), self._begin + offset)
+        with open(os.open(file, os.O_WRONLY | os.O_NOFOLLOW), "wb") as out:
+            out.seek(offset)
+            out.write(raw(array))
 
-    def _write(self, data: bytes | memoryview, offset: int) -> None:
-        view = memoryview(data)
-        while view:
-            done = os.pwrite(self.descriptor, view, offset)
-            view, offset = view[done:], offset + done
+    def finish(self) -> None:
+        """Flush the files, which then hold all tensors, to the disk."""
+        assert not self._places, f"{len(self._places)} tensors were not written"
+        for file in self._files:
+            sync(file)

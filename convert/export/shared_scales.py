@@ -13,7 +13,7 @@ from dsv32_jax.errors import argument, listing, pluralize
 from dsv32_jax.quantization.quantize import E4M3, E4M3_AS_SCALE
 
 from ..read.converted import Converted, Weight
-from ..transform.requantize import FUSED
+from ..transform.requantize import find_pairs
 
 Pair = tuple[Weight, Weight]
 
@@ -49,15 +49,7 @@ class Sharing(NamedTuple):
 
 def find_differing_pairs(converted: Converted, weights: Iterable[Weight]) -> list[Pair]:
     """The pairs among `weights` (all NVFP4) that are computed together and have different tensor scales."""
-    by_name = {weight.name.removesuffix(".weight"): weight for weight in weights}
-    pairs = []
-    for name, weight in by_name.items():
-        stem, _, last = name.rpartition(".")
-        for first, second in FUSED:
-            other = by_name.get(f"{stem}.{second}")
-            if last == first and other is not None and _scale(converted, weight) != _scale(converted, other):
-                pairs.append((weight, other))
-    return pairs
+    return [pair for pair in find_pairs(weights) if _scale(converted, pair[0]) != _scale(converted, pair[1])]
 
 
 def share_scales(converted: Converted, pairs: Iterable[Pair]) -> Sharing:

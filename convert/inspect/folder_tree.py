@@ -8,7 +8,7 @@ import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,13 +70,6 @@ class Row:
     count: int
     parameters: int
     nbytes: int
-
-    def add(self, count: int, parameters: int, nbytes: int) -> None:
-        self.count, self.parameters, self.nbytes = (
-            self.count + count,
-            self.parameters + parameters,
-            self.nbytes + nbytes,
-        )
 
 
 @dataclasses.dataclass
@@ -224,18 +217,19 @@ def summarize(
 
 def build_tree(items: Iterable[Item]) -> Iterator[Branch]:
     """Group `items` by layer; consecutive layers with the same rows become one branch with their sums."""
-    layers: dict[int | None, dict[tuple, Row]] = {}
+    layers: dict[int | None, dict[tuple[str, str, tuple[int, ...]], list[Item]]] = {}
     for item in items:
-        rows, key = layers.setdefault(item.layer, {}), (item.name, item.format, item.shape)
-        if key not in rows:
-            rows[key] = Row(*key, 0, 0, 0)
-        rows[key].add(1, item.parameters, item.nbytes)
-    if outside := layers.pop(None, None):
-        yield Branch(None, list(outside.values()))
+        layers.setdefault(item.layer, {}).setdefault((item.name, item.format, item.shape), []).append(item)
+
+    def sum_rows(run: Sequence[int | None]) -> list[Row]:
+        alike = {key: [item for layer in run for item in layers[layer][key]] for key in layers[run[0]]}
+        return [
+            Row(*key, len(found), sum(item.parameters for item in found), sum(item.nbytes for item in found))
+            for key, found in alike.items()
+        ]
+
+    if None in layers:
+        yield Branch(None, sum_rows([None]))
     numbers = sorted(layer for layer in layers if layer is not None)
-    for _, run in itertools.groupby(numbers, key=lambda layer: {key: row.count for key, row in layers[layer].items()}):
-        first, *more = run
-        for layer in more:
-            for key, row in layers[layer].items():
-                layers[first][key].add(row.count, row.parameters, row.nbytes)
-        yield Branch([first, *more], list(layers[first].values()))
+    for _, run in itertools.groupby(numbers, lambda layer: {key: len(found) for key, found in layers[layer].items()}):
+        yield Branch(run := list(run), sum_rows(run))

@@ -121,7 +121,7 @@ def summarize_values(matrices: Iterable[Mapping[str, np.ndarray]]) -> dict[str, 
         if "codes" in parts:
             counts, odd = count_nibbles(count_bytes(parts["codes"])), count_odd_scales(parts)
             codes.update({f"{value:g}": int(count) for value, count in zip(E2M1, counts, strict=True)})
-            exponents.update(_count_e4m3_exponents(parts["block_scale"]))
+            exponents.update(_count_exponents(E4M3, count_bytes(parts["block_scale"])))
             zeros = int(counts[0] + counts[8])
             totals.update(zeros=zeros, zero_blocks=odd["zero_blocks"], nan_scales=odd["nan_scale_bytes"])
         else:
@@ -129,7 +129,7 @@ def summarize_values(matrices: Iterable[Mapping[str, np.ndarray]]) -> dict[str, 
             finite = np.isfinite(values)
             totals.update(zeros=int(np.count_nonzero(values == 0)), not_finite=int(np.count_nonzero(~finite)))
             if "block_scale" in parts:
-                codes.update({f"2^{e}": n for e, n in _count_e4m3_exponents(values).items()})
+                codes.update({f"2^{e}": n for e, n in _count_exponents(E4M3, count_bytes(values)).items()})
                 exponents.update(_count_exponents(parts["block_scale"]))
             parts["values"] = np.where(finite, values, np.zeros((), values.dtype))
         largest = max(largest, float(np.abs(dequantize(parts)).max(initial=0)))
@@ -151,21 +151,11 @@ def count_nibbles(counts: np.ndarray) -> np.ndarray:
     return np.bincount(byte & 15, counts, 16).astype(np.int64) + np.bincount(byte >> 4, counts, 16).astype(np.int64)
 
 
-def _count_e4m3_exponents(array: np.ndarray) -> collections.Counter[int]:
-    """Exponents of E4M3 numbers, except zero and NaN."""
-    counts = count_bytes(array)
-    magnitudes = counts[1:127] + counts[129:255]
-    exponents = np.frexp(E4M3[1:127])[1] - 1
-    found: collections.Counter[int] = collections.Counter()
-    for exponent, count in zip(exponents.tolist(), magnitudes.tolist(), strict=True):
-        if count:
-            found[exponent] += count
-    return found
-
-
-def _count_exponents(values: np.ndarray) -> collections.Counter[int]:
-    """Exponents of floats, except zero and values that are not finite."""
+def _count_exponents(values: np.ndarray, counts: np.ndarray | None = None) -> dict[int, int]:
+    """Count the exponents of floats, except zero and values that are not finite; `counts`: how often each occurs."""
     flat = values.reshape(-1).astype(np.float32)
-    flat = np.abs(flat[np.isfinite(flat) & (flat != 0)])
-    found, counts = np.unique(np.frexp(flat)[1] - 1, return_counts=True)
-    return collections.Counter(dict(zip(found.tolist(), counts.tolist(), strict=True)))
+    counts = np.ones(flat.size, np.int64) if counts is None else counts
+    known = np.isfinite(flat) & (flat != 0) & (counts > 0)
+    exponents, places = np.unique(np.frexp(flat[known])[1] - 1, return_inverse=True)
+    totals = np.bincount(places, counts[known]).astype(np.int64)
+    return dict(zip(exponents.tolist(), totals.tolist(), strict=True))

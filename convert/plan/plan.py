@@ -20,7 +20,7 @@ from ..name_folding import fold_details
 from ..read.source import CONFIG, Source
 from ..read.weights import FACTORS, SCALES, MissingTensorsError, StoredWeight, detect
 from ..transform.cut import LeafFormat, PlannedLeaf, choose_format, list_arrays, name_format
-from ..transform.requantize import find_partners
+from ..transform.requantize import find_pairs
 from .policy import FormatChooser, Recipe
 from .scope import UnneededTensors
 
@@ -63,12 +63,10 @@ class Plan:
         return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
 
     @property
-    def scaling(self) -> tuple[Scaling, dict[str, tuple[StoredWeight, ...]]]:
-        """How NVFP4 block scales are chosen, and which weights share their tensor scale with which others."""
-        together = {}
-        if self.recipe.tensor_scales == "shared":
-            together = find_partners(s for leaf in self.leaves for s in leaf.sources if s.wanted == "nvfp4")
-        return SCALINGS[self.recipe.scales], together
+    def scaling(self) -> tuple[Scaling, list[tuple[StoredWeight, StoredWeight]]]:
+        """How NVFP4 block scales are chosen, and the pairs of weights that share a tensor scale."""
+        pairs = find_pairs(s for leaf in self.leaves for s in leaf.sources if s.wanted == "nvfp4")
+        return SCALINGS[self.recipe.scales], pairs if self.recipe.tensor_scales == "shared" else []
 
 
 def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int] | None = None) -> Plan:

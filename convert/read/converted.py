@@ -5,24 +5,23 @@ experts are stacked about `reader.SLAB_BYTES` of each component.
 """
 
 import hashlib
-import math
-import re
 from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
-from dsv32_jax.checkpoint.provenance import SourceTensor
+from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
-from dsv32_jax.errors import CheckpointError, DsvError, StorageError, VerificationError
+from dsv32_jax.errors import DsvError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from dsv32_jax.system.files import expand_path
 
-from .safetensors import DTYPES, Tensor
+from .provenance import Provenance, SourceTensor
+from .safetensors import Tensor
 from .weights import StoredWeight, detect
 
 Components = dict[str, np.ndarray]
@@ -30,25 +29,16 @@ Components = dict[str, np.ndarray]
 
 
 class Weight(NamedTuple):
-    """One weight of the source: the parameters it was cut into, its expert, its tensors (none if it was left out)."""
+    """One weight of the source: the parameters it was cut into with the manifest's format of each, its expert, and its
+    tensors. `change` says how the conversion changed its values, empty where every bit is kept."""
 
     name: str
     leaves: tuple[Leaf, ...]
-    entries: tuple[LeafEntry, ...]
+    formats: tuple[str, ...]
+    change: str
     expert: int
     sources: tuple[SourceTensor, ...]
-
-    @property
-    def formats(self) -> tuple[str, ...]:
-        """The manifest's format of each parameter."""
-        return tuple(entry.format for entry in self.entries)
-
-    @property
-    def change(self) -> str:
-        """How the conversion changed its values; empty where every bit is kept."""
-        passports = [entry.passport for entry in self.entries]
-        texts = {"its source is not recorded" if one is None else one.change for one in passports}
-        return "; ".join(sorted(texts - {""}))
+    is_left_out: bool
 
     def storage(self) -> StoredWeight | None:
         """How the source stored the weight; None where bits changed, or the source left it out."""
@@ -85,7 +75,7 @@ class Converted:
         """Bytes of all arrays."""
         return sum(entry.nbytes for entry in self.expected.values())
 
-    @property
+    @cached_property
     def groups(self) -> list[Group]:
         """The parameters by the tensors they were cut from, in the order of the layout."""
         found: dict[tuple[str, ...], list[Leaf]] = {}
@@ -94,14 +84,16 @@ class Converted:
         return [self._group(tuple(group)) for group in found.values()]
 
     def _group(self, group: tuple[Leaf, ...]) -> Group:
-        entries = tuple(self.manifest.leaves[leaf.path] for leaf in group)
+        entries = [self.manifest.leaves[leaf.path] for leaf in group]
+        recorded = [Provenance.of(entry) for entry in entries]
+        changes = {"its source is not recorded" if one is None else one.change for one in recorded} - {""}
         sources: dict[str, list[SourceTensor]] = {}
-        if entries[0].passport is not None:
-            for source in entries[0].passport.sources:
-                _require_tensor(source)
-                sources.setdefault(_module_of(source.name), []).append(source)
+        for source in recorded[0].sources if recorded[0] is not None else ():
+            sources.setdefault(_module_of(source.name), []).append(source)
+        is_left_out = entries[0].same_as is not None and recorded[0] is not None and not sources
+        formats, change = tuple(entry.format for entry in entries), "; ".join(sorted(changes))
         weights = (
-            Weight(name, group, entries, expert, tuple(sources.get(_module_of(name), ())))
+            Weight(name, group, formats, change, expert, tuple(sources.get(_module_of(name), ())), is_left_out)
             for expert, name in enumerate(group[0].sources)
         )
         return Group(group, tuple(weights))
@@ -115,10 +107,6 @@ class Converted:
         path = self.manifest.leaves[leaf.path].same_as or leaf.path
         return {name: (path, name) for name in self.manifest.leaves[path].arrays}
 
-    def is_readable(self, group: Group) -> bool:
-        """Whether all arrays of `group` exist with the recorded sizes."""
-        return not self.arrays.find_problems(self.keys(group))
-
     def read(self, group: Group, on_damage: Callable[[DsvError], None]) -> Iterator[tuple[Weight, list[Components]]]:
         """Read each weight of `group`, with the components of its parameters (of its expert).
 
@@ -127,14 +115,12 @@ class Converted:
         """
         digests = {key: hashlib.sha256() for key in self.keys(group)}
         try:
-            if group.leaves[0].stacked:
-                experts = {name: self._read_experts(key, digests) for name, key in self._keys(group.leaves[0]).items()}
-                for weight in group.weights:
-                    yield weight, [{name: next(arrays) for name, arrays in experts.items()}]
-            else:
-                keys = [self._keys(leaf) for leaf in group.leaves]
-                parts = [{name: self._read_whole(key, digests) for name, key in of_leaf.items()} for of_leaf in keys]
-                yield group.weights[0], parts
+            parts = [
+                {name: self._read_weights(leaf, key, digests) for name, key in self._keys(leaf).items()}
+                for leaf in group.leaves
+            ]
+            for weight in group.weights:
+                yield weight, [{name: next(arrays) for name, arrays in part.items()} for part in parts]
         except (VerificationError, StorageError) as error:
             on_damage(error)
             return
@@ -142,15 +128,11 @@ class Converted:
             if digest.hexdigest() != self.expected[key].sha256:
                 on_damage(VerificationError(f"{self.arrays.where(key)} has changed"))
 
-    def _read_experts(self, key: Key, digests) -> Iterator[np.ndarray]:
-        for slab in self.arrays.slabs(key):
-            digests[key].update(raw(slab))
-            yield from slab
-
-    def _read_whole(self, key: Key, digests) -> np.ndarray:
-        array = self.arrays.read(key)
-        digests[key].update(raw(array))
-        return array
+    def _read_weights(self, leaf: Leaf, key: Key, digests: dict[Key, Any]) -> Iterator[np.ndarray]:
+        """Yield the array of each expert, or the only one."""
+        for array in self.arrays.slabs(key) if leaf.stacked else [self.arrays.read(key)]:
+            digests[key].update(raw(array))
+            yield from array if leaf.stacked else [array]
 
     def component(self, weight: Weight, name: str, leaf: int = 0) -> np.ndarray:
         """One component of a weight, from one of its parameters. Tensor scales are read once for all experts."""
@@ -167,24 +149,11 @@ class Converted:
         return self.expected[self._keys(weight.leaves[0])["values"]].dtype
 
 
-def _measure(source: SourceTensor) -> int:
-    return math.prod(source.shape) * DTYPES[source.dtype].itemsize
-
-
-def _require_tensor(source: SourceTensor) -> None:
-    """Raise CheckpointError unless a recorded tensor can have been one: of a dtype that there is, bits of its size."""
-    known = source.dtype in DTYPES and re.fullmatch("[0-9a-f]{64}", source.sha256)
-    if known and source.bits:
-        known = re.fullmatch("[0-9a-f]+", source.bits) and len(source.bits) == 2 * _measure(source)
-    if not known:
-        raise CheckpointError(f"a passport in the manifest has {tuple(source)!r:.200}, which is no tensor")
-
-
 def describe_storage(name: str, sources: Sequence[SourceTensor]) -> StoredWeight:
     """How the weight `name` was stored, from its recorded tensors."""
     tensors = {}
     for source in sources:
-        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, _measure(source))
+        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, source.nbytes)
     return detect(name, tensors)
 
 

@@ -2,28 +2,24 @@
 
 A file is the header's length in 8 bytes, a JSON header, and the tensors without gaps. The header is checked more
 strictly than by the safetensors library (which allows duplicate keys), so a file accepted here is accepted there too.
-Bytes are read with pread, never mapped: a mapped file that shrinks kills the process.
 """
 
-import contextlib
-import errno
 import functools
 import hashlib
 import math
 import operator
 import os
 import struct
-import threading
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 
-from dsv32_jax.errors import CheckpointError, StorageError, listing, pluralize
-from dsv32_jax.system.files import JsonLimits, open_regular, parse_json, recognize_content
+from dsv32_jax.errors import CheckpointError, listing, pluralize
+from dsv32_jax.system.files import JsonLimits, parse_json, recognize_content
+
+from .source_file import FileId, identify, open_watched
 
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 200_000
@@ -50,30 +46,7 @@ DTYPES: dict[str, np.dtype] = {
     "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
 }
 
-NUMPY_DTYPES = {dtype.name: dtype for dtype in DTYPES.values()}
-"""The same dtypes under their NumPy names, which the manifest uses."""
-
 JSON = "JSON, not weights: probably an error message of the server; download the file again"
-
-CHUNK_BYTES = 64 << 20
-"""Bytes per read call."""
-
-TRANSIENT_ERRORS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
-RETRY_SECONDS = (0.5, 3.0)
-STALL_SECONDS = 60.0
-"""Network disks: errors that often pass, the pauses before another attempt, and the time after which to warn."""
-
-_reads: dict[int, tuple[Path, float]] = {}
-"""The file each thread is reading, and since when."""
-
-
-class FileId(NamedTuple):
-    """Identity of a file: it changes when the file is replaced or written to."""
-
-    device: int
-    inode: int
-    size: int
-    mtime_ns: int
 
 
 class Tensor(NamedTuple):
@@ -97,8 +70,8 @@ class Header(NamedTuple):
 
 def read_header(file: Path) -> Header:
     """Read and check the header of `file`. Raises CheckpointError listing everything wrong with it, or OSError."""
-    with _open(file) as descriptor:
-        file_id = _file_id(descriptor)
+    with open_watched(file) as descriptor:
+        file_id = identify(descriptor)
         start = os.pread(descriptor, 64, 0)
         try:
             text = _read_header_text(descriptor, start, file_id.size)
@@ -207,84 +180,3 @@ def _check_layout(tensors: list[Tensor], begin: int, size: int) -> list[str]:
     elif size > end:
         problems.append(f"{size - end} bytes follow the last tensor")
     return problems
-
-
-def read_bytes(file: Path, file_id: FileId, offset: int, count: int, tensor: str) -> np.ndarray:
-    """Read `count` bytes at `offset`, retrying errors that often pass.
-
-    Raises StorageError, naming `tensor`, if the file is no longer `file_id` or cannot be read.
-    """
-    for pause in (*RETRY_SECONDS, None):
-        try:
-            return _try_read(file, file_id, offset, count, tensor)
-        except StorageError:
-            raise
-        except OSError as error:
-            if pause is None or error.errno not in TRANSIENT_ERRORS:
-                raise StorageError(
-                    f"cannot read {file} at byte {offset}, tensor {tensor}: {error}. "
-                    "What was written so far is kept; run the same command again to continue"
-                ) from error
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")
-
-
-def _try_read(file: Path, file_id: FileId, offset: int, count: int, tensor: str) -> np.ndarray:
-    raw, done = np.empty(count, np.uint8), 0
-    with _open(file) as descriptor:
-        _require_unchanged(descriptor, file, file_id)
-        while done < count:
-            _reads[threading.get_ident()] = file, time.monotonic()
-            if not (got := os.preadv(descriptor, [raw.data[done : done + CHUNK_BYTES]], offset + done)):
-                raise StorageError(f"{file} ends at byte {offset + done}, within tensor {tensor}")
-            done += got
-        _require_unchanged(descriptor, file, file_id)
-    return raw
-
-
-def _require_unchanged(descriptor: int, file: Path, file_id: FileId) -> None:
-    if _file_id(descriptor) != file_id:
-        raise StorageError(
-            f"{file} changed while it was being read (is it still downloading?). "
-            "What was written so far is kept; convert again when the file is complete"
-        )
-
-
-def _file_id(descriptor: int) -> FileId:
-    status = os.fstat(descriptor)
-    return FileId(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-
-
-@contextlib.contextmanager
-def _open(file: Path) -> Iterator[int]:
-    """Open a regular file for reading, watched by `warn_on_stalled_reads`."""
-    thread, descriptor = threading.get_ident(), -1
-    _reads[thread] = file, time.monotonic()
-    try:
-        yield (descriptor := open_regular(file))
-    finally:
-        del _reads[thread]
-        if descriptor >= 0:
-            os.close(descriptor)
-
-
-@contextlib.contextmanager
-def warn_on_stalled_reads(warn: Callable[[str], None]) -> Iterator[None]:
-    """Inside the `with`, call `warn` for each read that takes longer than STALL_SECONDS: network disks can hang."""
-    done = threading.Event()
-
-    def watch() -> None:
-        reported: set[tuple[Path, float]] = set()
-        while not done.wait(STALL_SECONDS / 20):
-            for file, since in set(_reads.copy().values()) - reported:
-                if (waited := time.monotonic() - since) >= STALL_SECONDS:
-                    reported.add((file, since))
-                    warn(f"no data from {file} for {waited:.0f} s: the disk does not respond. Still waiting")
-
-    thread = threading.Thread(target=watch, name="stalled reads", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()

@@ -8,7 +8,6 @@ set of weights; and of a tensor that two shards store, the one counts that the i
 import fnmatch
 import gc
 import os
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,8 @@ from dsv32_jax.errors import CheckpointError, ConfigError, StorageError, argumen
 from dsv32_jax.layout import COPIES, leaves
 from dsv32_jax.system.files import JsonLimits, read_json
 
-from .downloads import compare_revisions
-from .safetensors import DTYPES, MAX_HEADER_BYTES, FileId, Tensor, read_bytes, read_header
+from .safetensors import DTYPES, MAX_HEADER_BYTES, Tensor, read_header
+from .source_file import FileId, compare_revisions, read_bytes, read_chunks
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -33,8 +32,6 @@ UNSUPPORTED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf")
 
 MAX_TENSORS = 2_000_000
 """Tensors of all shards together; the real model has 180,000 in NVFP4."""
-
-CHUNK_BYTES = 16 << 20
 
 
 class Source:
@@ -95,15 +92,12 @@ class Source:
 
     def read(self, tensor: Tensor) -> np.ndarray:
         """Read a whole tensor. Raises StorageError if the file has changed since its header was read."""
-        return self._read_bytes(tensor, 0, tensor.nbytes).view(DTYPES[tensor.dtype]).reshape(tensor.shape)
+        raw = read_bytes(tensor.file, self.files[tensor.file], tensor.offset, tensor.nbytes, tensor.name)
+        return raw.view(DTYPES[tensor.dtype]).reshape(tensor.shape)
 
     def read_chunks(self, tensor: Tensor) -> Iterator[np.ndarray]:
-        """Yield the bytes of a tensor, CHUNK_BYTES at a time."""
-        for start in range(0, tensor.nbytes, CHUNK_BYTES):
-            yield self._read_bytes(tensor, start, min(CHUNK_BYTES, tensor.nbytes - start))
-
-    def _read_bytes(self, tensor: Tensor, start: int, count: int) -> np.ndarray:
-        return read_bytes(tensor.file, self.files[tensor.file], tensor.offset + start, count, tensor.name)
+        """Return the bytes of a tensor in chunks."""
+        return read_chunks(tensor.file, self.files[tensor.file], tensor.offset, tensor.nbytes, tensor.name)
 
     def _read_json(self, name: str, unreadable: Any = None) -> Any:
         """Parse a JSON file of the folder: None if it is absent; a problem and `unreadable` if it cannot be read."""
@@ -246,13 +240,3 @@ class Source:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
-
-
-def require_downloaded(name: str | Path, folder: Path) -> None:
-    """Raise CheckpointError with the command that downloads it, if the user's `name` for `folder` is one of the hub."""
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name)) and not folder.parent.is_dir():
-        raise CheckpointError(
-            f"{name} is not a folder here; nothing was read. If it is a name on the Hugging Face hub, download it:\n"
-            f"  hf download {name} --local-dir {folder.name}\n"
-            f"and convert {folder.name}"
-        )

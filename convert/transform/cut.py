@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.layout import LOOKED_UP, Leaf
 
-from ..read.safetensors import DTYPES, NUMPY_DTYPES
+from ..read.safetensors import DTYPES
 from ..read.weights import FOLDED, Read, StoredWeight
 from .requantize import Requantizer
 
@@ -60,7 +61,7 @@ class PlannedLeaf:
     @property
     def nbytes(self) -> int:
         """Bytes of all components."""
-        return sum(math.prod(shape) * NUMPY_DTYPES[name].itemsize for name, shape in self.arrays.values())
+        return sum(math.prod(shape) * dtype_of(name).itemsize for name, shape in self.arrays.values())
 
 
 def choose_format(leaf: Leaf, sources: Sequence[StoredWeight]) -> LeafFormat:
@@ -119,7 +120,7 @@ def plan_build(
     components: dict[str, np.ndarray] = {}
     if leaf.stacked:
         arrays = list_arrays(leaf, form).items()
-        components |= {name: np.empty(shape, NUMPY_DTYPES[dtype]) for name, (dtype, shape) in arrays}
+        components |= {name: np.empty(shape, dtype_of(dtype)) for name, (dtype, shape) in arrays}
 
     def fill(expert: int, stored: StoredWeight) -> None:
         for name, array in _build_one(leaf, stored, form, read, requantizer).items():

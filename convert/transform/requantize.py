@@ -42,14 +42,13 @@ class ErrorStats(NamedTuple):
 class Requantizer:
     """Loads weights in their target formats and collects the ErrorStats of each that changes, by name.
 
-    `scaling`: how NVFP4 block scales are chosen. `partners`: for a weight that shares its tensor scale with others,
-    those others (they become NVFP4 too).
+    `scaling`: how NVFP4 block scales are chosen. `pairs`: weights that share a tensor scale (both become NVFP4).
     """
 
-    def __init__(self, scaling: Scaling = RTN, partners: Mapping[str, tuple[StoredWeight, ...]] | None = None):
+    def __init__(self, scaling: Scaling = RTN, pairs: Iterable[tuple[StoredWeight, StoredWeight]] = ()):
         self.errors: dict[str, ErrorStats] = {}
         self._scaling = scaling
-        self._partners = partners or {}
+        self._partners = {one.name: other for pair in pairs for one, other in (pair, pair[::-1])}
         self._amax: dict[str, np.float32] = {}
 
     def load(self, stored: StoredWeight, read: Read) -> dict[str, np.ndarray]:
@@ -59,11 +58,11 @@ class Requantizer:
         """
         if stored.wanted is None or stored.is_in(stored.wanted):
             return read_components(stored, read)
-        partners_amax = self._read_partners_amax(stored, read)
+        partner_amax = self._read_partner_amax(stored, read)
         components = read_components(stored, read)
         values = dequantize_whole(stored, components, read)
         with _name_in_errors(stored):
-            result = self._convert(stored, values, partners_amax)
+            result = self._convert(stored, values, partner_amax)
         self.errors[stored.name] = _compare(values, result, count_odd_scales(components))
         return result
 
@@ -72,11 +71,11 @@ class Requantizer:
         taken, self.errors = self.errors, {}
         return taken
 
-    def _convert(self, stored: StoredWeight, values: np.ndarray, partners_amax: np.float32) -> dict[str, np.ndarray]:
+    def _convert(self, stored: StoredWeight, values: np.ndarray, partner_amax: np.float32) -> dict[str, np.ndarray]:
         match stored.wanted:
             case "nvfp4":
                 amax = self._amax[stored.name] = largest(values)
-                codes, block_scale, tensor_scale = nvfp4_quantize(values, self._scaling, max(amax, partners_amax))
+                codes, block_scale, tensor_scale = nvfp4_quantize(values, self._scaling, max(amax, partner_amax))
                 return {"codes": codes, "block_scale": block_scale, "tensor_scale": tensor_scale}
             case "fp8":
                 quantized, grid = fp8_quantize(values)
@@ -84,15 +83,16 @@ class Requantizer:
             case _:
                 return {"values": values.astype(ml_dtypes.bfloat16, copy=False)}
 
-    def _read_partners_amax(self, stored: StoredWeight, read: Read) -> np.float32:
-        """Return the largest magnitude of the weight's partners, 0 without any; each is read for it at most once."""
-        partners = self._partners.get(stored.name, ())
-        for partner in partners:
-            if partner.name not in self._amax:
-                values = dequantize_whole(partner, read_components(partner, read), read)
-                with _name_in_errors(partner):
-                    self._amax[partner.name] = largest(values)
-        return max((self._amax[partner.name] for partner in partners), default=np.float32(0))
+    def _read_partner_amax(self, stored: StoredWeight, read: Read) -> np.float32:
+        """Return the largest magnitude of the weight's partner, 0 without one; it is read for it at most once."""
+        partner = self._partners.get(stored.name)
+        if partner is None:
+            return np.float32(0)
+        if partner.name not in self._amax:
+            values = dequantize_whole(partner, read_components(partner, read), read)
+            with _name_in_errors(partner):
+                self._amax[partner.name] = largest(values)
+        return self._amax[partner.name]
 
 
 @contextlib.contextmanager
@@ -103,16 +103,15 @@ def _name_in_errors(stored: StoredWeight) -> Iterator[None]:
         raise CheckpointError(f"{stored.name}: {error}. What was written so far is kept") from error
 
 
-def find_partners(weights: Iterable[StoredWeight]) -> dict[str, tuple[StoredWeight, ...]]:
-    """For each of the `weights`, by name, find the others among them that kernels fuse with it."""
-    by_name = {stored.name: stored for stored in weights}
-    found = {}
-    for name in by_name:
+def find_pairs(weights: Iterable[Any]) -> list[tuple[Any, Any]]:
+    """Return the pairs among `weights`, however described, whose names say that kernels fuse them; as in FUSED."""
+    by_name = {weight.name: weight for weight in weights}
+    pairs = []
+    for name, weight in by_name.items():
         stem, _, last = name.removesuffix(".weight").rpartition(".")
-        names = [f"{stem}.{other}.weight" for group in FUSED if last in group for other in group if other != last]
-        if others := tuple(by_name[other] for other in names if other in by_name):
-            found[name] = others
-    return found
+        names = [f"{stem}.{second}.weight" for first, second in FUSED if first == last]
+        pairs += [(weight, by_name[other]) for other in names if other in by_name]
+    return pairs
 
 
 def _compare(values: np.ndarray, result: dict[str, np.ndarray], odd_scales: dict[str, int]) -> ErrorStats:

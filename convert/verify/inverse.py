@@ -10,11 +10,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.layout import Leaf
 from dsv32_jax.quantization.quantize import FP8_BLOCK
 
+from ..read.provenance import SourceTensor
 from ..read.safetensors import DTYPES, Tensor
 from ..read.weights import StoredWeight
 

@@ -13,17 +13,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dsv32_jax.checkpoint.checksums import find_damage, find_damaged_files
-from dsv32_jax.checkpoint.manifest import ArrayEntry
-from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.checkpoint.reader import raw
 from dsv32_jax.errors import CheckpointError, DsvError, UsageError, VerificationError, kind_of
 from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
-from dsv32_jax.system.progress import Progress, ignore_progress
+from dsv32_jax.system.progress import Progress
 
 from ..name_folding import fold_details, fold_names
 from ..read.converted import Components, Converted, Group, Weight
-from ..read.safetensors import DTYPES, NUMPY_DTYPES
+from ..read.provenance import SourceTensor, list_sources
+from ..read.safetensors import DTYPES
 from ..read.source import Source
 from . import inverse
 
@@ -56,7 +55,7 @@ def verify(
     *,
     against: str | Path | None = None,
     level: str = "full",
-    progress: Callable[[Progress], None] = ignore_progress,
+    progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Report:
     """Check the converted checkpoint `folder`, and compare it with `against`, the Hugging Face folder it came from.
 
@@ -69,12 +68,11 @@ def verify(
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
     converted = Converted(folder)
-    damaged = find_damaged_files(converted.folder, converted.manifest)
     source = None if against is None else Source(expand_path(against).absolute())
     proof = _Proof(converted, source, progress)
     if level == "full":
         proof.run()
-        damaged += sorted(proof.damaged, key=str)
+    damaged = [proof.damaged[text] for text in sorted(proof.damaged)]
     if damaged or proof.differing:
         text = _describe_damage(converted.folder, damaged, sorted(proof.differing), source)
         raise kind_of([*damaged, *proof.differing], VerificationError)(text)
@@ -113,23 +111,20 @@ def _describe_damage(
 class _Proof:
     """One full check, with a thread per core.
 
-    `damaged` lists arrays that do not match their SHA-256, `differing` tensors that cannot be reconstructed or differ
-    in the source, and how, `changed` weights by what was done to them; `recorded` are the source's tensors, by name.
+    `damaged` has the files and arrays that are not as written, by what is said of them, `differing` tensors that cannot
+    be reconstructed or differ in the source, and how, `changed` weights by what was done to them; `recorded` are the
+    source's tensors, by name.
     """
 
     def __init__(self, converted: Converted, source: Source | None, progress: Callable[[Progress], None]):
         self._converted, self._source = converted, source
-        self.damaged: list[DsvError] = []
+        found = find_damaged_files(converted.folder, converted.manifest)
+        self.damaged: dict[str, DsvError] = {str(problem): problem for problem in found}
         self.differing: list[tuple[str, str]] = []
         self.changed: dict[str, list[str]] = collections.defaultdict(list)
         self.proven = 0
         self._progress, self._lock, self._done, self._total = progress, threading.Lock(), 0, 0
-        self.recorded = {
-            tensor.name: tensor
-            for entry in converted.manifest.leaves.values()
-            if entry.passport is not None
-            for tensor in entry.passport.sources
-        }
+        self.recorded = list_sources(converted.manifest.leaves.values())
 
     def run(self) -> None:
         """Read everything."""
@@ -158,19 +153,20 @@ class _Proof:
 
     def _check_group(self, group: Group) -> None:
         keys = self._converted.keys(group)
-        entries = [self._converted.expected[key] for key in keys]
-        if not self._converted.is_readable(group):
-            self._report(self._count_bytes(group), group.leaves[0].path)
-            return
-        if _is_copy(group, entries):
-            if group.leaves[0].path == keys[0][0] and (problem := find_damage(self._converted.arrays, keys[0])):
-                self.damaged.append(problem)
+        entry = self._converted.expected[keys[0]]
+        if _is_copied(group, entry.dtype):
+            if problem := find_damage(self._converted.arrays, keys[0]):
+                self._note_damage(problem)
             for source in group.weights[0].sources:
-                self._compare(source.name, entries[0].sha256)
+                self._compare(source.name, entry.sha256)
         else:
-            for weight, parts in self._converted.read(group, self.damaged.append):
+            for weight, parts in self._converted.read(group, self._note_damage):
                 self._check_weight(weight, parts)
         self._report(self._count_bytes(group), group.leaves[0].path)
+
+    def _note_damage(self, problem: DsvError) -> None:
+        """Note what is wrong with an array once, however many parameters share it."""
+        self.damaged[str(problem)] = problem
 
     def _check_weight(self, weight: Weight, parts: list[Components]) -> None:
         if weight.change:
@@ -205,9 +201,9 @@ class _Proof:
         self._report(0 if tensor is None else tensor.nbytes, recorded.name)
 
 
-def _is_copy(group: Group, entries: list[ArrayEntry]) -> bool:
-    weight = group.weights[0]
-    if len(group.weights) != 1 or len(entries) != 1 or weight.change:
+def _is_copied(group: Group, dtype: str) -> bool:
+    """Return whether an array is the bytes of its source tensor: it is then read in slabs, and hashed once."""
+    (leaf, *more), weight = group.leaves, group.weights[0]
+    if more or leaf.stacked or leaf.cut is not None or weight.formats != ("dense",) or weight.change:
         return False
-    same = all(DTYPES[source.dtype] == NUMPY_DTYPES[entries[0].dtype] for source in weight.sources)
-    return same and all(leaf.cut is None and not leaf.stacked for leaf in group.leaves)
+    return all(DTYPES[source.dtype].name == dtype for source in weight.sources)

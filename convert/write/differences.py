@@ -8,15 +8,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsv32_jax.checkpoint.checksums import find_changed_files
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.errors import OutputExistsError, listing
+from dsv32_jax.errors import OutputExistsError, VerificationError, kind_of, listing
 
 RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
 """Names of the parts of a plan's recipe, for messages."""
 
 
 def read_finished(folder: Path, plan: str, basis: Mapping[str, Any]) -> Manifest:
-    """Return the manifest of a finished output. Raises OutputExistsError if another plan (by its digest) made it."""
+    """Return the manifest of a finished output.
+
+    Raises OutputExistsError if another plan (by its digest) made it, VerificationError if its files have changed; of
+    the arrays' only the sizes are looked at.
+    """
     manifest = Manifest.read(folder)
     if manifest.source["plan"] != plan:
         changed = describe_differences(manifest_basis(manifest), basis)
@@ -24,6 +29,11 @@ def read_finished(folder: Path, plan: str, basis: Mapping[str, Any]) -> Manifest
             f"{folder} holds a converted checkpoint (of {manifest.source['folder']!r}) that was made from other "
             f"files or with other options; nothing was touched. Write to another folder, or delete this one "
             f"yourself. The differences: {listing(changed)}"
+        )
+    if damaged := find_changed_files(folder, manifest):
+        raise kind_of(damaged, VerificationError)(
+            f"{folder} holds this conversion and is damaged: {listing(damaged)}. Nothing was touched; delete the "
+            "folder and convert again, or convert to another one"
         )
     return manifest
 

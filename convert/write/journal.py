@@ -14,14 +14,15 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dsv32_jax.checkpoint.folder import FILE, JOURNAL, SOURCE_FILES
+from dsv32_jax.checkpoint.folder import FILE, JOURNAL, SOURCE_FILES, is_stray
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest
 from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.checkpoint.writer import UNFINISHED
 from dsv32_jax.errors import OutputExistsError, StorageError, listing, pluralize
-from dsv32_jax.system.files import find_mismatches, hash_chunks, is_abandoned, is_stray, remove_abandoned, write_file
+from dsv32_jax.system.files import find_mismatches, hash_chunks, is_abandoned, remove_abandoned, write_file
 from dsv32_jax.system.locks import LOCK
 
+from ..read.provenance import list_sources
 from ..read.safetensors import Tensor
 from ..read.source import Source
 from ..transform.requantize import ErrorStats
@@ -121,6 +122,11 @@ class Journal:
     def _is_ours(self, entry: os.DirEntry) -> bool:
         part = entry.name.partition(UNFINISHED)[0]
         return entry.is_dir(follow_symlinks=False) and (part in self._begun or part in self.parts)
+
+    def count_unfinished_bytes(self) -> int:
+        """Return the bytes that `start` frees."""
+        files = (Path(root, name) for folder in self.unfinished for root, _, names in os.walk(folder) for name in names)
+        return sum(map(os.path.getsize, files))
 
     def start(self) -> None:
         """Remove what killed runs left of unfinished parts, and create the journal where there is none; everything
@@ -242,7 +248,7 @@ def require_same_bytes(source: Source, entries: Iterable[LeafEntry], touched: Co
     Headers do not show that another training of the same model took the checkpoint's place, or that a damaged file was
     downloaded again. So one converted tensor of each file is read again, and all of those files that were `touched`.
     """
-    digests = {t.name: t.sha256 for entry in entries if entry.passport for t in entry.passport.sources}
+    digests = {name: recorded.sha256 for name, recorded in list_sources(entries).items()}
     probes: dict[str, Tensor] = {}
     converted = [source.tensors[name] for name in digests if name in source.tensors]
     for tensor in converted:

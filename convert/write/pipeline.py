@@ -14,22 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Place
-from dsv32_jax.checkpoint.provenance import Passport, SourceTensor
 from dsv32_jax.checkpoint.reader import Key, raw
 from dsv32_jax.checkpoint.writer import Writer
-from dsv32_jax.errors import CheckpointError, listing, pluralize
+from dsv32_jax.errors import CheckpointError, pluralize
 
 from ..plan.limits import Budget, Group, fits_beside, size_of
-from ..read.safetensors import Tensor
-from ..read.weights import Read, StoredWeight
+from ..read.provenance import HashingReader, Provenance
 from ..transform import cut
 from ..transform.cut import PlannedLeaf, name_format
 from ..transform.requantize import ErrorStats, Requantizer, count_odd_scales
 from .journal import Part
-
-SCALAR_BYTES = 8
-FIRST_BYTES = 1 << 12
-"""Enough to see that a tensor is not constant, but for very few."""
 
 PIECE_BYTES = 1 << 20
 """Bytes looked at together."""
@@ -41,58 +35,6 @@ EXPONENTS = {"float32": 0x7F800000, "bfloat16": 0x7F80, "float16": 0x7C00, "floa
 Components = dict[str, np.ndarray]
 
 
-class HashingReader:
-    """Reads tensors and keeps the SHA-256 of each, and the bytes of scalars. Threads may share it."""
-
-    def __init__(self, read: Read):
-        self._read = read
-        self._sources: dict[str, SourceTensor] = {}
-        self._zero: set[str] = set()
-        self._constant: set[str] = set()
-
-    def __call__(self, tensor: Tensor) -> np.ndarray:
-        array = self._read(tensor)
-        if tensor.name not in self._sources:
-            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-            if not raw[:FIRST_BYTES].any() and not raw.any():
-                self._zero.add(tensor.name)
-            elif (raw[:FIRST_BYTES] == raw[0]).all() and (raw == raw[0]).all():
-                self._constant.add(tensor.name)
-            sha256 = hashlib.sha256(raw.data).hexdigest()
-            bits = raw.tobytes().hex() if tensor.nbytes <= SCALAR_BYTES else ""
-            self._sources[tensor.name] = SourceTensor(tensor.name, tensor.dtype, tensor.shape, sha256, bits)
-        return array
-
-    def source(self, tensor: Tensor, with_bits: bool) -> SourceTensor:
-        """Provenance of a tensor, which is read if it was not; `with_bits` keeps the bytes of a scalar."""
-        if tensor.name not in self._sources:
-            self(tensor)
-        found = self._sources[tensor.name]
-        return found if with_bits else found._replace(bits="")
-
-    def require_downloaded(self, planned: PlannedLeaf) -> None:
-        """Raise CheckpointError that lists the source matrices of a parameter which are zero throughout.
-
-        A download that reserves its space first leaves such holes. In NVFP4 a matrix of zeros is stored with a tensor
-        scale of zero, or with block scales that are all the same.
-        """
-        holes = []
-        for stored in planned.sources:
-            if len(stored.shape) == 2 and not self._is_zero_matrix(stored):
-                holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self._zero]
-        if holes:
-            names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
-            raise CheckpointError(
-                f"{len(holes)} tensors of {planned.leaf.path} are zero throughout: {names}. The files have their full "
-                "size but were not downloaded completely: download them again. Completed parts are kept"
-            )
-
-    def _is_zero_matrix(self, stored: StoredWeight) -> bool:
-        if stored.tensor_scale is None or stored.scale is None:
-            return False
-        return stored.tensor_scale.name in self._zero or stored.scale.name in self._constant
-
-
 def describe(
     planned: PlannedLeaf, arrays: Components, original: LeafEntry | None, read: HashingReader
 ) -> tuple[LeafEntry, dict[str, int]]:
@@ -100,18 +42,14 @@ def describe(
 
     A copy with the bytes of its `original` shares its arrays. Raises CheckpointError on values that cannot be right.
     """
-    read.require_downloaded(planned)
+    read.require_downloaded(planned.leaf.path, planned.sources)
     require_finite(planned.leaf.path, arrays)
     entry = LeafEntry(planned.form.format, {n: describe_array(a) for n, a in arrays.items()}, planned.same_as)
     if entry == original:
         entry = LeafEntry(entry.format, {}, planned.copy_of)
-    sources = tuple(
-        read.source(tensor, stored.kind == "packed-nvfp4" and tensor is stored.tensor_scale)
-        for stored in planned.sources
-        for tensor in stored.tensors
-    )
-    passport = Passport(describe_change(planned), planned.leaf.cut, sources)
-    return dataclasses.replace(entry, origin=passport.to_json()), count_odd_scales(arrays)
+    sources = tuple(read.list_sources(planned.sources))
+    provenance = Provenance(describe_change(planned), planned.leaf.cut, sources)
+    return dataclasses.replace(entry, provenance=provenance.to_json()), count_odd_scales(arrays)
 
 
 def describe_change(planned: PlannedLeaf) -> str:

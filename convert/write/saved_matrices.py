@@ -10,22 +10,21 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsv32_jax.checkpoint.reader import raw
+from dsv32_jax.checkpoint.reader import dtype_of, raw
 from dsv32_jax.errors import OutputExistsError
 from dsv32_jax.quantization.quantize import Scaling
 from dsv32_jax.system.files import hash_chunks, remove_abandoned, replace_file
 
-from ..read.safetensors import NUMPY_DTYPES
+from ..read.provenance import HashingReader
 from ..read.weights import Read, StoredWeight
 from ..transform.requantize import ErrorStats, Requantizer
 from .journal import seal, unseal
-from .pipeline import HashingReader
 
 FOLDER = "matrices"
 
@@ -38,9 +37,13 @@ class SavingRequantizer(Requantizer):
     stopped run saved. Only files of the matrices `wanted` stay."""
 
     def __init__(
-        self, folder: Path, wanted: Collection[str], scaling: Scaling, partners: Mapping[str, tuple[StoredWeight, ...]]
+        self,
+        folder: Path,
+        wanted: Collection[str],
+        scaling: Scaling,
+        pairs: Iterable[tuple[StoredWeight, StoredWeight]],
     ):
-        super().__init__(scaling, partners)
+        super().__init__(scaling, pairs)
         if folder.is_symlink():
             raise OutputExistsError(f"{folder} is a link; nothing was touched. Convert to a new folder")
         self._folder, self._since = folder, time.monotonic()
@@ -59,7 +62,7 @@ class SavingRequantizer(Requantizer):
         if stored.wanted is None or stored.is_in(stored.wanted):
             return super().load(stored, read)
         assert isinstance(read, HashingReader)
-        sources = [read.source(tensor, False).sha256 for tensor in stored.tensors]
+        sources = [source.sha256 for source in read.list_sources([stored])]
         if (restored := self._restore(stored.name, sources)) is not None:
             return restored
         components = super().load(stored, read)
@@ -115,7 +118,7 @@ class SavingRequantizer(Requantizer):
             return None
         components, at = {}, 0
         for key, dtype, shape in facts["components"]:
-            flat = np.frombuffer(content, NUMPY_DTYPES[dtype], int(np.prod(shape)), at)
+            flat = np.frombuffer(content, dtype_of(dtype), int(np.prod(shape)), at)
             components[key], at = flat.reshape(shape), at + flat.nbytes
         self.errors[name] = ErrorStats(*facts["errors"])
         self._changes.append((0, nbytes))

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from ..errors import DsvError, StorageError, VerificationError, kind_of, listing
 from ..system import host
-from ..system.files import hash_chunks, is_stray
+from ..system.files import hash_chunks
 from ..system.reporter import show_slow
-from .folder import WEIGHTS
+from .folder import WEIGHTS, is_stray
 from .manifest import Manifest
 from .reader import Key, Reader, raw
 

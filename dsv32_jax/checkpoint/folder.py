@@ -1,5 +1,6 @@
 """The folder of a converted checkpoint: the names in it, the form of its manifest, what is said where there is none."""
 
+import re
 from pathlib import Path
 
 from ..system.locks import find_writer
@@ -40,6 +41,20 @@ SCHEMA = {
     "storage": {"files": {str: list}, "mesh": {str: int}},
 }
 """The form of a manifest. Weights are checked by LeafEntry, the config by Config."""
+
+
+STRAYS = re.compile(
+    r"\._.*|\.DS_Store|\.localized|\.apdisk|\.Trash.*|\.Spotlight-V100|\.fseventsd|\.TemporaryItems|__MACOSX|lost\+found|"
+    r"\.snapshots?|\.zfs|\.nfs[0-9a-f]+|\.directory|\.fuse_hidden.*|@eaDir|Thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|"
+    r"System Volume Information",
+    re.IGNORECASE,
+)
+"""Files and folders that systems and file managers leave anywhere. They are neither content nor damage."""
+
+
+def is_stray(path: str) -> bool:
+    """Return whether a relative path is, or lies in, one of STRAYS."""
+    return any(STRAYS.fullmatch(name) for name in path.split("/"))
 
 
 def explain_absence(folder: Path) -> str:

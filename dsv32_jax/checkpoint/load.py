@@ -23,12 +23,12 @@ from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
 from ..quantization.host_weight import HostWeight, divide_matrices
 from ..system import host
 from ..system.compilation import initialize
-from ..system.files import expand_path, hash_file
+from ..system.files import expand_path
 from ..system.reporter import show_slow
 from . import checksums, host_split
 from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest
-from .reader import SLAB_BYTES, Index, Key, Reader, allocate
+from .reader import Index, Key, Reader, allocate, list_slabs
 
 LEVELS = (None, "quick", "full")
 FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
@@ -93,13 +93,14 @@ class Checkpoint:
         """Read the manifest and compare the files with it, as `load` does. No weight is read, unless to verify it."""
         folder = expand_path(folder).resolve()
         manifest = Manifest.read(folder)
-        if verify is not None:
-            checksums.require_intact(folder, manifest, verify)
         cfg = Config.from_dict(manifest.config, f"the config in {folder.name}'s manifest")
         table = {leaf.path: leaf for leaf in leaves(cfg)}
         _require_leaves(folder, table, manifest.leaves)
         checkpoint = cls(folder, manifest, cfg, table)
-        checkpoint.reader.require_files()
+        if verify is None:
+            checkpoint.reader.require_files()
+        else:
+            checksums.require_intact(folder, manifest, verify)
         return checkpoint
 
     @cached_property
@@ -110,9 +111,10 @@ class Checkpoint:
     def count_tokens(self) -> int | None:
         """Return what `check_tokenizer` does. The conversion recorded it for the tokenizer that it copied."""
         recorded = self.manifest.storage["files"].get(TOKENIZER)
-        file, count = self.folder / TOKENIZER, self.manifest.report["token_ids"]
-        if recorded and count is not None and file.is_file() and hash_file(file) == recorded[1]:
-            return count
+        count = self.manifest.report["token_ids"]
+        if recorded and count is not None and (self.folder / TOKENIZER).is_file():
+            if self.reader.measure_file(TOKENIZER) == recorded:
+                return count
         return check_tokenizer(self.folder, self.cfg)
 
     def home(self, path: str) -> str:
@@ -211,10 +213,9 @@ class _Copy:
             memory = allocate([part.stop - part.start for part in index], entry.dtype)
             self._shards.append((memory, devices))
             self.nbytes += memory.nbytes
-            rows, first, last = max(1, SLAB_BYTES * len(memory) // max(1, memory.nbytes)), index[0].start, index[0].stop
-            for start in range(first, last, rows):
-                some = slice(start, min(start + rows, last))
-                self._reading.append(pool.submit(read, memory[start - first :][:rows], (some, *index[1:])))
+            for rows in list_slabs(len(memory), memory.nbytes):
+                within = slice(index[0].start + rows.start, index[0].start + rows.stop)
+                self._reading.append(pool.submit(read, memory[rows], (within, *index[1:])))
 
     def result(self) -> jax.Array:
         """Return the array when it is on its devices, which on a CPU take the memory as it is."""

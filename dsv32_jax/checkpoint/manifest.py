@@ -5,7 +5,6 @@ It is written last, so a folder with a manifest is complete. Reading it needs ne
 
 import collections
 import dataclasses
-import functools
 import hashlib
 import json
 import math
@@ -17,9 +16,8 @@ from typing import Any, NamedTuple, Self
 from ..errors import CheckpointError, StorageError, VerificationError, listing, pluralize
 from ..system.files import JsonLimits, expand_path, find_mismatches, limit_json, read_regular, write_file
 from .folder import FILE, JOURNAL, LARGEST, RECOVER, RENEW, SCHEMA, UNSEALED, WEIGHTS, explain_absence
-from .provenance import Passport
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 LIMITS = JsonLimits(objects=500_000, lists=4_000_000, commas=20_000_000)
 """Limits of a manifest. The real model's has 20 MB in NVFP4, and 180,000 source tensors."""
 
@@ -96,18 +94,14 @@ class ArrayEntry:
 class LeafEntry:
     """One weight: its format and arrays, or (`same_as`) the weight whose arrays it shares.
 
-    `origin` is the JSON of its passport. Weights of equal content compare equal whatever their origin.
+    `provenance` is the converter's record of the tensors it was made of. Weights of equal content compare equal
+    whatever they were made of.
     """
 
     format: str
     arrays: dict[str, ArrayEntry]
     same_as: str | None = None
-    origin: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
-
-    @functools.cached_property
-    def passport(self) -> Passport | None:
-        """Provenance of the weight, parsed on first use: for the real model that takes longer than a load."""
-        return None if self.origin is None else Passport.from_json(self.origin)
+    provenance: dict[str, Any] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def shape(self) -> tuple[int, ...] | None:
@@ -142,12 +136,12 @@ class LeafEntry:
         if set(raw["arrays"]) != (COMPONENTS[format] if same_as is None else set()):
             raise CheckpointError(f"{format} with the arrays {listing(sorted(raw['arrays'])) or 'none'}")
         arrays = {name: ArrayEntry.from_json(array) for name, array in raw["arrays"].items()}
-        return cls(format, arrays, same_as, raw.get("passport"))
+        return cls(format, arrays, same_as, raw.get("provenance"))
 
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON."""
         arrays = {name: array.to_json() for name, array in self.arrays.items()}
-        return {**self.content, "arrays": arrays, **({} if self.origin is None else {"passport": self.origin})}
+        return {**self.content, "arrays": arrays, "provenance": self.provenance}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,6 +284,6 @@ def _advise(raw: Any) -> str:
     version = raw.get("format_version") if isinstance(raw, dict) else None
     if type(version) is int and version > FORMAT_VERSION:
         return "Update dsv32_jax, or convert the original checkpoint again"
-    if version == 1:
+    if type(version) is int and version < FORMAT_VERSION:
         return RENEW
     return "Convert the original checkpoint again"

@@ -14,7 +14,7 @@ first axis are contiguous in one file, so a device reads its own bytes there as 
 import json
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from ..errors import OutputExistsError, StorageError, writing_failed
 from ..system.files import sync
 from .folder import WEIGHTS
 from .manifest import ArrayEntry, LeafEntry, Place
-from .reader import SLAB_BYTES, Key, Reader, raw
+from .reader import Key, Reader, list_slabs, raw
 
 UNFINISHED = ".unfinished"
 """Suffix of the folder of a part that is being written."""
@@ -83,7 +83,7 @@ class Writer:
         slices = [array] if count == 1 else np.split(array, count, axis)
         chunks = [".".join(["c", *(str(number * (i == axis)) for i in range(array.ndim))]) for number in range(count)]
         for chunk, one in zip(chunks, slices, strict=True):
-            _write_file(building / name / chunk, _slabs(one))
+            _write_file(building / name / chunk, (raw(one[rows]) for rows in list_slabs(len(one), one.nbytes)))
         _write_file(building / name / DESCRIPTION, [json.dumps(_describe_array(array, slices[0].shape)).encode()])
         sync(building / name)
         return Place(tuple(f"{WEIGHTS}/{part}/{name}/{chunk}" for chunk in chunks), axis)
@@ -96,18 +96,12 @@ class Writer:
             leaves.setdefault(path, LeafEntry("", {})).arrays[component] = entry
         reader = Reader(self._root, leaves)
         for key, array in arrays.items():
-            rows = reader.slab_rows(key)
-            for i, slab in enumerate(reader.slabs(key)):
-                if not np.array_equal(raw(slab), raw(array[i * rows : i * rows + len(slab)])):
+            for slab, rows in zip(reader.slabs(key), list_slabs(len(array), array.nbytes), strict=True):
+                if not np.array_equal(raw(slab), raw(array[rows])):
                     raise StorageError(f"{reader.where(key)} was written but reads back as something else")
 
 
-def _slabs(array: np.ndarray) -> Iterator[memoryview]:
-    rows = max(1, SLAB_BYTES * len(array) // max(1, array.nbytes))
-    return (raw(array[start : start + rows]) for start in range(0, len(array), rows))
-
-
-def _write_file(file: Path, chunks: Iterator[memoryview] | list[bytes]) -> None:
+def _write_file(file: Path, chunks: Iterable[memoryview | bytes]) -> None:
     """Write `chunks` to the new `file` and flush it. An existing file or link is an error."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     try:

@@ -122,12 +122,6 @@ def hash_chunks(chunks: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def hash_file(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 @contextlib.contextmanager
 def replace_file(file: Path) -> Iterator[Path]:
     """Yield the path of a new, empty file to write to, which then takes the place of `file`, synced to the disk.
@@ -151,20 +145,6 @@ def write_file(file: Path, content: bytes) -> None:
     """Write `content` to `file`, whole or not at all."""
     with replace_file(file) as new:
         new.write_bytes(content)
-
-
-STRAYS = re.compile(
-    r"\._.*|\.DS_Store|\.localized|\.apdisk|\.Trash.*|\.Spotlight-V100|\.fseventsd|\.TemporaryItems|__MACOSX|lost\+found|"
-    r"\.snapshots?|\.zfs|\.nfs[0-9a-f]+|\.directory|\.fuse_hidden.*|@eaDir|Thumbs\.db|desktop\.ini|\$RECYCLE\.BIN|"
-    r"System Volume Information",
-    re.IGNORECASE,
-)
-"""Files and folders that systems and file managers leave anywhere. They are neither content nor damage."""
-
-
-def is_stray(path: str) -> bool:
-    """Return whether a relative path is, or lies in, one of STRAYS."""
-    return any(STRAYS.fullmatch(name) for name in path.split("/"))
 
 
 def is_abandoned(name: str, file: str = "") -> bool:

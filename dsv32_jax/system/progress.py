@@ -72,10 +72,6 @@ class Progress(NamedTuple):
         return self.done >= self.total and self.saved in (None, self.total)
 
 
-def ignore_progress(progress: Progress) -> None:
-    """Report to nobody."""
-
-
 class ByteMeter:
     """Adds up bytes done and bytes saved, and reports them as progress; `ready` bytes were there before."""
 

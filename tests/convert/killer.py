@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -178,8 +179,8 @@ def main() -> None:
             child(job, request, writing)
         os.close(writing)
         if request["how"] == "seconds":
-            time.sleep(request["value"])
-            os.kill(pid, signal.SIGKILL)
+            if not select.select([reading], [], [], request["value"])[0]:  # a job that ends sooner is not waited for
+                os.kill(pid, signal.SIGKILL)
         with open(reading, "rb") as pipe:
             said = pipe.read()
         status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

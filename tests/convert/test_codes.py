@@ -100,7 +100,7 @@ KINDS: dict[str, tuple[Callable[[Path], object], int, set[str]]] = {
     "a pipe in place of the manifest": (replace("manifest.json", os.mkfifo), 4, set(COMMANDS)),
     "a manifest of four tebibytes": (replace("manifest.json", make_sparse), 4, set(COMMANDS)),
     "a newer manifest": (
-        lambda folder: fakes.edit_manifest(folder, lambda raw: raw.update(format_version=3)),
+        lambda folder: fakes.edit_manifest(folder, lambda raw: raw.update(format_version=4)),
         3,
         set(COMMANDS),
     ),

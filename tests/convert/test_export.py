@@ -31,7 +31,6 @@ from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.quantization.quantize import nvfp4_dequantize, nvfp4_quantize
 from dsv32_jax.system.locks import LOCK
-from dsv32_jax.system.progress import ignore_progress
 
 from . import fakes
 
@@ -493,7 +492,7 @@ def test_what_another_process_put_there_meanwhile_is_not_touched(when, converted
             patch.setattr(os, "rename", late)
         with pytest.raises(OutputExistsError, match=f"{out} was made by something else .* stays in .*hf.unfinished"):
             export(
-                converted["bf16"], out, "bf16", progress=intrude if when == "while it is written" else ignore_progress
+                converted["bf16"], out, "bf16", progress=intrude if when == "while it is written" else lambda _: None
             )
     assert [(file.name, file.read_text()) for file in out.iterdir()] == [("thesis.tex", "precious")]
     assert sorted(os.listdir(tmp_path)) == [".hf.unfinished", "hf"] and (tmp_path / ".hf.unfinished" / LOCK).exists()

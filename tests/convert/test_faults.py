@@ -25,9 +25,9 @@ import pytest
 
 import convert
 from convert.plan import limits
-from convert.read import safetensors
-from convert.read.downloads import DOWNLOADS
+from convert.read import source_file
 from convert.read.source import Source
+from convert.read.source_file import DOWNLOADS
 from convert.write import pipeline
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
@@ -406,7 +406,7 @@ def test_f44_a_disk_that_hangs(folder, tmp_path, monkeypatch, capsys):
         warning(self, message)
         heard.set()
 
-    monkeypatch.setattr(safetensors, "STALL_SECONDS", 0.1)
+    monkeypatch.setattr(source_file, "STALL_SECONDS", 0.1)
     monkeypatch.setattr(os, "preadv", hanging)
     monkeypatch.setattr(Reporter, "warning", hear)
     assert run(folder, tmp_path / "out", "--workers", "1") == 0
@@ -424,7 +424,7 @@ def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatc
         return preadv(*arguments)
 
     monkeypatch.setattr(os, "preadv", failing)
-    monkeypatch.setattr(safetensors, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(source_file, "RETRY_SECONDS", (0, 0))
     assert run(folder, tmp_path / "out", "--workers", "1") == code
     assert code == 0 or re.search(
         r"cannot read \S+model-\S+ at byte \d+, tensor \S+: .*Input/output", capsys.readouterr().err

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, strategies as st
 
 from convert.read.converted import describe_storage
+from convert.read.provenance import SourceTensor
 from convert.transform import cut
 from convert.verify import inverse
 from convert.verify.verify import verify
-from dsv32_jax.checkpoint.provenance import SourceTensor
 from dsv32_jax.config import Config
 from dsv32_jax.layout import Cut, Leaf, leaves
 
@@ -63,7 +63,7 @@ def groups(cfg: Config) -> list[list[Leaf]]:
 
 
 def noted(stored, arrays) -> list[SourceTensor]:
-    """What a passport would say of the tensors."""
+    """What the manifest would record of the tensors."""
     return [
         SourceTensor(t.name, t.dtype, t.shape, "", arrays[t.name].tobytes().hex() if "global" in t.name else "")
         for t in stored.tensors

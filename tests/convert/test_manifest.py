@@ -67,12 +67,13 @@ def changed(change, tmp_path) -> str:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda raw: raw.update(format_version=3), "Update dsv32_jax"),
-        (lambda raw: raw.update(format_version="2"), "format_version is '2'"),
+        (lambda raw: raw.update(format_version=4), "Update dsv32_jax"),
+        (lambda raw: raw.update(format_version="3"), "format_version is '3'"),
         (
             lambda raw: raw.update(format_version=1),
             "earlier version .* convert the original .*`dsv32 convert SRC NEW_FOLDER`",
         ),
+        (lambda raw: raw.update(format_version=2), "earlier version .* convert the original"),
         (lambda raw: raw.pop("format_version"), "format_version is None"),
         (lambda raw: (raw.pop("leaves"), raw.update(source=3)), "2 problems"),
         (

@@ -15,7 +15,7 @@ from convert.plan.policy import LINEARS
 from convert.read.source import Source
 from convert.read.weights import StoredWeight, detect
 from convert.transform import cut
-from convert.transform.requantize import Requantizer, find_partners
+from convert.transform.requantize import Requantizer, find_pairs
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
@@ -62,9 +62,9 @@ def test_shared_tensor_scales_give_the_bytes_of_modelopt(request):
     expected = golden.read(folder / "expected_nvfp4.safetensors")
     tensors = Source(folder).tensors
     linears = [detect(name, tensors) for name in expected if name.endswith(".weight")]
-    together = find_partners(dataclasses.replace(one, wanted="nvfp4") for one in linears)
+    together = find_pairs(dataclasses.replace(one, wanted="nvfp4") for one in linears)
     changed = golden.read(folder / "expected_nvfp4_shared.safetensors")
-    check_bytes(Requantizer(partners=together), folder, expected | changed)
+    check_bytes(Requantizer(pairs=together), folder, expected | changed)
     assert len(changed) == 33
 
 

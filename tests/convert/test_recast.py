@@ -150,7 +150,7 @@ def test_a_shard_that_was_downloaded_again_is_read_again(unfinished, checkpoints
     out = shutil.copytree(unfinished, tmp_path / "out")
     lines = [json.loads(line)["line"] for line in (out / "journal.jsonl").read_text().splitlines()]
     entries = [line["leaves"] for line in lines if "leaves" in line]
-    names = [tensor[0] for leaves in entries for leaf in leaves.values() for tensor in leaf["passport"]["sources"]]
+    names = [tensor[0] for leaves in entries for leaf in leaves.values() for tensor in leaf["provenance"]["sources"]]
     tensor = min((Source(source).tensors[name] for name in names), key=lambda tensor: tensor.nbytes)
     raw = bytearray(tensor.file.read_bytes())
     tensor.file.write_bytes(raw)

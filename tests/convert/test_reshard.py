@@ -214,6 +214,15 @@ def test_other_content_is_never_touched(converted, tmp_path, capsys):
         reshard(converted["bf16"], converted["bf16"])
 
 
+def test_a_finished_output_that_is_damaged_is_told(converted, tmp_path):
+    """Of a reshard as of a conversion: the manifest alone is no proof that the work is done."""
+    reshard(converted["bf16"], tmp_path / "out")
+    file = next((tmp_path / "out" / "weights").rglob("c.*"))
+    file.unlink()
+    with pytest.raises(VerificationError, match=f"holds this conversion and is damaged: .*{file.name} is missing"):
+        reshard(converted["bf16"], tmp_path / "out")
+
+
 def test_it_continues_where_it_stopped(converted, originals, tmp_path, monkeypatch):
     convert.convert(originals["nvfp4"], tmp_path / "parts", group_bytes=60_000)
     save, saved = Writer.save, []

@@ -171,7 +171,7 @@ def test_every_dtype_is_read_as_it_was_written(tmp_path, monkeypatch):
     for name, array in arrays.items():
         read = source.read(source.tensors[name])
         assert (read.dtype, read.shape, read.tobytes()) == (array.dtype, array.shape, array.tobytes())
-    monkeypatch.setattr("convert.read.source.CHUNK_BYTES", 7)
+    monkeypatch.setattr("convert.read.source_file.CHUNK_BYTES", 7)
     pieces = list(source.read_chunks(source.tensors["F32"]))
     assert b"".join(pieces) == arrays["F32"].tobytes() and len(pieces) == 7
 

@@ -17,6 +17,7 @@ import convert
 import dsv32_jax as ds
 from convert.export.export import export
 from convert.name_folding import fold_names
+from convert.read.provenance import Provenance
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint.checksums import find_changed_files, find_damage
@@ -226,11 +227,12 @@ def test_a_wrong_inverse_is_recognized(copy):
     manifest = Manifest.read(copy)
     path = "layers.1.ffn.w_up_EMD"
     entry = manifest.leaves[path]
-    assert entry.passport is not None
-    sources = list(entry.passport.sources)
+    recorded = Provenance.of(entry)
+    assert recorded is not None
+    sources = list(recorded.sources)
     sources[4] = sources[4]._replace(sha256="0" * 64)
-    passport = dataclasses.replace(entry.passport, sources=tuple(sources))
-    leaves = manifest.leaves | {path: dataclasses.replace(entry, origin=passport.to_json())}
+    provenance = recorded._replace(sources=tuple(sources)).to_json()
+    leaves = manifest.leaves | {path: dataclasses.replace(entry, provenance=provenance)}
     dataclasses.replace(manifest, leaves=leaves).write(copy)
     assert Manifest.read(copy).digest == manifest.digest
     with pytest.raises(VerificationError, match=r"experts.1.up_proj.weight_scale: cannot be reconstructed"):
@@ -240,7 +242,7 @@ def test_a_wrong_inverse_is_recognized(copy):
 def test_what_has_no_provenance_is_not_proven(copy):
     """Nothing to compare with is no proof."""
     manifest = Manifest.read(copy)
-    leaves = {path: dataclasses.replace(entry, origin=None) for path, entry in manifest.leaves.items()}
+    leaves = {path: dataclasses.replace(entry, provenance=None) for path, entry in manifest.leaves.items()}
     dataclasses.replace(manifest, leaves=leaves).write(copy)
     report = verify(copy)
     assert report.lossless is False and report.proven == 0
@@ -257,12 +259,12 @@ def test_what_has_no_provenance_is_not_proven(copy):
         (4, "zz", "which is no tensor"),
     ],
 )
-def test_a_passport_that_was_made_up_is_refused(place, value, said, copy, tmp_path):
+def test_a_provenance_that_was_made_up_is_refused(place, value, said, copy, tmp_path):
     """By whoever computes with it, in a manifest that is sealed again."""
 
     def change(raw: dict) -> None:
-        rows = [row for leaf in raw["leaves"].values() if "passport" in leaf for row in leaf["passport"]["sources"]]
-        for row in rows:
+        recorded = (leaf["provenance"] for leaf in raw["leaves"].values())
+        for row in (row for one in recorded if one is not None for row in one["sources"]):
             row[place : place + 1] = [value]
 
     fakes.edit_manifest(copy, change)
@@ -388,11 +390,12 @@ def test_verifying_needs_no_jax(converted):
     assert json.loads(done.stdout)["lossless"] is True
 
 
-def test_the_passport_tells_where_a_leaf_came_from(converted, originals):
+def test_the_provenance_tells_where_a_leaf_came_from(converted, originals):
     manifest = Manifest.read(converted["nvfp4"])
     entry = manifest.leaves["layers.0.mla.w_qr_HRQ"]
     name = "model.layers.0.self_attn.q_b_proj.weight"
-    assert entry.passport is not None and entry.passport.cut == (0, 32, 24, 32) and not entry.passport.change
-    assert [source.name for source in entry.passport.sources] == [name, name + "_scale", name + "_scale_2"]
+    recorded = Provenance.of(entry)
+    assert recorded is not None and recorded.cut == (0, 32, 24, 32) and not recorded.change
+    assert [source.name for source in recorded.sources] == [name, name + "_scale", name + "_scale_2"]
     assert manifest.source["files"].keys() == {file.name for file in originals["nvfp4"].glob("*.safetensors")}
     assert all(len(file["header_sha256"]) == 64 for file in manifest.source["files"].values())

@@ -13,6 +13,23 @@ constexpr size_t kCopied = 1 << 20;  // bytes that a thread copies at a time
 using Ids = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 
+// Does what can throw, which a call of XLA or of a stream must not; returns why it failed, or nothing.
+template <class Work>
+std::string explain_failure(const Work& work) {
+  try {
+    work();
+    return "";
+  } catch (const std::exception& error) {
+    return std::string("experts in host memory: ") + error.what();
+  }
+}
+
+template <class Work>
+ffi::Error report_failure(const Work& work) {
+  const std::string why = explain_failure(work);
+  return why.empty() ? ffi::Error::Success() : ffi::Error::Internal(why);
+}
+
 Mixture mixture(const ffi::AnyBuffer& x, const Ids& ids, const Floats& share) {
   Mixture in{};
   in.tokens = x.dimensions()[0], in.k = x.dimensions()[1], in.each = share.dimensions()[1];
@@ -22,13 +39,10 @@ Mixture mixture(const ffi::AnyBuffer& x, const Ids& ids, const Floats& share) {
 }
 
 ffi::Error mix_on_cpu(ffi::ThreadPool pool, ffi::AnyBuffer x, Ids ids, Floats share, ffi::Result<Floats> y) {
-  try {
+  return report_failure([&] {
     Kept kept;
     mix(pool, mixture(x, ids, share), y->dimensions()[1], y->typed_data(), kept);
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("experts in host memory: ") + error.what());
-  }
+  });
 }
 
 // Work that a stream hands to the host: activations have been copied to `memory`, and results are copied from there.
@@ -46,17 +60,17 @@ std::string& last_error() {
 // An exception cannot leave a function that a stream calls. The results become NaN, which the caller notices.
 void mix_in_stream(void* argument) {
   std::unique_ptr<Work> work(static_cast<Work*>(argument));
-  try {
+  const std::string why = explain_failure([&] {
     static thread_local Kept kept;
     mix(Threads::all(), work->in, work->outputs, work->y, kept);
-  } catch (const std::exception& error) {
-    last_error() = std::string("experts in host memory: ") + error.what();
-    std::fill(work->y, work->y + work->in.tokens * work->outputs, NAN);
-  }
+  });
+  if (why.empty()) return;
+  last_error() = why;
+  std::fill(work->y, work->y + work->in.tokens * work->outputs, NAN);
 }
 
 ffi::Error mix_on_gpu(void* stream, ffi::AnyBuffer x, Ids ids, Floats share, ffi::Result<Floats> y) {
-  try {
+  return report_failure([&] {
     const Cuda& cuda = Cuda::driver();
     const size_t sizes[] = {x.size_bytes(), ids.size_bytes(), share.size_bytes(), y->size_bytes()};
     const auto aligned = [](size_t size) { return (size + 255) / 256 * 256; };
@@ -72,10 +86,7 @@ ffi::Error mix_on_gpu(void* stream, ffi::AnyBuffer x, Ids ids, Floats share, ffi
     work->in.share = reinterpret_cast<float*>(to[2]), work->y = reinterpret_cast<float*>(to[3]);
     cuda.call_host(stream, mix_in_stream, work.release());
     cuda.copy_to_device(y->untyped_data(), to[3], sizes[3], stream);
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("experts in host memory: ") + error.what());
-  }
+  });
 }
 
 // A component of stored matrices: their values, block scales, or tensor scales.
@@ -102,19 +113,16 @@ void for_runs(const int32_t* ids, int64_t count, int64_t which, const Copy& copy
 }
 
 ffi::Error fetch_on_cpu(int64_t which, Ids ids, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> out) {
-  try {
+  return report_failure([&] {
     auto* to = static_cast<uint8_t*>(out->untyped_data());
     for_runs(ids.typed_data(), int64_t(ids.element_count()), which,
              [&](size_t place, const uint8_t* from, size_t size) { std::memcpy(to + place, from, size); });
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("experts in host memory: ") + error.what());
-  }
+  });
 }
 
 // All threads fill one buffer of pinned memory while the one before is copied to the device.
 ffi::Error fetch_on_gpu(void* stream, int64_t which, Ids ids, ffi::AnyBuffer, ffi::Result<ffi::AnyBuffer> out) {
-  try {
+  return report_failure([&] {
     const Cuda& cuda = Cuda::driver();
     std::vector<int32_t> wanted(ids.element_count());
     cuda.copy_to_host(wanted.data(), ids.typed_data(), wanted.size() * 4, stream);
@@ -134,10 +142,7 @@ ffi::Error fetch_on_gpu(void* stream, int64_t which, Ids ids, ffi::AnyBuffer, ff
         pipe.sent();
       }
     });
-    return ffi::Error::Success();
-  } catch (const std::exception& error) {
-    return ffi::Error::Internal(std::string("experts in host memory: ") + error.what());
-  }
+  });
 }
 
 }  // namespace dsv32
