@@ -6,6 +6,7 @@ checkpoint by the model's parameters.
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -134,7 +135,6 @@ def source_items(tensors: Mapping[str, Tensor], mtp_layer: int | None) -> Iterat
     Kinds and formats are cached: a checkpoint has 180,000 tensors and some dozens of different ones.
     """
     storage: dict[tuple, tuple[str, tuple[int, ...], int]] = {}
-    kinds: dict[tuple[str, bool], str] = {}
     for name, tensor in tensors.items():
         if name.endswith(SCALES) and _has_weight(name, tensors):
             continue
@@ -146,10 +146,8 @@ def source_items(tensors: Mapping[str, Tensor], mtp_layer: int | None) -> Iterat
             storage[signature] = _detect_storage(base, tensor, tensors, scales)
         format, shape, nbytes = storage[signature]
         layer, rest = split_layer(base)
-        pattern, is_mtp = fold_expert(rest), layer is not None and layer == mtp_layer
-        if (pattern, is_mtp) not in kinds:
-            kinds[pattern, is_mtp] = _kind_of(pattern, is_mtp)
-        kind = kinds[pattern, is_mtp]
+        pattern = fold_expert(rest)
+        kind = _kind_of(pattern, layer is not None and layer == mtp_layer)
         yield Item(layer, pattern, kind, format, shape, 0 if kind == OTHER else math.prod(shape), nbytes)
 
 
@@ -170,6 +168,7 @@ def _detect_storage(
     return name_format(stored.format, tensor.dtype.lower()), stored.shape, nbytes
 
 
+@functools.lru_cache(maxsize=4096)
 def _kind_of(name: str, is_mtp: bool) -> str:
     if not name.endswith((".weight", ".bias", "_bias")):
         return OTHER

@@ -73,7 +73,10 @@ def load(
     if mesh is not None:
         sharding.check_mesh(mesh, [(stored.table[path], a.shape) for (path, _), a in stored.reader.entries.items()])
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
-    on_host = [] if experts == "device" else stored.choose_host_experts(experts, mesh)
+    on_host = []
+    if experts != "device":
+        sizes = host_split.count_device_bytes(stored.table, stored.manifest.leaves, mesh)
+        on_host = host_split.choose(stored.cfg, stored.table, sizes, experts)
     on_devices = stored.weights([path for path in own if path not in on_host], dtype, mesh, mapped)
     weights = {**on_devices, **stored.keep_on_host(on_host, mesh)}
     return build(stored.cfg, dtype, lambda path: weights[stored.home(path)], origin, mesh)
@@ -140,11 +143,6 @@ class Checkpoint:
             weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
             weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
         return weights
-
-    def choose_host_experts(self, experts: str, mesh: Mesh | None) -> list[str]:
-        """Return the weights that `load(experts=...)` leaves in host memory. Raises UsageError, CapacityError."""
-        sizes = host_split.count_device_bytes(self.table, self.manifest.leaves, mesh)
-        return host_split.choose(self.cfg, self.table, sizes, experts)
 
     def keep_on_host(self, paths: Collection[str], mesh: Mesh | None = None) -> dict[str, HostWeight]:
         """Map the stacked weights `paths` and make them known to the kernels, without a copy."""

@@ -34,16 +34,11 @@ class Header(NamedTuple):
     shape: tuple[int, ...]
 
 
-def accept_all(facts: Mapping[str, Any], headers: Mapping[str, Header]) -> list[str]:
-    """Return no problems."""
-    return []
-
-
 def read_arrays(
     file: Path,
     kind: str,
     form: Schema,
-    find_problems: Callable[[Mapping[str, Any], Mapping[str, Header]], list[str]] = accept_all,
+    find_problems: Callable[[Mapping[str, Any], Mapping[str, Header]], list[str]] = lambda facts, headers: [],
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the facts and arrays that `write_arrays` was given, facts of this `form`.
 
