@@ -7,6 +7,7 @@
 
 #include "../dsv32_jax/kernels/src/parallel.h"
 #include "../dsv32_jax/kernels/src/portable.h"
+#include "../dsv32_jax/kernels/src/select.h"
 #if defined(__x86_64__)
 #include "../dsv32_jax/kernels/src/avx2.h"
 #include "../dsv32_jax/kernels/src/avx512.h"
@@ -121,6 +122,34 @@ double difference(dsv32::Attend attend, bool q_is_bf16) {
   return off / most / (q_is_bf16 ? 1000 : 1);
 }
 
+// Selections of random sizes against a sort: how many positions differ.
+int wrong_selections() {
+  int wrong = 0;
+  for (int i = 0; i < 40; ++i) {
+    const int64_t size = 1 + below(300), queries = 1 + below(6), count = 1 + below(size);
+    std::vector<float> score(size_t(queries * size));
+    for (auto& one : score) one = float(below(50)) - 25;
+    std::vector<int32_t> position(static_cast<size_t>(queries)), got(size_t(queries * count), -2);
+    for (auto& one : position) one = int32_t(below(size));
+    Pool pool;
+    dsv32::run_select(pool, score.data(), size, position.data(), queries, count, got.data());
+    for (auto& thread : pool.threads) thread.join();
+    pool.threads.clear();
+    for (int64_t g = 0; g < queries; ++g) {
+      std::vector<int32_t> want(size_t(position[size_t(g)]) + 1);
+      for (size_t s = 0; s < want.size(); ++s) want[s] = int32_t(s);
+      std::stable_sort(want.begin(), want.end(), [&](int32_t a, int32_t b) {
+        return score[size_t(g * size + a)] > score[size_t(g * size + b)];
+      });
+      want.resize(std::min(want.size(), size_t(count)));
+      std::sort(want.begin(), want.end());
+      want.resize(size_t(count), -1);
+      for (int64_t n = 0; n < count; ++n) wrong += got[size_t(g * count + n)] != want[size_t(n)];
+    }
+  }
+  return wrong;
+}
+
 int main() {
   const Kernel plain[] = {dsv32::portable::kernel<dsv32::portable::Nvfp4>(),
                           dsv32::portable::kernel<dsv32::portable::Fp8>(),
@@ -145,6 +174,7 @@ int main() {
 #endif
   for (const auto& [attend, q_is_bf16] : attention)
     for (int i = 0; i < 6; ++i) worst = std::max(worst, difference(attend, q_is_bf16));
-  std::printf("%d kinds, largest difference %.1e\n", int(tried.size()), worst);
-  return worst < 1e-5 ? 0 : 1;
+  const int wrong = wrong_selections();
+  std::printf("%d kinds, largest difference %.1e, %d positions differ\n", int(tried.size()), worst, wrong);
+  return worst < 1e-5 && wrong == 0 ? 0 : 1;
 }

@@ -147,7 +147,7 @@ MISTAKES = (
         "idx_no_weights", f"{UNITS}indexer_scores", REFERENCE,
         'dot("BTi,BTiS->BTS", w_BTi, match_BTiS)', "match_BTiS.sum(axis=2)",
     ),
-    mistake("topk_minus1", f"{UNITS}indexer_scores", INDEXER, "min(topk, score", "min(topk - 1, score"),
+    mistake("topk_minus1", f"{UNITS}indexer_scores", REFERENCE, "min(topk, score", "min(topk - 1, score"),
     mistake("dense", SPARSE, ATTENTION, "if cache.capacity > cfg.index_topk:", "if False:"),
     mistake("group_top1", GATE, MOE, GROUPS, GROUPS.replace("sum", "max")),
     mistake("no_bias", GATE, MOE, "affinity_BTE + bias_E.astype(jnp.float32)", "affinity_BTE + 0 * bias_E"),

@@ -228,6 +228,32 @@ def test_sparse_attention_of_special_values(dtype):
 
 
 @compiled
+@few
+@given(
+    shape=st.tuples(*(st.integers(1, most) for most in (2, 3, 300, 80))),
+    kind=st.sampled_from(["any", "ties", "special", "hidden"]),
+    seed=st.integers(0, 99),
+)
+def test_selection(shape, kind, seed):
+    """The set of the reference, for any sizes and positions: ties, both zeros, NaN, infinities, all hidden."""
+    batch, tokens, slots, topk = shape
+    rng = np.random.default_rng(seed)
+    score = rng.standard_normal((batch, tokens, slots)).astype(np.float32)
+    if kind == "ties":
+        score = np.where(score > 1, 1, score.round() * rng.choice([0.0, 1.0], score.shape)).astype(np.float32)
+    if kind == "special":
+        score = np.where(rng.random(score.shape) < 0.3, rng.choice([np.nan, np.inf, -np.inf], score.shape), score)
+    score = np.full_like(score, -np.inf) if kind == "hidden" else score.astype(np.float32)
+    position = rng.integers(0, slots, (batch, tokens), np.int32)
+    position[0, 0] = slots - 1
+    score = jnp.where(np.arange(slots) <= position[..., None], score, -jnp.inf)
+    got = np.asarray(jax.jit(partial(cpu.select_topk, topk=min(topk, slots)))(score, position))
+    np.testing.assert_array_equal(np.sort(got), np.sort(reference.select_topk(score, topk)))
+    count = (got >= 0).sum(axis=-1, keepdims=True)
+    assert ((np.diff(got) > 0) | (np.arange(1, got.shape[-1]) >= count)).all()
+
+
+@compiled
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=str)
 def test_a_query_is_alone(dtype):
     """Bit for bit what it is in any company."""

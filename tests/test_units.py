@@ -16,7 +16,7 @@ from hypothesis import given, strategies as st
 from dsv32_jax.kernels import cpu, reference
 from dsv32_jax.model import cache, mla, ops
 from dsv32_jax.model.cache import LayerCache
-from dsv32_jax.model.indexer import index_scores, select_all, select_topk
+from dsv32_jax.model.indexer import index_scores, select_all
 from dsv32_jax.model.moe import gate
 from dsv32_jax.quantization import cache_formats, quantize
 from dsv32_jax.quantization.formats import NVFP4, dequantize
@@ -142,7 +142,7 @@ def test_indexer_scores(units, monkeypatch, matches):
     score = np.asarray(index_scores(*(jnp.asarray(part)[None] for part in (query, weight, key, visible))))[0]
     np.testing.assert_allclose(score[visible], units["index.score_f32"][visible], atol=1e-5)
     assert np.isneginf(score[~visible]).all() and units["index.top64_margin"].min() > 1e-4
-    selected = np.asarray(select_topk(jnp.asarray(score)[None], 64))[0]
+    selected = np.asarray(reference.select_topk(jnp.asarray(score)[None], 64))[0]
     np.testing.assert_array_equal(np.sort(selected, axis=-1), np.sort(units["index.top64"], axis=-1))
 
 
@@ -219,7 +219,7 @@ def _fp8(units, name: str) -> np.ndarray:
 
 def test_select_keeps_nan():
     """A score that is no number is not dropped: it is seen in what attention makes of it."""
-    got = np.asarray(select_topk(jnp.asarray([[[1.0, np.nan, 3.0, -np.inf]]]), 4))[0, 0]
+    got = np.asarray(reference.select_topk(jnp.asarray([[[1.0, np.nan, 3.0, -np.inf]]]), 4))[0, 0]
     assert set(got[:3].tolist()) == {0, 1, 2} and got[3] == -1
 
 
@@ -227,7 +227,7 @@ def test_select_on_ties_and_short_rows():
     """The lower position wins a tie; a query with fewer keys than k gets -1; nothing invisible is ever selected."""
     inf = np.inf
     scores = jnp.asarray([[[0.0, 1, 0, 0, -2], [3, -inf, -inf, -inf, -inf], [-1, -2, -inf, -inf, -inf]]])
-    got = np.asarray(select_topk(scores, 3))[0]
+    got = np.asarray(reference.select_topk(scores, 3))[0]
     assert [sorted(row.tolist()) for row in got] == [[0, 1, 2], [-1, -1, 0], [-1, 0, 1]]
 
 

@@ -22,7 +22,7 @@ from ..system import host
 from . import reference
 
 NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS = "dsv32_nvfp4_dot", "dsv32_fp8_dot", "dsv32_bf16_dot", "dsv32_bf16_columns"
-ATTENTION = "dsv32_attention"
+ATTENTION, SELECT = "dsv32_attention", "dsv32_select"
 
 BLOCK = (1, 1)
 """The kernels collect the rows of a matrix from all blocks, so that none has to be filled up."""
@@ -49,7 +49,7 @@ def find_obstacle() -> str:
         return "the package was built without a C++ compiler; reinstall it where there is one (g++ or clang)"
     try:
         library = ctypes.CDLL(str(file))
-        for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS, ATTENTION):
+        for symbol in (NVFP4_DOT, FP8_DOT, BF16_DOT, BF16_COLUMNS, ATTENTION, SELECT):
             jax.ffi.register_ffi_target(symbol, jax.ffi.pycapsule(getattr(library, symbol)), platform="cpu")
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return f"{file.name} does not load ({error}); rebuild the package for this Python and JAX"
@@ -109,6 +109,12 @@ def index_scores(q_BTIJ: jax.Array, w_BTI: jax.Array, k_BSJ: jax.Array) -> jax.A
 
     zero_BTS = jnp.zeros((*before, k_BSJ.shape[1]), jnp.float32)
     return jax.lax.scan(add, zero_BTS, (q_gBTiJ, w_gBTi))[0]
+
+
+def select_topk(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
+    """Return the positions [B, T, topk] of the largest scores of each query in rising order, then -1."""
+    selected = jax.ShapeDtypeStruct((*position_BT.shape, topk), jnp.int32)
+    return jax.ffi.ffi_call(SELECT, selected, vmap_method="sequential")(score_BTS, position_BT)
 
 
 def attend(

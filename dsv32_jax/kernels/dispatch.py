@@ -103,9 +103,14 @@ def find_attend(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> d
     """Return the kernel of sparse attention under the name of JAX's default platform, or nothing."""
     if kernels := find_sparse_attention(dtype, rows, sizes):
         return {"cuda": kernels.attend}
-    if _platform()[0] != "cpu" or read_choice() == "xla" or cpu.find_obstacle():
-        return {}
-    return {"cpu": cpu.attend}
+    return {"cpu": cpu.attend} if _has_cpu_kernels() else {}
+
+
+def find_selection() -> dict[str, Kernel]:
+    """Return the kernel of top-k selection under the name of JAX's default platform, or nothing."""
+    if kernels := find_sparse_attention(jnp.bfloat16, (), ()):
+        return {"cuda": kernels.select_topk}
+    return {"cpu": cpu.select_topk} if _has_cpu_kernels() else {}
 
 
 def limit_block(*banks: Weight) -> tuple[int, int]:
@@ -143,6 +148,10 @@ def _platform() -> tuple[str, ModuleType]:
     from . import gpu_products
 
     return "cuda", gpu_products
+
+
+def _has_cpu_kernels() -> bool:
+    return _platform()[0] == "cpu" and read_choice() != "xla" and not cpu.find_obstacle()
 
 
 @cache

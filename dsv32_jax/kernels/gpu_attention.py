@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from ..quantization.cache_formats import Bf16Rows, Fp8Rows, Rows
+from . import reference
 from .triton_launch import launch
 
 SLOTS_SCORED, QUERIES_SCORED = 128, 32
@@ -50,14 +51,11 @@ def index_scores(
     )
 
 
-def selects(shape: tuple[int, ...]) -> bool:
-    """Return whether the kernel is faster than XLA for scores of this shape [B, T, S]."""
-    return shape[0] * shape[1] > FEW_ROWS or shape[2] < LONG
-
-
 def select_topk(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
-    """Return the positions [B, T, topk] of the largest scores of each query in rising order, then -1."""
+    """Return the positions [B, T, topk] of the largest scores of each query, then -1."""
     batch, tokens, slots = score_BTS.shape
+    if batch * tokens <= FEW_ROWS and slots >= LONG:
+        return reference.select_topk(score_BTS, topk)
     rows, size = batch * tokens, max(CANDIDATES, 1 << (2 * topk - 1).bit_length())
     _, selected_BTk = launch(
         _kernel("select_kernel"),

@@ -75,6 +75,17 @@ def index_scores(q_BTiJ: jax.Array, w_BTi: jax.Array, k_BSJ: jax.Array) -> jax.A
     return dot("BTi,BTiS->BTS", w_BTi, match_BTiS)
 
 
+def select_topk(score_BTS: jax.Array, topk: int) -> jax.Array:
+    """Return the positions of the `topk` largest scores of each query, -1 if there are fewer.
+
+    Of equal scores the lower position is selected; both zeros are equal, of which XLA takes +0 first. NaN counts as the
+    largest, so that it reaches the logits.
+    """
+    score_BTS = jnp.where(score_BTS == 0, 0, score_BTS)
+    top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
+    return jnp.where(top_BTk != -jnp.inf, selected_BTk, -1)
+
+
 def _join_contracted(spec: str, x: jax.Array, w: jax.Array) -> tuple[str, jax.Array, jax.Array]:
     """Reshape the axes that end both operands and are contracted together to one.
 

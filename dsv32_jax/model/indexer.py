@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from ..config import Config
-from ..kernels import dispatch
+from ..kernels import dispatch, reference
 from ..parallel.sharding import map_rows
 from ..quantization.formats import Weight
 from .cache import LayerCache
@@ -104,29 +104,17 @@ def score_rows(q_BTIJ: jax.Array, w_BTI: jax.Array, cache: LayerCache, position_
 
 @jax.named_scope("top-k")
 def select_from_cache(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
-    """Return `select_topk` of scores that are -inf behind each query's position."""
-    kernels = dispatch.find_sparse_attention(jnp.bfloat16, (), ())
-    if kernels is None:
-        return map_rows(partial(select_few_or_topk, topk=topk))(score_BTS, position_BT)
-    if kernels.selects(score_BTS.shape):
-        return map_rows(partial(kernels.select_topk, topk=topk))(score_BTS, position_BT)
-    return map_rows(partial(select_topk, topk=topk))(score_BTS)
+    """Return the positions of the `topk` largest scores of each query, -1 where a query sees fewer."""
+    kernels = {name: partial(kernel, topk=topk) for name, kernel in dispatch.find_selection().items()}
+    select = partial(jax.lax.platform_dependent, **kernels, default=partial(select_few_or_topk, topk=topk))
+    return map_rows(select)(jax.lax.stop_gradient(score_BTS), position_BT)
 
 
 def select_few_or_topk(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
     """Return `select_topk`, or all that a query sees, without sorting, while none sees more than `topk` positions."""
     seen_BTk = score_BTS[..., :topk] != -jnp.inf
     few = jnp.max(position_BT) < topk
-    return jax.lax.cond(few, lambda: select_all(seen_BTk), lambda: select_topk(score_BTS, topk))
-
-
-def select_topk(score_BTS: jax.Array, topk: int) -> jax.Array:
-    """Return the positions of the `topk` largest scores of each query, -1 if there are fewer.
-
-    Of equal scores the lower position is selected. NaN counts as the largest, so that it reaches the logits.
-    """
-    top_BTk, selected_BTk = jax.lax.top_k(score_BTS, min(topk, score_BTS.shape[-1]))
-    return jnp.where(top_BTk != -jnp.inf, selected_BTk, -1)
+    return jax.lax.cond(few, lambda: select_all(seen_BTk), lambda: reference.select_topk(score_BTS, topk))
 
 
 def select_all(visible_BTS: jax.Array) -> jax.Array:

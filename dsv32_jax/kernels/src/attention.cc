@@ -1,8 +1,9 @@
-// Sparse attention on XLA's CPU backend (its foreign function interface).
+// Sparse attention and its top-k on XLA's CPU backend (its foreign function interface).
 #include "attend.h"
 #include "instructions.h"
 #include "parallel.h"
 #include "portable.h"
+#include "select.h"
 #if defined(__x86_64__)
 #include "avx2.h"
 #include "avx512.h"
@@ -44,7 +45,22 @@ ffi::Error attention(ffi::ThreadPool pool, ffi::AnyBuffer q_c, ffi::AnyBuffer q_
   return ffi::Error::Success();
 }
 
+// score [B, T, S], position [B, T] -> selected [B, T, k].
+ffi::Error select_topk(ffi::ThreadPool pool, ffi::Buffer<ffi::F32> score, ffi::Buffer<ffi::S32> position,
+                       ffi::Result<ffi::Buffer<ffi::S32>> selected) {
+  run_select(pool, score.typed_data(), score.dimensions()[2], position.typed_data(), int64_t(position.element_count()),
+             selected->dimensions()[2], selected->typed_data());
+  return ffi::Error::Success();
+}
+
 }  // namespace dsv32
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv32_select, dsv32::select_topk,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::Buffer<ffi::F32>>()
+                                  .Arg<ffi::Buffer<ffi::S32>>()
+                                  .Ret<ffi::Buffer<ffi::S32>>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(dsv32_attention, dsv32::attention,
                               ffi::Ffi::Bind()
