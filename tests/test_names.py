@@ -31,7 +31,7 @@ MODULES = (
     *("model.ops", "model.cache", "model.mla", "model.indexer", "model.attention", "model.experts", "model.moe"),
     *("model.block", "model.mtp", "model.model", "model.validation"),
     *("generation.sampler", "generation.prefill_decode", "generation.speculative"),
-    *("generation.request", "generation.batch", "generation.score"),
+    *("generation.request", "generation.constraint", "generation.batch", "generation.score"),
     *("inspect.observations", "inspect.interventions", "inspect.edited_modules", "inspect.contrasts"),
     *("evaluation.divergence", "evaluation.layer_errors"),
 )
@@ -178,6 +178,8 @@ def _run(cfg, folder) -> None:
     assert ds.load_session(session.model, folder / "session").tokens == session.tokens
     constraint = SimpleNamespace(allowed=lambda: np.ones(cfg.vocab_size, bool), add=lambda token: None)
     ds.generate(session.model, [[5, 6, 7]], max_new_tokens=2, constraint=lambda: constraint)
+    drafting = models.random_model(dataclasses.replace(cfg, num_hidden_layers=1))
+    ds.generate(drafting, [[5, 6, 7]], max_new_tokens=3, draft=1, constraint=lambda: constraint)
     ds.generate.layerwise(session.model, [[5, 6, 7]], max_new_tokens=2)
     ds.score(session.model, [[5, 6, 7]])
     ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})
