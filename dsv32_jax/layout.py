@@ -89,8 +89,7 @@ class Cut(NamedTuple):
 class Leaf(NamedTuple):
     """A parameter of the model and its source tensors: one, or one for each expert.
 
-    `stacked`: the sources are stacked along a leading expert axis. `out_axes`: the number of axes that are made of
-    the rows of a source; the others are made of its columns.
+    `stacked`: the sources are stacked along a leading expert axis.
     """
 
     path: str
@@ -100,7 +99,6 @@ class Leaf(NamedTuple):
     source_shape: tuple[int, ...]
     cut: Cut | None
     stacked: bool
-    out_axes: int
 
 
 def split_layer(name: str) -> tuple[int | None, str]:
@@ -151,15 +149,14 @@ def _leaves_of_row(cfg: Config, row: tuple[str, str, str], source_prefix: str, p
         letters = path.rpartition("_")[2]
         shape = tuple(cfg.dims[letter] for letter in letters)
         cut = cuts[0] if cuts else None
-        found.append(Leaf(path_prefix + path, letters, shape, sources, source_shape, cut, stacked, parsed[0].letters))
+        found.append(Leaf(path_prefix + path, letters, shape, sources, source_shape, cut, stacked))
     return found
 
 
 class _Axis(NamedTuple):
-    """An axis of a tensor: its size, the number of letters it becomes, and (run, start, stop) of each parameter."""
+    """An axis of a tensor: its size, and (run, start, stop) of each parameter that it is cut into."""
 
     size: int
-    letters: int
     runs: list[tuple[int, int, int]]
 
 
@@ -167,8 +164,8 @@ def _axis(dims: dict[str, int], text: str) -> _Axis:
     """Parse an axis of the table: "HP", "C|R" or "H(N|R)"."""
     heads, _, parts = text.rstrip(")").rpartition("(")
     if "|" not in parts:
-        return _Axis(math.prod(dims[letter] for letter in parts), len(parts), [])
+        return _Axis(math.prod(dims[letter] for letter in parts), [])
     sizes = [dims[letter] for letter in parts.split("|")]
     stops = [sum(sizes[: k + 1]) for k in range(len(sizes))]
     runs = [(stops[-1], stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
-    return _Axis(stops[-1] * math.prod(dims[letter] for letter in heads), len(heads) + 1, runs)
+    return _Axis(stops[-1] * math.prod(dims[letter] for letter in heads), runs)

@@ -1,7 +1,7 @@
 """A completion as it streams, in its parts: reasoning, content, and tool calls with their arguments as JSON text.
 
-What the parts add up to is what `parse` returns of a well-formed completion, however its text is cut into pieces. Tags
-never appear in a part; text that may begin one is held back until that is decided.
+Joined, the parts are what `parse` returns for a well-formed completion, however its text is split. Tags never appear in
+a part; text that may begin one is held back until that is decided.
 """
 
 import re

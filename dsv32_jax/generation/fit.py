@@ -1,7 +1,7 @@
 """`dsv32 fit`: whether weights, caches and the temporaries of programs fit in the memory of each device.
 
-Temporaries are XLA's own account of the prefill program, compiled for shapes alone. A deep model is not compiled whole:
-the account of a dense layer with two MoE layers, and of one layer more, is extrapolated to all layers.
+Temporaries are those of XLA's memory analysis of the prefill program, compiled for shapes alone. A deep model is not
+compiled whole: a dense layer with two MoE layers, and one layer more, are extrapolated to all layers.
 """
 
 import dataclasses
@@ -160,7 +160,7 @@ def measure_disk_speed(path: str | Path) -> float | None:
 class Setup(NamedTuple):
     """A model of shapes, the compute dtype, the dtype of caches, and tokens drafted a step."""
 
-    found: WeightShapes
+    shapes: WeightShapes
     compute: np.dtype
     cache_dtype: np.dtype
     draft: int
@@ -194,12 +194,12 @@ class _Demand(NamedTuple):
         """Return the pages for which a device has room beside weights, temporaries and `rows` rows of few tokens."""
         left = memory_bytes - self.weights
         room = min(left - self.peak, int(left * memory.CACHE_SHARE)) - rows * self.row_bytes(0)
-        page = memory.compute_page_bytes(self.setup.found.cfg, self.setup.cache_dtype, self.setup.draft)
+        page = memory.compute_page_bytes(self.setup.shapes.cfg, self.setup.cache_dtype, self.setup.draft)
         return max(0, room) // page
 
     def row_bytes(self, capacity: int) -> int:
         """Return the bytes of one row."""
-        return memory.compute_row_bytes(self.setup.found.cfg, capacity, self.setup.cache_dtype, self.setup.draft)
+        return memory.compute_row_bytes(self.setup.shapes.cfg, capacity, self.setup.cache_dtype, self.setup.draft)
 
 
 def _measure_demand(setup: Setup, weights: int, data: int, rows: int, capacity: int) -> _Demand:
@@ -207,7 +207,7 @@ def _measure_demand(setup: Setup, weights: int, data: int, rows: int, capacity: 
     wider = measure_prefill(setup, 2 * rows, capacity) - prefill
     longer = measure_prefill(setup, rows, 2 * capacity) - prefill
     # Decoding takes less than prefill, but for the logits of drafted tokens.
-    peak = prefill + rows * setup.draft * setup.found.cfg.vocab_size * memory.VOCABULARY_BYTES
+    peak = prefill + rows * setup.draft * setup.shapes.cfg.vocab_size * memory.VOCABULARY_BYTES
     return _Demand(setup, weights, data, rows, capacity, peak, wider, longer)
 
 
@@ -221,8 +221,8 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
         count = jax.ShapeDtypeStruct((rows,), jnp.int32)
         return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count, count))
 
-    shallow, deeper = (build_shallow(setup.found, setup.compute, more) for more in (0, 1))
-    missing = setup.found.cfg.num_hidden_layers - len(shallow.layers)
+    shallow, deeper = (build_shallow(setup.shapes, setup.compute, more) for more in (0, 1))
+    missing = setup.shapes.cfg.num_hidden_layers - len(shallow.layers)
     if not missing:
         return measure(shallow)
     with ThreadPoolExecutor() as pool:
@@ -230,9 +230,9 @@ def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
     return one + max(0, two - one) * missing
 
 
-def build_shallow(found: WeightShapes, compute: np.dtype, more: int) -> Model:
+def build_shallow(shapes: WeightShapes, compute: np.dtype, more: int) -> Model:
     """Return a model of shapes: a dense layer, two MoE layers and `more` others, and MTP."""
-    cfg, dense = found.cfg, found.cfg.first_k_dense_replace
+    cfg, dense = shapes.cfg, shapes.cfg.first_k_dense_replace
     mlps, moes = range(dense), range(dense, cfg.num_hidden_layers)
     layers = sorted([*mlps[:1], *moes[:2], *[*moes[2:], *mlps[1:]][:more]])
     shallow = dataclasses.replace(
@@ -242,15 +242,15 @@ def build_shallow(found: WeightShapes, compute: np.dtype, more: int) -> Model:
     def get_weight(path: str) -> Any:
         part, _, rest = path.partition(".")
         i, _, name = rest.partition(".")
-        return found.get_loaded(f"layers.{layers[int(i)]}.{name}" if part == "layers" else path, compute)
+        return shapes.get_loaded(f"layers.{layers[int(i)]}.{name}" if part == "layers" else path, compute)
 
     return build(shallow, compute, get_weight)
 
 
 def count_temporary(lowered: Any) -> int:
     """Return the bytes of a program's temporaries, and of results that do not reuse the memory of an argument."""
-    account = lowered.compile().memory_analysis()
-    return account.temp_size_in_bytes + account.output_size_in_bytes - account.alias_size_in_bytes
+    sizes = lowered.compile().memory_analysis()
+    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
 
 
 def _find_largest(fits: Callable[[int], bool], most: int) -> int:

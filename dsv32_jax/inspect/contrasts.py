@@ -18,9 +18,6 @@ from ..parallel.multihost import fetch
 from ..system.summary import Summarized
 from .observations import after_each_layer
 
-INTEGERS = ("layer", "expert", "count_a", "count_b")
-"""The columns that are not float64."""
-
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Contrast(Summarized):
@@ -72,7 +69,7 @@ def contrast(
     batch_size: int | None = None,
 ) -> Contrast:
     """Prefill two sets of rows of token ids, at least two rows each, and return how differently they use experts and
-    residual streams. Nothing is kept of a token but its part in a row's sums. Raises UsageError, CapacityError."""
+    residual streams. Only sums over the tokens of each row are kept. Raises UsageError, CapacityError."""
     cfg = validation.config_of(model)
     options = {"cache_dtype": cache_dtype, "batch_size": check_option("batch_size", batch_size)}
     sets = [validation.check_prompts(rows, cfg.vocab_size) for rows in (a, b)]
@@ -87,7 +84,7 @@ def contrast(
 def _sum_rows(model: Model, rows: list[list[int]], options: dict[str, Any]) -> Sums:
     cfg = model.cfg
     moe_layers = max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace)
-    used = np.zeros((len(rows), moe_layers, cfg.n_routed_experts))
+    used = np.zeros((len(rows), moe_layers, cfg.n_routed_experts), np.int64)
     stream = np.zeros((len(rows), cfg.num_hidden_layers, cfg.hidden_size))
     for chunk in prefill_chunks(model, rows, _sum_chunk_jit, **options):
         counts, sums = jax.tree.map(fetch, chunk.values)
@@ -152,8 +149,7 @@ def _compare_streams(a: Sums, b: Sums) -> tuple[np.ndarray, np.ndarray]:
 
 def _rank(columns: dict[str, np.ndarray], size: np.ndarray, error: np.ndarray) -> np.ndarray:
     """Return the columns as one structured array, those of the largest `size` in standard errors first."""
-    dtype = [(name, np.int64 if name in INTEGERS else np.float64) for name in columns]
-    table = np.empty(size.size, dtype)
+    table = np.empty(size.size, [(name, column.dtype) for name, column in columns.items()])
     for name, column in columns.items():
         table[name] = column.reshape(-1)
     ratio = np.divide(size, error, out=np.where(size > 0, np.inf, 0.0), where=error > 0)

@@ -184,19 +184,15 @@ def build(cfg: Config, dtype, leaf: Callable[[str], Any], origin: Origin = Origi
         return {name: leaf(prefix + name) for name in names if name.rpartition("_")[2].isupper()}
 
     def decoder_layer(prefix: str, i: int) -> Block:
-        prefix_ffn = prefix + "ffn."
-        ffn = (
-            MLP(cfg, **weights(MLP, prefix_ffn))
-            if i < cfg.first_k_dense_replace
-            else MoE(cfg, **weights(MoE, prefix_ffn), mesh=mesh)
-        )
+        is_dense = i < cfg.first_k_dense_replace
+        ffn = weights(MLP if is_dense else MoE, prefix + "ffn.")
         return Block(
             cfg,
             dtype,
             **weights(Block, prefix),
             mla=MLA(cfg, **weights(MLA, prefix + "mla.")),
             indexer=Indexer(cfg, **weights(Indexer, prefix + "indexer.")),
-            ffn=ffn,
+            ffn=MLP(cfg, **ffn) if is_dense else MoE(cfg, **ffn, mesh=mesh),
         )
 
     layers = tuple(decoder_layer(f"layers.{i}.", i) for i in range(cfg.num_hidden_layers))

@@ -222,7 +222,7 @@ def test_row_cuts_interleave_heads(heads, first, second, width):
     source = np.arange(heads * (first + second) * width, dtype=np.float32).reshape(-1, width)
     for start, stop in ((0, first), (first, first + second)):
         shape = (heads, stop - start, width)
-        leaf = Leaf("x_HNQ", "HNQ", shape, ("x.weight",), source.shape, Cut(0, first + second, start, stop), False, 2)
+        leaf = Leaf("x_HNQ", "HNQ", shape, ("x.weight",), source.shape, Cut(0, first + second, start, stop), False)
         stored = [detect("x.weight", fakes.tensors({"x.weight": source}))]
         values = cut.build(leaf, stored, cut.choose_format(leaf, stored), lambda tensor: source)["values"]
         for head in range(heads):

@@ -119,7 +119,7 @@ def test_interleaved_rows_are_put_back(heads, first, second, width):
     runs = source.reshape(heads, first + second, width)
     cuts = [(0, first), (first, first + second)]
     group = [
-        Leaf("x_HNQ", "HNQ", (heads, b - a, width), ("x.weight",), source.shape, Cut(0, first + second, a, b), False, 2)
+        Leaf("x_HNQ", "HNQ", (heads, b - a, width), ("x.weight",), source.shape, Cut(0, first + second, a, b), False)
         for a, b in cuts
     ]
     joined = inverse.join_leaves(group, [{"values": runs[:, a:b]} for a, b in cuts], "dense", 1)
@@ -135,7 +135,7 @@ def test_columns_and_their_scales_are_put_together(rows, pieces, width):
     codes = np.arange(rows * total // 2, dtype=np.uint64).astype(np.uint8).reshape(rows, pieces, width // 2)
     scales = np.arange(rows * total // 16, dtype=np.uint64).astype(np.uint8).reshape(rows, total // 16)
     own = scales.reshape(rows, pieces, width // 16) if width >= 16 else np.repeat(scales, 16 // width, 1)[..., None]
-    leaf = Leaf("x_DHP", "DHP", (rows, pieces, width), ("x.weight",), (rows, total), None, False, 1)
+    leaf = Leaf("x_DHP", "DHP", (rows, pieces, width), ("x.weight",), (rows, total), None, False)
     parts = {"codes": codes, "block_scale": own, "tensor_scale": np.ones((1, 1, 1), np.float32)}
     joined = inverse.join_leaves([leaf], [parts], "nvfp4", 16)
     assert (joined["codes"] == codes.reshape(rows, -1)).all() and (joined["block_scale"] == scales).all()
@@ -148,7 +148,7 @@ def test_columns_and_their_scales_are_put_together(rows, pieces, width):
 def halves(values: list[float]) -> tuple[list[Leaf], list[dict[str, np.ndarray]]]:
     """eh_proj in FP8, both halves within one block of 128 inputs: each has the block's scale."""
     group = [
-        Leaf(f"w_{x}_AD", "AD", (4, 64), ("eh_proj.weight",), (4, 128), Cut(1, 128, 64 * i, 64 * i + 64), False, 1)
+        Leaf(f"w_{x}_AD", "AD", (4, 64), ("eh_proj.weight",), (4, 128), Cut(1, 128, 64 * i, 64 * i + 64), False)
         for i, x in enumerate("eh")
     ]
     numbers = np.zeros((4, 64), ml_dtypes.float8_e4m3fn)
@@ -159,7 +159,7 @@ def test_leaves_that_contradict_each_other_are_an_error():
     assert inverse.join_leaves(*halves([0.5, 0.5]), "fp8_block", 128)["block_scale"].tolist() == [[0.5]] * 4
     with pytest.raises(inverse.NotInvertible, match=r"w_h_AD.block_scale contradicts another leaf of eh_proj.weight"):
         inverse.join_leaves(*halves([0.5, 0.25]), "fp8_block", 128)
-    leaf = Leaf("x_HNQ", "HNQ", (1, 2, 16), ("x.weight",), (4, 16), Cut(0, 4, 0, 2), False, 2)
+    leaf = Leaf("x_HNQ", "HNQ", (1, 2, 16), ("x.weight",), (4, 16), Cut(0, 4, 0, 2), False)
     other = leaf._replace(path="y_HRQ", cut=Cut(0, 4, 2, 4))
     part = {"codes": np.zeros((1, 2, 8), np.uint8), "block_scale": np.zeros((1, 2, 1), np.uint8)}
     parts = [part | {"tensor_scale": np.full((1, 1, 1), value, np.float32)} for value in (1, 2)]
