@@ -18,14 +18,13 @@ import dsv32_jax as ds
 from configs import path
 from convert.transform.cut import LeafFormat, list_arrays
 from convert.write.pipeline import describe_array
-from dsv32_jax.bench.measure import get_peak_memory
 from dsv32_jax.checkpoint.manifest import LeafEntry, Manifest, is_complete
 from dsv32_jax.checkpoint.random_weights import storage
 from dsv32_jax.checkpoint.reader import Reader, dtype_of
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
 from dsv32_jax.layout import leaves
-from dsv32_jax.system.host import get_resident_memory
+from dsv32_jax.system.host import get_peak_memory, get_resident_memory
 from tests.convert import fakes
 
 TILE = 1 << 24

@@ -14,6 +14,8 @@ from dsv32_jax.bench import decode_step, model as bench, profile
 from dsv32_jax.bench.decode_step import DecodeStep, count_weight_bytes, fill_cache, make_model
 from dsv32_jax.bench.measure import measure_median
 from dsv32_jax.errors import CapacityError, UsageError
+from dsv32_jax.generation.weight_shapes import sum_step_bytes
+from dsv32_jax.layout import leaves
 from dsv32_jax.model.cache import dtype_of
 from dsv32_jax.quantization import cache_formats
 from tests.conftest import REPOSITORY
@@ -130,8 +132,9 @@ def test_bytes_of_a_step(asked):
     weights = count_weight_bytes(asked.cfg, None)
     whole = sum(weights.values()) - weights["embed_VD"]
     banks = sum(size for path, size in weights.items() if path.endswith(("EMD", "EDM")))
-    assert bench.count_step_bytes(asked.cfg, weights, 1.0) == pytest.approx(whole)
-    assert bench.count_step_bytes(asked.cfg, weights, 0.25) == pytest.approx(whole - banks * 0.75)
+    table = {leaf.path: leaf for leaf in leaves(asked.cfg)}
+    assert sum_step_bytes(table, weights, 1.0) == pytest.approx(whole)
+    assert sum_step_bytes(table, weights, 0.25) == pytest.approx(whole - banks * 0.75)
 
 
 def test_rows_choose_their_own_experts(asked):

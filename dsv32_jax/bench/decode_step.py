@@ -1,7 +1,6 @@
 """A decode step that can be repeated: random weights, a cache of synthetic values, and the program of `generate`."""
 
 import dataclasses
-import math
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -21,11 +20,10 @@ from ..generation.options import Sampling
 from ..generation.prefill_decode import State, new_state, place, step
 from ..generation.programs import WHOLE
 from ..generation.sampler import make_params
-from ..generation.weight_shapes import shape_weight
+from ..generation.weight_shapes import WeightShapes, shape_weight
 from ..layout import leaves
 from ..model.cache import Cache, LayerCache, empty_layer
 from ..model.model import Model, build
-from ..parallel import partition
 from ..parallel.sharding import shard_rows
 
 DTYPE = np.dtype(jnp.bfloat16)
@@ -48,13 +46,9 @@ def make_model(cfg: Config, mesh: Mesh | None = None, host: Collection[str] = ()
 
 def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes of every parameter of `make_model` on each device, by path."""
-    sizes = {} if mesh is None else dict(mesh.shape)
-    shapes = {leaf: jax.tree.leaves(shape_weight(leaf, storage(leaf, DTYPE))) for leaf in leaves(cfg)}
-    partition.check_divisible(sizes, [(leaf, array.shape) for leaf, arrays in shapes.items() for array in arrays])
-    return {
-        leaf.path: sum(math.prod(partition.shard_shape(sizes, leaf, a.shape)) * a.dtype.itemsize for a in arrays)
-        for leaf, arrays in shapes.items()
-    }
+    table = {leaf.path: leaf for leaf in leaves(cfg)}
+    weights = {path: shape_weight(leaf, storage(leaf, DTYPE)) for path, leaf in table.items()}
+    return WeightShapes(cfg, table, weights, {}).device_bytes({} if mesh is None else dict(mesh.shape), DTYPE)
 
 
 def require_memory(

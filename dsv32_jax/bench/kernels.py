@@ -18,8 +18,8 @@ from ..config import Config
 from ..kernels import VARIABLE, dispatch
 from ..quantization.formats import Weight, dequantize
 from ..system.compilation import require_device
-from .limits import make_move
 from .measure import Row, measure_fastest, measure_median, print_rows
+from .roofline import make_move
 
 EXPLANATION = """\
 A product of M rows with one matrix [out, in], cycling through the matrices of a bank; activations in bfloat16. us:

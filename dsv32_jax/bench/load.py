@@ -20,8 +20,8 @@ from ..checkpoint.manifest import Manifest
 from ..checkpoint.reader import Reader, allocate, list_slabs
 from ..config import Config
 from ..system.files import expand_path
-from ..system.host import count_cores, get_resident_memory
-from .measure import Row, get_peak_memory, print_rows
+from ..system.host import count_cores, get_peak_memory, get_resident_memory
+from .measure import Row, print_rows
 
 ROUNDS = 3
 

@@ -2,12 +2,9 @@
 
 import json
 import random
-import resource
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 MIN_REPEATS = 3
@@ -50,15 +47,6 @@ def _repeat(runs: Mapping[Key, Callable[[], Any]], seconds: float) -> dict[Key, 
             runs[key]()
             found[key].append(Times(time.perf_counter() - wall, time.process_time() - cpu))
     return found
-
-
-def get_peak_memory() -> int:
-    """Return the most memory this process has held. Unlike VmHWM, ru_maxrss of a child starts at its parent's."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return 1024 * int(line.split()[1])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def print_rows(explanation: str, columns: Sequence[Column], rows: Iterable[Row], as_json: bool) -> None:

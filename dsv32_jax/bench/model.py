@@ -8,7 +8,7 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +22,17 @@ from ..errors import UsageError, listing
 from ..generation.prefill_decode import new_state
 from ..generation.programs import WHOLE
 from ..generation.request import bucket, chunk_size
+from ..generation.weight_shapes import sum_step_bytes
 from ..layout import leaves
 from ..model.cache import dtype_of
 from ..model.model import Model
 from ..parallel import sharding
 from ..system.compilation import count_compilations, require_device
+from ..system.host import get_peak_memory
 from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model, require_memory
-from .limits import count_all_reduces, measure_all_reduce, measure_host_speed, measure_move_speed
-from .measure import Row, format_headings, format_line, get_peak_memory, measure_median
+from .measure import Row, format_headings, format_line, measure_median
 from .profile import profile_scopes
+from .roofline import count_all_reduces, measure_all_reduce, measure_host_speed, measure_move_speed
 
 EXPLANATION = """\
 step: ms of a decode step of all rows, median; cpu: the processor time in it, all cores together; tok/s: tokens a second
@@ -116,12 +118,6 @@ def make_plan(
     return plan
 
 
-def count_step_bytes(cfg: Config, weights: Mapping[str, int], share: float) -> float:
-    """Return the bytes of `weights` that are read in a step if it reads this share of the experts."""
-    read = [leaf for leaf in leaves(cfg) if leaf.path in weights and leaf.path != "embed_VD"]
-    return sum(weights[leaf.path] * (share if leaf.stacked else 1) for leaf in read)
-
-
 def measure_expert_share(model: Model, tokens: jax.Array) -> float:
     """Return the share of experts that the rows of a device choose together for these tokens after a short context:
     the mean over layers and devices."""
@@ -141,6 +137,7 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
     copied, reduced = measure_move_speed(plan.mesh), measure_all_reduce(plan.cfg, plan.mesh)
     host_speed = measure_host_speed() if plan.host else 0.0
     yield {**made, "copied": copied, "all_reduce": reduced, "host_read": host_speed}
+    table = {leaf.path: leaf for leaf in leaves(plan.cfg)}
     weights = {path: size for path, size in count_weight_bytes(plan.cfg, plan.mesh).items() if path not in plan.host}
     in_host = {path: size for path, size in count_weight_bytes(plan.cfg, None).items() if path in plan.host}
     for batch in plan.batches:
@@ -154,7 +151,7 @@ def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
             each = times.wall / plan.steps
             peak = _get_device_peak(plan.mesh)
             share = measure_expert_share(model, step.state.token_B)
-            read, host_read = (count_step_bytes(plan.cfg, some, share) for some in (weights, in_host))
+            read, host_read = (sum_step_bytes(table, some, share) for some in (weights, in_host))
             host_floor = host_read / host_speed if host_read else 0.0
             step.program = profiled = profiled or step.compile_for_profile()
             parts = profile_scopes(profiled, step.run)

@@ -51,9 +51,8 @@ class WeightShapes(NamedTuple):
         """Return the bytes of stored weights that a decode step is expected to read if `rows` rows choose experts each
         for itself: all that are used but the embedding, without the MTP head."""
         share = 1 - (1 - self.cfg.num_experts_per_tok / self.cfg.n_routed_experts) ** rows
-        read = [path for path in self.weights if not path.startswith(("embed", "mtp.")) and not path.endswith(ABSORBED)]
-        arrays = [(self.table[path], array) for path in read for array in jax.tree.leaves(self.weights[path])]
-        return sum(a.size * a.dtype.itemsize * (share if leaf.stacked else 1) for leaf, a in arrays)
+        held = self.count_device_bytes({}, np.float32).items()
+        return sum_step_bytes(self.table, {path: size for path, size in held if not path.endswith(ABSORBED)}, share)
 
     def device_bytes(self, mesh: partition.MeshShape, dtype) -> tuple[int, int]:
         """Return the bytes that one device of `mesh` holds of weights as stored, and of those that `load` dequantizes.
@@ -73,6 +72,13 @@ class WeightShapes(NamedTuple):
                 local = partition.shard_shape(mesh, self.table[path], array.shape)
                 nbytes[path] += math.prod(local) * array.dtype.itemsize
         return nbytes
+
+
+def sum_step_bytes(table: Mapping[str, Leaf], sizes: Mapping[str, int], share: float) -> float:
+    """Return how many of these bytes, by path, a decode step reads if it reads this share of the experts: all but the
+    embedding and the MTP head."""
+    read = [path for path in sizes if not path.startswith(("embed", "mtp."))]
+    return sum(sizes[path] * (share if table[path].stacked else 1) for path in read)
 
 
 def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightShapes:
