@@ -48,7 +48,7 @@ def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes of every parameter of `make_model` on each device, by path."""
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     weights = {path: shape_weight(leaf, storage(leaf, DTYPE)) for path, leaf in table.items()}
-    return WeightShapes(cfg, table, weights, {}).device_bytes({} if mesh is None else dict(mesh.shape), DTYPE)
+    return WeightShapes(cfg, table, weights, {}).count_device_bytes({} if mesh is None else dict(mesh.shape), DTYPE)
 
 
 def require_memory(

@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..checkpoint.load import ABSORBED
 from ..errors import UsageError, listing, require_integer
 from ..model import cache
 from ..model.model import Model, build
@@ -110,9 +109,7 @@ def fit(
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
     require_drafts(cfg, check_option("draft", draft))
-    held = shapes.device_bytes(sizes, compute)
-    dequantized = sum(size for path, size in held.items() if path.endswith(ABSORBED))
-    weights = sum(held.values()) - dequantized, dequantized
+    weights = shapes.device_bytes(sizes, compute)
     devices, data = math.prod(sizes.values()), sizes.get("data", 1)
     speed: float | None = parse_size(disk_speed or 0)
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
