@@ -109,7 +109,9 @@ def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, 
     if isinstance(found, Manifest):
         facts |= {"output": options.dst, "already_complete": True, "seconds": 0.0, **_list_facts(found)}
     else:
-        facts |= {"source": options.src, "output": options.dst, **dry_run.estimate(plan, budget, dst, found)}
+        estimated, problem = dry_run.estimate(plan, budget, dst, found)
+        facts |= {"source": options.src, "output": options.dst, **estimated}
+        refusal = refusal or problem
     return refusal
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from dsv32_jax.errors import CheckpointError
+from dsv32_jax.errors import CheckpointError, DsvError, StorageError
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.progress import format_size
 
@@ -34,6 +34,9 @@ MOST_READ, MOST_WRITTEN = 256 << 20, 1 << 30
 SECONDS = 2.0
 """Limits of each measurement of a disk; the first 256 MB are written to the cache of many disks."""
 
+CONVERT_SECONDS, MOST_MATRICES = 0.5, 64
+"""Limits of the sample of each kind of matrix."""
+
 SAMPLE_WEIGHTS = 1 << 25
 """Largest matrix of a sample, if there are smaller ones of its kind."""
 
@@ -41,21 +44,28 @@ SHARE = 0.005
 """Kinds with a smaller share of all weights are not measured."""
 
 
-def estimate(plan: Plan, budget: Budget, dst: Path, journal: Journal | None) -> dict[str, Any]:
+def estimate(plan: Plan, budget: Budget, dst: Path, journal: Journal | None) -> tuple[dict[str, Any], DsvError | None]:
     """Return bytes, memory, time, and every leaf with its format, shapes and shards on the mesh; with the `journal` of
-    an output that can be written, of what is missing there.
+    an output that can be written, of what is missing there. And the error of a sample that cannot be converted or of a
+    disk that cannot be written.
 
     Takes a few seconds; what it writes to measure the disk has no name and is gone afterwards.
     """
     missing = list(plan.leaves) if journal is None else list_missing(plan, journal)
     to_read = sum({tensor.name: tensor.nbytes for p in missing for s in p.sources for tensor in s.tensors}.values())
     to_write, folder = limits.size_of(missing), limits.find_existing(dst)
-    read_speed, write_speed = _measure_read_speed(plan.source), _measure_write_speed(folder, to_write)
+    read_speed, problem, write_speed = _measure_read_speed(plan.source), None, None
+    try:
+        write_speed = _measure_write_speed(folder, to_write)
+    except OSError as error:
+        problem = StorageError(f"cannot write to {folder}: {error.strerror}. Nothing was written")
     convert_seconds, problems = measure_conversion(plan, budget, missing)
+    if problems:
+        problem = CheckpointError("; ".join(problems))
     seconds = write_speed and max(convert_seconds, to_read / read_speed) + to_write / write_speed
-    return {
+    facts = {
         "parameters": sum(math.prod(leaf.leaf.shape) for leaf in plan.leaves if leaf.same_as is None),
-        **report.summarize_model(plan.config, plan.formats, [*plan.notes, *problems], plan.ignored),
+        **report.summarize_model(plan.config, plan.formats, plan.notes, plan.ignored),
         "conversions": plan.conversions,
         "files": len(plan.source.files),
         "would_read": to_read,
@@ -76,11 +86,12 @@ def estimate(plan: Plan, budget: Budget, dst: Path, journal: Journal | None) -> 
         "mesh": plan.mesh,
         "leaves": {leaf.leaf.path: _describe_arrays(leaf, plan.mesh) for leaf in plan.leaves},
     }
+    return facts, problem
 
 
 def measure_conversion(plan: Plan, budget: Budget, leaves: Iterable[PlannedLeaf]) -> tuple[float, list[str]]:
     """Return the seconds that reading, converting and hashing the weights of `leaves` takes with all workers, measured
-    on one matrix of each kind for each worker; and what is wrong with these matrices."""
+    on at least one matrix of each kind for each worker; and what is wrong with these matrices."""
     kinds: dict[tuple, list[tuple[int, PlannedLeaf, int]]] = {}
     for leaf in leaves:
         for index, stored in enumerate(leaf.sources):
@@ -93,32 +104,38 @@ def measure_conversion(plan: Plan, budget: Budget, leaves: Iterable[PlannedLeaf]
             continue
         sizes = {size for size, _, _ in weights}
         size = max((size for size in sizes if size <= SAMPLE_WEIGHTS), default=min(sizes))
-        alike = [weight for weight in weights if weight[0] == size]
-        count = min(len(alike), budget.count_workers([alike[0][1]], budget.fixed))
-        sample = [(leaf, index) for _, leaf, index in alike[:: len(alike) // count][:count]]
-        spent, problem = _convert(plan, sample)
-        seconds += spent * totals[kind] / (size * len(sample))
-        problems += [f"a sample cannot be converted: {problem}"] if problem else []
+        alike = [(leaf, index) for other, leaf, index in weights if other == size]
+        workers = min(len(alike), budget.count_workers([alike[0][0]], budget.fixed))
+        spent, problem = _convert(plan, alike[:: -(-len(alike) // MOST_MATRICES)], workers)
+        seconds += spent * totals[kind] / size
+        problems += [problem] if problem else []
     return seconds, problems
 
 
-def _convert(plan: Plan, sample: list[tuple[PlannedLeaf, int]]) -> tuple[float, str]:
-    """Return the seconds that it takes to convert each matrix of a sample in a thread, and what was wrong."""
-    read, requantizer = HashingReader(plan.source.read), Requantizer(*plan.scaling)
+def _convert(plan: Plan, sample: list[tuple[PlannedLeaf, int]], workers: int) -> tuple[float, str]:
+    """Return the seconds that one matrix takes where so many workers convert a sample for CONVERT_SECONDS, each at
+    least one; and what was wrong."""
+    read, requantizer, waiting = HashingReader(plan.source.read), Requantizer(*plan.scaling), iter(sample)
 
-    def convert_one(planned: PlannedLeaf, index: int) -> None:
-        shape = (1, *planned.leaf.shape[1:]) if planned.leaf.stacked else planned.leaf.shape
-        leaf = planned.leaf._replace(shape=shape, sources=(planned.leaf.sources[index],))
-        one = dataclasses.replace(planned, leaf=leaf, sources=(planned.sources[index],))
-        describe(one, cut.build(leaf, one.sources, one.form, read, requantizer), None, read)
+    def convert_some(_: int) -> int:
+        count = 0
+        for planned, index in waiting:
+            shape = (1, *planned.leaf.shape[1:]) if planned.leaf.stacked else planned.leaf.shape
+            leaf = planned.leaf._replace(shape=shape, sources=(planned.leaf.sources[index],))
+            one = dataclasses.replace(planned, leaf=leaf, sources=(planned.sources[index],))
+            describe(one, cut.build(leaf, one.sources, one.form, read, requantizer), None, read)
+            count += 1
+            if time.monotonic() - start > CONVERT_SECONDS:
+                break
+        return count
 
-    start, problem = time.monotonic(), ""
-    with ThreadPoolExecutor(len(sample)) as pool:
+    start, count, problem = time.monotonic(), workers, ""
+    with ThreadPoolExecutor(workers) as pool:
         try:
-            list(pool.map(convert_one, *zip(*sample, strict=True)))
+            count = sum(pool.map(convert_some, range(workers)))
         except CheckpointError as error:
             problem = str(error)
-    return time.monotonic() - start, problem
+    return (time.monotonic() - start) / count, problem
 
 
 def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
@@ -132,16 +149,19 @@ def _describe_arrays(leaf: PlannedLeaf, mesh: dict[str, int]) -> str:
     return f"{leaf.form.name}, {format_size(leaf.nbytes)}: {', '.join(texts)}"
 
 
-def _measure_write_speed(folder: Path, nbytes: int) -> float | None:
-    """Return the bytes a second at which `nbytes` are written and synced to the disk of `folder`; None if it cannot be
-    written to."""
+def _measure_write_speed(folder: Path, nbytes: int) -> float:
+    """Return the bytes a second at which `nbytes` are written to the disk of `folder`, synced, and read back as a
+    conversion does. Raises OSError if it cannot be written to."""
     chunk = os.urandom(CHUNK_BYTES)
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-            most = min(nbytes, MOST_WRITTEN)
-            return _measure_speed(most, lambda _: file.write(chunk), lambda: os.fsync(file.fileno()))
-    except OSError:
-        return None
+
+    def read_back() -> None:
+        os.fsync(file.fileno())
+        file.seek(0)
+        while chunk.startswith(piece := file.read(CHUNK_BYTES)) and piece:
+            pass
+
+    with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        return _measure_speed(min(nbytes, MOST_WRITTEN), lambda _: file.write(chunk), read_back)
 
 
 def _measure_read_speed(source: Source) -> float:

@@ -4,20 +4,18 @@ Tensor and file names come from the checkpoint, so every text passes `printable`
 """
 
 import shlex
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from dsv32_jax.errors import pluralize, printable
 from dsv32_jax.system.progress import format_count, format_duration, format_size
+from dsv32_jax.system.wrapping import wrap_lines
 
 from .name_folding import format_ranges
 
 if TYPE_CHECKING:
     from .export.export import Exported
-    from .inspect.folder_tree import Branch, Inspection
+    from .inspect.folder_tree import Branch, Inspection, Row
     from .verify.verify import Report
 
 BAR_WIDTH = 40
@@ -32,17 +30,17 @@ INDENT = 11
 """Characters of the titles of rows."""
 
 
-def summarize_model(config: dict[str, Any], formats: dict[str, int], notes: list[str], ignored: dict[str, int]) -> dict:
+def summarize_model(
+    config: dict[str, Any], formats: dict[str, int], notes: Iterable[str], ignored: dict[str, int]
+) -> dict[str, Any]:
     """Facts that a dry run and a finished conversion have in common."""
     layers = f"{config['num_hidden_layers']} + {config.get('num_nextn_predict_layers', 0)} MTP"
-    return {"layers": layers, "formats": formats, "notes": notes, "ignored": ignored}
+    return {"layers": layers, "formats": formats, "notes": list(notes), "ignored": ignored}
 
 
 def format_rows(rows: Iterable[tuple[str, str]]) -> str:
     """Rows of a title and a text, which is broken where a terminal ends."""
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
-    wrap = textwrap.TextWrapper(width, subsequent_indent=" " * INDENT, break_on_hyphens=False)
-    return "\n".join(line for title, text in rows for line in wrap.wrap(f"{title:<{INDENT}}{printable(text)}"))
+    return wrap_lines("\n".join(f"{title:<{INDENT}}{printable(text)}" for title, text in rows), INDENT)
 
 
 def format_conversion(facts: dict[str, Any], verbose: bool = False) -> str:
@@ -75,7 +73,7 @@ def _format_estimate(facts: dict[str, Any], verbose: bool) -> str:
 
 def _format_outcome(facts: dict[str, Any]) -> str:
     rows = _list_model(facts)
-    rows += [("error", f"{name} {100 * error:.2f} %") for name, error in facts["relative_rms_errors"].items()]
+    rows += [("rel. error", f"{name} {100 * error:.2f} %") for name, error in facts["relative_rms_errors"].items()]
     rows += [("largest", f"{name} {100 * error:.2f} %") for name, error in facts["largest_errors"].items()]
     rows += [("odd", f"{facts[name]} {name.replace('_', ' ')}") for name in ODD if facts[name]]
     state, end = "written", f" in {_format_time(facts['seconds'])}"
@@ -106,26 +104,30 @@ def _list_model(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def format_inspection(found: "Inspection") -> str:
     """The folder's tree, sizes by kind and format, totals and notes."""
     lines = [f"{found.folder} ({found.layout}): {found.title}", ""]
-    width = max((len(row.name) for branch in found.tree for row in branch.rows), default=0) + 2
+    rows = [row for branch in found.tree for row in branch.rows]
+    widths = [max(map(len, column)) for column in zip(*map(_list_columns, rows), strict=True)]
     for branch in found.tree:
-        lines += _format_branch(branch, width)
+        lines += _format_branch(branch, widths)
     lines += ["", f"{'kind':20}{'format':16}{'parameters':>12}{'bytes':>12}{'bits':>8}"]
     lines += [_format_size(*size) for size in found.sizes]
     lines.append(_format_size("total", "", found.parameters, found.nbytes))
     lines += [f"note: {note}" for note in found.notes]
-    return printable("\n".join(lines))
+    return wrap_lines(printable("\n".join(lines)), 4)
 
 
-def _format_branch(branch: "Branch", width: int) -> Iterator[str]:
+def _list_columns(row: "Row") -> tuple[str, str, str]:
+    """Name, count and shape, and format of a row."""
+    return row.name, (f"{row.count} x " if row.count > 1 else "") + str(list(row.shape)), row.format
+
+
+def _format_branch(branch: "Branch", widths: list[int]) -> Iterator[str]:
     indent = ""
     if branch.layers is not None:
         yield f"layers {format_ranges(branch.layers)}" if len(branch.layers) > 1 else f"layer {branch.layers[0]}"
         indent = "  "
     for row in branch.rows:
-        count = f"{row.count} x " if row.count > 1 else ""
-        name, shape = indent + row.name, f"{count}{list(row.shape)}"
-        size = f"{format_count(row.parameters):>10}{format_size(row.nbytes):>12}"
-        yield f"{name:{width + 2}}{shape:>26}  {row.format:12}{size}"
+        (name, shape, format), (first, second, third) = _list_columns(row), widths
+        yield f"{indent + name:{first + 2}}{shape:>{second + 1}}  {format:{third}}{format_size(row.nbytes):>11}"
 
 
 def _format_size(kind: str, format: str, parameters: int, nbytes: int) -> str:
@@ -140,7 +142,7 @@ def format_tensors(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         columns = f"{row['name']:{name}}{row['dtype']:16}{row['shape']!s:{shape}}"
         lines.append(f"{columns}{format_size(row['bytes']):>12}  {row['place']}")
-    return printable("\n".join(lines))
+    return wrap_lines(printable("\n".join(lines)), 4)
 
 
 def format_statistics(row: dict[str, Any]) -> str:
@@ -152,7 +154,7 @@ def format_statistics(row: dict[str, Any]) -> str:
     for title, key in (("values", "codes"), ("scale exponents", "scale_exponents")):
         if row[key]:
             lines += [f"  {title}", *_format_bars(row[key])]
-    return printable("\n".join(lines))
+    return wrap_lines(printable("\n".join(lines)), 4)
 
 
 def _format_bars(counts: dict[str, int]) -> Iterator[str]:
@@ -166,8 +168,8 @@ def format_verification(report: "Report") -> str:
     rows = [("ignored", text) for text in report.ignored]
     rows += [("changed", f"{name}: {change}") for change, names in report.changed.items() for name in names]
     rows += [
-        ("files", f"{report.files} of the recorded sizes, the small ones unchanged"),
-        ("arrays", f"{report.arrays} of the recorded dtypes and shapes"),
+        ("files", f"{report.files} have the recorded sizes, the small ones their SHA-256"),
+        ("arrays", f"{report.arrays} have the recorded dtypes and shapes"),
     ]
     if report.level == "full":
         speed = format_size(report.nbytes / max(report.seconds, 1e-9))

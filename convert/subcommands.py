@@ -125,7 +125,8 @@ def _add_export(commands: Any) -> None:
     )
     export.add_argument("folder", metavar="CHECKPOINT", help="a converted checkpoint; never modified")
     export.add_argument("out", metavar="HF_DIR", help="output folder; must not exist")
-    export.add_argument("--format", choices=("modelopt", "compressed-tensors", "bf16"), required=True)
+    formats = ("modelopt", "compressed-tensors", "bf16")
+    export.add_argument("--format", choices=formats, required=True, metavar="FORMAT", help=" or ".join(formats))
     export.add_argument(
         "--share-scales",
         action="store_true",

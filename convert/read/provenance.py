@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import LeafEntry
-from dsv32_jax.errors import CheckpointError, listing
+from dsv32_jax.errors import CheckpointError, listing, pluralize
 from dsv32_jax.layout import Cut
 from dsv32_jax.system.files import find_mismatches
 
@@ -142,9 +142,10 @@ class HashingReader:
                 holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self._zero]
         if holes:
             names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
+            count = pluralize(len(holes), "tensor") + (" is" if len(holes) == 1 else " are")
             raise CheckpointError(
-                f"{len(holes)} tensors of {path} are zero throughout: {names}. The files have their full "
-                "size but were not downloaded completely: download them again. Completed parts are kept"
+                f"{path}: {count} zero throughout: {names}. The files have their full size but were not downloaded "
+                "completely: download them again. Completed parts are kept"
             )
 
     def _is_zero_matrix(self, stored: StoredWeight) -> bool:

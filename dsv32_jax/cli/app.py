@@ -50,7 +50,7 @@ def _run(argv: list[str]) -> int:
         sys.stdin = open(os.devnull, encoding="utf-8")
 
     def run() -> int:
-        arguments = parser().parse_args([*argv[1:], "--help"] if argv[:1] == ["help"] else argv)
+        arguments = parser().parse_args([*argv[1:], "--help"] if argv[:1] in ([], ["help"]) else argv)
         arguments.argv = argv
         return arguments.run(arguments)
 

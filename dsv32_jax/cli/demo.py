@@ -5,6 +5,7 @@ import contextlib
 import functools
 import json
 import math
+import shlex
 import sys
 import tempfile
 import time
@@ -14,12 +15,14 @@ from pathlib import Path
 from ..errors import UsageError
 from ..kernels import read_choice
 from ..system.progress import format_size
+from ..system.wrapping import wrap_lines
 
 CHECKPOINT = Path(__file__).parents[1] / "demo_checkpoint"
 
 PROMPT = '''def read_lines(path):
     """Return the lines of a text file without their line breaks."""
 '''
+NEXT = "next: dsv32 demo --keep converted, which leaves the model in converted/ for dsv32 chat and ds.load"
 PASSAGE = ("class BaseProcess(object):", "    def terminate(")
 """The held-out paragraph: from the first mark to the second."""
 
@@ -30,13 +33,17 @@ def run(arguments: argparse.Namespace) -> int:
     from .. import convert
 
     seconds: dict[str, float] = {}
-    show = functools.partial(print, file=sys.stderr if arguments.json else sys.stdout, flush=True)
+    stream = sys.stderr if arguments.json else sys.stdout
+
+    def show(text: str) -> None:
+        print(wrap_lines(text, stream=stream), file=stream, flush=True)
+
     time_step = functools.partial(_time_step, show, seconds)
     read_choice()
-    if arguments.new_tokens < 1:
-        raise UsageError(f"--new-tokens must be 1 or more, not {arguments.new_tokens}; nothing was run")
+    if arguments.max_tokens < 1:
+        raise UsageError(f"--max-tokens must be 1 or more, not {arguments.max_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
-        target = Path(scratch, "converted")
+        target = arguments.keep or Path(scratch, "converted")
         with time_step("converted a Hugging Face checkpoint") as report:
             manifest = convert.convert(CHECKPOINT, target)
             size = sum(file.stat().st_size for file in CHECKPOINT.glob("*.safetensors"))
@@ -56,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             gen = generate(
                 model,
                 [chat.prepare(PROMPT, tokenizer).ids],
-                max_new_tokens=arguments.new_tokens,
+                max_new_tokens=arguments.max_tokens,
                 sampling=Sampling(temperature=0.7, top_p=0.95, seed=5),
                 tokenizer=tokenizer,
                 stop=["\ndef", "\nclass", "\n```"],
@@ -72,6 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
             perplexity = math.exp(-sum(logprobs) / len(logprobs))
             report(f"perplexity {perplexity:.1f} over {len(logprobs)} tokens, vocabulary {model.cfg.vocab_size}")
     show("13 million parameters, trained for nine minutes: the text is often wrong, the path is the real model's.")
+    show(f"next: dsv32 chat {shlex.quote(str(arguments.keep))}" if arguments.keep else NEXT)
     if arguments.json:
         print(json.dumps({"prompt": PROMPT, "text": text, "perplexity": perplexity, "seconds": seconds}))
     return 0

@@ -17,6 +17,7 @@ from ..errors import DsvError, VerificationError, printable
 from ..system import host
 from ..system.files import expand_path, find_home
 from ..system.progress import format_count, format_size
+from ..system.wrapping import wrap_lines
 from .terminal import Screen, json_line, one_line
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors", "tokenizers")
@@ -60,7 +61,7 @@ def _format(sections: dict[str, Facts], problems: Problems) -> str:
     for section, facts in sections.items():
         lines += [section, *(f"  {name:<{width}}{_format_fact(fact)}" for name, fact in facts.items())]
     lines.append(f"problems ({len(problems)})" if problems else "no problems found")
-    return "\n".join([*lines, *(f"  - {printable(problem)}" for problem in problems)])
+    return wrap_lines("\n".join([*lines, *(f"  - {printable(problem)}" for problem in problems)]), 4)
 
 
 def _format_fact(fact: Any) -> str:

@@ -9,6 +9,7 @@ from ..errors import CapacityError, argument, pluralize
 from ..generation import memory
 from ..generation.fit import Fit, fit
 from ..generation.pages import PAGE
+from ..system.wrapping import wrap_lines
 from .terminal import Screen, json_line
 
 NOT_COUNTED = """\
@@ -17,7 +18,7 @@ or 67 MB of small ones), communication buffers, fragmentation, other processes.
 Activations are those of this backend's compiler ({backend}); on a mesh, those of a
 device that computes its rows alone, an upper bound. Largest batch and longest
 context assume that activations grow linearly; a batch is rounded up to a power
-of two, and so is a context unless {capacity} is given."""
+of two, and so is a context."""
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         screen.status("")
     facts = {**dataclasses.asdict(found), "fits": found.fits}
-    screen.result((json_line(facts) if arguments.json else format_fit(found)) + "\n")
+    screen.result((json_line(facts) if arguments.json else wrap_lines(format_fit(found))) + "\n")
     return 0 if found.fits else CapacityError.exit_code
 
 
@@ -53,8 +54,10 @@ def format_fit(found: Fit) -> str:
     drafting = f", drafting {found.draft}" if found.draft else ""
     verdict = "fits" if found.fits else "does not fit"
     if found.fits and found.total > found.free:
-        each = "the disk" if found.page_seconds is None else f"about {found.page_seconds:.1f} s of disk"
-        verdict += f", but not all weights stay in memory ({each} a token; see {argument('disk_speed')})"
+        each = f"{argument('disk_speed')} 2GB estimates the time of a token"
+        if found.page_seconds is not None:
+            each = f"about {found.page_seconds:.1f} s of reading a token"
+        verdict = f"runs, but from the disk, as not all weights stay in memory ({each})"
     return "\n".join(
         [
             f"{'':14}{'GB':>10}   {where}, cache in {found.cache_dtype}{drafting}",
@@ -67,6 +70,6 @@ def format_fit(found: Fit) -> str:
             f"largest batch at this context: {found.largest_batch or 'none'}",
             f"longest context at this batch: {found.longest_context or 'none'}",
             f"pages of an engine: {found.pages} of {PAGE} tokens, {found.pages * PAGE} tokens of all rows together",
-            NOT_COUNTED.format(backend=jax.default_backend(), capacity=argument("capacity")),
+            NOT_COUNTED.format(backend=jax.default_backend()),
         ]
     )

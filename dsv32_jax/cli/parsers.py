@@ -56,7 +56,9 @@ def add_commands(commands: Any) -> None:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="convert, load and run a small trained model: a minute, no download")
-    demo.add_argument("--new-tokens", type=int, default=80, metavar="N", help="maximum new tokens (default: 80)")
+    length = "maximum new tokens (default: 80)"
+    demo.add_argument("-n", "--max-tokens", type=int, default=80, metavar="N", help=length)
+    demo.add_argument("--keep", type=Path, metavar="DIR", help="leave the converted model in DIR, for other commands")
     demo.add_argument("--json", action="store_true", help="print one JSON object, and the steps to stderr")
     demo.set_defaults(run=_run_late("demo"))
 
@@ -65,7 +67,6 @@ def _add_generate(commands: Any) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a prompt, or a file of them",
-        usage="dsv32 generate CHECKPOINT [PROMPT] [options]",
         description=GENERATE,
         epilog=GENERATE_EPILOG,
     )
@@ -92,8 +93,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_chat(commands: Any) -> None:
-    usage = "dsv32 chat CHECKPOINT [options]"
-    chat = commands.add_parser("chat", help="talk to the model", usage=usage, description=CHAT)
+    chat = commands.add_parser("chat", help="talk to the model", description=CHAT)
     _add_model(chat)
     add = chat.add_argument
     add("--system", metavar="TEXT", help="system text")
@@ -108,8 +108,7 @@ def _add_chat(commands: Any) -> None:
 
 
 def _add_serve(commands: Any) -> None:
-    usage = "dsv32 serve CHECKPOINT [options]"
-    serve = commands.add_parser("serve", help="answer HTTP requests", usage=usage, description=SERVE)
+    serve = commands.add_parser("serve", help="answer HTTP requests", description=SERVE)
     _add_model(serve)
     add = serve.add_argument_group("server").add_argument
     add("--host", default="127.0.0.1", metavar="HOST", help="address to listen on (default: 127.0.0.1)")

@@ -8,13 +8,27 @@ from typing import NoReturn
 from ..errors import UsageError, unknown
 
 
+class ShortUsage(argparse.HelpFormatter):
+    """Help whose first line names the arguments that are required alone."""
+
+    def add_usage(self, usage, actions, groups, prefix=None):
+        """Add the usage of the positional and the required ones among `actions`."""
+        needed = [action for action in actions if not action.option_strings or action.required]
+        if len(needed) < len(actions):
+            needed.append(argparse.Action([], "options", nargs="?", metavar="options"))
+        super().add_usage(usage, needed, (), prefix)
+
+
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose subcommands report unknown options themselves.
+    """An ArgumentParser with short usage, whose subcommands report unknown options themselves.
 
     `trailing_positional` names an optional positional that may follow options; argparse allows that since Python 3.12.
     """
 
     trailing_positional: str | None = None
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=ShortUsage, **options)
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse. Raises UsageError if anything is left over."""

@@ -342,7 +342,7 @@ def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
         for flags in ((), ("--temperature", "1"))
     ]
     assert ["are identical" in err for _, _, err in made] == [True, False]
-    code, _, err = dsv32("demo", "--new-tokens", "-5")
+    code, _, err = dsv32("demo", "--max-tokens", "-5")
     assert code == 2 and "not -5; nothing was run" in err
 
 

@@ -54,7 +54,7 @@ def test_a_refused_dry_run_says_what_it_found(checkpoint, dsv32, tmp_path):
 
 
 def test_the_demo_as_json(dsv32):
-    code, out, err = dsv32("demo", "--new-tokens", "1", "--json")
+    code, out, err = dsv32("demo", "--max-tokens", "1", "--json")
     told = json.loads(out)
     assert code == 0 and told["text"] and told["perplexity"] > 1 and len(told["seconds"]) == 4
     assert all(step in err for step in told["seconds"])

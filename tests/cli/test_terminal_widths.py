@@ -15,6 +15,9 @@ import pyte
 import pytest
 
 from dsv32_jax.cli import demo
+from dsv32_jax.cli.app import parser
+
+from .test_json import list_commands
 
 REPOSITORY = Path(__file__).parents[2]
 SCREENS = REPOSITORY / "tests" / "data" / "screens"
@@ -107,15 +110,39 @@ def test_screens(width):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_dry_run_and_help_are_not_wider_than_the_terminal(width, tmp_path):
-    """And the summary stands last, on one screen. argparse does not break choices, so help needs 80 columns."""
+def test_a_dry_run_is_not_wider_than_the_terminal(width, tmp_path):
+    """And the summary stands last, on one screen."""
     command = ["-m", "dsv32_jax", "convert", str(demo.CHECKPOINT), str(tmp_path / "out"), "--dry-run"]
     shown, written = draw(width, *command)
     assert max(map(len, written)) <= width and len(shown) <= 24
     assert re.search(r"^time +about 0:0", "\n".join(shown), re.MULTILINE), shown
-    for words in (["--help"], ["help", "convert"], ["help", "generate"]) if width >= 80 else ():
-        shown, written = draw(width, "-m", "dsv32_jax", *words)
-        assert shown[0].startswith("usage: dsv32") and max(map(len, written)) <= width, words
+
+
+COMMANDS = """
+import sys
+from dsv32_jax import cli
+for command in sys.argv[1].split(";"):
+    try:
+        cli.main(command.split())
+    except SystemExit:
+        pass
+"""
+"""Runs several command lines, one after the other."""
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_command_writes_lines_wider_than_the_terminal(width):
+    """Tables, errors and the help of every command."""
+    folder, config = "dsv32_jax/demo_checkpoint", "configs/deepseek_v32.json"
+    commands = [f"inspect {folder}", f"inspect {folder} --tensors *layers.3.*proj*", f"fit {config}", "fit missing"]
+    commands += [f"convert {folder} {folder}/inside", f"inspect {folder} --tensors *norm* --stats", "genrate", ""]
+    commands += [
+        f"verify {folder}",
+        f"doctor {folder}",
+        *(f"help {' '.join(words)}" for words in list_commands(parser())),
+    ]
+    _, written = draw(width, "-c", COMMANDS, ";".join(commands))
+    assert len(written) > 500 and not [line for line in written if len(line) > width]
 
 
 if __name__ == "__main__":
