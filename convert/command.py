@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+from dsv32_jax.checkpoint.companions import TOKENIZER
 from dsv32_jax.checkpoint.manifest import Manifest, is_complete
 from dsv32_jax.errors import DsvError
 from dsv32_jax.quantization.scale_search import SCALINGS
@@ -122,6 +123,7 @@ def _list_facts(manifest: Manifest) -> dict[str, Any]:
         "bytes": sum(array.nbytes for array in arrays),
         **report.summarize_model(manifest.config, found["formats"], found["notes"], found["ignored"]),
         "conversions": found["conversions"],
+        "tokenizer": TOKENIZER in found["companions"],
         "relative_rms_errors": {name: kind["relative_rms"] for name, kind in found["errors"]["kinds"].items()},
         "largest_errors": found["errors"]["worst"],
         "nan_scale_bytes": found["nan_scale_bytes"],

@@ -181,8 +181,8 @@ def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progre
     journal.start()
 
     def count(path: str, nbytes: int) -> None:
-        saved, restored = matrices.take_changes()
-        meter.add_done(path, nbytes - restored)
+        done, saved = matrices.count(nbytes)
+        meter.add_done(path, done)
         meter.add_saved(saved)
 
     writer = Writer(dst, partition.make_shard_shape(plan.mesh, [leaf.leaf for leaf in plan.leaves]))

@@ -154,14 +154,14 @@ def _measure_write_speed(folder: Path, nbytes: int) -> float:
     conversion does. Raises OSError if it cannot be written to."""
     chunk = os.urandom(CHUNK_BYTES)
 
-    def read_back() -> None:
+    def compare() -> None:
         os.fsync(file.fileno())
         file.seek(0)
         while chunk.startswith(piece := file.read(CHUNK_BYTES)) and piece:
             pass
 
     with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
-        return _measure_speed(min(nbytes, MOST_WRITTEN), lambda _: file.write(chunk), read_back)
+        return _measure_speed(min(nbytes, MOST_WRITTEN), lambda _: file.write(chunk), compare)
 
 
 def _measure_read_speed(source: Source) -> float:

@@ -4,6 +4,8 @@ Tensor and file names come from the checkpoint, so every text passes `printable`
 """
 
 import shlex
+import shutil
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +26,8 @@ BAR_WIDTH = 40
 ODD = ("nan_scale_bytes", "zero_blocks", "pairs_of_different_tensor_scales")
 """Counts that are worth a line unless they are 0."""
 
-NEXT = "dsv32 generate {folder} 'def area(r):'"
+NEXT, NEXT_IDS = "dsv32 generate {folder} 'def area(r):'", "dsv32 generate {folder} --ids 0,17,42"
+"""The command to try, with a tokenizer and without one."""
 
 INDENT = 11
 """Characters of the titles of rows."""
@@ -76,13 +79,16 @@ def _format_outcome(facts: dict[str, Any]) -> str:
     rows += [("rel. error", f"{name} {100 * error:.2f} %") for name, error in facts["relative_rms_errors"].items()]
     rows += [("largest", f"{name} {100 * error:.2f} %") for name, error in facts["largest_errors"].items()]
     rows += [("odd", f"{facts[name]} {name.replace('_', ' ')}") for name in ODD if facts[name]]
+    if not facts["tokenizer"]:
+        rows.append(("note", "the source has no tokenizer.json: prompts are token ids"))
+    next_command = NEXT if facts["tokenizer"] else NEXT_IDS
     state, end = "written", f" in {_format_time(facts['seconds'])}"
     if facts["already_complete"]:
         state, end = "complete", "; nothing was left to do"
     rows += [
         (state, f"{facts['output']}: {facts['layers']} layers, {format_size(facts['bytes'])}{end}"),
         ("digest", facts["digest"]),
-        ("next", NEXT.format(folder=shlex.quote(facts["output"]))),
+        ("next", next_command.format(folder=shlex.quote(facts["output"]))),
     ]
     return format_rows(rows)
 
@@ -106,8 +112,9 @@ def format_inspection(found: "Inspection") -> str:
     lines = [f"{found.folder} ({found.layout}): {found.title}", ""]
     rows = [row for branch in found.tree for row in branch.rows]
     widths = [max(map(len, column)) for column in zip(*map(_list_columns, rows), strict=True)]
+    is_narrow = sys.stdout.isatty() and sum(widths) + 27 > shutil.get_terminal_size().columns
     for branch in found.tree:
-        lines += _format_branch(branch, widths)
+        lines += _format_branch(branch, widths, is_narrow)
     lines += ["", f"{'kind':20}{'format':16}{'parameters':>12}{'bytes':>12}{'bits':>8}"]
     lines += [_format_size(*size) for size in found.sizes]
     lines.append(_format_size("total", "", found.parameters, found.nbytes))
@@ -120,14 +127,16 @@ def _list_columns(row: "Row") -> tuple[str, str, str]:
     return row.name, (f"{row.count} x " if row.count > 1 else "") + str(list(row.shape)), row.format
 
 
-def _format_branch(branch: "Branch", widths: list[int]) -> Iterator[str]:
+def _format_branch(branch: "Branch", widths: list[int], is_narrow: bool) -> Iterator[str]:
+    """The rows of a part of the tree; a narrow terminal has no room for the numbers of parameters."""
     indent = ""
     if branch.layers is not None:
         yield f"layers {format_ranges(branch.layers)}" if len(branch.layers) > 1 else f"layer {branch.layers[0]}"
         indent = "  "
     for row in branch.rows:
         (name, shape, format), (first, second, third) = _list_columns(row), widths
-        yield f"{indent + name:{first + 2}}{shape:>{second + 1}}  {format:{third}}{format_size(row.nbytes):>11}"
+        count = "" if is_narrow else f"{format_count(row.parameters):>11}"
+        yield f"{indent + name:{first + 2}}{shape:>{second + 1}}  {format:{third}}{count}{format_size(row.nbytes):>11}"
 
 
 def _format_size(kind: str, format: str, parameters: int, nbytes: int) -> str:

@@ -361,7 +361,7 @@ def test_weights_that_stay_on_disk(converted, small, no_programs, capsys, monkey
     assert found.fits and 0 < read < whole.stored and found.page_seconds == pytest.approx(read / 2 / 1e6, rel=1e-3)
     assert found.longest_context > 0 and fit(converted["nvfp4"]).page_seconds > 0, "the speed is measured"
     code, out, _ = run(capsys, converted["nvfp4"], "--disk-speed", "1MB")
-    assert code == 0 and f"about {found.page_seconds:.1f} s of disk a token" in out
+    assert code == 0 and f"about {found.page_seconds:.1f} s of reading a token" in out
     (tmp_path / "config.json").write_text(json.dumps(small.to_dict()))
     assert fit(tmp_path / "config.json").page_seconds is None, "there is no disk to measure"
     monkeypatch.setattr(memory, "get_free_memory", lambda devices: whole.total - whole.mapped - 1)

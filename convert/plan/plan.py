@@ -101,8 +101,7 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
         for leaf in planned
         if leaf.form.dequantized
     ]
-    if recipe.policy.file is not None:
-        notes += [f"{recipe.policy.file}: {text}" for text in chooser.list_ineffective()]
+    notes += chooser.list_ineffective()
     basis = {
         "format_version": FORMAT_VERSION,
         "config": config,

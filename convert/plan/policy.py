@@ -145,14 +145,14 @@ class FormatChooser:
             (re.compile(fnmatch.translate(pattern.replace("{mtp}", str(mtp_layer)))), pattern, format)
             for pattern, format in policy.rules
         ]
-        self._otherwise = policy.otherwise
+        self._policy = policy
         self._effects = {pattern: UNMATCHED for pattern, _ in policy.rules}
         self.impossible: list[tuple[str, str]] = []
 
     def choose(self, stored: StoredWeight) -> StoredWeight:
         """Return `stored` with the format to convert it to, if any."""
         matching = [(pattern, format) for regex, pattern, format in self._rules if regex.match(stored.name)]
-        (pattern, format), *overruled = matching or [("", self._otherwise)]
+        (pattern, format), *overruled = matching or [("", self._policy.otherwise)]
         applies = format == KEEP or _applies(pattern, format, stored)
         self._note_effect(pattern, EFFECTIVE if applies else UNQUANTIZED)
         for other, _ in overruled:
@@ -165,12 +165,18 @@ class FormatChooser:
         return dataclasses.replace(stored, wanted=format)
 
     def list_ineffective(self) -> list[str]:
-        """Return a note for each pattern that had no effect."""
-        return [
+        """Return a note for each pattern of a file that had no effect. Raises UsageError if none had any."""
+        if self._policy.file is None:
+            return []
+        notes = [
             INEFFECTIVE[effect].format(pattern=pattern)
             for pattern, effect in self._effects.items()
             if effect < EFFECTIVE
         ]
+        if notes and len(notes) == len(self._effects) and self._policy.otherwise == KEEP:
+            told = f"no pattern of the policy {self._policy.file} has an effect: {listing(notes)}"
+            raise UsageError(f"{told}. Nothing was converted")
+        return [f"{self._policy.file}: {note}" for note in notes]
 
     def _note_effect(self, pattern: str, effect: int) -> None:
         if pattern in self._effects:

@@ -12,7 +12,7 @@ from dsv32_jax.checkpoint.checksums import find_changed_files
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.errors import OutputExistsError, VerificationError, kind_of, listing
 
-RECIPE = ("rules of the policy", "format of everything else (--to)", "--scales", "--tensor-scales")
+RECIPE = ("--policy", "format of everything else (--to)", "--scales", "--tensor-scales")
 """Names of the parts of a plan's recipe, for messages."""
 
 
@@ -67,7 +67,8 @@ def _describe_changes(text: str, before: Mapping[str, Any], now: Mapping[str, An
 
 
 def _describe_recipe(basis: Mapping[str, Any]) -> dict[str, Any]:
-    return dict(zip(RECIPE, basis["recipe"], strict=False))
+    rules, *others = basis["recipe"]
+    return dict(zip(RECIPE, (listing(map(": ".join, rules)) or "none", *others), strict=False))
 
 
 def _describe_files(basis: Mapping[str, Any]) -> dict[str, str]:

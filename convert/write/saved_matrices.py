@@ -48,6 +48,7 @@ class SavingRequantizer(Requantizer):
             raise OutputExistsError(f"{folder} is a link; nothing was touched. Convert to a new folder")
         self._folder, self._since = folder, time.monotonic()
         self._changes: collections.deque[tuple[int, int]] = collections.deque()
+        self._restored = 0
         if folder.is_dir():
             remove_abandoned(folder)
             self.remove(entry.name for entry in os.scandir(folder) if entry.name not in wanted)
@@ -70,13 +71,16 @@ class SavingRequantizer(Requantizer):
             self._save(stored.name, sources, components)
         return components
 
-    def take_changes(self) -> tuple[int, int]:
-        """Return the bytes of matrices that were saved, and of those that were restored, since the last call."""
-        saved = restored = 0
+    def count(self, nbytes: int) -> tuple[int, int]:
+        """Return how many of `nbytes` that are in memory were not restored, and the bytes of matrices that were saved
+        since the last call."""
+        saved = 0
         while self._changes:
-            more = self._changes.popleft()
-            saved, restored = saved + more[0], restored + more[1]
-        return saved, restored
+            more, restored = self._changes.popleft()
+            saved, self._restored = saved + more, self._restored + restored
+        known = min(self._restored, nbytes)
+        self._restored -= known
+        return nbytes - known, saved
 
     def remove(self, names: Iterable[str]) -> int:
         """Remove the files of matrices that are in a part on disk; return their bytes."""

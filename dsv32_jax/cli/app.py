@@ -79,6 +79,6 @@ def _print_completion(arguments: argparse.Namespace) -> int:
     try:
         import shtab
     except ImportError:
-        raise UsageError("completion needs shtab: pip install 'dsv32-jax[completion]'") from None
+        raise UsageError("completion needs shtab: pip install 'dsv32-jax[text]'") from None
     print(shtab.complete(parser(), arguments.shell))
     return 0

@@ -38,8 +38,7 @@ class ChatSession:
     ):
         self.screen, self.session, self.conversation = screen, session, conversation
         self.sampling, self.hide_reasoning = sampling, hide_reasoning
-        self._tokenizer, self._options = tokenizer, dict(options)
-        self._limit = self._options.pop("max_new_tokens", None)
+        self._tokenizer, self.options = tokenizer, {"max_new_tokens": None, "stop": (), **options}
         self._results: list[str] = []
 
     @property
@@ -65,7 +64,7 @@ class ChatSession:
         if (room := self.capacity - len(ids)) < 2:
             raise UsageError(f"the system text and tools have {len(ids)} tokens; the context holds {self.capacity}")
         self.screen.status("compiling" + ("; compiled programs are cached for next time" if is_cache_enabled() else ""))
-        limit = min(self._limit or room, room)
+        limit = min(self.options["max_new_tokens"] or room, room)
         with contextlib.closing(self._stream(ids, max_new_tokens=limit, min_new_tokens=min(2, limit))) as tokens:
             for _ in itertools.islice(tokens, 2):
                 pass
@@ -121,7 +120,7 @@ class ChatSession:
         elif used >= self.capacity:
             notes.append(f"the context of {self.capacity} tokens is full: /undo, /clear or /save")
         elif reason == "length":
-            notes.append(f"cut after {pluralize(len(tokens), 'token')} by --max-tokens")
+            notes.append(f"cut after {pluralize(len(tokens), 'token')} by max_new_tokens: see /set")
         for note in notes:
             self.screen.note(f"({one_line(note)})")
         self.screen.note(f"[{describe_stats(gen.stats)}; context {used}/{self.capacity}]")
@@ -147,8 +146,8 @@ class ChatSession:
                     raise KeyboardInterrupt
 
             view = AnswerView(self.screen, thinking=thinking, hide_reasoning=self.hide_reasoning)
-            limit = min(self._limit or room, room)
-            stream = self._stream(ids, **{**self._options, "max_new_tokens": limit, "progress": show_prefill})
+            limit = min(self.options["max_new_tokens"] or room, room)
+            stream = self._stream(ids, **{**self.options, "max_new_tokens": limit, "progress": show_prefill})
             with contextlib.suppress(KeyboardInterrupt), contextlib.closing(stream):
                 for token in stream:
                     view.add(token.text or "")

@@ -37,6 +37,8 @@ def run(arguments: argparse.Namespace) -> int:
     groups = [
         (places, _validate(opened, arguments.dtype, [inputs[i] for i in places], shared)) for places in _group(inputs)
     ]
+    if arguments.top_logprobs and not (arguments.json or reader.is_batch):
+        raise UsageError("--top-logprobs is written as JSON alone: add --json, or omit it; nothing was run")
     as_json, slots = arguments.json or reader.is_batch, [(one, sample) for one in inputs for sample in range(one.n)]
     alone = arguments.coordinator is None  # several processes must run the same programs, whoever prints
     stream = alone and not as_json and sys.stdout.isatty() if arguments.stream is None else arguments.stream

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import prepare
-from ..errors import COMMAND_LINE, DsvError, UsageError, pluralize
+from ..errors import COMMAND_LINE, DsvError, UsageError, argument, listing, pluralize
 from ..generation.options import Options, Sampling, specs
 from ..model import validation
 from ..system.files import expand_path, parse_json
@@ -51,8 +51,12 @@ class PromptReader:
         self._arguments, self._opened = arguments, opened
         self._file: Path | None = arguments.file
         self._options = {name: getattr(Options(), name) for name in OWN} | collect_options(arguments, OWN)
-        self._sampling = opened.choose_sampling(collect_sampling(arguments), screen)
+        given = collect_sampling(arguments)
+        self._sampling = opened.choose_sampling(given, screen)
         self.is_batch = self._file is not None and self._file.suffix == ".jsonl"
+        idle = [argument(name) for name in ("top_k", "top_p", "min_p", "seed") if name in given]
+        if idle and not self._sampling.get("temperature") and not self.is_batch:
+            screen.note(f"{listing(idle)}: no effect without --temperature, as the most likely token is chosen")
         self._is_chat = arguments.chat or arguments.system is not None
         if arguments.ids and (self._is_chat or arguments.think or arguments.allow_special):
             raise UsageError(

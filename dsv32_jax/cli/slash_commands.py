@@ -4,11 +4,12 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from ..errors import UsageError, pluralize
-from ..generation.options import Sampling
+from ..errors import COMMAND_LINE, UsageError, pluralize, unknown
+from ..generation.options import Sampling, check_option
 from ..generation.sampler import bias_row
+from ..generation.text_stream import StopStrings
 from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import ChatSession
@@ -16,6 +17,11 @@ from .prompt_input import parse_sampling, read_text
 from .terminal import one_line
 
 FIELDS = [field.name for field in dataclasses.fields(Sampling)]
+OPTIONS = ["max_new_tokens", "stop"]
+SETTINGS = [*FIELDS, *OPTIONS]
+
+LEAVE = ("/quit", "/bye")
+"""What other programs call /exit."""
 
 
 class Quit(Exception):
@@ -32,10 +38,10 @@ class SlashCommands:
     def run(self, line: str) -> bool:
         """Run a line that begins with /. Returns what `ChatSession.send` returns where the line sends a turn."""
         name, _, rest = line.strip().partition(" ")
+        name = "/exit" if name in LEAVE else name
         if name not in COMMANDS:
-            raise UsageError(
-                f"unknown command {one_line(name, 40)}; /help lists all (begin with a space to send it as text)"
-            )
+            hint = one_line(unknown([name], COMMANDS)[0], 60)
+            raise UsageError(f"unknown command {hint}; /help lists all (begin with a space to send it as text)")
         command, argument = COMMANDS[name], rest.strip()
         if argument and not command.usage:
             raise UsageError(f"{name} takes no arguments, but {one_line(argument, 40)!r} follows; nothing was done")
@@ -81,19 +87,27 @@ class SlashCommands:
 
     def set(self, text: str) -> None:
         name, _, value = text.partition(" ")
-        if name and name not in FIELDS:
-            raise UsageError(f"unknown option {one_line(name, 40)!r}; options: {', '.join(FIELDS)}")
+        if name and name not in SETTINGS:
+            raise UsageError(f"no such setting: {one_line(unknown([name], SETTINGS)[0], 60)}; {', '.join(SETTINGS)}")
         if value:
-            self._change_sampling(name, value)
-        shown = {field: getattr(self._chat.sampling, field) for field in ([name] if name else FIELDS)}
-        self._screen.note("\n".join(f"{field:<20} {json.dumps(value)}" for field, value in shown.items()))
+            spelling = COMMAND_LINE.set(False)
+            try:
+                self._change(name, _parse_value(name, value.strip()))
+            finally:
+                COMMAND_LINE.reset(spelling)
+        chat = self._chat
+        values = {**{field: getattr(chat.sampling, field) for field in FIELDS}, **chat.options}
+        shown = {setting: values.get(setting) for setting in ([name] if name else SETTINGS)}
+        lines = (f"{key:<20} {'all' if value is None else json.dumps(value)}" for key, value in shown.items())
+        self._screen.note("\n".join(lines))
 
-    def _change_sampling(self, name: str, value: str) -> None:
-        try:
-            parsed = json.loads(value)
-        except (ValueError, RecursionError):
-            raise UsageError(f"/set {name} needs a number or a list, not {value!r:.60}") from None
-        sampling = dataclasses.replace(self._chat.sampling, **parse_sampling({name: parsed}))
+    def _change(self, name: str, value: Any) -> None:
+        if name in OPTIONS:
+            if name == "stop":
+                StopStrings(value)
+            self._chat.options[name] = check_option(name, value, low=1)
+            return
+        sampling = dataclasses.replace(self._chat.sampling, **parse_sampling({name: value}))
         model = self._chat.session.model
         bias_row(sampling, model.cfg.vocab_size, model.origin.tokens or model.cfg.vocab_size)
         self._chat.sampling = sampling
@@ -119,6 +133,18 @@ class SlashCommands:
 
     def exit(self, _: str) -> None:
         raise Quit
+
+
+def _parse_value(name: str, value: str) -> Any:
+    """Return the value of a setting: JSON, text that is no JSON as a stop, or all as no limit."""
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        if name == "stop":
+            return value
+        if (name, value) == ("max_new_tokens", "all"):
+            return None
+        raise UsageError(f"/set {name} needs a number or a list, not {value!r:.60}") from None
 
 
 def _parse_path(text: str) -> Path:

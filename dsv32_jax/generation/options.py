@@ -89,7 +89,7 @@ class Sampling:
     allowed_ids: Collection[int] | None = option(None, "token_ids", "IDS", "sample only these tokens", unset="all")
     forbidden_ids: Collection[int] = option((), "token_ids", "IDS", "never sample these tokens")
     seed: int | Sequence[int] = option(
-        0, "seed", "N", "equal prompts with equal seeds give equal tokens; in bfloat16 alone"
+        0, "seed", "N", "equal prompts with equal seeds give equal tokens; in bfloat16 if run alone"
     )
 
     def __post_init__(self):
@@ -119,9 +119,7 @@ class Options:
     max_new_tokens: int | None | Sequence[int | None] = option(
         64, "count", "N", "maximum new tokens", unset="as many as the context holds", none="all", group="length"
     )
-    min_new_tokens: int = option(
-        0, "count", "N", "no end token before N new tokens, of the answer in a chat", group="length"
-    )
+    min_new_tokens: int = option(0, "count", "N", "at least N new tokens (in a chat: of the answer)", group="length")
     stop_token_ids: Collection[int] = option(
         (), "token_ids", "IDS", "tokens that end a row, beside the model's own end tokens", group="length"
     )
@@ -216,7 +214,7 @@ def _check_seed(value: Any) -> int | tuple[int, ...]:
     many = isinstance(value, Iterable) and not isinstance(value, str)
     seeds = [as_number(seed, numbers.Integral) for seed in (value if many else [value])]
     if not seeds or any(seed is None or not 0 <= seed < 2**63 for seed in seeds):
-        raise UsageError(f"{argument('seed')} must be an integer below 2^63, or one for each prompt, not {value!r}")
+        raise UsageError(f"{argument('seed')} must be 0 to 2^63 - 1, or one for each prompt, not {value!r}")
     return tuple(seeds) if many else seeds[0]
 
 

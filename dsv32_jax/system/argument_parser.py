@@ -13,8 +13,9 @@ class ShortUsage(argparse.HelpFormatter):
 
     def add_usage(self, usage, actions, groups, prefix=None):
         """Add the usage of the positional and the required ones among `actions`."""
-        needed = [action for action in actions if not action.option_strings or action.required]
-        if len(needed) < len(actions):
+        given = list(actions)
+        needed = [action for action in given if not action.option_strings or action.required]
+        if len(needed) < len(given):
             needed.append(argparse.Action([], "options", nargs="?", metavar="options"))
         super().add_usage(usage, needed, (), prefix)
 

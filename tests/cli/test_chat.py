@@ -200,7 +200,7 @@ def test_the_context_has_an_end(talk, capsys):
     assert chat.conversation is before
     short = talk("a" * 100, options={"max_new_tokens": 3})
     short.send("Hi")
-    assert "cut after 3 tokens by --max-tokens" in capsys.readouterr().err
+    assert "cut after 3 tokens by max_new_tokens: see /set" in capsys.readouterr().err
 
 
 def test_what_is_forgiven_is_told(talk, capsys):
@@ -227,14 +227,21 @@ def test_commands(talk, capsys, tmp_path):
     said = capsys.readouterr().err
     assert chat.sampling == Sampling(temperature=0.5) and re.search("^temperature +0.5$", said, re.MULTILINE)
     assert all(re.search(f"^{field} ", said, re.MULTILINE) for field in FIELDS)
+    for line in ("/set max_new_tokens 7", "/set stop \n\n", "/set stop .", "/set max_new_tokens"):
+        commands.run(line)
+    assert (chat.options["max_new_tokens"], chat.options["stop"]) == (7, ".")
+    assert capsys.readouterr().err.endswith("max_new_tokens       7\n")
+    commands.run("/set max_new_tokens all")
+    assert re.search("^max_new_tokens +all$", capsys.readouterr().err, re.MULTILINE)
     commands.run('/set logit_bias {"42": -1.5}')
     assert chat.sampling == Sampling(temperature=0.5, logit_bias={42: -1.5})
     (tmp_path / "long.txt").write_text("from a file\n", encoding="utf-8")
     assert commands.run(f"/file {tmp_path / 'long.txt'}") is True
     assert chat.session.options[-1]["sampling"].temperature == 0.5
     assert chat.conversation.messages[0]["content"] == "from a file\n"
-    with pytest.raises(Quit):
-        commands.run("/exit")
+    for leave in ("/exit", "/quit", "/bye"):
+        with pytest.raises(Quit):
+            commands.run(leave)
 
 
 def test_retry(talk):
@@ -261,7 +268,11 @@ def test_retry(talk):
         ("/retry", UsageError, "no turn of yours yet"),
         ("/retry now", UsageError, "takes no arguments"),
         ("/undo now", UsageError, "takes no arguments, but 'now' follows; nothing was done"),
-        ("/set warmth 3", UsageError, "unknown option 'warmth'"),
+        ("/set warmth 3", UsageError, "no such setting: warmth"),
+        ("/set temprature 1", UsageError, r"no such setting: temprature .do you mean temperature"),
+        ("/set max_new_tokens 0", UsageError, "^max_new_tokens must be an integer, 1 or more"),
+        ('/set stop [""]', UsageError, "stop"),
+        ("/clera", UsageError, "do you mean /clear"),
         ("/set top_k many", UsageError, "needs a number or a list"),
         ("/set top_p 7", UsageError, "top_p must be"),
         ("/set top_k " + "[" * 5000, UsageError, "needs a number or a list"),

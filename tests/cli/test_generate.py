@@ -342,6 +342,12 @@ def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
         for flags in ((), ("--temperature", "1"))
     ]
     assert ["are identical" in err for _, _, err in made] == [True, False]
+    seeded = [
+        dsv32("generate", checkpoint, "ab", *FEW, "--seed", "4", *flags)[2] for flags in ((), ("--temperature", "1"))
+    ]
+    assert ["--seed: no effect without --temperature" in err for err in seeded] == [True, False]
+    code, _, err = dsv32("generate", checkpoint, "ab", *FEW, "--top-logprobs", "2")
+    assert code == 2 and "--top-logprobs is written as JSON alone" in err
     code, _, err = dsv32("demo", "--max-tokens", "-5")
     assert code == 2 and "not -5; nothing was run" in err
 

@@ -49,7 +49,8 @@ estimate = {
 }
 converted = {
     **model, "output": "/data/DeepSeek-V3.2 converted", "bytes": 402_430_000_000, "seconds": 14302.5,
-    "already_complete": False, "digest": "dccb1dd11b85f4ce84d845951c853b81c02ab4f3d43d1e7fbe6ca4d36d46d2fc",
+    "already_complete": False, "tokenizer": True,
+    "digest": "dccb1dd11b85f4ce84d845951c853b81c02ab4f3d43d1e7fbe6ca4d36d46d2fc",
     "relative_rms_errors": {"mlp.experts.*.down_proj": 0.0816},
     "largest_errors": {"model.layers.4.mlp.experts.8.up_proj.weight": 0.0829},
     "nan_scale_bytes": 0, "zero_blocks": 3, "pairs_of_different_tensor_scales": 0,

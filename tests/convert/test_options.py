@@ -111,12 +111,13 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
 def test_a_conversion_that_is_complete_says_so(checkpoints, tmp_path, capsys):
     for said in ("written", "complete"):
         assert convert.main([str(checkpoints["bf16"]), str(tmp_path / "out")]) == 0
-        done, digest, command = capsys.readouterr().out.splitlines()[-3:]
+        note, done, digest, command = capsys.readouterr().out.splitlines()[-4:]
+        assert note == "note       the source has no tokenizer.json: prompts are token ids"
         assert (
             done.startswith(f"{said:<11}{tmp_path / 'out'}: 3 + 1 MTP layers, ") and "nothing" in done or said[0] == "w"
         )
         assert digest.split() == ["digest", Manifest.read(tmp_path / "out").digest]
-        assert command == f"next       dsv32 generate {tmp_path / 'out'} 'def area(r):'"
+        assert command == f"next       dsv32 generate {tmp_path / 'out'} --ids 0,17,42"
 
 
 @pytest.fixture(scope="module")

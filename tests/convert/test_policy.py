@@ -221,6 +221,9 @@ def test_patterns_of_no_use_are_noted_for_files_only(tiny, written):
         " *.experts.1.*",
         " *.gate.*",
     ]
+    for other in ({"*.o_prj.weight": "nvfp4"}, {"*.gate.*": "fp8", "re:.*": "nvfp4"}):
+        with pytest.raises(UsageError, match="no pattern of the policy .*json has an effect: "):
+            make_plan(as_shipped(tiny), recipe=make_recipe(None, written({"formats": other}), "rtn", "own"))
     without_mtp = dataclasses.replace(tiny, num_nextn_predict_layers=0)
     assert not make_plan(as_shipped(without_mtp), recipe=make_recipe("nvfp4", "default", "rtn", "own")).notes
 

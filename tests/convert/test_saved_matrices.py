@@ -55,7 +55,9 @@ def test_nothing_is_converted_twice(unfinished, originals, tmp_path, counted):
     manifest = convert.convert(originals["fp8"], out, progress=seen.append, **OPTIONS)
     assert len(saved) > 20 and counted == [] and not (out / "matrices").exists()
     assert 0 < seen[0].saved < seen[-1].saved == seen[-1].total
-    assert all(before.saved <= after.saved for before, after in zip(seen, seen[1:], strict=False))
+    assert all(
+        before.saved <= after.saved and before.done <= after.done for before, after in zip(seen, seen[1:], strict=False)
+    )
     whole = convert.convert(originals["fp8"], tmp_path / "whole", **OPTIONS)
     assert manifest.digest == whole.digest and manifest.report == whole.report
     assert sorted(counted) == saved and not (tmp_path / "whole" / "matrices").exists()
