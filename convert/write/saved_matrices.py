@@ -63,12 +63,11 @@ class SavingRequantizer(Requantizer):
         if stored.wanted is None or stored.is_in(stored.wanted):
             return super().load(stored, read)
         assert isinstance(read, HashingReader)
-        sources = [source.sha256 for source in read.list_sources([stored])]
-        if (restored := self._restore(stored.name, sources)) is not None:
+        if (restored := self._restore(stored, read)) is not None:
             return restored
         components = super().load(stored, read)
         if time.monotonic() - self._since > PATIENCE:
-            self._save(stored.name, sources, components)
+            self._save(stored, components, read)
         return components
 
     def count(self, nbytes: int) -> tuple[int, int]:
@@ -96,8 +95,9 @@ class SavingRequantizer(Requantizer):
         if self._folder.is_dir():
             shutil.rmtree(self._folder)
 
-    def _save(self, name: str, sources: list[str], components: dict[str, np.ndarray]) -> None:
+    def _save(self, stored: StoredWeight, components: dict[str, np.ndarray], read: HashingReader) -> None:
         """Write a matrix to its file; a disk that is full only costs time if the conversion is stopped."""
+        name, sources = stored.name, _list_digests(stored, read)
         content = [raw(array) for array in components.values()]
         shapes = [(key, array.dtype.name, array.shape) for key, array in components.items()]
         facts = {"sources": sources, "components": shapes, "errors": self.errors[name], "sha256": hash_chunks(content)}
@@ -109,21 +109,26 @@ class SavingRequantizer(Requantizer):
                     file.write(piece)
             self._changes.append(((self._folder / name).stat().st_size, 0))
 
-    def _restore(self, name: str, sources: list[str]) -> dict[str, np.ndarray] | None:
+    def _restore(self, stored: StoredWeight, read: HashingReader) -> dict[str, np.ndarray] | None:
         """Return the components of a matrix from its file; None where there is none, or it is damaged or outdated."""
         try:
-            with open(os.open(self._folder / name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            with open(os.open(self._folder / stored.name, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
                 facts: dict[str, Any] = unseal(file.readline().decode().removesuffix("\n"))
                 content = file.read()
                 nbytes = file.tell()
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        if facts["sources"] != sources or facts["sha256"] != hashlib.sha256(content).hexdigest():
+        if facts["sha256"] != hashlib.sha256(content).hexdigest() or facts["sources"] != _list_digests(stored, read):
             return None
         components, at = {}, 0
         for key, dtype, shape in facts["components"]:
             flat = np.frombuffer(content, dtype_of(dtype), int(np.prod(shape)), at)
             components[key], at = flat.reshape(shape), at + flat.nbytes
-        self.errors[name] = ErrorStats(*facts["errors"])
+        self.errors[stored.name] = ErrorStats(*facts["errors"])
         self._changes.append((0, nbytes))
         return components
+
+
+def _list_digests(stored: StoredWeight, read: HashingReader) -> list[str]:
+    """Return the SHA-256 of the tensors of a weight, which are read if they were not."""
+    return [source.sha256 for source in read.list_sources([stored])]

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import COMMAND_LINE, UsageError, pluralize, unknown
+from ..generation.detokenizer import StopStrings
 from ..generation.options import Sampling, check_option
 from ..generation.sampler import bias_row
-from ..generation.text_stream import StopStrings
 from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import ChatSession
