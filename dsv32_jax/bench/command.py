@@ -4,6 +4,7 @@ import argparse
 import importlib
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 
@@ -16,6 +17,12 @@ def add(commands: Any) -> None:
     add = _add_command(bench, "engine", "many requests of ragged lengths, shared beginnings, a long prompt")
     add("--config", metavar="FILE", help="a model's config.json (default: three small layers)")
     add("--requests", type=int, default=256, metavar="N", help="ragged requests (default: 256)")
+    add("--rows", type=int, default=16, metavar="B", help="rows at once (default: 16)")
+
+    add = _add_command(bench, "serve", "many clients of a server, beside the engine without HTTP")
+    add("checkpoint", type=Path, help="a converted checkpoint")
+    add("--clients", type=int, default=200, metavar="N", help="requests at once (default: 200)")
+    add("--seconds", type=float, default=60, metavar="S", help="how long (default: 60)")
     add("--rows", type=int, default=16, metavar="B", help="rows at once (default: 16)")
 
     add = _add_command(bench, "model", "layers of the true dimensions with random NVFP4 weights, on any mesh")
