@@ -38,8 +38,8 @@ what was generated so far and ends with exit code 130."""
 CHAT = "Talk to the model; /help lists commands. Of piped input every line is a turn."
 
 SERVE = """Answer HTTP requests as OpenAI (/v1/chat/completions, /v1/completions, /v1/models) and Anthropic
-(/v1/messages) define them; also /tokenize, /detokenize, /health and /metrics. Ctrl-C or SIGTERM lets running answers
-end."""
+(/v1/messages) define them; also /tokenize, /detokenize, /health and /metrics. Clients are refused until the model is
+loaded and what first requests need is compiled. Ctrl-C or SIGTERM lets running answers end."""
 
 DOCTOR = "Show what is installed, devices, memory and disk, and whether a checkpoint would load."
 

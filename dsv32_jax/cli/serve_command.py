@@ -5,6 +5,7 @@ import asyncio
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from ..checkpoint.companions import read_sampling
@@ -16,6 +17,9 @@ from .parsers import collect_options
 from .prompt_input import read_text
 from .terminal import Screen
 
+BACKLOG = 2048
+"""Clients that may wait to be let in."""
+
 LOOPBACK = ("127.", "::1", "localhost")
 
 
@@ -25,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         import uvicorn
 
         from ..serve.app import Limits, Server
-        from ..serve.driver import Driver
+        from ..serve.connections import configure
+        from ..serve.driver import Driver, warm_up
         from ..serve.reading import Reader
     except ImportError as error:
         raise UsageError(f"serving needs more libraries ({error}): pip install 'dsv32-jax[serve]'") from error
@@ -40,29 +45,39 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--timeout must be more than 0 seconds, not {arguments.timeout:g}")
     keys, options = read_keys(arguments.api_key_file), collect_options(arguments, ["cache_dtype", "draft"])
     opened.validate(arguments.dtype, [[opened.cfg.bos_token_id]], max_new_tokens=0, capacity=context, **options)
-    with listen(arguments.host, port) as listener, screen.show_log():
+    with bind(arguments.host, port) as listener, screen.show_log():
         model = opened.load(arguments, screen)
         engine = make_engine(model, rows=rows, capacity=context, pages=arguments.pages, **options)
         name = arguments.name or opened.folder.name
         reader = Reader(name, engine, opened.tokenizer, read_sampling(opened.folder))
+        begun = time.perf_counter()
+        warm_up(engine, reader.room)
+        screen.note(f"compiled what first requests need in {time.perf_counter() - begun:.1f} s")
         driver = Driver(engine, len(engine.loop.scheduler.places) + waiting)
-        app = Server(reader, driver, Limits(seconds=arguments.timeout)).make_app(keys)
+        limits = Limits(seconds=arguments.timeout)
+        config = configure(Server(reader, driver, limits).make_app(keys), limits)
         host, port = listener.getsockname()[:2]
         if not keys and not host.startswith(LOOPBACK):
             screen.note(f"warning: anybody who reaches {host} may use the model: see --api-key-file", important=True)
+        listener.listen(BACKLOG)
         screen.note(f"serving {name} at http://{f'[{host}]' if ':' in host else host}:{port}/v1 (Ctrl-C ends)")
-        config = uvicorn.Config(app, log_config=None, log_level="error", access_log=False, server_header=False)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
         asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
     return 0
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """Return a socket that listens there. Raises UsageError where that is impossible."""
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that has that address, and does not listen yet: clients are refused until the model is ready.
+    Raises UsageError where that is impossible."""
+    listener = None
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        listener = socket.create_server((host, port), family=family, backlog=2048)
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
     except OSError as error:
+        if listener is not None:
+            listener.close()
         reason = f"cannot listen on port {port} of {host}: {error}"
         raise UsageError(f"{reason}; choose others with --host and --port") from error
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or each answer waits 40 ms; connections inherit it

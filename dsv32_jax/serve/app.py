@@ -8,7 +8,7 @@ import hmac
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..chat import template
 from ..errors import COMMAND_LINE, CapacityError, UsageError
 from . import fields
 from .anthropic_messages import MessagesWriter, count_tokens, read_messages
@@ -34,15 +35,18 @@ KEEP_ALIVE = ": keep-alive\n\n"
 """A comment of server-sent events, which clients skip."""
 
 RETRY_SECONDS = 1
+CLOSE = {"connection": "close"}
+"""Said where the rest of a body will not be read."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How much a client may use: bytes of a body, seconds to send it, and seconds for an answer; and the seconds after
-    which a stream without news says that it is alive."""
+    """How much a client may use: seconds to send the head of a request, bytes of a body, seconds to send that, and
+    seconds for an answer; and the seconds after which a stream without news says that it is alive."""
 
+    head_seconds: float = 10
     body: int = 32 << 20
     body_seconds: float = 60
     seconds: float = 3600
@@ -88,6 +92,7 @@ class Server:
             Route("/v1/completions", self._answer(self.reader.read_completion, CompletionWriter), methods=["POST"]),
             Route("/v1/messages", self._answer(partial(read_messages, self.reader), MessagesWriter), methods=["POST"]),
             Route("/v1/messages/count_tokens", self._reply(partial(count_tokens, self.reader)), methods=["POST"]),
+            Route("/tokenizer_info", self.describe_tokenizer),
             Route("/tokenize", self._reply(self.reader.tokenize), methods=["POST"]),
             Route("/detokenize", self._reply(self.reader.detokenize), methods=["POST"]),
         ]
@@ -109,6 +114,10 @@ class Server:
     async def report_metrics(self, request: Request) -> Response:
         """Return what was done so far, for Prometheus."""
         return Response(self.metrics.write(), media_type=self.metrics.media_type)
+
+    async def describe_tokenizer(self, request: Request) -> Response:
+        """Return the tokens that begin and end a text, as evaluation harnesses ask for them."""
+        return JSONResponse({"bos_token": template.BOS, "eos_token": template.EOS})
 
     async def list_models(self, request: Request) -> Response:
         """Return the one model, in a list unless it is asked for by name."""
@@ -144,7 +153,7 @@ class Server:
     def _answer(self, read: Callable[[dict[str, Any]], Ask], make_writer: Any) -> Callable:
         """Return an endpoint that reads a body with `read` and writes with a `make_writer(ask, tokenizer)`."""
 
-        async def answer(request: Request) -> Response:
+        async def answer(request: Request) -> ASGIApp:
             COMMAND_LINE.set(False)
             body = await self.read_body(request)
             ask = await asyncio.to_thread(read, body)
@@ -153,32 +162,29 @@ class Server:
         return answer
 
 
-class Answer(Response):
+class Answer:
     """The answer to one request, whose rows are given up when the client goes away."""
 
     def __init__(self, server: Server, ask: Ask, writer: Any, job: Job):
-        super().__init__()
         self.server, self.ask, self.writer, self.job = server, ask, writer, job
         self.choices = [Choice(row.index, ask.thinking) for row in job.rows]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer."""
         try:
-            if self.ask.stream:
-                response: Response = StreamingResponse(self._stream(), media_type="text/event-stream")
-                response.headers["cache-control"] = "no-cache"
-                await run_while_connected(receive, response(scope, _wait_forever, send))
-            else:
-                written = await run_while_connected(receive, self._complete())
-                if written is not None:
-                    await JSONResponse(written)(scope, receive, send)
+            await run_while_connected(receive, self._send(scope, send))
         finally:
             self.server.driver.leave(self.job)
 
-    async def _complete(self) -> dict[str, Any]:
-        async for _ in self._follow():
-            pass
-        return self.writer.write_whole(self.choices, self.job)
+    async def _send(self, scope: Scope, send: Send) -> None:
+        if self.ask.stream:
+            headers = {"cache-control": "no-cache"}
+            response: Response = StreamingResponse(self._stream(), headers=headers, media_type="text/event-stream")
+        else:
+            async for _ in self._follow():
+                pass
+            response = JSONResponse(self.writer.write_whole(self.choices, self.job))
+        await response(scope, _wait_forever, send)
 
     async def _stream(self) -> AsyncIterator[str]:
         """Yield the events of a stream. What fails once it has begun is an event of it."""
@@ -217,8 +223,8 @@ async def _wait_forever() -> Any:
     await asyncio.Event().wait()
 
 
-async def run_while_connected(receive: Receive, work: Any) -> Any:
-    """Return what `work` returns. It is cancelled if the client goes away; then return None."""
+async def run_while_connected(receive: Receive, work: Coroutine) -> None:
+    """Run `work`, which is cancelled if the client goes away. Raises what it raises."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -227,7 +233,8 @@ async def run_while_connected(receive: Receive, work: Any) -> Any:
     tasks = [asyncio.ensure_future(work), asyncio.ensure_future(watch())]
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        return tasks[0].result() if tasks[0].done() else None
+        if tasks[0].done():
+            tasks[0].result()
     finally:
         for task in tasks:
             task.cancel()
@@ -253,7 +260,7 @@ def to_api_error(error: Exception) -> ApiError:
 def write_error(scope: Scope, error: ApiError) -> Response:
     """Return the response of an error, in the words of the interface that was asked."""
     written = error.to_anthropic() if scope["path"].startswith("/v1/messages") else error.to_openai()
-    headers = {"retry-after": str(RETRY_SECONDS)} if error.status == 429 else {}
+    headers = {429: {"retry-after": str(RETRY_SECONDS)}, 408: CLOSE, 413: CLOSE}.get(error.status)
     return Response(json.dumps(written), error.status, headers, "application/json")
 
 

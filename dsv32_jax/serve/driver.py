@@ -1,6 +1,7 @@
 """One thread advances the engine for all requests, and hands each its tokens in the event loop that asked."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import threading
@@ -75,6 +76,14 @@ class Job:
         if isinstance(news, Exception):
             raise news
         return news
+
+
+def warm_up(engine: Engine, room: int) -> None:
+    """Compile what short prompts need: one whose answer may fill the context, of `room` tokens, and one with a short
+    answer, whose first token is found in the cache."""
+    for token, limit in enumerate((room - 3, 1)):
+        with contextlib.closing(engine.submit([0, token, token][:room], max_new_tokens=max(0, limit))) as stream:
+            next(stream, None)
 
 
 class Driver:
@@ -152,24 +161,16 @@ class Driver:
 
     def _hand_out(self, jobs: list[Job], failure: Exception | None) -> None:
         """Give each job what is new. One that has ended, or failed, is let go."""
-        news: dict[asyncio.AbstractEventLoop, list[tuple[Job, list[Arrival] | Exception]]] = {}
         for job in jobs:
             try:
                 found = failure or job.collect()
             except Exception as error:
                 found = error
-            if found:
-                news.setdefault(job.loop, []).append((job, found))
-            if isinstance(found, Exception) or not job.is_going:
-                self.leave(job)
-        for loop, some in news.items():
+            is_over = isinstance(found, Exception) or not job.is_going
             try:
-                loop.call_soon_threadsafe(_put_all, some)
+                if found:
+                    job.loop.call_soon_threadsafe(job.put, found)
             except RuntimeError:  # a loop that was closed meanwhile
-                for job, _ in some:
-                    self.leave(job)
-
-
-def _put_all(news: list[tuple[Job, list[Arrival] | Exception]]) -> None:
-    for job, found in news:
-        job.put(found)
+                is_over = True
+            if is_over:
+                self.leave(job)

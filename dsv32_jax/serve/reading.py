@@ -24,6 +24,7 @@ COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLIN
 CHAT = COMMON | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens", "max_tokens", "thinking"}
 CHAT |= {"chat_template_kwargs", "response_format", "parallel_tool_calls"}
 TOKENIZE = {"model", "prompt", "messages", "tools", "tool_choice", "thinking", "chat_template_kwargs"}
+TOKENIZE |= {"add_special_tokens"}
 COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
 
 DRAWN = {"temperature": 1.0}
@@ -92,10 +93,16 @@ class Reader:
         return Ask(self.name, request, None, *_read_stream(body), top is not None, echoed)
 
     def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the tokens of the prompt or the messages in a body. Raises ApiError and UsageError."""
+        """Return the tokens of the prompt or the messages in a body; with add_special_tokens: false those of a piece of
+        text, in which special tokens are themselves. Raises ApiError and UsageError."""
         fields.require_known(body, TOKENIZE)
         text = get(body, "prompt", str)
-        ids = self._prepare(body).ids if text is None else self._read_prompt(text)
+        if text is None:
+            ids = self._prepare(body).ids
+        elif get(body, "add_special_tokens", bool, True):
+            ids = self._read_prompt(text)
+        else:
+            ids = self.tokenizer.encode(text, allow_special=True)
         return {"tokens": ids, "count": len(ids), "max_model_len": self.room}
 
     def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:

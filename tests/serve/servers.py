@@ -11,6 +11,7 @@ import dsv32_jax as ds
 from dsv32_jax.cli import serve_command
 from dsv32_jax.generation.row import Row
 from dsv32_jax.serve.app import Limits, Server
+from dsv32_jax.serve.connections import configure
 from dsv32_jax.serve.driver import Driver, Job
 from dsv32_jax.serve.reading import Reader
 
@@ -18,10 +19,11 @@ ROWS, CAPACITY, WAITING = 4, 1024, 8
 
 
 @contextlib.contextmanager
-def listen(app) -> Iterator[str]:
+def listen(app, limits: Limits | None = None) -> Iterator[str]:
     """The address at which `app` answers, until it has shut down."""
-    with serve_command.listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False))
+    with serve_command.bind("127.0.0.1", 0) as listener:
+        listener.listen(serve_command.BACKLOG)
+        server = uvicorn.Server(configure(app, limits or Limits()))
         thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
         thread.start()
         try:
@@ -31,17 +33,17 @@ def listen(app) -> Iterator[str]:
             thread.join()
 
 
-def make_server(model, tokenizer, limits=None, draft: int = 0) -> Server:
+def make_server(model, tokenizer, limits=None, draft: int = 0, waiting: int = WAITING) -> Server:
     """A server with an engine of its own."""
     engine = ds.engine(model, rows=ROWS, capacity=CAPACITY, pages=24, draft=draft)
     reader = Reader("demo", engine, tokenizer, {"temperature": 0.0})
-    return Server(reader, Driver(engine, ROWS + WAITING), limits or Limits(seconds=60, keep_alive=0.02))
+    return Server(reader, Driver(engine, ROWS + waiting), limits or Limits(seconds=60, keep_alive=0.02))
 
 
 class ScriptedDriver:
-    """Gives rows the tokens of `scripts`, the i-th row the i-th, in groups of `sizes`; needs no device."""
+    """Gives rows the tokens of `scripts`, text or ids, the i-th row the i-th, in groups of `sizes`; needs no device."""
 
-    def __init__(self, engine, tokenizer, scripts: Sequence[str], sizes: Sequence[int]):
+    def __init__(self, engine, tokenizer, scripts: Sequence[str | list[int]], sizes: Sequence[int]):
         self.engine, self.tokenizer, self.scripts, self.sizes = engine, tokenizer, scripts, sizes
         self.jobs: list[Job] = []
 
@@ -61,9 +63,10 @@ class ScriptedDriver:
             at, turn = at + size, turn + 1
         return job
 
-    def say(self, script: str) -> list[int]:
+    def say(self, script: str | list[int]) -> list[int]:
         """The tokens of a completion, tags and all, and the end."""
-        return self.tokenizer.encode(script, allow_special=True) + [self.engine.model.cfg.eos_token_id[0]]
+        ids = self.tokenizer.encode(script, allow_special=True) if isinstance(script, str) else script
+        return [*ids, self.engine.model.cfg.eos_token_id[0]]
 
     def leave(self, job: Job) -> None:
         pass

@@ -119,12 +119,16 @@ def test_how_it_ends(talk):
     assert say(whole) == [("text", "so")] and whole.stop_reason == "end_turn" and whole.parse_warnings
 
 
-def test_over_http(served):
+def test_over_http(served, tokenizer):
     """The demo model itself, the number of tokens, and errors in Anthropic's words."""
     with anthropic.Anthropic(base_url=served.url, api_key="-", max_retries=0) as client:
         made = client.messages.create(model="demo", max_tokens=5, messages=ASKED)
         count = client.messages.count_tokens(model="demo", messages=ASKED).input_tokens
         usage = made.usage
+        more = {"tools": [TOOL], "system": "Be brief.", "thinking": {"type": "enabled", "budget_tokens": 1024}}
+        told = [{"role": "system", "content": "Be brief."}, *ASKED]
+        prompt = chat.prepare(told, tokenizer, tools=[SHOWN], thinking=True).ids
+        assert client.messages.count_tokens(model="demo", messages=ASKED, **more).input_tokens == len(prompt)
         assert usage.input_tokens + usage.cache_read_input_tokens == count and usage.output_tokens == 5
         with pytest.raises(anthropic.NotFoundError) as caught:
             client.messages.create(model="other", max_tokens=5, messages=ASKED)

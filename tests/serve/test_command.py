@@ -37,7 +37,7 @@ def process(model, scratch):
             line = process.stderr.readline()
             assert line, said
             said += line
-        assert "warning" not in said
+        assert "warning" not in said and "compiled what first requests need" in said
         yield process, f"http://127.0.0.1:{found[1]}", "second-key"
         process.kill()
 
@@ -45,9 +45,16 @@ def process(model, scratch):
 def test_the_curl_line_and_the_end(process):
     """As in the README, with a key. After SIGTERM the answer that is running ends first; the exit code is 0."""
     process, url, key = process
+
+    def read_compile_seconds() -> str:
+        metrics = httpx2.get(f"{url}/metrics", headers={"x-api-key": key}).text
+        return re.search(r"^dsv32_compile_seconds_total (\S+)$", metrics, re.M)[1]
+
+    compiled = read_compile_seconds()
     words = [word.replace("localhost:8000", url) for word in shlex.split(CURL)]
     done = subprocess.run([*words, "-s", "-H", f"Authorization: Bearer {key}"], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done
+    assert read_compile_seconds() == compiled
     body = {"model": "converted", "prompt": "def", "max_tokens": 100, "stream": True, "logit_bias": {"1": -1000}}
     headers = {"x-api-key": key}
     with httpx2.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
@@ -82,6 +89,7 @@ def test_what_is_refused(model, scratch, tmp_path, capsys, words, message):
 
 def test_a_port_that_is_taken():
     """An error that says which, and what to choose."""
-    with serve_command.listen("127.0.0.1", 0) as listener:
+    with serve_command.bind("127.0.0.1", 0) as listener:
+        listener.listen()
         with pytest.raises(serve_command.UsageError, match="--port"):
-            serve_command.listen("127.0.0.1", listener.getsockname()[1])
+            serve_command.bind("127.0.0.1", listener.getsockname()[1])

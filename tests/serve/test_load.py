@@ -7,10 +7,10 @@ import openai
 import pytest
 
 import dsv32_jax as ds
-from tests.serve.servers import CAPACITY, ROWS
+from tests.serve.servers import CAPACITY, ROWS, listen, make_server
 from tests.serve.test_openai import is_idle
 
-CLIENTS, LONGEST = 50, 16
+CLIENTS, LONGEST = 200, 8
 
 
 @pytest.fixture(scope="module")
@@ -37,12 +37,11 @@ def expected(model, tokenizer, asks):
     )
 
 
-def test_everybody_is_answered_right(served, asks, expected):
+def test_everybody_is_answered_right(model, tokenizer, asks, expected):
     """Streamed and whole; who is told to come back comes back; some leave in the middle."""
 
-    async def run():
-        url = f"{served.url}/v1"
-        async with openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=1000, timeout=300) as client:
+    async def run(url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", max_retries=1000, timeout=300) as client:
             return await asyncio.gather(*(ask(client, i, *one) for i, one in enumerate(asks)))
 
     async def ask(client, i, prompt, limit, seed):
@@ -55,8 +54,11 @@ def test_everybody_is_answered_right(served, asks, expected):
             return await stream.close()
         return "".join([event.choices[0].text async for event in stream])
 
-    texts = asyncio.run(run())
+    server = make_server(model, tokenizer, waiting=CLIENTS // 2)
+    with listen(server.make_app()) as url:
+        texts = asyncio.run(run(url))
+        assert is_idle(server.driver.engine)
     assert [text for text in texts if text is not None] == [
         text for text, told in zip(expected.text, texts, strict=True) if told is not None
     ]
-    assert texts.count(None) == CLIENTS / 10 and is_idle(served.engine)
+    assert texts.count(None) == CLIENTS / 10

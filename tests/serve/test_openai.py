@@ -235,21 +235,6 @@ def test_malformed_bodies(served):
     assert is_idle(served.engine)
 
 
-def test_clients_that_go_away(served, client):
-    """Their rows and pages are free at once, streamed or whole, and others are not disturbed."""
-    expected = client.completions.create(model="demo", prompt=CODE, max_tokens=30).choices[0].text
-    body = {"model": "demo", "prompt": CODE, "max_tokens": 400, "stop": [], "logit_bias": {"1": -1000}}
-    for i in range(20):
-        with httpx2.Client(timeout=0.05 if i % 2 else 5) as one:
-            try:
-                with one.stream("POST", f"{served.url}/v1/completions", json={**body, "stream": i % 2 == 0}) as answer:
-                    next(answer.iter_bytes())
-            except httpx2.TimeoutException:
-                pass
-    assert client.completions.create(model="demo", prompt=CODE, max_tokens=30).choices[0].text == expected
-    assert is_idle(served.engine)
-
-
 def test_as_many_as_may_wait(served):
     """One more is told to come back."""
     body = {"model": "demo", "prompt": CODE, "max_tokens": 400, "n": ROWS + WAITING, "stream": True}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 
 import httpx2
 import openai
@@ -13,6 +14,8 @@ from dsv32_jax.chat import template
 from dsv32_jax.serve.app import Limits, Server
 from dsv32_jax.serve.reading import Reader
 from tests.chat.dialogues import answers
+from tests.chat.test_vectors import MODES
+from tests.conftest import DATA
 from tests.serve.servers import ScriptedDriver
 
 ASKED = [{"role": "user", "content": "go"}]
@@ -25,16 +28,16 @@ def talk(served, tokenizer):
     """talk(scripts, sizes, body): what the real client makes of rows that say so, and the server."""
     reader = Reader("demo", served.engine, tokenizer, {})
 
-    def run(scripts, sizes=(1,), reader=reader, **body):
+    def run(scripts, sizes=(1,), reader=reader, path="chat", **body):
         driver = ScriptedDriver(served.engine, tokenizer, scripts, sizes)
         app = Server(reader, driver, Limits()).make_app()
 
         async def ask():
             async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app)) as http:
                 async with openai.AsyncOpenAI(base_url="http://here/v1", api_key="-", http_client=http) as client:
-                    made = await client.chat.completions.create(
-                        model="demo", **{"messages": ASKED, "n": len(scripts), **body}
-                    )
+                    create = {"chat": client.chat.completions, "completions": client.completions}[path].create
+                    given = {"messages": ASKED, "n": len(scripts), **body}
+                    made = await create(model="demo", **{name: one for name, one in given.items() if one is not None})
                     return [event async for event in made] if body.get("stream") else made
 
         return asyncio.run(ask()), driver
@@ -91,6 +94,28 @@ def test_a_stream_is_the_whole(talk, data, thinking, sizes, stop):
             assert choice.finish_reason == ("tool_calls" if calls else "stop")
 
 
+@settings(max_examples=25)
+@given(
+    st.lists(st.lists(st.integers(2, 600), max_size=40), min_size=1, max_size=2),
+    st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    st.sampled_from([(), ["e", "\ufffd", "th"]]),
+    st.booleans(),
+)
+def test_any_tokens_stream_as_the_whole(talk, tokenizer, scripts, sizes, stop, echo):
+    """Of completions: bytes that are no whole characters, special tokens, stop strings across tokens, logprobs."""
+    body = {"messages": None, "prompt": "é", "logprobs": 0, "stop": stop, "echo": echo, "path": "completions"}
+    (whole, driver), (events, _) = talk(scripts, sizes, **body), talk(scripts, sizes[::-1], stream=True, **body)
+    for choice in whole.choices:
+        said = [one for event in events for one in event.choices if one.index == choice.index]
+        assert "".join(one.text for one in said) == choice.text and said[-1].finish_reason == choice.finish_reason
+        streamed = [one.logprobs for one in said if one.logprobs]
+        for part in ("tokens", "token_logprobs", "text_offset"):
+            assert [value for one in streamed for value in getattr(one, part)] == getattr(choice.logprobs, part)
+        if not stop:
+            expected = tokenizer.decode(driver.say(scripts[choice.index])[:-1])
+            assert choice.text == (tokenizer.decode(driver.jobs[0].rows[0].prompt) if echo else "") + expected
+
+
 def test_half_a_call_is_no_call(talk):
     """Cut off or malformed, it does not end with "tool_calls", and a warning says why; no tag is in the content."""
     text = write({"role": "assistant", "content": "so", "tool_calls": [CALL]}, False)
@@ -129,6 +154,28 @@ def test_a_call_is_written_as_it_was_sampled(talk, served, tokenizer, thinking):
         assert getattr(answer.choices[0].message, part) == "done"
 
 
+VECTORS = json.loads((DATA / "encoding" / "vectors.json").read_text(encoding="utf-8"))
+
+
+def test_the_vectors_of_the_encoder(served, tokenizer):
+    """Messages have the tokens of the reference's prompt over HTTP too, or are refused: as there, or because it is not
+    the model's turn."""
+    answers = {}
+    with httpx2.Client(base_url=served.url) as client:
+        for vector in VECTORS:
+            if vector["kind"] == "encode" and vector["kwargs"].keys() == {"thinking_mode"}:
+                thinking = MODES.get(vector["kwargs"]["thinking_mode"], vector["kwargs"]["thinking_mode"])
+                body = {"messages": vector["messages"], "thinking": thinking}
+                answers[vector["name"]] = vector, client.post("/tokenize", json=body)
+    refused = [name for name, (_, answer) in answers.items() if answer.status_code == 400]
+    for name, (vector, answer) in answers.items():
+        if name not in refused:
+            assert answer.json()["tokens"] == tokenizer.encode(vector["expected_prompt"], allow_special=True), name
+        elif "expected_error" not in vector:
+            assert re.search("not the model's turn|pending tool calls", answer.json()["error"]["message"]), name
+    assert len(answers) - len(refused) == 13
+
+
 def test_the_tokens_of_messages(served, tokenizer):
     """Of text and messages, and back; the prompt is that of the encoder."""
     with httpx2.Client(base_url=served.url) as client:
@@ -140,5 +187,7 @@ def test_the_tokens_of_messages(served, tokenizer):
         assert back == {"prompt": chat.encode(ASKED, tools=TOOLS, thinking=True)}
         told = client.post("/tokenize", json={"prompt": "a é"}).json()
         assert told["tokens"] == chat.prepare("a é", tokenizer).ids and told["count"] == len(told["tokens"])
+        told = client.post("/tokenize", json={"prompt": f"a{template.EOS}", "add_special_tokens": False}).json()
+        assert told["tokens"] == [*tokenizer.encode("a"), served.engine.model.cfg.eos_token_id[0]]
         assert client.post("/detokenize", json={"tokens": [-1]}).status_code == 400
         assert client.post("/tokenize", json={}).status_code == 400

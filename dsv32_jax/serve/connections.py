@@ -1,0 +1,95 @@
+"""Connections to clients. Uvicorn lets them send the head of a request, and take its answer, as slowly as they like;
+here both have a limit."""
+
+import asyncio
+import math
+from functools import partial
+from typing import Any
+
+import uvicorn
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .app import Limits
+
+TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+class Connection(H11Protocol):
+    """One connection, which is closed where the head of a request takes more than `head_seconds`."""
+
+    def __init__(self, *args: Any, head_seconds: float, app_state: dict[str, Any], **options: Any):
+        super().__init__(*args, app_state={**app_state, "connection": self}, **options)
+        self._head_seconds, self._timer = head_seconds, None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Wait for the head of the first request."""
+        super().connection_made(transport)
+        self._socket = transport
+        self.wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait for nothing more."""
+        self.stop_waiting()
+        super().connection_lost(exc)
+
+    def wait_for_head(self) -> None:
+        """Wait for the head of the next request."""
+        self._timer = asyncio.get_running_loop().call_later(self._head_seconds, self._refuse)
+
+    def stop_waiting(self) -> None:
+        """The head is there, or nobody is."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def abort(self) -> None:
+        """Close the connection without sending what the client has not taken."""
+        self._socket.abort()
+
+    def _refuse(self) -> None:
+        if self._socket.is_closing() or self._socket.get_write_buffer_size():
+            self.abort()  # the client has not even taken its last answer
+        else:
+            self._socket.write(TOO_SLOW)
+            self._socket.close()
+
+
+class TimeLimit:
+    """Lets an application have `seconds` for a request, then aborts its connection."""
+
+    def __init__(self, app: ASGIApp, seconds: float):
+        self._app, self._seconds = app, seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Run the application."""
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        connection: Connection = scope["state"]["connection"]
+        connection.stop_waiting()
+        try:
+            async with asyncio.timeout(self._seconds) as limit:
+                await self._app(scope, receive, send)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            connection.abort()
+        finally:
+            connection.wait_for_head()
+
+
+def configure(app: ASGIApp, limits: Limits) -> uvicorn.Config:
+    """Return the configuration of a server whose clients keep these limits. To take the end of its answer, one has as
+    long as to send a body."""
+    seconds = limits.body_seconds + limits.seconds + limits.body_seconds
+    http: Any = partial(Connection, head_seconds=limits.head_seconds)
+    return uvicorn.Config(
+        TimeLimit(app, seconds),
+        http=http,
+        ws="none",
+        log_config=None,
+        log_level="error",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        timeout_graceful_shutdown=math.ceil(seconds),
+    )
