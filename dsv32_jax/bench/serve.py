@@ -134,7 +134,7 @@ def run_engine(engine: Engine, tokenizer: Tokenizer, asks: Sequence[Ask]) -> tup
 
 
 class Round(NamedTuple):
-    """What one round took: processor seconds of the engine and of the server, wall seconds of the clients."""
+    """Costs of one round: processor seconds of the engine and of the server, wall seconds of the clients."""
 
     stream: bool
     tokens: int
