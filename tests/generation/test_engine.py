@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation.batch import Batch
+from dsv32_jax.generation.request import validate_for
 from dsv32_jax.system.compilation import count_compilations
 from tests import models
 
@@ -98,6 +99,16 @@ def test_lists_of_limits_and_samplings(model, alone, draft):
     """One a prompt, more prompts than rows; results in order."""
     made = ds.generate(model, PROMPTS, max_new_tokens=LIMITS, sampling=SAMPLINGS, batch_size=2, draft=draft)
     assert list(zip(made.tokens, made.finish_reason, strict=True)) == alone
+
+
+def test_the_longest_row_of_a_request_comes_first(model):
+    """Rows of equal length in the order of their prompts; requests in theirs."""
+    with ds.engine(model, rows=1, capacity=256) as engine:
+        requests = [validate_for(model, [[5]] * 4, None, max_new_tokens=limits) for limits in ([3, 9, 3, 20], [90] * 4)]
+        first, second = map(engine.add, requests)
+        with engine.pause():
+            waiting = list(engine.loop.scheduler.waiting)
+        assert waiting == [*(first[i] for i in (3, 1, 0, 2)), *second]
 
 
 @pytest.mark.parametrize("draft", [0, 2])
