@@ -53,8 +53,10 @@ def test_a_refused_dry_run_says_what_it_found(checkpoint, dsv32, tmp_path):
     assert code == told["code"] == 6 and told["would_write"] > 0 and "holds something else" in told["error"]
 
 
-def test_the_demo_as_json(dsv32):
-    code, out, err = dsv32("demo", "--max-tokens", "1", "--json")
+def test_the_demo_as_json(dsv32, tmp_path):
+    """And the model that it keeps is there for other commands, which the last line names."""
+    code, out, err = dsv32("demo", "--max-tokens", "1", "--json", "--keep", tmp_path / "kept")
     told = json.loads(out)
     assert code == 0 and told["text"] and told["perplexity"] > 1 and len(told["seconds"]) == 4
     assert all(step in err for step in told["seconds"])
+    assert err.endswith(f"next: dsv32 chat {tmp_path / 'kept'}\n") and dsv32("verify", tmp_path / "kept")[0] == 0
