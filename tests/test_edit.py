@@ -75,6 +75,8 @@ def test_all_other_weights_are_shared(model, name):
     new = [array for array in jax.tree.leaves(edited) if id(array) not in own]
     assert sum(array.nbytes for array in new) < 10_000
     assert identity(edited) != identity(model)
+    assert repr(edited).startswith("DeepSeek-V3.2, edited\n") and repr(model).startswith("DeepSeek-V3.2\n")
+    assert "<div>DeepSeek-V3.2, edited</div>" in edited._repr_html_()
     assert not np.array_equal(hidden(edited), hidden(model))
 
 
@@ -223,6 +225,9 @@ def test_edits_work_with_drafts_and_layerwise(model):
     plain, drafted = (ds.generate(edited, TOKENS, max_new_tokens=4, draft=draft) for draft in (0, 1))
     layerwise = ds.generate.layerwise(edited, TOKENS, max_new_tokens=4)
     assert plain.tokens == drafted.tokens == layerwise.tokens
+    assert [event.token for event in ds.stream(edited, TOKENS[0], max_new_tokens=4)] == plain.tokens[0]
+    scored = ds.score(edited, [TOKENS[0] + plain.tokens[0]]).logprobs[0]
+    np.testing.assert_allclose(scored[-4:], plain.logprobs[0], atol=1e-4)
 
 
 def test_edits_work_on_a_mesh_and_from_host_memory(tiny, tmp_path):

@@ -89,13 +89,14 @@ class Model(Module):
         return x_BTD, Cache(tuple(caches), cache.length_B + count_B, cache.table_Bd), tuple(seen)
 
     def summary(self) -> tuple[str, dict[str, str]]:
-        """Return layers, dtype and mesh, and what is known of any module."""
+        """Return whether it is edited, layers, dtype and mesh, and what is known of any module."""
         _, weights = super().summary()
         dense = sum(isinstance(layer.ffn, MLP) for layer in self.layers)
         drafting = "" if self.mtp is None else " and the MTP head"
         mesh = {} if self.mesh is None else {"mesh": format_mesh(self.mesh.shape)}
         layers = f"{len(self.layers)} ({dense} dense, {len(self.layers) - dense} MoE){drafting}"
-        return "DeepSeek-V3.2", {"layers": layers, **weights, "compute": self.dtype.name, **mesh}
+        title = "DeepSeek-V3.2" + (", edited" if self.origin.edit else "")
+        return title, {"layers": layers, **weights, "compute": self.dtype.name, **mesh}
 
     def _repr_html_(self) -> str:
         parts = {"embedding, norm, head": (self.embed_VD, self.norm_D, self.head_VD)}

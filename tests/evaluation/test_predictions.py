@@ -129,6 +129,17 @@ def test_weights_that_are_not_finite(model):
         kl(model, broken, rows)
 
 
+def test_an_edited_model(model):
+    """Is measured as it is: its perplexity is that of its own scores, and it diverges from the model it was made of."""
+    edited = ds.inspect.edit(model, experts_off=[(1, 3)], add={0: np.ones(model.cfg.hidden_size)})
+    rows = [ids_of(text)[:CONTEXT] for text in TEXTS]
+    logprobs = np.concatenate(ds.score(edited, rows).logprobs)
+    found = perplexity(edited, rows, context=CONTEXT)
+    assert found.perplexity.mean == pytest.approx(np.exp(-logprobs.mean()), rel=1e-5)
+    assert kl(edited, edited, rows, context=CONTEXT).kl.mean == pytest.approx(0, abs=1e-6)
+    assert kl(model, edited, rows, context=CONTEXT).kl.mean > 1e-3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -62,3 +62,17 @@ def test_everybody_is_answered_right(model, tokenizer, asks, expected):
         text for text, told in zip(expected.text, texts, strict=True) if told is not None
     ]
     assert texts.count(None) == CLIENTS / 10
+
+
+def test_an_edited_model_is_served(served, model, tokenizer):
+    """Its own tokens, beside the server of the model that it was made of."""
+    prompt = [0, *range(300, 340)]
+    edited = ds.inspect.edit(model, favour={(i, expert): 4.0 for i in (2, 3, 4) for expert in (0, 1, 4, 5)})
+    want = [ds.generate(one, [prompt], max_new_tokens=8, tokenizer=tokenizer).text[0] for one in (model, edited)]
+    assert want[0] != want[1]
+    with listen(make_server(edited, tokenizer).make_app()) as url:
+        for text, address in zip(want, (served.url, url), strict=True):
+            client = openai.OpenAI(base_url=f"{address}/v1", api_key="-", timeout=300)
+            for _ in range(2):
+                answer = client.completions.create(model="demo", prompt=prompt, max_tokens=8)
+                assert answer.choices[0].text == text
