@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from dsv32_jax.checkpoint.folder import RECOVER
 from dsv32_jax.checkpoint.manifest import LeafEntry
 from dsv32_jax.errors import CheckpointError, listing, pluralize
 from dsv32_jax.layout import Cut
@@ -66,7 +67,7 @@ class Provenance(NamedTuple):
         if not problems and raw["cut"] is not None and not (len(raw["cut"]) == 4 and _are_sizes(raw["cut"])):
             problems = [f"provenance.cut is {raw['cut']!r:.200}"]
         if problems:
-            raise CheckpointError(f"the manifest cannot be followed: {listing(problems)}")
+            raise CheckpointError(f"the provenance of a weight is invalid: {listing(problems)}. {RECOVER}")
         cut = None if raw["cut"] is None else Cut(*raw["cut"])
         return cls(raw["change"], cut, tuple(map(_parse_source, raw["sources"])))
 
@@ -90,7 +91,7 @@ def _parse_source(row: list[Any]) -> SourceTensor:
         if found.dtype in DTYPES and re.fullmatch("[0-9a-f]{64}", found.sha256):
             if not found.bits or re.fullmatch(f"[0-9a-f]{{{2 * min(found.nbytes, SCALAR_BYTES)}}}", found.bits):
                 return found
-    raise CheckpointError(f"the provenance of a weight has {row!r:.200}, which is no tensor")
+    raise CheckpointError(f"the provenance of a weight has {row!r:.200}, which is no tensor. {RECOVER}")
 
 
 def _are_sizes(values: Any) -> bool:
