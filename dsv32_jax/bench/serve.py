@@ -33,7 +33,7 @@ EXPLANATION = """\
 Rounds of {clients} requests that come at once, prompts of 4-128 tokens, answers of 1-64, drawn in float32 with seeds;
 whole answers and streams in turn. ratio: tokens the server makes in a second of processor time, beside an engine that
 is given the same requests without HTTP. first_token: seconds to the first token of a stream. wrong: answers other than
-the engine's. Rounds in which something was compiled are not counted."""
+the engine's. Two rounds before compile what is needed, and are not counted."""
 
 
 class Ask(NamedTuple):
@@ -143,40 +143,33 @@ class Round(NamedTuple):
     server_cpu: float
     wall: float
     first_tokens: list[float]
-    compiled: bool
 
 
 def run_round(engine: Engine, tokenizer: Tokenizer, server: Server, asks: Sequence[Ask], stream: bool) -> Round:
     """Answer the requests in the engine, then in the server, for clients that ask at the same time."""
-
-    def count_compile_seconds() -> float:
-        return engine.stats()["compile_seconds"] + server.read_metric("compile_seconds")
-
-    compiled = count_compile_seconds()
     expected, tokens, engine_cpu = run_engine(engine, tokenizer, asks)
     begun, cpu = time.perf_counter(), server.read_cpu()
     with ThreadPoolExecutor(len(asks)) as pool:
         found = list(pool.map(lambda ask: server.fetch(ask, stream), asks))
     wall, cpu = time.perf_counter() - begun, server.read_cpu() - cpu
     wrong = sum(text != told for (text, _), told in zip(found, expected, strict=True))
-    seconds = [first for _, first in found]
-    return Round(stream, tokens, wrong, engine_cpu, cpu, wall, seconds, count_compile_seconds() > compiled)
+    return Round(stream, tokens, wrong, engine_cpu, cpu, wall, [first for _, first in found])
 
 
 def measure(checkpoint: Path, clients: int, seconds: float, rows: int) -> dict[str, float]:
-    """Return all figures of rounds that take about so many seconds, two at least."""
+    """Return all figures of rounds that take about so many seconds, two at least, and two before them."""
     model = load(checkpoint, dtype=jnp.float32)
     tokenizer, rng = Tokenizer.load(checkpoint, model.cfg), np.random.default_rng(0)
     rounds: list[Round] = []
-    wrong, memory, end = 0, 0, time.perf_counter() + seconds
+    memory, begun = 0, 0.0
     with make_engine(model, rows=rows, capacity=CONTEXT) as engine, serve(checkpoint, rows, clients) as server:
-        while len(rounds) < 2 or time.perf_counter() < end:
+        while len(rounds) < 4 or time.perf_counter() < begun + seconds:
+            if len(rounds) == 2:
+                memory, begun = server.read_memory(), time.perf_counter()
             asks = draw_asks(rng, tokenizer.vocab_size, clients)
-            made = run_round(engine, tokenizer, server, asks, stream=len(rounds) % 2 == 1)
-            wrong += made.wrong
-            rounds += [] if made.compiled else [made]
-            memory = memory if rounds else server.read_memory()
+            rounds.append(run_round(engine, tokenizer, server, asks, stream=len(rounds) % 2 == 1))
         growth, leaked = server.read_memory() - memory, server.read_metric("pages_of_rows")
+    wrong, rounds = sum(one.wrong for one in rounds), rounds[2:]
     wall = sum(one.wall for one in rounds)
     firsts = [first for one in rounds if one.stream for first in one.first_tokens]
     ratios = {
