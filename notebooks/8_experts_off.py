@@ -135,19 +135,22 @@ def write(models) -> np.ndarray:
     return 100 * np.mean(found, axis=0)
 
 
-edited = inspect.edit(model, experts_off=ranked)
-
-
 def mean_and_error(percent: np.ndarray) -> list[tuple[float, float]]:
     """The mean of each judgement over functions, and its standard error."""
     return list(zip(percent.mean(axis=0), percent.std(axis=0, ddof=1) / np.sqrt(len(percent)), strict=True))
 
 
-written = {
-    "all experts": write([model for _ in SEEDS]),
-    "docstring experts off": write([edited for _ in SEEDS]),
-    "ten at random off": write([inspect.edit(model, experts_off=[every[i] for i in draw]) for draw in draws]),
-}
+written = {"all experts": write([model for _ in SEEDS])}
+
+# %%
+edited = inspect.edit(model, experts_off=ranked)
+written["docstring experts off"] = write([edited for _ in SEEDS])
+
+# %%
+drawn = [inspect.edit(model, experts_off=[every[i] for i in draw]) for draw in draws]
+written["ten at random off"] = write(drawn)
+
+# %%
 judgements = ("not Python", "open at its end", "with a docstring")
 shares = {}
 for name, percent in written.items():
