@@ -357,8 +357,12 @@ def test_misuse(model, trace, tmp_path, monkeypatch):
     for wrong in ("colours", {"routing", "colours"}, [3], 5):
         with pytest.raises(UsageError, match="keep takes a set of attention, experts, indexer, lens, .*, routing, not"):
             ds.inspect.trace(model, PROMPTS, wrong)
-    with pytest.raises(UsageError, match="prompts must be a list of lists"):
+    with pytest.raises(UsageError, match="prompts must be a list of lists.*ds.chat.prepare"):
         ds.inspect.trace(model, "text")
+    with pytest.raises(UsageError, match="prompt 0 must be a list of token ids.*ds.chat.prepare"):
+        ds.generate(model, ["text"])
+    with pytest.raises(UsageError, match=r"prompt 0 must be a list of token ids, not 0; one prompt is written \[\["):
+        ds.generate(model, [0, 17])
     with pytest.raises(UsageError, match="batch_size"):
         ds.inspect.trace(model, PROMPTS, batch_size=0)
     only = dataclasses.replace(trace, arrays={"tokens": trace["tokens"]})

@@ -54,7 +54,11 @@ def edit(
     Raises UsageError for what the model does not have, and where too few experts are left to select.
     """
     validation.config_of(model)
-    off, heads, skipped, always = list(experts_off), list(heads_off), sorted(set(skip)), sorted(set(positions))
+    _require_mappings(favour=favour, add=add)
+    if scale != 1 and not add:
+        raise UsageError(f"{argument('scale')} multiplies the directions of {argument('add')}, and there are none")
+    off, heads = _list_pairs("experts_off", experts_off), _list_pairs("heads_off", heads_off)
+    skipped, always = sorted(set(skip)), sorted(set(positions))
     restricted = window is not None or bool(always)
     chosen = list(range(len(model.layers)) if layers is None else sorted(set(layers))) if restricted else []
     edited = _add_biases(model, [*((*pair, -np.inf) for pair in off), *((*pair, x) for pair, x in favour.items())])
@@ -73,13 +77,29 @@ def edit(
     return dataclasses.replace(edited, origin=dataclasses.replace(model.origin, edit=digest.hexdigest()))
 
 
+def _list_pairs(name: str, pairs: Any) -> list[tuple[int, int]]:
+    """Return the pairs of an argument as a list. Raises UsageError unless each has two members."""
+    listed = list(pairs) if isinstance(pairs, Iterable) and not isinstance(pairs, str | Mapping) else None
+    if listed is None or any(isinstance(pair, str) or np.shape(pair) != (2,) for pair in listed):
+        raise UsageError(f"{argument(name)} takes pairs, such as [(3, 5)], not {pairs!r:.200}")
+    return [(first, second) for first, second in listed]
+
+
+def _require_mappings(**arguments: Any) -> None:
+    """Raise UsageError for the first argument that is not a mapping."""
+    for name, value in arguments.items():
+        if not isinstance(value, Mapping):
+            key = "3: direction" if name == "add" else "(3, 5): 0.5"
+            raise UsageError(f"{argument(name)} takes a mapping, such as {{{key}}}, not a {type(value).__name__}")
+
+
 def _add_biases(model: Model, biases: list[tuple[int, int, float]]) -> Model:
     """Return the model with numbers added to the selection biases of (layer, expert)."""
     cfg = model.cfg
     _check_places("experts_off or favour", [pair[:2] for pair in biases], len(model.layers), cfg.n_routed_experts)
     dense = {i for i, _, _ in biases if not isinstance(model.layers[i].ffn, MoE)}
     if dense:
-        raise UsageError(f"layers {listing(map(str, sorted(dense)))} are dense: they have no routed experts")
+        raise UsageError(f"dense layers have no routed experts: {listing(sorted(dense))}")
     if wrong := [bias for *_, bias in biases if bias != -np.inf and as_number(bias) is None]:
         raise UsageError(f"{argument('favour')} takes finite numbers, not {listing(map(repr, wrong))}")
     for layer in sorted({i for i, _, _ in biases}):

@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from ..config import Config
-from ..errors import UsageError, argument, listing, pluralize, require_integer
+from ..errors import UsageError, argument, listing, pluralize, require_integer, to_integer
 from .cache import Cache
 
 NOT_ROWS = (str, bytes, dict, set, frozenset)
@@ -49,18 +49,26 @@ def check_token_matrix(tokens: Any, vocab_size: int) -> jax.Array | np.ndarray:
 def check_prompts(prompts: Any, vocab_size: int) -> list[list[int]]:
     """Return `prompts` as a list of lists of token ids. A flat list of ids is an error, not one prompt."""
     if isinstance(prompts, NOT_ROWS) or not hasattr(prompts, "__len__"):
-        raise UsageError(f"prompts must be a list of lists of token ids, not a {type(prompts).__name__}")
+        kind = type(prompts).__name__
+        raise UsageError(f"prompts must be a list of lists of token ids, not a {kind}{_hint_at_ids(prompts)}")
     if not len(prompts):
         raise UsageError("prompts is empty: there is nothing to run")
     rows: list[list[int]] = []
     for b, prompt in enumerate(prompts):
         if isinstance(prompt, NOT_ROWS) or not hasattr(prompt, "__len__"):
-            raise UsageError(f"prompt {b} must be a list of token ids, not {prompt!r}")
+            raise UsageError(f"prompt {b} must be a list of token ids, not {prompt!r:.200}{_hint_at_ids(prompt)}")
         if not len(prompt):
             raise UsageError(f"prompt {b} is empty: it needs at least the beginning-of-sentence token")
         rows.append([_token_id(token, b, t) for t, token in enumerate(prompt)])
     _check_vocabulary(rows, vocab_size)
     return rows
+
+
+def _hint_at_ids(given: Any) -> str:
+    """Return what to write instead of text or of a single id."""
+    if isinstance(given, str):
+        return "; text becomes token ids by ds.chat.prepare(text, tokenizer).ids"
+    return "; one prompt is written [[0, 17, 42]]" if to_integer(given) is not None else ""
 
 
 def _token_id(token: Any, row: int, position: int) -> int:
