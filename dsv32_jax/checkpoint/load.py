@@ -51,8 +51,9 @@ def load(
 ) -> Model:
     """Return the model in a folder that `dsv32 convert` wrote.
 
-    `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in. With a `mesh`
-    (axes among data, model, expert) each device gets its own part.
+    `dtype` is the compute dtype, bfloat16 or float32; weights stay in the formats they are stored in,
+    but for w_uk and w_uv, which become this dtype. With a `mesh` (axes among data, model, expert) each device gets its
+    own part.
     On a CPU the weights are maps of the files, which must stay as they are while the model is used: memory is taken as
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
     devices always get copies; beside them the host needs memory for AHEAD_BYTES and two of the largest arrays.
