@@ -174,8 +174,8 @@ def _resume(plan: Plan, dst: Path) -> Journal:
 def _write_parts(plan: Plan, dst: Path, budget: Budget, journal: Journal, progress: Callable[[Progress], None]) -> None:
     """Write every parameter that is not on disk yet: read, cut, hash, save, and note each part in the journal."""
     done, missing = journal.entries, list_missing(plan, journal)
-    wanted = {stored.name for leaf in missing for stored in leaf.sources}
-    matrices = SavingRequantizer(dst / MATRICES, wanted, *plan.scaling)
+    known, wanted = ({stored.name for leaf in some for stored in leaf.sources} for some in (plan.leaves, missing))
+    matrices = SavingRequantizer(dst / MATRICES, known, wanted, *plan.scaling)
     meter = ByteMeter(progress, plan.nbytes, plan.nbytes - size_of(missing) + matrices.nbytes)
     meter.report()
     journal.start()

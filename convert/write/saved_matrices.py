@@ -8,7 +8,6 @@ import collections
 import contextlib
 import hashlib
 import os
-import shutil
 import time
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from dsv32_jax.checkpoint.reader import dtype_of, raw
-from dsv32_jax.errors import OutputExistsError
+from dsv32_jax.errors import OutputExistsError, listing, pluralize
 from dsv32_jax.quantization.quantize import Scaling
 from dsv32_jax.system.files import hash_chunks, remove_abandoned, replace_file
 
@@ -34,11 +33,13 @@ PATIENCE = 20.0
 
 class SavingRequantizer(Requantizer):
     """A Requantizer that saves matrices in `folder` when no part was saved for PATIENCE seconds, and takes those that a
-    stopped run saved. Only files of the matrices `wanted` stay."""
+    stopped run saved. Of the files of `matrices` only those that are `wanted` stay. Raises OutputExistsError if there
+    is anything else."""
 
     def __init__(
         self,
         folder: Path,
+        matrices: Collection[str],
         wanted: Collection[str],
         scaling: Scaling,
         pairs: Iterable[tuple[StoredWeight, StoredWeight]],
@@ -51,7 +52,14 @@ class SavingRequantizer(Requantizer):
         self._restored = 0
         if folder.is_dir():
             remove_abandoned(folder)
-            self.remove(entry.name for entry in os.scandir(folder) if entry.name not in wanted)
+            entries = list(os.scandir(folder))
+            other = [one.name for one in entries if one.name not in matrices or not one.is_file(follow_symlinks=False)]
+            if other:
+                raise OutputExistsError(
+                    f"{folder} holds {pluralize(len(other), 'entry', 'entries')} that no conversion saved: "
+                    f"{listing(sorted(other))}; nothing was touched. Move them, and run the same command again"
+                )
+            self.remove(entry.name for entry in entries if entry.name not in wanted)
 
     @property
     def nbytes(self) -> int:
@@ -91,9 +99,9 @@ class SavingRequantizer(Requantizer):
         return removed
 
     def close(self) -> None:
-        """Remove the folder, as all parts are on disk."""
-        if self._folder.is_dir():
-            shutil.rmtree(self._folder)
+        """Remove the folder, which is empty once all parts are on disk."""
+        with contextlib.suppress(OSError):
+            self._folder.rmdir()
 
     def _save(self, stored: StoredWeight, components: dict[str, np.ndarray], read: HashingReader) -> None:
         """Write a matrix to its file; a disk that is full only costs time if the conversion is stopped."""
@@ -116,15 +124,17 @@ class SavingRequantizer(Requantizer):
                 facts: dict[str, Any] = unseal(file.readline().decode().removesuffix("\n"))
                 content = file.read()
                 nbytes = file.tell()
+            if facts["sha256"] != hashlib.sha256(content).hexdigest() or facts["sources"] != _list_digests(
+                stored, read
+            ):
+                return None
+            components, at = {}, 0
+            for key, dtype, shape in facts["components"]:
+                flat = np.frombuffer(content, dtype_of(dtype), int(np.prod(shape)), at)
+                components[key], at = flat.reshape(shape), at + flat.nbytes
+            self.errors[stored.name] = ErrorStats(*facts["errors"])
         except (OSError, ValueError, LookupError, TypeError):
             return None
-        if facts["sha256"] != hashlib.sha256(content).hexdigest() or facts["sources"] != _list_digests(stored, read):
-            return None
-        components, at = {}, 0
-        for key, dtype, shape in facts["components"]:
-            flat = np.frombuffer(content, dtype_of(dtype), int(np.prod(shape)), at)
-            components[key], at = flat.reshape(shape), at + flat.nbytes
-        self.errors[stored.name] = ErrorStats(*facts["errors"])
         self._changes.append((0, nbytes))
         return components
 

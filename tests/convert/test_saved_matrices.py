@@ -96,6 +96,22 @@ def test_a_link_in_place_of_the_folder_is_refused(originals, tmp_path, unfinishe
         convert.convert(originals["fp8"], out, **OPTIONS)
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "folder", "link"])
+def test_what_somebody_else_put_there_stays(name, originals, tmp_path, unfinished):
+    """The folder is not used while it holds a file, a folder or a link that no conversion made."""
+    out, (first, *_) = unfinished
+    before = len(list((out / "matrices").iterdir()))
+    if name == "link":
+        (out / "matrices" / first).rename(tmp_path / "own")
+        (out / "matrices" / first).symlink_to(tmp_path / "own")
+    else:
+        before += 1
+        (out / "matrices" / name).mkdir() if name == "folder" else (out / "matrices" / name).write_text("mine")
+    with pytest.raises(OutputExistsError, match="1 entry that no conversion saved: .*nothing was touched"):
+        convert.convert(originals["fp8"], out, **OPTIONS)
+    assert len(list((out / "matrices").iterdir())) == before
+
+
 def test_a_full_disk_only_costs_time(originals, tmp_path, monkeypatch):
     """The copies are not the conversion."""
     monkeypatch.setattr(saved_matrices, "PATIENCE", -1.0)
