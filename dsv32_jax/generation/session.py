@@ -170,9 +170,9 @@ def session(model: Model, *, capacity: int | None = None, cache_dtype: Any = Non
 
 
 def load_session(model: Model, file: str | Path) -> Session:
-    """Return the session in `file`, for the model it was saved with.
+    """Return the session in `file`, with the capacity, cache dtype and drafts it was made with.
 
-    Raises UsageError if that was another model, CheckpointError if the file is damaged.
+    Raises UsageError if it was saved with another model or compute dtype, CheckpointError if the file is damaged.
     """
     cfg = validation.config_of(model)
     file = expand_file_path(file)

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import CheckpointError, UsageError, listing, pluralize
+from ..errors import CheckpointError, UsageError, argument, listing, pluralize
 from ..model.model import Model
 from ..system.array_file import read_arrays, write_arrays
 from .prefill_decode import Caches
 
-KIND = "dsv32_jax session 6"
+KIND = "dsv32_jax session 7"
 
 FORM = {
     "model": str,
+    "dtype": str,
     "capacity": (int, type(None)),
     "cache_dtype": str,
     "draft": int,
@@ -40,17 +41,23 @@ def write(file: Path, model: Model, settings: dict[str, Any], caches: Caches | N
         name: np.ascontiguousarray(np.asarray(array)).view(np.uint8).reshape(-1)
         for name, array in _name_arrays(caches).items()
     }
-    write_arrays(file, KIND, {"model": identity(model), **settings}, arrays)
+    write_arrays(file, KIND, {"model": identity(model), "dtype": model.dtype.name, **settings}, arrays)
 
 
 def read(file: Path, model: Model) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     """Return the settings and the bytes of the caches. Raises CheckpointError if the file is no intact session,
-    UsageError if it is that of another model."""
+    UsageError if it is that of another model or compute dtype."""
     settings, arrays = read_arrays(file, KIND, FORM)
     if settings["model"] != identity(model):
         raise UsageError(
             f"{file} belongs to another model (its checkpoint's digest is {settings['model']}, this one's is "
             f"{identity(model)}); load that checkpoint, or begin a new session"
+        )
+    if settings["dtype"] != model.dtype.name:
+        raise UsageError(
+            f"{file} was computed in {settings['dtype']}, {argument('cache_dtype', settings['cache_dtype'])}, and this "
+            f"model computes in {model.dtype.name}; load the model with {argument('dtype', settings['dtype'])}, or "
+            "begin a new session"
         )
     return settings, arrays
 

@@ -219,6 +219,16 @@ def test_a_session_of_another_model(model, tiny, tmp_path):
         ds.load_session(models.abstract(tiny), tmp_path / "session")
 
 
+def test_a_session_of_another_compute_dtype(model, tmp_path):
+    """Refused with its cache dtype, which is not this model's; any cache dtype that was asked for is kept."""
+    session = ds.session(dataclasses.replace(model, dtype=np.dtype("bfloat16")), capacity=64)
+    session.save(tmp_path / "session")
+    with pytest.raises(UsageError, match='cache_dtype="bfloat16", and this model computes in float32.* dtype="bfloat'):
+        ds.load_session(model, tmp_path / "session")
+    ds.session(model, capacity=64, cache_dtype="bfloat16").save(tmp_path / "session")
+    assert ds.load_session(model, tmp_path / "session").cache_dtype == "bfloat16"
+
+
 @pytest.mark.parametrize("fault", ["text", "truncated", "other kind", "a smaller array", "tokens", "no facts", "sizes"])
 def test_files_that_are_no_sessions(model, tmp_path, fault):
     """Each is refused with the file's name, and nothing of it is used."""
