@@ -25,9 +25,10 @@ class Contrast(Summarized):
 
     experts     a record for each routed expert: layer, expert, count_a and count_b (tokens that selected it), share_a
                 and share_b (of all tokens), difference (a - b), standard_error; those that differ most in standard
-                errors first
+                errors first, of which one counts as at least what a single token can change
     directions  a record for each layer: layer, norm of the difference of mean streams, standard_error (the norm that
-                equal sets would show), ratio; the largest ratio first
+                equal sets would show), ratio; the largest ratio first, with a standard error of at least a token's part
+                in the mean
     direction   [layers, D] mean residual stream after each layer, a - b: what `edit(add={layer: ...})` takes
     tokens      the tokens of a and of b
     """
@@ -134,7 +135,7 @@ def _compare_experts(a: Sums, b: Sums, first: int) -> np.ndarray:
         "layer": layer + first, "expert": expert, "count_a": a.used.sum(axis=0), "count_b": b.used.sum(axis=0),
         "share_a": shares[0], "share_b": shares[1], "difference": difference, "standard_error": error,
     }  # fmt: skip
-    return _rank(columns, np.abs(difference), error)
+    return _rank(columns, np.abs(difference) / np.maximum(error, 1 / min(a.tokens.sum(), b.tokens.sum())))
 
 
 def _compare_streams(a: Sums, b: Sums) -> tuple[np.ndarray, np.ndarray]:
@@ -142,15 +143,16 @@ def _compare_streams(a: Sums, b: Sums) -> tuple[np.ndarray, np.ndarray]:
     means, variances = zip(*(estimate_ratio(one.stream, one.tokens) for one in (a, b)), strict=True)
     direction = means[0] - means[1]
     norm, error = np.linalg.norm(direction, axis=-1), np.sqrt((variances[0] + variances[1]).sum(axis=-1))
-    ratio = np.divide(norm, error, out=np.full_like(norm, np.inf), where=error > 0)
+    of_a_token = [np.linalg.norm(mean, axis=-1) / one.tokens.sum() for mean, one in zip(means, (a, b), strict=True)]
+    least = np.maximum(error, np.maximum(*of_a_token))
+    ratio = np.divide(norm, least, out=np.zeros_like(norm), where=least > 0)
     columns = {"layer": np.arange(len(norm)), "norm": norm, "standard_error": error, "ratio": ratio}
-    return direction.astype(np.float32), _rank(columns, norm, error)
+    return direction.astype(np.float32), _rank(columns, ratio)
 
 
-def _rank(columns: dict[str, np.ndarray], size: np.ndarray, error: np.ndarray) -> np.ndarray:
-    """Return the columns as one structured array, those of the largest `size` in standard errors first."""
-    table = np.empty(size.size, [(name, column.dtype) for name, column in columns.items()])
+def _rank(columns: dict[str, np.ndarray], ratio: np.ndarray) -> np.ndarray:
+    """Return the columns as one structured array, those of the largest `ratio` first."""
+    table = np.empty(ratio.size, [(name, column.dtype) for name, column in columns.items()])
     for name, column in columns.items():
         table[name] = column.reshape(-1)
-    ratio = np.divide(size, error, out=np.where(size > 0, np.inf, 0.0), where=error > 0)
     return table[np.argsort(-ratio.reshape(-1), kind="stable")]
