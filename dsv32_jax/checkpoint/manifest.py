@@ -15,6 +15,8 @@ from typing import Any, NamedTuple, Self
 
 from ..errors import CheckpointError, StorageError, VerificationError, listing, pluralize
 from ..system.files import JsonLimits, expand_path, find_mismatches, limit_json, read_regular, write_file
+from ..system.progress import format_size
+from ..system.summary import Summarized
 from .folder import FILE, JOURNAL, LARGEST, RECOVER, RENEW, SCHEMA, UNSEALED, WEIGHTS, explain_absence
 
 FORMAT_VERSION = 3
@@ -144,8 +146,8 @@ class LeafEntry:
         return {**self.content, "arrays": arrays, "provenance": self.provenance}
 
 
-@dataclasses.dataclass(frozen=True)
-class Manifest:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Manifest(Summarized):
     """A converted checkpoint: config.json of the model, its weights, and where they came from.
 
     `source`, `report` and `versions` are informative (SCHEMA). `storage` has the size and SHA-256 of every file that
@@ -164,6 +166,15 @@ class Manifest:
     def digest(self) -> str:
         """SHA-256 of config and weights: equal for equal content, wherever and whenever it was converted."""
         return digest({"config": self.config, "leaves": {path: leaf.content for path, leaf in self.leaves.items()}})
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return how many weights there are, their formats, their size and the digest."""
+        formats = collections.Counter(leaf.format for leaf in self.leaves.values())
+        return f"Manifest of {pluralize(len(self.leaves), 'weight')}", {
+            "formats": ", ".join(f"{count} {name}" for name, count in formats.most_common()),
+            "size": format_size(sum(array.nbytes for leaf in self.leaves.values() for array in leaf.arrays.values())),
+            "digest": self.digest,
+        }
 
     @classmethod
     def read(cls, folder: str | Path) -> Self:

@@ -22,6 +22,7 @@ from ..model.model import Model
 from ..model.ops import einsum32, map_tokens
 from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
+from ..system.summary import Summarized
 from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, ignore_progress, map_batches
 from .loss import Estimate, estimate_mean, exponentiate, require_finite
 from .variant import Variant
@@ -47,8 +48,8 @@ class Worst:
     top_b: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Divergence:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Divergence(Summarized):
     """The divergence of B from A over `tokens` tokens of the same text.
 
     kl           mean of KL(A || B) in nats
@@ -70,6 +71,19 @@ class Divergence:
     context: int
     stride: int
     worst: list[Worst]
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return the means, the percentiles and the token of largest divergence."""
+        worst = self.worst[0]
+        return f"Divergence of B from A over {pluralize(self.tokens, 'token')}", {
+            "KL": f"{self.kl} nats per token",
+            "percentiles": ", ".join(f"{name} %: {value:.2g}" for name, value in self.percentiles.items()),
+            "same_top": f"{100 * self.same_top.mean:.2f} %",
+            "perplexity": f"A {self.perplexity_a}, B {self.perplexity_b}",
+            "loss": f"B - A {self.loss:+} nats per token (paired)",
+            "windows": f"{self.windows} of {self.context} tokens, {self.stride} apart",
+            "worst": f"KL {worst.kl:.3f} at {worst.token!r}, token {worst.position} of text {worst.document}",
+        }
 
 
 class TokenDivergence(NamedTuple):

@@ -15,6 +15,7 @@ from ..generation.score import score
 from ..inspect.contrasts import estimate_ratio
 from ..model.model import Model
 from ..system.compilation import count_compilations
+from ..system.summary import Summarized
 from .corpus import BATCH, Corpus, Progress, Texts, Window, build_corpus, ignore_progress, map_batches
 from .variant import Variant
 
@@ -25,6 +26,11 @@ class Estimate:
 
     mean: float
     standard_error: float | None
+
+    def __format__(self, sign: str) -> str:
+        """Return mean and error in few digits; `sign` is "" or "+"."""
+        error = "" if self.standard_error is None else f" +- {self.standard_error:.2g}"
+        return f"{self.mean:{sign}.4g}{error}"
 
 
 def estimate_mean(values: Sequence[np.ndarray]) -> Estimate:
@@ -42,8 +48,8 @@ def exponentiate(nats: Estimate) -> Estimate:
     return Estimate(mean, None if nats.standard_error is None else mean * nats.standard_error)
 
 
-@dataclasses.dataclass(frozen=True)
-class Perplexity:
+@dataclasses.dataclass(frozen=True, repr=False)
+class Perplexity(Summarized):
     """The loss of a model on a text: `nats` is the mean of -log p of a token, `perplexity` its exponential.
 
     `tokens` counts scored tokens, each once; `read` counts tokens processed, context included, in `seconds` (without
@@ -68,6 +74,18 @@ class Perplexity:
     def tokens_per_second(self) -> float:
         """Tokens processed per second."""
         return self.read / self.seconds
+
+    def summary(self) -> tuple[str, dict[str, str]]:
+        """Return the perplexity and what it was measured on."""
+        bits = {} if self.bits_per_byte is None else {"bits per byte": f"{self.bits_per_byte:.4f}"}
+        return f"Perplexity of {pluralize(self.tokens, 'token')}", {
+            "perplexity": f"{self.perplexity}",
+            "nats per token": f"{self.nats}",
+            **bits,
+            "windows": f"{self.windows} of {self.context} tokens, {self.stride} apart",
+            "time": f"{self.seconds:.1f} s ({self.tokens_per_second:.0f} tokens/s), compilation "
+            f"{self.compile_seconds:.1f} s",
+        }
 
 
 def perplexity(

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Iterator
 from ..errors import pluralize
 from .divergence import Divergence
 from .layer_errors import LayerError
-from .loss import Estimate, Perplexity
+from .loss import Perplexity
 
 
 def format_perplexity(found: Perplexity) -> str:
     """Return the lines of `dsv32 eval ppl`."""
     size = "" if found.bits_per_byte is None else f", {found.bits_per_byte:.4f} bits per byte"
     return (
-        f"perplexity {_estimate(found.perplexity)}, {_estimate(found.nats)} nats per token{size}\n"
+        f"perplexity {found.perplexity}, {found.nats} nats per token{size}\n"
         f"{pluralize(found.tokens, 'token')} of {pluralize(found.documents, 'text')} in "
         f"{pluralize(found.windows, 'window')} of {found.context}, {found.stride} apart; {found.read} tokens read in "
         f"{found.seconds:.1f} s ({found.tokens_per_second:.0f} tokens/s), compilation {found.compile_seconds:.1f} s\n"
@@ -25,10 +25,9 @@ def format_divergence(found: Divergence) -> str:
     """Return the lines of `dsv32 eval kl`."""
     percentiles = ", ".join(f"{name} %: {value:.2g}" for name, value in found.percentiles.items())
     lines = [
-        f"KL(A || B) {_estimate(found.kl)} nats per token; percentiles {percentiles}",
+        f"KL(A || B) {found.kl} nats per token; percentiles {percentiles}",
         f"same most likely token: {100 * found.same_top.mean:.2f} %",
-        f"perplexity A {_estimate(found.perplexity_a)}, B {_estimate(found.perplexity_b)}; "
-        f"B - A {_estimate(found.loss, '+')} nats per token (paired)",
+        f"perplexity A {found.perplexity_a}, B {found.perplexity_b}; B - A {found.loss:+} nats per token (paired)",
         f"{pluralize(found.tokens, 'token')} in {pluralize(found.windows, 'window')} of {found.context}, "
         f"{found.stride} apart; +- is the standard error over windows",
         "largest divergence (KL, text:position, actual token and its probability, most likely token of A and of B):",
@@ -52,11 +51,6 @@ def format_layers(found: Iterable[LayerError]) -> Iterator[str]:
         by_expert = error.expert_weights, error.expert_outputs
         experts = "  ".join(_median_and_worst(errors) for errors in by_expert if errors)
         yield f"{error.part:10} {path:28} {_percent(known[path]):>7}  {outputs:34} {experts}".rstrip()
-
-
-def _estimate(value: Estimate, sign: str = "") -> str:
-    error = "" if value.standard_error is None else f" +- {value.standard_error:.2g}"
-    return f"{value.mean:{sign}.4g}{error}"
 
 
 def _percent(value: float | None) -> str:

@@ -62,6 +62,7 @@ def test_a_checkpoint_with_awq_is_converted_and_reported(checkpoints, tmp_path):
     arrays |= {name.removesuffix("weight") + "pre_quant_scale": pre for name in names}
     arrays["model.layers.0.self_attn.q_b_proj.pre_quant_scale"] = np.ones(64, np.float16)
     manifest = convert.convert(fakes.write_checkpoint(tmp_path / "hf", config, arrays), tmp_path / "out")
+    assert repr(manifest).startswith("Manifest of ") and len(repr(manifest)) < 300 and manifest.digest in repr(manifest)
     report = manifest.report
     assert "pre_quant_scale, AWQ" in report["dequantized"]["layers.0.mla.w_uq_HNQ"]
     assert "its experts are stored as" in report["dequantized"]["layers.1.ffn.w_up_EMD"]

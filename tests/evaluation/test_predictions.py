@@ -49,6 +49,7 @@ def test_perplexity(model):
     assert found.bits_per_byte == pytest.approx(-sum(logprobs) / size / math.log(2), rel=1e-5)
     assert (found.documents, found.windows, found.context, found.stride) == (2, 6, CONTEXT, STRIDE)
     assert found.read == sum(map(len, rows))
+    assert repr(found).startswith(f"Perplexity of {size} tokens\n") and len(repr(found).splitlines()) == 6
 
 
 def test_one_program_for_all_groups(model, monkeypatch):
@@ -103,6 +104,7 @@ def test_divergence(model):
     assert found.loss.mean == pytest.approx(loss.mean(), rel=1e-3)
     ratio = found.perplexity_b.mean / found.perplexity_a.mean
     assert math.log(ratio) == pytest.approx(found.loss.mean, rel=1e-3)
+    assert repr(found).startswith(f"Divergence of B from A over {found.tokens} tokens\n") and len(repr(found)) < 600
     worst = found.worst[0]
     assert worst.kl == pytest.approx(expected.max(), rel=1e-4)
     document = ids_of(TEXTS[worst.document])
