@@ -28,7 +28,9 @@ def test_the_python_snippets_run(tmp_path, monkeypatch, capsys):
         exec(compile(block, "README.md", "exec"), names)
     assert len(names["gen"].tokens[0]) == 16 or names["gen"].finish_reason == ["stop"]
     assert names["out"].logits.shape == (1, 1, names["model"].cfg.vocab_size)
-    assert len(capsys.readouterr().out.splitlines()) >= 1
+    printed = capsys.readouterr().out.splitlines()
+    assert [printed[0].strip()] == re.findall(r"^print\(gen.text\[0\]\)  # (.*)", README, re.MULTILINE)
+    assert len(printed) > 1
 
 
 COMMANDS = [
