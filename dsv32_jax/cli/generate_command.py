@@ -10,6 +10,7 @@ from typing import Any
 
 from ..chat import Tokenizer, parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
+from ..generation.detokenizer import StopStrings
 from ..generation.engine import Engine
 from ..generation.request import Request
 from ..generation.result import Stats, Token, TopLogprobs
@@ -86,7 +87,8 @@ def _describe_inputs(inputs: Sequence[PromptInput]) -> str:
 
 @dataclasses.dataclass
 class _Results:
-    """Writes each row's continuation, as text or JSON, at its end or token by token."""
+    """Writes each row's continuation, as text or JSON, at its end or token by token. Of text, the reasoning goes to
+    stderr and the answer to stdout."""
 
     screen: Screen
     end_ids: Collection[int]
@@ -96,7 +98,9 @@ class _Results:
     stream: bool
     tokens: int = 0
     streamed: int = 0
-    """Characters of the text that were written."""
+    """Characters of the row's text that were written."""
+    reasoning: StopStrings | None = None
+    """Finds the end of the row's reasoning; None outside it."""
 
     def write(self, engine: Engine, groups: Sequence[tuple[list[int], Request]]) -> int:
         """Generate the requests of all groups of inputs side by side, write all results in the order of inputs, and
@@ -138,7 +142,8 @@ class _Results:
             }
             self._write_json({**self._label(row), **event, "finish_reason": token.finish_reason})
         elif self.stream:
-            self._write_text(f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text)
+            text = f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text
+            self._write_text(row, text)
         else:
             self.screen.status(f"generated {pluralize(self.tokens, 'token')}")
 
@@ -146,18 +151,31 @@ class _Results:
         """Write a complete row, or what was not streamed of it."""
         if not self.as_json:
             if len(self.slots) > 1:
-                self._write_text(f"==> {row + 1} of {len(self.slots)} <==\n")
-                self.streamed = 0
+                self.screen.result(f"==> {row + 1} of {len(self.slots)} <==\n")
             whole = " ".join(map(str, one.tokens)) if one.text is None else one.text
-            self._write_text(whole[self.streamed :] + "\n")
+            self._write_text(row, whole[self.streamed :])
+            if self.reasoning is not None:
+                self.screen.aside(self.reasoning.end())
+                self.screen.note("\nthe reasoning is not closed: there is no answer")
+            self.screen.result("\n")
+            self.streamed, self.reasoning = 0, None
         elif not self.stream:
             text = {} if one.text is None else {"text": one.text, **self._parse_message(row, one)}
             top = {"top_logprobs": list(map(self._name_tokens, one.top))} if any(one.top) else {}
             result = {"tokens": one.tokens, "logprobs": one.logprobs, **top, "finish_reason": one.finish_reason}
             self._write_json({**self._label(row), **text, **result})
 
-    def _write_text(self, text: str) -> None:
+    def _write_text(self, row: int, text: str) -> None:
+        """Write more of a row's text."""
+        if not self.streamed and self.slots[row][0].thinking:
+            self.reasoning = StopStrings(template.THINK_END)
         self.streamed += len(text)
+        if self.reasoning is not None:
+            self.screen.aside(self.reasoning.add(text))
+            if self.reasoning.hit is None:
+                return
+            text, self.reasoning = self.reasoning.rest, None
+            self.screen.aside("\n\n")
         self.screen.result(text)
 
     def _write_json(self, value: dict[str, Any]) -> None:

@@ -76,7 +76,7 @@ def _add_generate(commands: Any) -> None:
     add("--file", type=Path, metavar="FILE", help="a text file holds one prompt; a .jsonl file one request per line")
     add("--chat", action="store_true", help="send the text as a user's message instead of continuing it")
     add("--system", metavar="TEXT", help="send this system text before the message")
-    add("--think", action="store_true", help="with messages: think before the answer")
+    add("--think", action="store_true", help="with messages: think before the answer; the reasoning goes to stderr")
     add("--allow-special", action="store_true", help="let the text of special tokens in prompts become such tokens")
     add("--ids", action="store_true", help="token ids in and out; needs no tokenizer")
     stream = "write each token as soon as it is generated (default: on a terminal)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import prepare
-from ..errors import COMMAND_LINE, DsvError, UsageError, argument, listing, pluralize
+from ..errors import COMMAND_LINE, DsvError, UsageError, argument, listing, pluralize, unknown
 from ..generation.options import Options, Sampling, specs
 from ..model import validation
 from ..system.files import expand_path, parse_json
@@ -146,8 +146,8 @@ def _parse_line(line: str) -> dict[str, Any]:
     request = parse_json(line.encode())
     if not isinstance(request, dict):
         raise UsageError("not an object")
-    if unknown := sorted(set(request) - set(KEYS)):
-        raise UsageError(f"unknown: {', '.join(map(repr, unknown))}; a request may have {', '.join(KEYS)}")
+    if wrong := unknown(sorted(request), KEYS):
+        raise UsageError(f"unknown: {listing(wrong)}; a request may have {', '.join(KEYS)}")
     return request
 
 

@@ -6,13 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 import dsv32_jax as ds
 from dsv32_jax import chat
 from dsv32_jax.chat import template
-from dsv32_jax.cli import app, open_checkpoint
+from dsv32_jax.cli import app, generate_command, open_checkpoint
+from dsv32_jax.cli.terminal import Screen
 from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.options import Options
 from tests.cli.conftest import byte_tokenizer
@@ -54,6 +56,25 @@ def test_g02_text_is_continued_and_chat_is_asked_for(dsv32, checkpoint, model, t
     ids = chat.prepare([{"role": "user", "content": "Hi"}], tokenizer).ids
     code, out, err = dsv32("generate", checkpoint, "--chat", *FEW, "Hi", "--quiet")
     assert (code, out, err) == (0, wanted(model, tokenizer, ids).text[0] + "\n", "")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "answer", "reasoning"),
+    [
+        ("Two</t</think>4", "4\n", "Two</t\n\n"),
+        ("Two", "\n", "Two\nthe reasoning is not closed: there is no answer\n"),
+        ("Two</thi", "\n", "Two</thi\nthe reasoning is not closed: there is no answer\n"),
+    ],
+)
+def test_reasoning_goes_to_stderr(capsys, stream, text, answer, reasoning):
+    """Streamed or not, stdout has the answers alone."""
+    asked = SimpleNamespace(thinking=True)
+    results = generate_command._Results(Screen(), {1}, None, [(asked, 0)], False, stream)
+    for char in text if stream else "":
+        results._write_token(0, SimpleNamespace(text=char, token=0))
+    results._write_row(0, SimpleNamespace(text=text, tokens=[0]))
+    assert capsys.readouterr() == (answer, reasoning)
 
 
 def test_the_prompt_comes_from_anywhere(dsv32, checkpoint, tmp_path):
@@ -235,7 +256,7 @@ BAD_LINES = {
     "{}": "not none",
     '{"prompt": 3}': "prompt must be a non-empty string",
     '{"prompt": "a", "thinking": true}': "thinking can only be given with messages",
-    '{"prompt": "a", "max_tokens": 3}': "unknown: 'max_tokens'",
+    '{"prompt": "a", "max_tokens": 3}': "unknown: max_tokens (do you mean max_new_tokens?)",
     '{"prompt": "a", "max_new_tokens": "3"}': "max_new_tokens must be an integer",
     '{"prompt": "a", "stop": [""]}': "at least one character",
     '{"prompt": "a", "n": 0}': "n must be an integer from 1",
