@@ -214,12 +214,13 @@ class Source:
 
     def _compare_index(self, listed: Mapping[str, str]) -> None:
         shards = sorted(set(listed.values()))
-        for shard in (shard for shard in shards if not (self.folder / shard).exists()):
-            lacking = [name for name, file in listed.items() if file == shard]
-            count = pluralize(len(lacking), "tensor")
+        if gone := [shard for shard in shards if not (self.folder / shard).exists()]:
+            lacking = pluralize(sum(map(set(gone).__contains__, listed.values())), "tensor")
+            names = gone if len(gone) <= 4 else [gone[0], "...", gone[-1]]
             self._problems.append(
-                f"shard {shard} is missing; the index says it holds {count}: {listing(lacking, 4)}"
-                f" (to go by the files that are there, convert a copy of the folder without {INDEX})"
+                f"missing: {len(gone)} of the {pluralize(len(shards), 'shard')} that {INDEX} names, with {lacking}: "
+                f"{listing(names)}. `hf download REPOSITORY --local-dir {self.folder}` continues a download; "
+                f"if other files hold their tensors, convert a copy of the folder without {INDEX}"
             )
         if listed.keys() == self.tensors.keys():
             return

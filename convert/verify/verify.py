@@ -14,7 +14,8 @@ from pathlib import Path
 
 from dsv32_jax.checkpoint.checksums import find_damage, find_damaged_files
 from dsv32_jax.checkpoint.reader import raw
-from dsv32_jax.errors import CheckpointError, DsvError, UsageError, VerificationError, kind_of
+from dsv32_jax.config import interpret
+from dsv32_jax.errors import CheckpointError, ConfigError, DsvError, UsageError, VerificationError, kind_of, listing
 from dsv32_jax.system.files import expand_path, hash_chunks
 from dsv32_jax.system.host import count_cores
 from dsv32_jax.system.progress import Progress
@@ -23,10 +24,13 @@ from ..name_folding import fold_details, fold_names
 from ..read.converted import Components, Converted, Group, Weight
 from ..read.provenance import SourceTensor, list_sources
 from ..read.safetensors import DTYPES
-from ..read.source import Source
+from ..read.source import CONFIG, Source
 from . import inverse
 
 LEVELS = ("quick", "full")
+
+OWN = ("num_hidden_layers", "num_nextn_predict_layers", "first_k_dense_replace", "eos_token_id")
+"""Fields of the config that a conversion may set otherwise than its source does."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,7 @@ def verify(
         raise UsageError("a comparison with the source reads everything: it needs the level full")
     start = time.perf_counter()
     converted = Converted(folder)
-    source = None if against is None else Source(expand_path(against).absolute())
+    source = None if against is None else _open_source(converted, against)
     proof = _Proof(converted, source, progress)
     if level == "full":
         proof.run()
@@ -92,6 +96,22 @@ def verify(
         ignored=ignored,
         against=None if source is None else str(source.folder),
     )
+
+
+def _open_source(converted: Converted, folder: str | Path) -> Source:
+    """Return the source in `folder`. Raises VerificationError if its config describes another model than `converted`,
+    which may have fewer layers and more end tokens."""
+    source = Source(expand_path(folder).absolute())
+    ignored = converted.manifest.source.get("ignored_config", {})
+    try:
+        cfg = interpret(source.config, str(source.folder / CONFIG), ignored).config
+    except (ConfigError, UsageError) as error:
+        raise VerificationError(f"{source.folder} is another model, or has changed since: {error}") from error
+    fields = [field.name for field in dataclasses.fields(cfg) if field.name not in OWN]
+    pairs = [(name, getattr(converted.config, name), getattr(cfg, name)) for name in fields]
+    if differing := [f"{name} {mine!r}, there {theirs!r}" for name, mine, theirs in pairs if mine != theirs]:
+        raise VerificationError(f"{source.folder} is another model: {listing(differing)}. No weights were compared")
+    return source
 
 
 def _describe_damage(

@@ -141,7 +141,12 @@ def nothing(folder: Path):
 
 ROWS = {
     "F01": (truncated, [], 3, [SHARD, "truncated: 4096 of", "download it again", "nothing was written"]),
-    "F02": (lambda f: (f / SHARD).unlink(), [], 3, [f"shard {SHARD} is missing", "tensors", "nothing was written"]),
+    "F02": (
+        lambda f: (f / SHARD).unlink(),
+        [],
+        3,
+        ["missing: 1 of the 3 shards", SHARD, "tensors", "nothing was written"],
+    ),
     "F04": (nothing, ["--max-memory", "100MB"], 5, ["embed_VD", "100.00 MB", "--max-memory", "Nothing was written"]),
     "F09": (
         changed_json(INDEX, lambda raw: raw["weight_map"].pop(NAME + "_scale")),

@@ -196,7 +196,13 @@ def test_all_problems_of_all_shards_are_told_at_once(folder):
     (folder / "config.json").unlink()
     text = problems(folder)
     assert "4 problems" in text
-    for part in ("100 of", "00002-of-00003.safetensors is missing", "git lfs pull", "config.json is missing"):
+    for part in (
+        "100 of",
+        "missing: 1 of the 3 shards",
+        "00002-of-00003.safetensors",
+        "git lfs pull",
+        "config.json is missing",
+    ):
         assert part in text
 
 
@@ -206,6 +212,17 @@ def test_the_index_cannot_name_files_outside(folder, name):
     index["weight_map"]["lm_head.weight"] = name
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert "has 1 invalid shard name" in problems(folder)
+
+
+def test_missing_shards_are_one_problem(folder):
+    """However many there are, with what downloads them."""
+    index = {f"model.layers.{i}.x": f"model-{i:05}-of-00162.safetensors" for i in range(1, 163)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    with pytest.raises(CheckpointError) as caught:
+        Source(folder)
+    (line,) = [line for line in str(caught.value).splitlines() if "missing: " in line]
+    assert "missing: 162 of the 162 shards that model.safetensors.index.json names, with 162 tensors" in line
+    assert ": model-00001-of-00162.safetensors, ..., model-00162-of-00162.safetensors. `hf download" in line
 
 
 def test_headers_win_over_the_index(folder):

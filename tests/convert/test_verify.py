@@ -20,6 +20,7 @@ from convert.name_folding import fold_names
 from convert.read.provenance import Provenance
 from convert.verify.verify import verify
 from dsv32_jax import cli
+from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.checksums import find_changed_files, find_damage
 from dsv32_jax.checkpoint.manifest import Manifest
 from dsv32_jax.checkpoint.reader import Reader
@@ -82,8 +83,6 @@ KEPT_NOT = ("gate", "up", "down", "o")
 
 def test_what_was_dequantized_and_ignored_is_listed(originals, small, tmp_path):
     """Heads of 24 inputs straddle blocks of 16: o_proj becomes bfloat16."""
-    from dsv32_jax.checkpoint import random_checkpoint
-
     random_checkpoint.write(tmp_path / "hf", dataclasses.replace(small, v_head_dim=24), "nvfp4")
     arrays, config = fakes.load(tmp_path / "hf"), json.loads((tmp_path / "hf" / "config.json").read_text())
     arrays["model.layers.0.self_attn.o_proj.input_scale"] = np.ones((), np.float32)
@@ -114,6 +113,18 @@ def test_another_source_is_told(converted, originals, tmp_path):
     assert f"model.norm.weight: BF16 [96] in {other / 'model.safetensors'}" in text
     assert f"lm_head.weight: not in {other}" in text
     assert f"is as it was written: {other} is another checkpoint" in text
+
+
+def test_another_model_is_told_in_a_line(converted, small, tmp_path):
+    """Its tensors are not listed one by one."""
+    random_checkpoint.write(tmp_path / "hf", dataclasses.replace(small, moe_intermediate_size=32), "bf16")
+    with pytest.raises(VerificationError) as caught:
+        verify(converted["nvfp4"], against=tmp_path / "hf")
+    size = f"moe_intermediate_size {small.moe_intermediate_size}, there 32"
+    assert str(caught.value) == f"{tmp_path / 'hf'} is another model: {size}. No weights were compared"
+    (tmp_path / "hf" / "config.json").write_text("{}")
+    with pytest.raises(VerificationError, match="is another model, or has changed since: .* does not describe"):
+        verify(converted["nvfp4"], against=tmp_path / "hf")
 
 
 def test_a_quick_check_reads_no_array(converted, copy, capsys):
