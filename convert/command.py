@@ -163,12 +163,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("formats").add_argument
-    add("--to", choices=tuple(TARGETS), help="quantize or dequantize the weights that the policy selects")
+    add("--to", choices=tuple(TARGETS), help="quantize or dequantize weights; --policy says which")
     add(
         "--policy",
         metavar="POLICY",
-        help=f"which weights --to applies to: {', '.join(PRESETS)}, or a JSON or TOML file that maps patterns to "
-        'formats or `keep`; the first match decides: {"formats": {"*.o_proj.weight": "nvfp4", "*": "keep"}} '
+        help=f"which weights --to applies to: {', '.join(PRESETS)}; or a JSON or TOML file that maps patterns to "
+        "formats or `keep`, where the first match decides, and --to is for weights that match none: "
+        '{"formats": {"*.o_proj.weight": "nvfp4", "*": "keep"}} '
         "(default: `default` for nvfp4, `full` for fp8 and bf16)",
     )
     add(

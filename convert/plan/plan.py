@@ -101,7 +101,7 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
         for leaf in planned
         if leaf.form.dequantized
     ]
-    notes += chooser.list_ineffective()
+    notes += chooser.list_notes()
     basis = {
         "format_version": FORMAT_VERSION,
         "config": config,

@@ -164,8 +164,9 @@ class FormatChooser:
             return stored
         return dataclasses.replace(stored, wanted=format)
 
-    def list_ineffective(self) -> list[str]:
-        """Return a note for each pattern of a file that had no effect. Raises UsageError if none had any."""
+    def list_notes(self) -> list[str]:
+        """Return notes on a file: what the format beside it applies to, and each pattern that had no effect. Raises
+        UsageError if none had any."""
         if self._policy.file is None:
             return []
         notes = [
@@ -176,6 +177,9 @@ class FormatChooser:
         if notes and len(notes) == len(self._effects) and self._policy.otherwise == KEEP:
             told = f"no pattern of the policy {self._policy.file} has an effect: {listing(notes)}"
             raise UsageError(f"{told}. Nothing was converted")
+        if self._policy.otherwise != KEEP:
+            to = argument("to", self._policy.otherwise)
+            notes.append(f"its patterns come first: {to} is for weights that match none")
         return [f"{self._policy.file}: {note}" for note in notes]
 
     def _note_effect(self, pattern: str, effect: int) -> None:

@@ -122,7 +122,7 @@ def test_the_first_pattern_decides(form, written):
         }
         assert {name: chooser.choose(stored(name, "F8_E4M3")).wanted for name in names} == names
     assert chooser.choose(stored("model.layers.2.self_attn.kv_b_proj.weight")).wanted == "fp8"
-    assert not chooser.list_ineffective() and not chooser.impossible
+    assert len(chooser.list_notes()) == 1 and not chooser.impossible
 
 
 PROTECTED = ["lm_head.weight", "model.layers.2.mlp.gate.weight", "model.layers.3.eh_proj.weight",
@@ -220,7 +220,11 @@ def test_patterns_of_no_use_are_noted_for_files_only(tiny, written):
         " no weight matches *.typo_proj.weight",
         " *.experts.1.*",
         " *.gate.*",
+        " its patterns come first",
     ]
+    assert notes[-1].endswith('to="nvfp4" is for weights that match none')
+    alone = make_plan(as_shipped(tiny), recipe=make_recipe(None, file, "rtn", "own"))
+    assert not [note for note in alone.notes if "come first" in note]
     for other in ({"*.o_prj.weight": "nvfp4"}, {"*.gate.*": "fp8", "re:.*": "nvfp4"}):
         with pytest.raises(UsageError, match="no pattern of the policy .*json has an effect: "):
             make_plan(as_shipped(tiny), recipe=make_recipe(None, written({"formats": other}), "rtn", "own"))
