@@ -1,5 +1,6 @@
 """Contrasts count what two sets of texts use; patches put one run into another."""
 
+import contextlib
 import dataclasses
 
 import jax
@@ -8,7 +9,7 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import UsageError
-from dsv32_jax.inspect import contrast, edit, patch, plots
+from dsv32_jax.inspect import capture, contrast, contrasts, edit, patch, patching as patching_module, plots
 from dsv32_jax.system.compilation import count_compilations
 from tests import models
 
@@ -121,6 +122,23 @@ def test_a_patch_of_an_edited_model(model):
     edited = edit(model, skip=[1], experts_off=[(2, 0)])
     found = patch(edited, CLEAN, CORRUPTED, ANSWER, layers=[0, 1], positions=[range(7)])
     np.testing.assert_allclose(found.patched, ds.score(edited, [[*CLEAN, ANSWER]]).logprobs[0][-1], atol=1e-4)
+
+
+def test_slow_work_is_shown(model, monkeypatch):
+    """All of the tokens and patches that a trace, a contrast and patches announce are counted."""
+    told = []
+
+    @contextlib.contextmanager
+    def show(total, unit):
+        done = []
+        yield done.append
+        told.append((total, unit, sum(done)))
+
+    for module in (capture, contrasts, patching_module):
+        monkeypatch.setattr(module, "show_slow", show)
+    contrast(model, A, B)
+    patch(model, CLEAN, CORRUPTED, ANSWER)
+    assert told == [(16, "tokens", 16), (9, "tokens", 9), (7, "tokens", 7), (15, "patches", 15)]
 
 
 def test_a_heat_map(patching):

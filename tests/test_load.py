@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -304,6 +305,18 @@ def test_a_slow_load_shows_a_bar_on_a_terminal(after, terminal, folder, monkeypa
     ds.load(folder, mapped=False)
     shown = sys.stderr.getvalue()
     assert bool(shown) == (terminal and not after)
+
+
+def test_what_takes_long_is_shown_before_a_part_is_done(monkeypatch):
+    """And not any more when it has ended."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with reporter.show_slow(3, 0.01, "windows") as count:
+        end = time.monotonic() + 20
+        while "0/3 windows" not in sys.stderr.getvalue() and time.monotonic() < end:
+            time.sleep(0.01)
+    shown = sys.stderr.getvalue()
+    count(1)
+    assert "0/3 windows" in shown and sys.stderr.getvalue() == shown
 
 
 def test_a_tokenizer_is_read_again_where_it_was_replaced(copy, tiny):

@@ -1,5 +1,6 @@
 """The text to evaluate on: documents as token ids, cut into overlapping windows."""
 
+import contextlib
 import dataclasses
 import json
 import re
@@ -16,6 +17,7 @@ from ..errors import CheckpointError, StorageError, UsageError, listing, plurali
 from ..model import validation
 from ..model.model import Model
 from ..system.files import read_regular
+from ..system.reporter import show_slow
 
 Value = TypeVar("Value")
 
@@ -126,25 +128,24 @@ def build_corpus(
     return Corpus(documents, cut_windows(documents, context, stride)[:limit], context, stride, tokenizer, batch_size)
 
 
-def ignore_progress(done: int, count: int) -> None:
-    """The default `Progress`."""
-
-
 def map_batches(
-    function: Callable[[range], list[Value]], model: Model, corpus: Corpus, progress: Progress
+    function: Callable[[range], list[Value]], model: Model, corpus: Corpus, progress: Progress | None
 ) -> list[Value]:
-    """Call `function` with each batch of windows, each call in a thread, and return its values for all windows.
+    """Call `function` with each batch of windows, each call in a thread, and return its values for all windows. Without
+    a `progress` a terminal shows how far that is.
 
     XLA's CPU backend runs much of a program on one core, so on CPUs several batches run at a time; not over a mesh,
     whose devices wait for each other and must all run programs in one order.
     """
     threads = THREADS if jax.default_backend() == "cpu" and model.mesh is None else 1
     values: list[Value] = []
-    with ThreadPoolExecutor(threads) as pool:
+    total = len(corpus.windows)
+    told = None if progress is None else contextlib.nullcontext(lambda _: progress(len(values), total))
+    with told or show_slow(total, unit="windows") as count, ThreadPoolExecutor(threads) as pool:
         contexts = [copy_context() for _ in corpus.batches]
         for some in pool.map(lambda context, batch: context.run(function, batch), contexts, corpus.batches):
             values += some
-            progress(len(values), len(corpus.windows))
+            count(len(some))
     return values
 
 

@@ -23,7 +23,7 @@ from ..model.ops import einsum32, map_tokens
 from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
 from ..system.summary import Summarized
-from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, ignore_progress, map_batches
+from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, map_batches
 from .loss import Estimate, estimate_mean, exponentiate, require_finite
 from .variant import Variant
 
@@ -124,7 +124,7 @@ def kl(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int = BATCH,
-    progress: Progress = ignore_progress,
+    progress: Progress | None = None,
 ) -> Divergence:
     """Return the divergence of B's predictions from A's: two checkpoints, or one computed in two ways (`Variant.of`).
 
@@ -134,11 +134,12 @@ def kl(
     sizes = {"context": context, "stride": stride, "limit": limit, "batch_size": batch_size}
     corpus = build_corpus(a.cfg, tokenizer or a.tokenizer(), texts, **sizes)
     _require_one_vocabulary(a, b, corpus)
-    states = compute_hidden_states(a, corpus, lambda done, count: progress(done, 2 * count))
-    return summarize(corpus, compare(states, b, lambda done, count: progress(count + done, 2 * count)))
+    first = progress and (lambda done, count: progress(done, 2 * count))
+    second = progress and (lambda done, count: progress(count + done, 2 * count))
+    return summarize(corpus, compare(compute_hidden_states(a, corpus, first), b, second))
 
 
-def compute_hidden_states(variant: Variant, corpus: Corpus, progress: Progress = ignore_progress) -> HiddenStates:
+def compute_hidden_states(variant: Variant, corpus: Corpus, progress: Progress | None = None) -> HiddenStates:
     """Return the hidden states that the model of `variant` computes; the model itself is released."""
     model = variant.load()
 
@@ -164,7 +165,7 @@ def _hidden_jit(
     return cache, (h_BTD, next_BT)
 
 
-def compare(a: HiddenStates, b: Variant, progress: Progress = ignore_progress) -> list[TokenDivergence]:
+def compare(a: HiddenStates, b: Variant, progress: Progress | None = None) -> list[TokenDivergence]:
     """Compare the predictions of B with those made from the hidden states of A, window by window."""
     model, corpus, windows = b.load(), a.corpus, a.corpus.windows
 

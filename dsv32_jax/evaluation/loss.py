@@ -16,7 +16,7 @@ from ..inspect.contrasts import estimate_ratio
 from ..model.model import Model
 from ..system.compilation import count_compilations
 from ..system.summary import Summarized
-from .corpus import BATCH, Corpus, Progress, Texts, Window, build_corpus, ignore_progress, map_batches
+from .corpus import BATCH, Corpus, Progress, Texts, Window, build_corpus, map_batches
 from .variant import Variant
 
 
@@ -97,12 +97,13 @@ def perplexity(
     stride: int | None = None,
     limit: int | None = None,
     batch_size: int = BATCH,
-    progress: Progress = ignore_progress,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Return the perplexity of `texts`: one or several, or token ids; by default the bundled held-out text.
 
     Each text is read on its own, in windows of `context` tokens (1024), `stride` (half of it) apart; `limit` keeps the
-    first windows only. The tokenizer is the checkpoint's unless one is given. Raises UsageError if there is nothing to
+    first windows only. The tokenizer is the checkpoint's unless one is given. Without a `progress` a terminal shows how
+    far it is. Raises UsageError if there is nothing to
     score or a size is out of range, CheckpointError if logits are not finite.
     """
     variant = Variant.of(checkpoint)

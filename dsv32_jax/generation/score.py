@@ -15,7 +15,7 @@ from ..model.cache import Cache, dtype_of
 from ..model.model import Model
 from ..model.ops import map_tokens
 from ..parallel.multihost import fetch
-from ..system.compilation import initialize
+from ..system.compilation import count_compilations, initialize, log_slow_compilation
 from ..system.summary import Summarized
 from . import memory
 from .options import check_option
@@ -103,7 +103,9 @@ def prefill_chunks(
         batch = memory.round_up_rows(len(group))
         cache = place(model, empty_caches(cfg, batch, capacity, stored, 0)[0])
         for tokens_BT, next_BT, count_B in split_into_chunks([rows[i] for i in group], batch):
-            cache, values = step(model, cache, tokens_BT, next_BT, count_B)
+            program = f"prefill (batch {batch}, {capacity} tokens)"
+            with count_compilations() as compiled, log_slow_compilation(program, compiled):
+                cache, values = step(model, cache, tokens_BT, next_BT, count_B)
             yield Chunk(group, start, count_B[: len(group)].tolist(), values)
             start += tokens_BT.shape[1]
 

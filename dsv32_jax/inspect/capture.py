@@ -18,6 +18,7 @@ from ..model import validation
 from ..model.model import Model
 from ..parallel.multihost import fetch
 from ..system import host
+from ..system.reporter import show_slow
 from .observations import Keep, observe_jit
 from .trace_arrays import ARRAYS, check_kinds, shapes
 from .traces import Trace
@@ -65,8 +66,10 @@ def trace(
     on_device = count_bytes(shapes(cfg, kinds, 1, capacity, len(chosen), capacity))
     extra = on_device * min(chunk_size(), capacity) // capacity
     step = partial(observe_jit, Keep(kinds, chosen))
-    for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
-        _copy(chunk, arrays)
+    with show_slow(sum(map(len, rows)), unit="tokens") as count:
+        for chunk in prefill_chunks(model, rows, step, cache_dtype=cache_dtype, batch_size=batch_size, extra=extra):
+            _copy(chunk, arrays)
+            count(sum(chunk.counts))
     return Trace(kinds, arrays, {"config": cfg.to_dict(), "model": identity(model)})
 
 

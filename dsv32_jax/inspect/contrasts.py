@@ -15,6 +15,7 @@ from ..model import validation
 from ..model.cache import Cache
 from ..model.model import Model
 from ..parallel.multihost import fetch
+from ..system.reporter import show_slow
 from ..system.summary import Summarized
 from .observations import after_each_layer
 
@@ -87,11 +88,13 @@ def _sum_rows(model: Model, rows: list[list[int]], options: dict[str, Any]) -> S
     moe_layers = max(0, cfg.num_hidden_layers - cfg.first_k_dense_replace)
     used = np.zeros((len(rows), moe_layers, cfg.n_routed_experts), np.int64)
     stream = np.zeros((len(rows), cfg.num_hidden_layers, cfg.hidden_size))
-    for chunk in prefill_chunks(model, rows, _sum_chunk_jit, **options):
-        counts, sums = jax.tree.map(fetch, chunk.values)
-        for array, values in ((used, counts), (stream, sums)):
-            for layer, value in enumerate(values):
-                array[chunk.rows, layer] += value[: len(chunk.rows)]
+    with show_slow(sum(map(len, rows)), unit="tokens") as count:
+        for chunk in prefill_chunks(model, rows, _sum_chunk_jit, **options):
+            counts, sums = jax.tree.map(fetch, chunk.values)
+            for array, values in ((used, counts), (stream, sums)):
+                for layer, value in enumerate(values):
+                    array[chunk.rows, layer] += value[: len(chunk.rows)]
+            count(sum(chunk.counts))
     return Sums(np.array([len(row) for row in rows]), used, stream)
 
 

@@ -1,6 +1,7 @@
 """Activation patching: what decides an answer, found by putting the residual stream of one run into another."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..generation.score import score
 from ..model import validation
 from ..model.cache import dtype_of
 from ..model.model import Model
+from ..system.reporter import show_slow
 from ..system.summary import Summarized
 from .capture import trace
 from .edited_modules import Patch
@@ -90,12 +92,13 @@ def patch(
     batch = memory.plan_batch(cfg, min(BATCH, memory.round_up_rows(len(groups))), 1, capacity, dtype, 0, model.mesh)
     chosen = tuple(found["layer"].tolist())
     patched = np.zeros((len(chosen), len(groups)))
-    for i, stream in enumerate(found["residual"][:, 0]):
-        for first in range(0, len(groups), batch):
+    with show_slow(patched.size, unit="patches") as count:
+        for i, first in itertools.product(range(len(chosen)), range(0, len(groups), batch)):
             part = groups[first : first + batch]
-            other = _patch_rows(model, chosen, chosen[i], stream, part, batch)
+            other = _patch_rows(model, chosen, chosen[i], found["residual"][i, 0], part, batch)
             again = score(other, [rows[1]] * batch, cache_dtype=cache_dtype, batch_size=batch).logprobs
             patched[i, first : first + len(part)] = [one[-1] for one in again[: len(part)]]
+            count(len(part))
     return Patching(answer, scores[0], scores[1], patched, chosen, groups)
 
 

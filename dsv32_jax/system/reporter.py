@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import sys
 import threading
 import time
@@ -129,21 +130,28 @@ def make_reporter(as_json: bool = False) -> Reporter:
 
 
 @contextlib.contextmanager
-def show_slow(total: int, after: float = 1.0) -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts bytes done of `total`, by any thread. After some seconds a terminal shows them."""
+def show_slow(total: int, after: float = 1.0, unit: str = "B") -> Iterator[Callable[[int], None]]:
+    """Yield a function that counts what is done of `total`, by any thread. A terminal shows it where the `with` takes
+    more than `after` seconds."""
     bar, start, done, lock = BarReporter(), time.monotonic(), 0, threading.Lock()
 
-    def count(nbytes: int) -> None:
+    def count(amount: int) -> None:
         nonlocal done
         with lock:
-            done += nbytes
-            if time.monotonic() - start > after and sys.stderr.isatty():
-                bar(Progress(done, total))
+            done += amount
+            if time.monotonic() - start >= after and sys.stderr.isatty():
+                bar(Progress(done, total, unit=unit))
 
+    timer = threading.Timer(after, count, [0])
+    timer.daemon = True
+    timer.start()
     try:
         yield count
     finally:
-        bar.close()
+        timer.cancel()
+        with lock:
+            after = math.inf
+            bar.close()
 
 
 def encodable(text: str, encoding: str | None = None) -> str:

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,9 +15,12 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError
-from dsv32_jax.evaluation import Variant, kl, loss, perplexity
+from dsv32_jax.evaluation import Variant, corpus, kl, loss, perplexity
+from dsv32_jax.generation import score as scoring
+from dsv32_jax.system import reporter
 from dsv32_jax.system.compilation import count_compilations
 from tests import oracle
+from tests.cli.conftest import Terminal
 from tests.evaluation.conftest import Bytes
 
 TEXTS = ["def f(x):\n    return x + 1\n" * 2, "Grüße, 世界"]
@@ -75,9 +80,14 @@ def test_one_program_for_all_groups(model, monkeypatch):
     )
 
 
-def test_divergence_of_a_model_from_itself(model):
-    """Zero at every token."""
+def test_divergence_of_a_model_from_itself(model, monkeypatch):
+    """Zero at every token. A terminal shows it after a moment; compilation is logged as that of `generate`."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr(corpus, "show_slow", lambda total, unit: reporter.show_slow(total, 0, unit))
+    compiling = []
+    monkeypatch.setattr(scoring, "log_slow_compilation", lambda *given: compiling.append(given[0]) or nullcontext())
     found = kl(model, model, [ids_of(text) for text in TEXTS], context=CONTEXT, stride=STRIDE)
+    assert "/6 windows" in sys.stderr.getvalue() and set(compiling) == {"prefill (batch 4, 16 tokens)"}
     assert found.kl.mean == found.loss.mean == found.percentiles["100"] == 0 and found.same_top.mean == 1
 
 
