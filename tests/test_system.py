@@ -278,6 +278,27 @@ def test_a_user_without_a_home(tmp_path):
     assert "free disk, here" in done.stdout and "free disk, home" not in done.stdout
 
 
+def test_programs_that_are_read_from_the_cache_are_counted(tmp_path):
+    """They are programs too."""
+    script = (
+        "import jax, jax.numpy as jnp\n"
+        "from dsv32_jax.system import compilation\n"
+        "jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "array = jnp.ones(3)\n"
+        "for loads in (0, 1):\n"
+        "    with compilation.count_compilations() as counter:\n"
+        "        jax.jit(lambda x: x * 2 + 1)(array)\n"
+        "    assert (counter.count, counter.loads) == (1, loads), counter\n"
+        "    jax.clear_caches()\n"
+    )
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path)}
+    environment.pop("JAX_ENABLE_COMPILATION_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=REPOSITORY, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # ----------------------------------------------------------------------------------------------- files of this package
 
 

@@ -65,7 +65,8 @@ def describe_stats(stats: Stats) -> str:
     """Return how many tokens were read and generated, and how fast."""
     rates = (stats.prefill_tokens_per_second, stats.decode_tokens_per_second)
     read, generated = (f" at {rate:.{1 if rate < 100 else 0}f} tokens/s" if rate else "" for rate in rates)
-    compiled = f"; compiling took {stats.compile_seconds:.1f} s" if stats.compile_seconds > 0.05 else ""
+    done, least = ("loading compiled programs", 2) if stats.loads == stats.compiles else ("compiling", 0.05)
+    compiled = f"; {done} took {stats.compile_seconds:.1f} s" if stats.compile_seconds > least else ""
     return (
         f"read {pluralize(stats.prompt_tokens, 'prompt token')}{read}, "
         f"generated {pluralize(stats.new_tokens, 'token')}{generated}{compiled}"

@@ -68,8 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
                 tokenizer=tokenizer,
                 stop=["\ndef", "\nclass", "\n```"],
             )
-            cached = ", cached for the next run" if is_cache_enabled() else ""
-            report(f"{gen.stats.compile_seconds:.1f} s of it compiling {gen.stats.compiles} programs{cached}")
+            done = "loading" if gen.stats.loads == gen.stats.compiles else "compiling"
+            cached = ", cached for the next run" if done == "compiling" and is_cache_enabled() else ""
+            report(f"{gen.stats.compile_seconds:.1f} s of it {done} {gen.stats.compiles} programs{cached}")
         (text,) = gen.text or [""]
         show(PROMPT + text)
         with time_step("read a held-out paragraph") as report:

@@ -24,7 +24,7 @@ from .scheduler import Scheduler, Seat
 SEGMENT_SECONDS = 0.5
 """`decode` returns to the host about this often, so that Ctrl-C is noticed."""
 
-COUNTERS = ("compiles", "generated", "prefix_hits", "preemptions", "answered")
+COUNTERS = ("compiles", "loads", "generated", "prefix_hits", "preemptions", "answered")
 SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds", "first_token_seconds")
 
 
@@ -215,5 +215,6 @@ class Loop:
                     self.model, page * len(self.scheduler.pools) * len(self.scheduler.pools[0].users), error
                 ) from error
         self.totals["compiles"] += compiled.count
+        self.totals["loads"] += compiled.loads
         self.totals["compile_seconds"] += compiled.seconds
         self.totals[f"{part}_seconds"] += max(0.0, time.perf_counter() - begun - compiled.seconds)

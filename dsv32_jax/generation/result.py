@@ -27,7 +27,8 @@ class Token(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stats:
-    """Where the time went. Rates count real tokens of all rows and leave out compilation.
+    """Where the time went. Rates count real tokens of all rows and leave out compilation; `loads` of the programs it
+    made were read from the cache.
 
     `steps` counts the decode steps of all rows. With drafts a step generates several tokens, of which `accepted` were
     drafted. Tokens after a stop string are counted in these two, not in `new_tokens`.
@@ -36,6 +37,7 @@ class Stats:
     rows: int
     compile_seconds: float
     compiles: int
+    loads: int
     prefill_seconds: float
     decode_seconds: float
     prompt_tokens: int

@@ -131,7 +131,7 @@ def summarize(rows: Sequence[Row], totals: dict[str, float]) -> Generation:
     for row in rows:
         row.interrupt()
     request, before = rows[0].request, rows[0].before
-    names = ("compiles", "compile_seconds", "prefill_seconds", "decode_seconds")
+    names = ("compiles", "loads", "compile_seconds", "prefill_seconds", "decode_seconds")
     stats: dict[str, Any] = {name: totals[name] - before[name] for name in names}
     return Generation(
         [row.tokens for row in rows],

@@ -18,6 +18,7 @@ from .files import find_user_folder
 LOG = logging.getLogger("dsv32_jax")
 
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+_LOADED = "/jax/compilation_cache/cache_hits"
 
 
 def initialize() -> None:
@@ -75,9 +76,10 @@ def is_cache_enabled() -> bool:
 
 @dataclasses.dataclass(eq=False)
 class Compilations:
-    """Programs compiled, and the seconds it took; reading them from the cache counts too."""
+    """Programs compiled, and the seconds it took; reading them from the cache counts too. `loads`: those read."""
 
     count: int = 0
+    loads: int = 0
     seconds: float = 0.0
 
 
@@ -120,4 +122,11 @@ def _listen(event: str, duration_secs: float, **_) -> None:
             counter.count += event == _COMPILED
 
 
+def _listen_for_loads(event: str, **_) -> None:
+    if event == _LOADED:
+        for counter in _counters.get():
+            counter.loads += 1
+
+
 jax.monitoring.register_event_duration_secs_listener(_listen)
+jax.monitoring.register_event_listener(_listen_for_loads)

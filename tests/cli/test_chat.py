@@ -17,6 +17,7 @@ import pytest
 
 from dsv32_jax.chat import Conversation, Tokenizer, template
 from dsv32_jax.cli import app, conversation_file
+from dsv32_jax.cli.answer_view import describe_stats
 from dsv32_jax.cli.chat_session import ChatSession, format_call
 from dsv32_jax.cli.open_checkpoint import OpenedCheckpoint
 from dsv32_jax.cli.slash_commands import COMMANDS, FIELDS, Quit, SlashCommands
@@ -93,7 +94,7 @@ class ScriptStream:
         if self._row.finish_reason is None:
             self._row.interrupt()
         made = len(self._row.tokens)
-        stats = Stats(1, 0.0, 0, 0.5, 0.5, self._prompt_tokens, made, 2000, made, 0, 0)
+        stats = Stats(1, 0.0, 0, 0, 0.5, 0.5, self._prompt_tokens, made, 2000, made, 0, 0)
         return Generation([self._row.tokens], [self._row.logprobs], [self._row.finish_reason], stats, [self._row.text])
 
 
@@ -140,6 +141,19 @@ def test_calls_are_shown_and_results_asked_for(talk, capsys):
 def test_a_call_as_text():
     function = {"name": "f", "arguments": json.dumps({"a": [1, None], "b\n": "\u202e"})}
     assert format_call(function) == 'f(a=[1, null], b\\n="\\u202e")'
+
+
+@pytest.mark.parametrize(
+    ("seconds", "loads", "said"),
+    [
+        (1.9, 3, "generated 4 tokens at 8.0 tokens/s"),
+        (2.1, 3, "; loading compiled programs took 2.1 s"),
+        (0.9, 2, "; compiling took 0.9 s"),
+    ],
+)
+def test_programs_from_the_cache_are_not_called_compiled(seconds, loads, said):
+    """And are mentioned only where loading them was slow."""
+    assert describe_stats(Stats(1, seconds, 3, loads, 0.5, 0.5, 6, 4, 64, 4, 0, 0)).endswith(said)
 
 
 def test_thinking(talk, capsys):
