@@ -100,7 +100,8 @@ def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: boo
         return Target("dense", 1, (OutputTensor(weight.name, dtype, (out, *inputs)),), stored)
     kind, suffixes = LAYOUTS.get((family, weight.formats[0]), ("", ()))
     if why := _find_obstacle(weight, family, stored, kind, beside_nvfp4):
-        return Target("dense", 1, (OutputTensor(weight.name, "BF16", (out, *inputs)),), why=why)
+        tensor = OutputTensor(weight.name, "BF16", (out, *inputs))
+        return Target("dense", 1, (tensor,), why=f"dequantized to bf16: {why}")
     if stored is not None and stored.kind == kind:
         tensors = tuple(OutputTensor(tensor.name, tensor.dtype, tensor.shape) for tensor in stored.tensors)
         return Target(kind, stored.block, tensors, stored)
@@ -119,7 +120,7 @@ def _find_obstacle(
 ) -> str | None:
     formats = " and ".join(sorted({name_format(format, "dense") for format in weight.formats}))
     if family == "bf16":
-        return f"{formats} was asked to become bf16"
+        return f"{formats}, as asked"
     if len(set(weight.formats)) > 1:
         return f"its parts are stored as {formats}"
     if formats == "nvfp4":

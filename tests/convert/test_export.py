@@ -107,7 +107,7 @@ def test_bf16_has_the_rounded_values(converted, originals, tmp_path):
         assert (arrays[name].astype(np.float32) == array.astype(arrays[name].dtype).astype(np.float32)).all(), name
     dtypes = {array.dtype.name for name, array in arrays.items() if array.ndim == 2}
     assert dtypes == {"bfloat16"} and not any("scale" in name for name in arrays)
-    assert exported.changed.keys() == {"nvfp4 was asked to become bf16", "fp8 was asked to become bf16"}
+    assert exported.changed.keys() == {"dequantized to bf16: nvfp4, as asked", "dequantized to bf16: fp8, as asked"}
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert "quantization_config" not in config and not (tmp_path / "hf" / "hf_quant_config.json").exists()
 
@@ -386,7 +386,7 @@ def test_halves_that_are_stored_differently_become_bf16(small, tmp_path):
     arrays[name], arrays[name + "_scale_inv"] = fp8_quantize(arrays[name])
     convert.convert(fakes.write_checkpoint(tmp_path / "a", cfg.to_dict(), arrays), tmp_path / "out")
     exported = export(tmp_path / "out", tmp_path / "back", "modelopt")
-    assert exported.changed == {"its parts are stored as dense and fp8": [name]}
+    assert exported.changed == {"dequantized to bf16: its parts are stored as dense and fp8": [name]}
     first, second = values(tmp_path / "a"), values(tmp_path / "back")
     assert all((array == second[name]).all() for name, array in first.items())
 
@@ -504,7 +504,7 @@ def test_what_another_process_put_there_meanwhile_is_not_touched(when, converted
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):
     code, out, _ = run(capsys, converted["quantized"], tmp_path / "hf", "--format", "bf16")
     assert code == 0 and f"\nwritten    {tmp_path / 'hf'} (bf16): " in out
-    assert "changed    8 x mlp.experts.*.up_proj.weight (layers 1): nvfp4 was asked to become bf16" in out
+    assert "changed    8 x mlp.experts.*.up_proj.weight (layers 1): dequantized to bf16: nvfp4, as asked" in out
     code, out, _ = run(capsys, converted["nvfp4"], tmp_path / "b", "--format", "modelopt", "--share-scales")
     assert code == 0 and "own tensor scales kept in" in out and "sharing one would change values" in out
 
