@@ -96,14 +96,17 @@ def require_fields(value: Message, known: Sequence[str], place: str) -> None:
 
 
 def get_text(message: Message, field: str, default: str | None = None) -> str:
-    """Return the text of a field. `default` replaces an empty or missing one; without it numbers and None are written
-    as Python writes them."""
+    """Return the text of a field; numbers are written as Python writes them. `default` replaces an empty or missing
+    one. Raises InvalidMessage for other types, and without a default where the field is missing or null, for which the
+    reference writes the word None."""
     value = message.get(field)
     if default is not None and not value:
         return default
+    if value is None:
+        raise InvalidMessage("missing_content", f"{field} is missing")
     if isinstance(value, str):
         return value
-    if value is not None and not isinstance(value, int | float):
+    if not isinstance(value, int | float):
         text = f"{field} must be a string, not {describe_type(value)}; join the parts of a list first"
         raise InvalidMessage("content_not_text", text)
     try:

@@ -25,14 +25,14 @@ REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 def read_messages(reader: Reader, body: Mapping[str, Any]) -> Ask:
     """Return what a body of /v1/messages asks for. Raises ApiError and UsageError."""
-    fields.require_known(body, KNOWN)
+    fields.require_known(body, KNOWN, needs=("messages",))
     given = {"max_tokens": require(body, "max_tokens", int), "stop": get(body, "stop_sequences", list)}
     return reader.read_chat({**_translate(body), **{name: body.get(name) for name in SAME}, **given})
 
 
 def count_tokens(reader: Reader, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return how many tokens the prompt of such a body has. Raises ApiError and UsageError."""
-    fields.require_known(body, COUNTED)
+    fields.require_known(body, COUNTED, needs=("messages",))
     return {"input_tokens": reader.tokenize(_translate(body))["count"]}
 
 

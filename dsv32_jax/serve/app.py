@@ -174,6 +174,7 @@ class Answer:
         try:
             await run_while_connected(receive, self._send(scope, send))
         finally:
+            scope.setdefault("state", {})["tokens"] = sum(len(choice.tokens) for choice in self.choices)
             self.server.driver.leave(self.job)
 
     async def _send(self, scope: Scope, send: Send) -> None:

@@ -3,13 +3,19 @@ here both have a limit."""
 
 import asyncio
 import math
+import os
+import signal
+from collections.abc import Callable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from ..errors import pluralize
+from ..system import interrupts
 from .app import Limits
 
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
@@ -75,6 +81,25 @@ class TimeLimit:
             connection.abort()
         finally:
             connection.wait_for_head()
+
+
+class DrainingServer(uvicorn.Server):
+    """A server that says, with `say`, what Ctrl-C waits for; a second Ctrl-C ends the process at once, since a program
+    that compiles can be stopped in no other way. `count` returns how many answers are not finished."""
+
+    def __init__(self, config: uvicorn.Config, count: Callable[[], int], say: Callable[[str], None]):
+        super().__init__(config)
+        self._count, self._say = count, say
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handle a signal: finish what is begun, or end the process."""
+        if sig == signal.SIGINT and self.should_exit:
+            os.write(2, b"interrupted\n")
+            os._exit(interrupts.EXIT_CODE)
+        super().handle_exit(sig, frame)
+        if left := self._count():
+            again = "Ctrl-C again" if sig == signal.SIGINT else "Ctrl-C"
+            self._say(f"finishing {pluralize(left, 'answer')}; {again} cuts {'it' if left == 1 else 'them'} off")
 
 
 def configure(app: ASGIApp, limits: Limits) -> uvicorn.Config:

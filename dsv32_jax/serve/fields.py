@@ -53,11 +53,16 @@ def parse_body(body: bytes) -> dict[str, Any]:
     return parsed
 
 
-def require_known(body: Mapping[str, Any], known: Collection[str], place: str = "the request") -> None:
-    """Raise ApiError that lists the fields that are not known, unless they say nothing."""
+def require_known(
+    body: Mapping[str, Any], known: Collection[str], place: str = "the request", needs: Collection[str] = ()
+) -> None:
+    """Raise ApiError that lists the fields that are not known, unless they say nothing, and what is missing where the
+    body has none of the fields that it `needs` one of."""
     given = [name for name, value in body.items() if value not in SAYS_NOTHING and value != NEUTRAL.get(name)]
     if wrong := unknown(given, known):
         text = f"{place} has {pluralize(len(wrong), 'field')} that this server does not support: {listing(wrong)}"
+        if needs and not any(name in body for name in needs):
+            text += f"; {' or '.join(needs)} is missing"
         raise ApiError(400, text, param=wrong[0].split()[0], code="unsupported_parameter")
 
 

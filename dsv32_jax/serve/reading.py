@@ -72,7 +72,7 @@ class Reader:
 
     def read_chat(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""
-        fields.require_known(body, CHAT)
+        fields.require_known(body, CHAT, needs=("messages",))
         schema, thinking = _read_format(body), _read_thinking(body)
         prompt = self._prepare(body, schema)
         logprobs, top = get(body, "logprobs", bool, False), get(body, "top_logprobs", int, 0)
@@ -85,7 +85,7 @@ class Reader:
 
     def read_completion(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/completions asks for. Raises ApiError and UsageError."""
-        fields.require_known(body, COMPLETION)
+        fields.require_known(body, COMPLETION, needs=("prompt",))
         top, echo = get(body, "logprobs", int), get(body, "echo", bool, False)
         prompts = [self._read_prompt(one) for one in _split_prompts(body.get("prompt"))]
         request = self.ask(body, prompts, get(body, "max_tokens", int, COMPLETION_TOKENS), top_logprobs=top or 0)
@@ -95,7 +95,7 @@ class Reader:
     def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tokens of the prompt or the messages in a body; with add_special_tokens: false those of a piece of
         text, in which special tokens are themselves. Raises ApiError and UsageError."""
-        fields.require_known(body, TOKENIZE)
+        fields.require_known(body, TOKENIZE, needs=("prompt", "messages"))
         text = get(body, "prompt", str)
         if text is None:
             ids = self._prepare(body).ids
@@ -107,7 +107,7 @@ class Reader:
 
     def detokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the text of the tokens in a body. Raises ApiError and UsageError."""
-        fields.require_known(body, ("model", "tokens"))
+        fields.require_known(body, ("model", "tokens"), needs=("tokens",))
         return {"prompt": self.tokenizer.decode(fields.require(body, "tokens", list))}
 
     def ask(self, body: Mapping[str, Any], prompts: list[list[int]], limit: int | None, **options: Any) -> Request:

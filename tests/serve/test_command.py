@@ -19,6 +19,30 @@ README = (Path(__file__).parents[2] / "README.md").read_text()
 CURL = next(line for line in README.splitlines() if line.startswith("curl "))
 
 
+SLOW = """
+import asyncio
+from dsv32_jax.cli import serve_command
+from dsv32_jax.serve import app, connections, request_log
+
+async def answer(scope, receive, send):
+    if scope["type"] == "lifespan":
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"begun", "more_body": True})
+    await asyncio.sleep(1000)
+
+say = lambda text: print(text, flush=True)
+config = connections.configure(request_log.RequestLog(answer, say), app.Limits())
+with serve_command.bind("127.0.0.1", 0) as listener:
+    listener.listen()
+    say(listener.getsockname()[1])
+    asyncio.run(connections.DrainingServer(config, lambda: 1, say).serve(sockets=[listener]))
+"""
+"""A server whose answers do not end."""
+
+
 @pytest.fixture(scope="module")
 def process(model, scratch):
     """The command, its address and its key: (process, url, key)."""
@@ -55,6 +79,8 @@ def test_the_curl_line_and_the_end(process):
     done = subprocess.run([*words, "-s", "-H", f"Authorization: Bearer {key}"], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done
     assert read_compile_seconds() == compiled
+    assert httpx2.get(f"{url}/no%0Asuch").status_code == 401
+    assert httpx2.get(f"{url}/no%0Asuch", headers={"x-api-key": key}).status_code == 404
     body = {"model": "converted", "prompt": "def", "max_tokens": 100, "stream": True, "logit_bias": {"1": -1000}}
     headers = {"x-api-key": key}
     with httpx2.stream("POST", f"{url}/v1/completions", json=body, headers=headers, timeout=60) as answer:
@@ -65,6 +91,24 @@ def test_the_curl_line_and_the_end(process):
     assert rest[-1] == "data: [DONE]" and json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and not out and "Traceback" not in err and key not in err
+    assert "finishing 1 answer; Ctrl-C cuts it off" in err
+    assert all(re.search(rf" GET /no%0Asuch {status}, 0\.\d s$", err, re.M) for status in (401, 404)), err
+    assert re.search(r"^\d\d:\d\d:\d\d 127\.0\.0\.1 POST /v1/completions 200, 100 tokens, \d+\.\d s$", err, re.M), err
+
+
+def test_a_second_interrupt():
+    """The first says what it waits for, the second ends the process with one line."""
+    command, pipe = [sys.executable, "-c", SLOW], subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout is not None
+        url = f"http://127.0.0.1:{int(process.stdout.readline())}"
+        with httpx2.stream("GET", url, timeout=60) as answer:
+            next(answer.iter_bytes())
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "finishing 1 answer; Ctrl-C again cuts it off\n"
+            process.send_signal(signal.SIGINT)
+            _, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (130, "interrupted\n")
 
 
 @pytest.mark.parametrize(

@@ -204,6 +204,20 @@ def test_what_says_nothing_is_accepted(client):
     assert client.chat.completions.create(model="demo", messages=HELLO, max_tokens=1, **body).choices
 
 
+def test_what_is_missing(served, client):
+    """A message without content is refused, and an unknown field in place of a needed one names that."""
+    with pytest.raises(openai.BadRequestError, match=r"message 0 \(user\): content is missing"):
+        client.chat.completions.create(model="demo", messages=[{"role": "user"}], max_tokens=1)
+    for path, body, needed in (
+        ("/tokenize", {"text": "hi"}, "does not support: text; prompt or messages is missing"),
+        ("/detokenize", {"ids": [1]}, "does not support: ids; tokens is missing"),
+        ("/v1/completions", {"input": "hi"}, "does not support: input; prompt is missing"),
+        ("/v1/chat/completions", {"input": "hi"}, "does not support: input; messages is missing"),
+    ):
+        answer = HTTP.post(served.url + path, json=body)
+        assert answer.status_code == 400 and needed in answer.json()["error"]["message"]
+
+
 def test_other_paths(served, client):
     """Models, health, metrics, and what is not there."""
     assert [model.id for model in client.models.list()] == ["demo"]
