@@ -135,9 +135,6 @@ class _Encoder:
                 return [template.USER, *content, template.ASSISTANT, self._open_turn(is_last)]
             case "assistant":
                 reasoning = self._encode_reasoning(message) if position > self.last else []
-                others = message.get("reasoning_content"), message.get("tool_calls")
-                if message.get("content") is None and not any(others):
-                    raise InvalidMessage("missing_content", "an answer needs content, reasoning_content or tool_calls")
                 return [*reasoning, get_text(message, "content", ""), *_encode_calls(message), template.EOS]
             case "tool":
                 if position in self.contradictions:

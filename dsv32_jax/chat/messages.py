@@ -76,6 +76,21 @@ def require_messages(messages: Any, name: str) -> list[Message]:
     return list(messages)
 
 
+def require_content(messages: Sequence[Any]) -> None:
+    """Raise UsageError for messages of a client that say nothing: the reference's encoder, and so `encode`, writes the
+    word None for a user's or a tool's missing content."""
+    spoken = ("content", "reasoning_content", *ALIASES, "tool_calls")
+    empty = [
+        f"message {i} ({message.get('role'):.40})"
+        for i, message in enumerate(messages)
+        if isinstance(message, Mapping)
+        and message.get("role") in ("user", "tool", "assistant")
+        and all(message.get(name) is None for name in (spoken if message["role"] == "assistant" else spoken[:1]))
+    ]
+    if empty:
+        raise UsageError(f"content is missing in {pluralize(len(empty), 'message')}: {listing(empty)}")
+
+
 def rename_aliases(message: Message) -> Message:
     """Return the message with the usual names of its fields, unless it has both; then `require_fields` refuses it."""
     renamed = {alias: name for alias, name in ALIASES.items() if message.get(alias) and not message.get(name)}
@@ -96,17 +111,14 @@ def require_fields(value: Message, known: Sequence[str], place: str) -> None:
 
 
 def get_text(message: Message, field: str, default: str | None = None) -> str:
-    """Return the text of a field; numbers are written as Python writes them. `default` replaces an empty or missing
-    one. Raises InvalidMessage for other types, and without a default where the field is missing or null, for which the
-    reference writes the word None."""
+    """Return the text of a field. `default` replaces an empty or missing one; without it numbers and None are written
+    as Python writes them."""
     value = message.get(field)
     if default is not None and not value:
         return default
-    if value is None:
-        raise InvalidMessage("missing_content", f"{field} is missing")
     if isinstance(value, str):
         return value
-    if not isinstance(value, int | float):
+    if value is not None and not isinstance(value, int | float):
         text = f"{field} must be a string, not {describe_type(value)}; join the parts of a list first"
         raise InvalidMessage("content_not_text", text)
     try:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..chat import prepare
+from ..chat.messages import require_content
 from ..errors import COMMAND_LINE, DsvError, UsageError, argument, listing, pluralize, unknown
 from ..generation.options import Options, Sampling, specs
 from ..model import validation
@@ -136,6 +137,7 @@ class PromptReader:
             options |= {"thinking": request.get("thinking", self._arguments.think), "tools": request.get("tools")}
             if not isinstance(prompt, list):
                 raise UsageError(f"messages must be a list of messages, not {prompt!r:.60}")
+            require_content(prompt)
             if type(options["thinking"]) is not bool:
                 raise UsageError(f"thinking must be true or false, not {options['thinking']!r:.60}")
         prepared = prepare(prompt, self._opened.tokenizer, **options)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..chat import Detokenizer, Prompt, Tokenizer, prepare
+from ..chat.messages import require_content
 from ..generation.constraint import Constraint
 from ..generation.engine import Engine
 from ..generation.options import Sampling
@@ -138,6 +139,7 @@ class Reader:
             is_first = messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
             head = messages.pop(0) if is_first else {"role": "system"}
             messages.insert(0, {**head, "response_format": schema})
+        require_content(messages)
         return prepare(messages, self.tokenizer, thinking=_read_thinking(body), tools=tools)
 
     def _constrain(

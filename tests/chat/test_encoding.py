@@ -59,10 +59,6 @@ MALFORMED = [
     ("content_not_text", 0, [{"role": "user", "content": b"hi"}], ["bytes"]),
     ("content_not_text", 2, [USER, call(), result({"sum": 5})], ["message 2 (tool)", "object"]),
     ("content_not_text", 0, [{"role": "system", "content": ["x"]}], ["list"]),
-    ("missing_content", 0, [{"role": "user"}], ["message 0 (user): content is missing"]),
-    ("missing_content", 0, [{"role": "user", "content": None}], ["content is missing"]),
-    ("missing_content", 2, [USER, call(), result(None)], ["message 2 (tool): content is missing"]),
-    ("missing_content", 1, [USER, {"role": "assistant", "tool_calls": []}, USER], ["content, reasoning_content or"]),
 ]
 
 
@@ -160,14 +156,15 @@ def test_nothing_given():
     assert chat.encode([], thinking=True, context=[USER]) == ""
 
 
-@pytest.mark.parametrize(("content", "written"), [(5, "5"), (2.5, "2.5"), (True, "True"), ("", "")])
+@pytest.mark.parametrize(("content", "written"), [(None, "None"), (5, "5"), (2.5, "2.5"), (True, "True"), ("", "")])
 def test_content_that_is_not_text(content, written):
-    """A user's and a tool's is written in Python's words, as in the reference; no system text is nothing."""
+    """A user's and a tool's is written in Python's words, as in the reference; elsewhere none is nothing."""
     assert chat.encode([{"role": "user", "content": content}], thinking=False) == chat.encode(
         [{"role": "user", "content": written}], thinking=False
     )
     assert f"<result>{written}</result>" in chat.encode([USER, call(), result(content)], thinking=False)
     assert chat.encode([{"role": "system", "content": None}], thinking=False, bos=False) == ""
+    assert "None" in chat.encode([{"role": "user"}], thinking=False)
 
 
 def test_a_system_message_before_an_answer():

@@ -272,7 +272,7 @@ BAD_LINES = {
     '{"messages": [{"role": "user", "content": "\\ud800"}]}': "lone surrogate",
     '{"messages": [{"role": "user", "content": "a"}], "thinking": 1}': "thinking must be true or false, not 1",
     '{"messages": [{"role": "user", "content": "a"}], "thinking": null}': "thinking must be true or false, not None",
-    '{"messages": [{"role": "user"}]}': "message 0 (user): content is missing",
+    '{"messages": [{"role": "user"}]}': "content is missing in 1 message: message 0 (user)",
 }
 
 

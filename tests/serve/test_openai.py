@@ -206,7 +206,7 @@ def test_what_says_nothing_is_accepted(client):
 
 def test_what_is_missing(served, client):
     """A message without content is refused, and an unknown field in place of a needed one names that."""
-    with pytest.raises(openai.BadRequestError, match=r"message 0 \(user\): content is missing"):
+    with pytest.raises(openai.BadRequestError, match=r"content is missing in 1 message: message 0 \(user\)"):
         client.chat.completions.create(model="demo", messages=[{"role": "user"}], max_tokens=1)
     for path, body, needed in (
         ("/tokenize", {"text": "hi"}, "does not support: text; prompt or messages is missing"),
