@@ -290,7 +290,7 @@ def test_the_environment_chooses(monkeypatch):
     with pytest.raises(UsageError, match="nothing was run"):
         ds.load("nowhere")
     with pytest.raises(UsageError, match="nothing was run"):
-        demo.run(1)
+        demo.run(SimpleNamespace(json=False, max_tokens=1, keep=None))
 
 
 def test_without_kernels(monkeypatch, caplog):

@@ -8,6 +8,7 @@ import pytest
 
 import dsv32_jax as ds
 
+IS_INSTALLED = importlib.util.find_spec("lm_eval") is not None  # other tests put a stand-in for it there
 PAIRS = [("def area(r):", "\n    return"), ("x =", " é"), ("", "import os")]
 OPTIONS = {"until": ["\n\n"], "max_gen_toks": 8, "do_sample": False}
 
@@ -55,15 +56,18 @@ class Requests:
 @pytest.fixture(scope="module")
 def harness(served):
     options = {"base_url": f"{served.url}/v1/completions", "model": "demo", "custom_prefix_token_id": 0}
-    if importlib.util.find_spec("lm_eval"):
+    if IS_INSTALLED:
         module = importlib.import_module("lm_eval.models.openai_completions")
-        return module.LocalCompletionsAPI(**options)
-    return Requests(**options)
+        yield module.LocalCompletionsAPI(**options)
+    else:
+        requests = Requests(**options)
+        yield requests
+        requests.http.close()
 
 
 def ask(kind: str, *arguments):
     """Requests as tasks make them."""
-    if importlib.util.find_spec("lm_eval"):
+    if IS_INSTALLED:
         make = importlib.import_module("lm_eval.api.instance").Instance
         return [make(request_type=kind, doc={}, arguments=one, idx=i) for i, one in enumerate(arguments)]
     return [SimpleNamespace(args=one) for one in arguments]

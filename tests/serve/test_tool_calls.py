@@ -103,7 +103,8 @@ def test_a_stream_is_the_whole(talk, data, thinking, sizes, stop):
 )
 def test_any_tokens_stream_as_the_whole(talk, tokenizer, scripts, sizes, stop, echo):
     """Of completions: bytes that are no whole characters, special tokens, stop strings across tokens, logprobs."""
-    body = {"messages": None, "prompt": "é", "logprobs": 0, "stop": stop, "echo": echo, "path": "completions"}
+    body = {"messages": None, "prompt": "é", "logprobs": 0, "max_tokens": 99, "stop": stop, "echo": echo}
+    body["path"] = "completions"
     (whole, driver), (events, _) = talk(scripts, sizes, **body), talk(scripts, sizes[::-1], stream=True, **body)
     for choice in whole.choices:
         said = [one for event in events for one in event.choices if one.index == choice.index]
