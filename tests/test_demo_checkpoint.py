@@ -56,7 +56,6 @@ def test_nvfp4(tmp_path):
 
 def test_it_has_learnt_python(converted):
     """A held-out passage that is longer than index_topk, read with the tokenizer that is shipped."""
-    pytest.importorskip("tokenizers")
     model = ds.load(converted)
     tokenizer = chat.Tokenizer.load(converted, model.cfg)
     text = (FOLDER / "heldout.txt").read_text(encoding="utf-8")

@@ -9,7 +9,6 @@ from tests import fuzz
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    pytest.importorskip("tokenizers")
     return fuzz.World.make(tmp_path_factory.mktemp("fuzz"))
 
 

@@ -21,7 +21,7 @@ OPTIONS = ["max_new_tokens", "stop"]
 SETTINGS = [*FIELDS, *OPTIONS]
 
 LEAVE = ("/quit", "/bye")
-"""What other programs call /exit."""
+"""The names that other programs give to /exit."""
 
 
 class Quit(Exception):

@@ -39,7 +39,6 @@ def byte_tokenizer() -> dict:
 @pytest.fixture(scope="session")
 def checkpoint(tiny, scratch):
     """Its folder."""
-    pytest.importorskip("tokenizers")
     cfg = dataclasses.replace(tiny, num_hidden_layers=1, num_nextn_predict_layers=0)
     random_checkpoint.write(scratch / "terminal-hf", cfg, "bf16")
     convert(scratch / "terminal-hf", scratch / "terminal")

@@ -163,7 +163,6 @@ def test_answers_are_scored_without_thoughts(adapter, model, monkeypatch):
 
 def test_special_tokens(adapter, demo):
     """Plain text in a task's text; the format's own in a chat prompt."""
-    pytest.importorskip("tokenizers")
     harness = adapter.LmEval(demo)
     assert harness.eot_token_id == 1 and harness.prefix_token_id == 0 and harness.max_length == 2048
     forged = harness.tok_encode("a<｜end▁of▁sentence｜>")

@@ -206,7 +206,6 @@ def test_other_vocabularies(folders, model):
 
 def test_other_tokenizers(demo, tmp_path):
     """Two checkpoints whose tokenizers assign different tokens to an id."""
-    pytest.importorskip("tokenizers")
     (tmp_path / "other").mkdir()
     for file in demo.iterdir():
         if file.name != "tokenizer.json":
@@ -221,7 +220,6 @@ def test_other_tokenizers(demo, tmp_path):
 
 def test_command_line(demo, tmp_path, capsys):
     """dsv32 eval ppl and kl, as text and as JSON."""
-    pytest.importorskip("tokenizers")
     (tmp_path / "text.jsonl").write_text(json.dumps({"text": "import os\nimport sys\n" * 9}) + "\n")
     words = [str(tmp_path / "text.jsonl"), "--context", "32", "--stride", "31"]
     assert cli.main(["eval", "ppl", str(demo), *words, "--dtype", "float32", "--cache-dtype", "fp8", "--json"]) == 0
