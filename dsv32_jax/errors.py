@@ -108,13 +108,10 @@ COMMAND_LINE: ContextVar[bool] = ContextVar("COMMAND_LINE", default=False)
 """Whether messages spell options instead of Python arguments. The command line sets it once."""
 
 
-SPELLINGS = {"max_new_tokens": "--max-tokens", "min_new_tokens": "--min-tokens", "n": "--samples"}
-"""Options that the command line calls by the names of the field."""
-
-
 def spell_option(name: str) -> str:
-    """Return the option of the command line for an argument of Python."""
-    return SPELLINGS.get(name, "--" + name.replace("_", "-"))
+    """Return the option of the command line for an argument of Python: its name with hyphens, but `--samples` for `n`,
+    as -n is --max-new-tokens."""
+    return "--samples" if name == "n" else "--" + name.replace("_", "-")
 
 
 def argument(name: str, value: object = None) -> str:
@@ -176,7 +173,9 @@ SIMILAR = 0.7
 
 def _similar(name: str, known: Collection[str]) -> str:
     words = {other.lstrip("-"): other for other in known}
-    found = difflib.get_close_matches(name.lower().lstrip("-").partition("=")[0], words, 1, SIMILAR)
+    word = name.lower().lstrip("-").partition("=")[0]
+    longer = [other for other in words if len(word) > 2 and other.startswith(word)]
+    found = longer if len(longer) == 1 else difflib.get_close_matches(word, words, 1, SIMILAR)
     return f" (do you mean {words[found[0]]}?)" if found else ""
 
 

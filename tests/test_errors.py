@@ -10,7 +10,7 @@ from dsv32_jax import errors
 @pytest.mark.parametrize(
     ("given", "python", "command_line"),
     [
-        (("max_new_tokens", 5), "max_new_tokens=5", "--max-tokens 5"),
+        (("max_new_tokens", 5), "max_new_tokens=5", "--max-new-tokens 5"),
         (("cache_dtype", "fp8"), 'cache_dtype="fp8"', "--cache-dtype fp8"),
         (("draft", 0), "draft=0", "--draft 0"),
         (("top_p", 0.5), "top_p=0.5", "--top-p 0.5"),

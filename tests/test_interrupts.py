@@ -1,5 +1,6 @@
 """Ctrl-C arrives, wherever the program is."""
 
+import contextlib
 import gc
 import importlib
 import signal
@@ -121,6 +122,44 @@ def test_a_command_ends_with_130(monkeypatch, capsys):
     assert capsys.readouterr().err == "interrupted\n"
 
 
+BLOCKED = """
+import ctypes, functools, threading
+from dsv32_jax.system import interrupts
+with interrupts.raise_on_interrupt(), interrupts.acknowledge_interrupt(), interrupts.{scope}():
+    libc, lock = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+    libc.pthread_mutex_lock(lock)
+    threading.Timer(0.3, functools.partial(print, "blocked", flush=True)).start()
+    libc.pthread_mutex_lock(lock)
+"""
+"""Locks a lock twice, a call that no handler of Python's interrupts, as little as a compilation."""
+
+
+@pytest.mark.parametrize("scope", ["raise_on_interrupt", "defer_interrupt"])
+def test_what_cannot_be_left_is_acknowledged_at_once(scope):
+    """And the second Ctrl-C ends it."""
+    line = [sys.executable, "-c", BLOCKED.format(scope=scope)]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout and process.stderr and process.stdout.readline() == "blocked\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.readline() == interrupts.STOPPING + "\n" and process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30)[1] == "interrupted\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("scope", [interrupts.raise_on_interrupt, interrupts.defer_interrupt])
+def test_what_stops_at_once_needs_no_word(scope, capfd):
+    """However often, nor what another handler stops."""
+    with interrupts.raise_on_interrupt(), interrupts.acknowledge_interrupt():
+        for _ in range(3):
+            with contextlib.suppress(KeyboardInterrupt), scope():
+                signal.raise_signal(signal.SIGINT)
+        ours = signal.signal(signal.SIGINT, lambda *_: None)
+        signal.raise_signal(signal.SIGINT)
+        time.sleep(2 * interrupts.PATIENCE)
+        signal.signal(signal.SIGINT, ours)
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.fixture(scope="module")
 def converted(tmp_path_factory):
     """A checkpoint with random weights."""
@@ -133,7 +172,7 @@ def converted(tmp_path_factory):
 @pytest.mark.parametrize("seconds", [0.3, 0.6, 1.2])
 def test_a_command_leaves_without_a_word_more(seconds, converted):
     """Whatever it was importing, loading or compiling."""
-    asked = ["--ids", "0 1 2", "--max-tokens", "4000"]
+    asked = ["--ids", "0 1 2", "--max-new-tokens", "4000"]
     line = [sys.executable, "-m", "dsv32_jax", "generate", str(converted), *asked]
     process = subprocess.Popen(line, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     time.sleep(seconds)

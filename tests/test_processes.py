@@ -76,11 +76,11 @@ class Started:
 
 def test_two_processes_are_one(folder):
     """The tokens of one process, printed by the first; stdout holds nothing else."""
-    with Started(folder, "--max-tokens", "8") as started:
+    with Started(folder, "--max-new-tokens", "8") as started:
         (code, out, err), (other_code, other_out, _) = started.ends()
     assert (code, other_code, other_out) == (0, 0, ""), err
     alone = [sys.executable, "-m", "dsv32_jax", "generate", str(folder / "converted"), "--ids", "--dtype", "float32"]
-    alone += ["--file", str(folder / "requests.jsonl"), "--max-tokens", "8"]
+    alone += ["--file", str(folder / "requests.jsonl"), "--max-new-tokens", "8"]
     want = subprocess.run(alone, capture_output=True, text=True, check=True).stdout
 
     def made(text: str) -> dict[int, list[int]]:
@@ -92,7 +92,7 @@ def test_two_processes_are_one(folder):
 @pytest.mark.parametrize("gone", [0, 1])
 def test_a_process_that_is_killed_ends_the_others(folder, gone):
     """Within the heartbeat, with exit code 74 and a sentence."""
-    with Started(folder, "--max-tokens", "4000", "--stream") as started:
+    with Started(folder, "--max-new-tokens", "4000", "--stream") as started:
         first = started.processes[0].stdout
         assert first is not None and first.readline()
         start = time.monotonic()
@@ -103,7 +103,7 @@ def test_a_process_that_is_killed_ends_the_others(folder, gone):
 
 
 def test_processes_that_were_asked_different_things(folder):
-    with Started(folder, "--max-tokens", "8", differing="--temperature=0.5") as started:
+    with Started(folder, "--max-new-tokens", "8", differing="--temperature=0.5") as started:
         ends = started.ends()
     assert [code for code, _, _ in ends] == [2, 2]
     assert all("1 process of 2 got another request than process 0: 1" in err for _, _, err in ends)

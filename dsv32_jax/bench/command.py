@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ..system.interrupts import acknowledge_interrupt
+
 
 def add(commands: Any) -> None:
     """Add `bench` to the subparsers `commands`; each of its commands sets `run`, which takes the parsed arguments."""
@@ -50,6 +52,7 @@ def _add_command(bench: Any, name: str, summary: str) -> Callable[..., Any]:
     return parser.add_argument
 
 
+@acknowledge_interrupt()
 def _run(name: str, arguments: argparse.Namespace) -> int:
     importlib.import_module(f".{name}", __package__).run(arguments)
     return 0

@@ -62,7 +62,7 @@ def _load_tools(arguments: argparse.Namespace) -> tuple:
 def _check(opened: OpenedCheckpoint, dtype: str, sampling: Sampling, options: dict, cache: dict) -> None:
     """Raise UsageError where no turn could ever be answered."""
     if options.get("max_new_tokens") == 0:
-        raise UsageError("--max-tokens 0 leaves no room for an answer; use 1 or more")
+        raise UsageError("--max-new-tokens 0 leaves no room for an answer; use 1 or more")
     limit = min(options.get("max_new_tokens") or CHAT_DEFAULTS["max_new_tokens"], max(0, cache["capacity"] - 1))
     given = {"tokenizer": opened.tokenizer, **options, **cache, "max_new_tokens": limit}
     opened.validate(dtype, [[opened.cfg.bos_token_id]], sampling, **given)

@@ -40,8 +40,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     time_step = functools.partial(_time_step, show, seconds)
     read_choice()
-    if arguments.max_tokens < 1:
-        raise UsageError(f"--max-tokens must be 1 or more, not {arguments.max_tokens}; nothing was run")
+    if arguments.max_new_tokens < 1:
+        raise UsageError(f"--max-new-tokens must be 1 or more, not {arguments.max_new_tokens}; nothing was run")
     with tempfile.TemporaryDirectory(prefix="dsv32-demo-") as scratch:
         target = arguments.keep or Path(scratch, "converted")
         with time_step("converted a Hugging Face checkpoint") as report:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
             gen = generate(
                 model,
                 [chat.prepare(PROMPT, tokenizer).ids],
-                max_new_tokens=arguments.max_tokens,
+                max_new_tokens=arguments.max_new_tokens,
                 sampling=Sampling(temperature=0.7, top_p=0.95, seed=5),
                 tokenizer=tokenizer,
                 stop=["\ndef", "\nclass", "\n```"],

@@ -2,14 +2,21 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+import statistics
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..system.interrupts import acknowledge_interrupt
 from ..system.progress import Progress
 from .terminal import Screen, json_line
 
+if TYPE_CHECKING:
+    from ..evaluation.layer_errors import LayerError
+
 VARIANTS = "A and B are CHECKPOINT[:WORD,...]: bfloat16, float32 (compute dtype), fp8-cache, bfloat16-cache, ..."
+
+WORST = "largest divergence (KL, text:position, actual token and its probability, most likely token of A and of B):"
 
 
 def add(commands: Any) -> None:
@@ -70,40 +77,41 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
     add("--batch-size", type=int, default=4, metavar="N", help="windows in a batch (default: 4)")
 
 
+@acknowledge_interrupt()
 def _ppl(arguments: argparse.Namespace) -> int:
-    from ..evaluation import report
     from ..evaluation.loss import perplexity
     from ..evaluation.variant import Variant
 
-    screen = Screen()
     variant = Variant(Path(arguments.checkpoint), arguments.dtype, arguments.cache_dtype)
-    found = perplexity(variant, _read_texts(arguments), progress=_show_progress(screen), **_windows(arguments))
-    facts = {**dataclasses.asdict(found), "tokens_per_second": found.tokens_per_second}
-    screen.result(json_line(facts) + "\n" if arguments.json else report.format_perplexity(found))
-    return 0
+    found = perplexity(variant, **_collect_options(arguments))
+    return _print(arguments, {**dataclasses.asdict(found), "tokens_per_second": found.tokens_per_second}, [repr(found)])
 
 
+@acknowledge_interrupt()
 def _kl(arguments: argparse.Namespace) -> int:
-    from ..evaluation import report
     from ..evaluation.divergence import kl
 
-    screen = Screen()
-    texts, progress = _read_texts(arguments), _show_progress(screen)
-    found = kl(arguments.a, arguments.b, texts, progress=progress, **_windows(arguments))
-    screen.result(json_line(dataclasses.asdict(found)) + "\n" if arguments.json else report.format_divergence(found))
-    return 0
+    found = kl(arguments.a, arguments.b, **_collect_options(arguments))
+    worst = (
+        f"  {one.kl:6.3f}  {one.document}:{one.position}  {one.before[-40:]!r} {one.token!r} "
+        f"{one.probability_a:.3f} -> {one.probability_b:.3f}  {one.top_a!r} -> {one.top_b!r}"
+        for one in found.worst
+    )
+    return _print(arguments, dataclasses.asdict(found), [repr(found), WORST, *worst])
 
 
+@acknowledge_interrupt()
 def _layers(arguments: argparse.Namespace) -> int:
-    from ..evaluation import report
     from ..evaluation.layer_errors import layers
 
-    screen = Screen()
     found = layers(arguments.a, arguments.b, _read_texts(arguments), tokens=arguments.tokens)
-    if arguments.json:
-        screen.result(json_line([dataclasses.asdict(error) for error in found]) + "\n")
-        return 0
-    for line in report.format_layers(found):
+    return _print(arguments, map(dataclasses.asdict, found), format_layers(found))
+
+
+def _print(arguments: argparse.Namespace, facts: Any, lines: Iterable[str]) -> int:
+    """Print the facts as JSON if that was asked for, else each line as soon as it is there."""
+    screen = Screen()
+    for line in [json_line(facts if isinstance(facts, dict) else list(facts))] if arguments.json else lines:
         screen.result(line + "\n")
     return 0
 
@@ -114,9 +122,34 @@ def _read_texts(arguments: argparse.Namespace) -> list[str] | None:
     return read_texts(arguments.files) if arguments.files else None
 
 
-def _windows(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("context", "stride", "limit", "batch_size")}
+def _collect_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    screen = Screen()
+    windows = {name: getattr(arguments, name) for name in ("context", "stride", "limit", "batch_size")}
+    show = lambda done, count: screen.progress(Progress(done, count, unit="windows"))  # noqa: E731
+    return {"texts": _read_texts(arguments), "progress": show, **windows}
 
 
-def _show_progress(screen: Screen) -> Callable[[int, int], None]:
-    return lambda done, count: screen.progress(Progress(done, count, unit="windows"))
+def format_layers(found: "Iterable[LayerError]") -> Iterator[str]:
+    """Yield the lines of `dsv32 eval layers`, each as soon as its part is compared."""
+    yield "relative errors in %: worst parameter; outputs, computed from A's activations; routed experts"
+    yield f"{'part':10} {'worst parameter':28} {'weights':>7}  {'outputs':34} experts: weights, outputs: median (worst)"
+    for error in found:
+        known = {path: value for path, value in error.weights.items() if value is not None}
+        path = max(known, key=known.__getitem__)
+        outputs = ", ".join(f"{name} {_percent(value)}" for name, value in error.outputs.items())
+        by_expert = error.expert_weights, error.expert_outputs
+        experts = "  ".join(_median_and_worst(errors) for errors in by_expert if errors)
+        yield f"{error.part:10} {path:28} {_percent(known[path]):>7}  {outputs:34} {experts}".rstrip()
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def _median_and_worst(values: list[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    worst = max(known)
+    idle = f", {len(values) - len(known)} idle" if len(known) < len(values) else ""
+    return f"{_percent(statistics.median(known))} ({_percent(worst)}: {values.index(worst)}{idle})"

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import UsageError, spell_option
 from ..generation.options import Options, Sampling, explain, specs
+from ..system.interrupts import acknowledge_interrupt
 from . import multihost_launch
 
 LENGTH, BATCH, CACHE = (
@@ -30,10 +31,10 @@ GENERATE = """The continuation goes to stdout, everything else to stderr. Withou
 prompt is read from stdin. Text is used verbatim, including a trailing newline."""
 
 GENERATE_EPILOG = """A .jsonl file holds one request per line: an object with "prompt" (text), "messages" (as in
-OpenAI's API) or "ids"; "thinking" and "tools" with messages; "id", which the result repeats; and any sampling
-parameter or option by its name in Python, such as "temperature", "max_new_tokens", "stop", "n" or "top_logprobs".
-Results are JSON lines in the order of requests; "line" tells which request each belongs to. The first Ctrl-C prints
-what was generated so far and ends with exit code 130."""
+OpenAI's API) or "ids"; "thinking" and "tools" with messages; "id", which the result repeats; and options of sampling,
+length and batch under their names in Python, which are those below with _ for -: "temperature", "max_new_tokens" (-n),
+"stop"; but "n" is --samples. Results are JSON lines in the order of requests; "line" tells which request each belongs
+to. The first Ctrl-C prints what was generated so far and ends with exit code 130."""
 
 CHAT = "Talk to the model; /help lists commands. Of piped input every line is a turn."
 
@@ -57,7 +58,7 @@ def add_commands(commands: Any) -> None:
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser("demo", help="convert, load and run a small trained model: a minute, no download")
     length = "maximum new tokens (default: 80)"
-    demo.add_argument("-n", "--max-tokens", type=int, default=80, metavar="N", help=length)
+    demo.add_argument("-n", "--max-new-tokens", type=int, default=80, metavar="N", help=length)
     demo.add_argument("--keep", type=Path, metavar="DIR", help="leave the converted model in DIR, for other commands")
     demo.add_argument("--json", action="store_true", help="print one JSON object, and the steps to stderr")
     demo.set_defaults(run=_run_late("demo"))
@@ -158,7 +159,7 @@ def _add_fit(commands: Any) -> None:
 
 def _run_late(module: str) -> Callable[[argparse.Namespace], int]:
     """Return `run` of a module of this folder, imported when it is called."""
-    return lambda arguments: importlib.import_module(f".{module}", __package__).run(arguments)
+    return acknowledge_interrupt()(lambda arguments: importlib.import_module(f".{module}", __package__).run(arguments))
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

@@ -76,12 +76,12 @@ class Divergence(Summarized):
         """Return the means, the percentiles and the token of largest divergence."""
         worst = self.worst[0]
         return f"Divergence of B from A over {pluralize(self.tokens, 'token')}", {
-            "KL": f"{self.kl} nats per token",
+            "KL(A || B)": f"{self.kl} nats per token",
             "percentiles": ", ".join(f"{name} %: {value:.2g}" for name, value in self.percentiles.items()),
             "same_top": f"{100 * self.same_top.mean:.2f} %",
             "perplexity": f"A {self.perplexity_a}, B {self.perplexity_b}",
             "loss": f"B - A {self.loss:+} nats per token (paired)",
-            "windows": f"{self.windows} of {self.context} tokens, {self.stride} apart",
+            "windows": f"{self.windows} of {self.context} tokens, {self.stride} apart; +- is the error over them",
             "worst": f"KL {worst.kl:.3f} at {worst.token!r}, token {worst.position} of text {worst.document}",
         }
 

@@ -82,9 +82,10 @@ class Perplexity(Summarized):
             "perplexity": f"{self.perplexity}",
             "nats per token": f"{self.nats}",
             **bits,
-            "windows": f"{self.windows} of {self.context} tokens, {self.stride} apart",
-            "time": f"{self.seconds:.1f} s ({self.tokens_per_second:.0f} tokens/s), compilation "
-            f"{self.compile_seconds:.1f} s",
+            "windows": f"{self.windows} of {self.context} tokens of {pluralize(self.documents, 'text')}, {self.stride} "
+            "apart; +- is the standard error over them",
+            "time": f"{self.seconds:.1f} s for {pluralize(self.read, 'token')} read ({self.tokens_per_second:.0f} "
+            f"tokens/s), compilation {self.compile_seconds:.1f} s",
         }
 
 

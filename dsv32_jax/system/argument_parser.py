@@ -21,7 +21,8 @@ class ShortUsage(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with short usage, whose subcommands report unknown options themselves.
+    """An ArgumentParser with short usage, which takes no abbreviated options, and whose subcommands report unknown ones
+    themselves.
 
     `trailing_positional` names an optional positional that may follow options; argparse allows that since Python 3.12.
     """
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
     trailing_positional: str | None = None
 
     def __init__(self, **options):
-        super().__init__(formatter_class=ShortUsage, **options)
+        super().__init__(formatter_class=ShortUsage, allow_abbrev=False, **options)
 
     def parse_known_args(self, args=None, namespace=None):  # pyright: ignore[reportIncompatibleMethodOverride]
         """Parse. Raises UsageError if anything is left over."""

@@ -2,11 +2,17 @@
 
 import contextlib
 import gc
+import os
+import select
 import signal
+import sys
+import termios
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from types import CodeType, FrameType
+from typing import Any
 
 EXIT_CODE = 130
 """The exit code of a command that Ctrl-C ended."""
@@ -14,6 +20,17 @@ EXIT_CODE = 130
 RETRY_SECONDS = 0.05
 """Seconds before a signal is sent again that arrived where an exception would be lost."""
 
+PATIENCE = 0.5
+"""Seconds after which a Ctrl-C that has not stopped anything yet is acknowledged."""
+
+STOPPING = "stopping after the step that is being compiled or run; Ctrl-C again ends at once, and loses what was made"
+SHOW_CURSOR = b"\x1b[?25h"
+
+STOPPED = b"\0"
+"""The byte that follows that of a signal in the pipe of `acknowledge_interrupt`: it has stopped what it was to stop."""
+
+_PIPE: ContextVar[int | None] = ContextVar("_PIPE", default=None)
+"""The end of that pipe to write to."""
 
 FINALIZERS = (weakref.finalize, weakref.WeakSet)
 SWALLOWING = ("<frozen importlib", *(one.__init__.__code__.co_filename for one in FINALIZERS))
@@ -29,7 +46,14 @@ def raise_interrupt(number: int, frame: FrameType | None) -> None:
             retry.start()
             return
         frame = frame.f_back
+    _report_stopped()
     raise KeyboardInterrupt
+
+
+def _report_stopped() -> None:
+    """Tell `acknowledge_interrupt` that there is nothing to acknowledge."""
+    if (pipe := _PIPE.get()) is not None:
+        os.write(pipe, STOPPED)
 
 
 def _swallows_exceptions(code: CodeType) -> bool:
@@ -84,4 +108,57 @@ def defer_interrupt() -> Iterator[Callable[[], bool]]:
         interrupted = True
 
     with _handle(on_signal) if _can_handle() else contextlib.nullcontext():
-        yield lambda: interrupted
+        try:
+            yield lambda: interrupted
+        finally:
+            if interrupted:
+                _report_stopped()
+
+
+@contextlib.contextmanager
+def acknowledge_interrupt() -> Iterator[None]:
+    """Inside the `with`, say on stderr that Ctrl-C was noticed where it stops nothing within half a second: Python's
+    handlers run after a compilation, which cannot be left. After that another Ctrl-C ends the process.
+
+    Changes nothing outside the main thread, or while another handler of SIGINT is installed.
+    """
+    if threading.current_thread() is not threading.main_thread() or not _is_ours():
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    terminal = termios.tcgetattr(sys.stdin) if sys.stdin.isatty() else None
+    before, token = signal.set_wakeup_fd(writer, warn_on_full_buffer=False), _PIPE.set(writer)
+    threading.Thread(target=_watch, args=(reader, terminal), daemon=True).start()
+    try:
+        yield
+    finally:
+        _PIPE.reset(token)
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+
+
+def _is_ours() -> bool:
+    """Return whether a function of this file handles SIGINT."""
+    return getattr(signal.getsignal(signal.SIGINT), "__module__", None) == __name__
+
+
+def _watch(reader: int, terminal: list[Any] | None) -> None:
+    """Acknowledge signals from a pipe until it is closed. `terminal`: the settings that it has at the end."""
+    is_pending = is_acknowledged = False
+    with open(reader, "rb", buffering=0) as signals:
+        while True:
+            if is_pending and not select.select([signals], [], [], PATIENCE)[0]:
+                if is_acknowledged:
+                    if terminal is not None:
+                        termios.tcsetattr(sys.stdin, termios.TCSANOW, terminal)
+                    os.write(2, SHOW_CURSOR * sys.stderr.isatty() + b"interrupted\n")
+                    os._exit(EXIT_CODE)
+                print(STOPPING, file=sys.stderr, flush=True)
+                is_pending, is_acknowledged = False, True
+            if not (byte := signals.read(1)):
+                return
+            if byte == STOPPED:
+                is_pending = is_acknowledged = False
+            elif byte[0] == signal.SIGINT and _is_ours():
+                is_pending = True

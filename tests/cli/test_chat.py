@@ -357,7 +357,7 @@ def test_a_conversation_that_is_damaged(talk, tmp_path, text):
         conversation_file.load(tmp_path / "talk", talk().session)
 
 
-FEW = ("--max-tokens", "6", "--capacity", "32", "--dtype", "float32")
+FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
 
 
 def test_piped_turns(dsv32, checkpoint, tmp_path, monkeypatch):
@@ -397,7 +397,7 @@ def test_saving(checkpoint, tmp_path):
 MISUSE = {
     "g35 an empty stop string": (("--stop", ""), 2, "at least one character"),
     "g25 stop ids": (("--stop-token-ids", "999"), 2, "--stop-token-ids"),
-    "no room for an answer": (("--max-tokens", "0"), 2, "leaves no room for an answer"),
+    "no room for an answer": (("--max-new-tokens", "0"), 2, "leaves no room for an answer"),
     "a capacity that is none": (("--capacity", "0"), 2, "--capacity must be"),
     "too large a capacity": (("--capacity", "5000"), 2, "--capacity must be"),
     "temperature": (("--temperature", "9"), 2, "--temperature must be"),

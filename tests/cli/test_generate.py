@@ -19,7 +19,7 @@ from dsv32_jax.generation.engine import Engine
 from dsv32_jax.generation.options import Options
 from tests.cli.conftest import byte_tokenizer
 
-FEW = ("--max-tokens", "6", "--capacity", "32", "--dtype", "float32")
+FEW = ("--max-new-tokens", "6", "--capacity", "32", "--dtype", "float32")
 """Options that most tests share, and with them programs."""
 
 
@@ -168,7 +168,7 @@ def test_a_generation_config_that_cannot_be_followed(dsv32, advised, text):
     code, out, err = dsv32("generate", folder, "ab")
     assert (code, out) == (3, "") and "generation_config.json" in err
     if "hot" in text:
-        assert dsv32("generate", folder, "ab", "--temperature", 0, "--max-tokens", 1)[0] == 0
+        assert dsv32("generate", folder, "ab", "--temperature", 0, "--max-new-tokens", 1)[0] == 0
 
 
 def test_ids(dsv32, wordless):
@@ -307,10 +307,10 @@ MISUSE = {
     "g35 an empty stop string": (("a", "--stop", ""), 2, "at least one character"),
     "stop strings among ids": (("0", "--ids", "--stop", "x"), 2, "give the tokenizer too"),
     "g07 temperature": (("a", "--temperature", "nan"), 2, "--temperature must be a number from 0 to 5"),
-    "neither a number nor all": (("a", "--max-tokens", "many"), 2, "neither a whole number nor 'all'"),
+    "neither a number nor all": (("a", "--max-new-tokens", "many"), 2, "neither a whole number nor 'all'"),
     "no number": (("a", "--top-k", "many"), 2, "invalid int value"),
-    "g01 too long": (("a", "--max-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
-    "g14 negative": (("a", "--max-tokens", "-3"), 2, "0 or more"),
+    "g01 too long": (("a", "--max-new-tokens", "50", "--capacity", "20"), 2, "use --capacity 52"),
+    "g14 negative": (("a", "--max-new-tokens", "-3"), 2, "0 or more"),
     "drafts without the layer": (("a", "--draft", "1"), 2, "does not have"),
     "g29 too many likeliest": (("a", "--top-logprobs", "21"), 2, "from 0 to 20"),
     "an unknown cache": (("a", "--cache-dtype", "int4"), 2, "--cache-dtype must be"),
@@ -370,7 +370,7 @@ def test_texts_that_are_all_alike_are_told(dsv32, checkpoint):
     assert ["--seed: no effect without --temperature" in err for err in seeded] == [True, False]
     code, _, err = dsv32("generate", checkpoint, "ab", *FEW, "--top-logprobs", "2")
     assert code == 2 and "--top-logprobs is written as JSON alone" in err
-    code, _, err = dsv32("demo", "--max-tokens", "-5")
+    code, _, err = dsv32("demo", "--max-new-tokens", "-5")
     assert code == 2 and "not -5; nothing was run" in err
 
 
@@ -394,7 +394,7 @@ def test_g11_stop_strings_and_broken_characters(dsv32, checkpoint, model, tokeni
 
 
 def test_no_tokens(dsv32, checkpoint):
-    assert dsv32("generate", checkpoint, "a", "--max-tokens", "0")[:2] == (0, "\n")
+    assert dsv32("generate", checkpoint, "a", "--max-new-tokens", "0")[:2] == (0, "\n")
 
 
 def test_ctrl_c_gives_what_was_made(checkpoint, dsv32, monkeypatch):
@@ -433,7 +433,7 @@ def test_weights_that_are_no_numbers(dsv32, checkpoint, monkeypatch):
 
 def test_a_reader_that_goes_away(checkpoint):
     """`| head -1`: no traceback, exit code 0."""
-    command = [sys.executable, "-m", "dsv32_jax", "generate", str(checkpoint), "ab", "--max-tokens", "0"]
+    command = [sys.executable, "-m", "dsv32_jax", "generate", str(checkpoint), "ab", "--max-new-tokens", "0"]
     reading, writing = os.pipe()
     os.close(reading)
     done = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True)

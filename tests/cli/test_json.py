@@ -37,6 +37,12 @@ def test_a_command_has_json_on_failure_too(words, dsv32):
     assert code == told["code"] == 2 and told["error"] in err
 
 
+@pytest.mark.parametrize("words", [*COMMANDS, ("chat",), ("serve",)], ids=" ".join)
+def test_abbreviated_options_are_refused(words, dsv32):
+    """`--api-key KEY` is not read as `--api-key-file KEY`."""
+    assert dsv32(*words, "--hel")[0] == 2
+
+
 @pytest.mark.parametrize("command", ["convert nowhere out", "inspect nowhere", "verify nowhere", "fit nowhere"])
 def test_a_missing_input_is_json_too(command, dsv32, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -55,7 +61,7 @@ def test_a_refused_dry_run_says_what_it_found(checkpoint, dsv32, tmp_path):
 
 def test_the_demo_as_json(dsv32, tmp_path):
     """And the model that it keeps is there for other commands, which the last line names."""
-    code, out, err = dsv32("demo", "--max-tokens", "1", "--json", "--keep", tmp_path / "kept")
+    code, out, err = dsv32("demo", "--max-new-tokens", "1", "--json", "--keep", tmp_path / "kept")
     told = json.loads(out)
     assert code == 0 and told["text"] and told["perplexity"] > 1 and len(told["seconds"]) == 4
     assert all(step in err for step in told["seconds"])

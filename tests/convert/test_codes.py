@@ -18,9 +18,9 @@ READERS = {
     "statistics": "inspect {} --tensors * --stats",
     "export": "export {} {out}/hf --format bf16",
     "reshard": "reshard {} {out}/again",
-    "load": "generate {} --ids 0,5 --max-tokens 1",
-    "load quick": "generate {} --ids 0,5 --max-tokens 1 --verify quick",
-    "load full": "generate {} --ids 0,5 --max-tokens 1 --verify full",
+    "load": "generate {} --ids 0,5 --max-new-tokens 1",
+    "load quick": "generate {} --ids 0,5 --max-new-tokens 1 --verify quick",
+    "load full": "generate {} --ids 0,5 --max-new-tokens 1 --verify full",
     "convert again": "convert {source} {}",
 }
 """The commands that read arrays of a converted checkpoint."""

@@ -104,6 +104,10 @@ def test_an_unknown_option_of_the_command_is_answered(checkpoints, tmp_path, cap
     assert cli.main(["generate", "folder", "--max-token=5", "--sistem", "x"]) == 2
     told = capsys.readouterr().err
     assert "usage: dsv32 generate" in told and "--sistem (do you mean --system?)" in told
+    assert "--max-token=5 (do you mean --max-new-tokens?)" in told
+    for short, option in (("--api-key", "--api-key-file"), ("--cont", "--context"), ("--hel", "--help")):
+        assert cli.main(["serve", "folder", short, "word"]) == 2
+        assert f"{short} (do you mean {option}?)" in capsys.readouterr().err
     assert cli.main(["generat", "folder"]) == 2
     assert "invalid choice: generat (do you mean generate?); choose from convert, " in capsys.readouterr().err
 

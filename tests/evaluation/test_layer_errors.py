@@ -10,8 +10,9 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import load
+from dsv32_jax.cli.eval_command import format_layers
 from dsv32_jax.errors import UsageError
-from dsv32_jax.evaluation import Variant, layers, report
+from dsv32_jax.evaluation import Variant, layers
 from dsv32_jax.quantization import quantize
 from dsv32_jax.quantization.formats import NVFP4
 from tests import oracle
@@ -165,7 +166,7 @@ def test_command_line(folders, found, tmp_path, monkeypatch, capsys):
 
 def test_shown(found):
     """A line for each part, with the worst parameter and the worst expert."""
-    heading, _, *lines = report.format_layers(found)
+    heading, _, *lines = format_layers(found)
     assert heading.startswith("relative errors in %")
     assert len(lines) == len(found) and lines[2].startswith("layer 1")
     worst = max(found[2].expert_weights)

@@ -946,8 +946,8 @@ def test_messages_speak_as_the_caller_types(model):
     refused(lambda: ds.generate(model, [[5] * 30], **arguments), UsageError, "max_new_tokens=10", "capacity=50")
     token = COMMAND_LINE.set(True)
     try:
-        refused(lambda: ds.generate(model, [[5] * 30], **arguments), UsageError, "--max-tokens 10", "--capacity 50")
-        refused(lambda: ds.generate(model, [[5]], max_new_tokens=-1), UsageError, "--max-tokens", "or all")
+        refused(lambda: ds.generate(model, [[5] * 30], **arguments), UsageError, "--max-new-tokens 10", "--capacity 50")
+        refused(lambda: ds.generate(model, [[5]], max_new_tokens=-1), UsageError, "--max-new-tokens", "or all")
     finally:
         COMMAND_LINE.reset(token)
 
