@@ -307,6 +307,16 @@ def test_a_slow_load_shows_a_bar_on_a_terminal(after, terminal, folder, monkeypa
     assert bool(shown) == (terminal and not after)
 
 
+def test_a_log_shows_what_is_slow_in_lines(monkeypatch, capsys):
+    """Every half minute."""
+    for interval in (1e9, 0):
+        monkeypatch.setattr(reporter, "INTERVAL", interval)
+        with reporter.show_slow(3, 0, "windows") as count:
+            count(2)
+        said = capsys.readouterr().err
+        assert "67 %  2/3 windows" in said if not interval else not said
+
+
 def test_what_takes_long_is_shown_before_a_part_is_done(monkeypatch):
     """And not any more when it has ended."""
     monkeypatch.setattr(sys, "stderr", Terminal())

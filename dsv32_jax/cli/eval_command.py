@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..system.interrupts import acknowledge_interrupt
-from ..system.progress import Progress
 from .terminal import Screen, json_line
 
 if TYPE_CHECKING:
@@ -123,10 +122,8 @@ def _read_texts(arguments: argparse.Namespace) -> list[str] | None:
 
 
 def _collect_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    screen = Screen()
     windows = {name: getattr(arguments, name) for name in ("context", "stride", "limit", "batch_size")}
-    show = lambda done, count: screen.progress(Progress(done, count, unit="windows"))  # noqa: E731
-    return {"texts": _read_texts(arguments), "progress": show, **windows}
+    return {"texts": _read_texts(arguments), **windows}
 
 
 def format_layers(found: "Iterable[LayerError]") -> Iterator[str]:

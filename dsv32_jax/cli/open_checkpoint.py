@@ -66,7 +66,6 @@ class OpenedCheckpoint:
     def load(self, arguments: argparse.Namespace, screen: Screen) -> Model:
         """Load the model with the `--dtype`, `--mesh`, `--experts` and `--verify` of `arguments`."""
         mesh = None if arguments.mesh is None else sharding.mesh(arguments.mesh)
-        screen.status(f"loading {self.folder}")
         start = time.perf_counter()
         dtype, experts, verify = jnp.dtype(arguments.dtype), arguments.experts, arguments.verify
         model = jax.block_until_ready(load(self.folder, mesh=mesh, dtype=dtype, experts=experts, verify=verify))

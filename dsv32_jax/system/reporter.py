@@ -131,16 +131,17 @@ def make_reporter(as_json: bool = False) -> Reporter:
 
 @contextlib.contextmanager
 def show_slow(total: int, after: float = 1.0, unit: str = "B") -> Iterator[Callable[[int], None]]:
-    """Yield a function that counts what is done of `total`, by any thread. A terminal shows it where the `with` takes
-    more than `after` seconds."""
-    bar, start, done, lock = BarReporter(), time.monotonic(), 0, threading.Lock()
+    """Yield a function that counts what is done of `total`, by any thread. It is shown where the `with` takes more than
+    `after` seconds on a terminal, more than INTERVAL elsewhere."""
+    reporter, start, done, lock = make_reporter(), time.monotonic(), 0, threading.Lock()
+    after = after if isinstance(reporter, BarReporter) else INTERVAL
 
     def count(amount: int) -> None:
         nonlocal done
         with lock:
             done += amount
-            if time.monotonic() - start >= after and sys.stderr.isatty():
-                bar(Progress(done, total, unit=unit))
+            if time.monotonic() - start >= after:
+                reporter(Progress(done, total, unit=unit))
 
     timer = threading.Timer(after, count, [0])
     timer.daemon = True
@@ -151,7 +152,7 @@ def show_slow(total: int, after: float = 1.0, unit: str = "B") -> Iterator[Calla
         timer.cancel()
         with lock:
             after = math.inf
-            bar.close()
+            reporter.close()
 
 
 def encodable(text: str, encoding: str | None = None) -> str:
