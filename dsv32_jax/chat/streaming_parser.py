@@ -88,7 +88,9 @@ class StreamingParser:
         """Between tags only space is expected, or the arguments of a call as one JSON object."""
         self._stray += self._stops.add(text)
         if self.is_whole and self._stray.strip():
-            yield self._take_stray()
+            self.warnings.append("text outside the tool calls was appended to the content")
+            yield Piece(CONTENT, self._stray)
+            self._stray = ""
         if self._stops.hit is not None:
             yield self._switch_to(self._read_opening if self._stops.hit == OPEN else self._read_closing)
 
@@ -160,11 +162,6 @@ class StreamingParser:
         tag, rest = (found[1], self._tag[found.end() :]) if found else (self._tag, "")
         self._tag = ""
         return tag, rest
-
-    def _take_stray(self) -> Piece:
-        self.warnings.append("text outside the tool calls was appended to the content")
-        stray, self._stray = self._stray, ""
-        return Piece(CONTENT, stray)
 
     def _reject(self, reason: str) -> str:
         self.is_whole = False

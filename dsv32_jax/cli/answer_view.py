@@ -35,18 +35,16 @@ class AnswerView:
 
     def _show(self, pieces: Iterable[Piece]) -> None:
         for part, text in pieces:
-            if part not in (CALL, ARGUMENTS):
-                self._switch_to(part)
-                self._show_text(text)
-
-    def _show_text(self, text: str) -> None:
-        self._last_char = text[-1]
-        if self._part == CONTENT:
-            self._screen.result(text)
-        elif self._hide_reasoning:
-            self._screen.status(f"thinking: {pluralize(self._tokens, 'token')} (Ctrl-C stops it)")
-        else:
-            self._screen.aside(text)
+            if part in (CALL, ARGUMENTS):
+                continue
+            self._switch_to(part)
+            self._last_char = text[-1]
+            if part == CONTENT:
+                self._screen.result(text)
+            elif self._hide_reasoning:
+                self._screen.status(f"thinking: {pluralize(self._tokens, 'token')} (Ctrl-C stops it)")
+            else:
+                self._screen.aside(text)
 
     def _switch_to(self, part: str) -> None:
         """Finish the part shown so far, unless it goes on."""

@@ -9,6 +9,7 @@ from ..errors import CapacityError, argument, pluralize
 from ..generation import memory
 from ..generation.fit import Fit, fit
 from ..generation.pages import PAGE
+from ..system.progress import format_count
 from ..system.wrapping import wrap_lines
 from .terminal import Screen, json_line
 
@@ -38,10 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
 def format_fit(found: Fit) -> str:
     """Return the table, the verdict and what is not counted."""
     reserve = found.total - found.stored - found.dequantized - found.cache - found.activations
-    parameters = found.parameters
-    count = f"{parameters / 1e9:.1f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     rows = [
-        ("weights", found.stored, f"{count} parameters, as stored"),
+        ("weights", found.stored, f"{format_count(found.parameters)} parameters, as stored"),
         ("W^UK, W^UV", found.dequantized, "dequantized by load"),
         ("cache", found.cache, f"rows of {found.capacity} tokens, {found.token_bytes} bytes each"),
         ("activations", found.activations, "peak temporary memory"),

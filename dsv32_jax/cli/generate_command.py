@@ -140,7 +140,8 @@ class _Results:
                 "logprob": token.logprob,
                 "top_logprobs": self._name_tokens(token.top),
             }
-            self._write_json({**self._label(row), **event, "finish_reason": token.finish_reason})
+            event = {**self._label(row), **event, "finish_reason": token.finish_reason}
+            self.screen.result(json_line(event) + "\n")
         elif self.stream:
             text = f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text
             self._write_text(row, text)
@@ -163,7 +164,7 @@ class _Results:
             text = {} if one.text is None else {"text": one.text, **self._parse_message(row, one)}
             top = {"top_logprobs": list(map(self._name_tokens, one.top))} if any(one.top) else {}
             result = {"tokens": one.tokens, "logprobs": one.logprobs, **top, "finish_reason": one.finish_reason}
-            self._write_json({**self._label(row), **text, **result})
+            self.screen.result(json_line({**self._label(row), **text, **result}) + "\n")
 
     def _write_text(self, row: int, text: str) -> None:
         """Write more of a row's text."""
@@ -177,9 +178,6 @@ class _Results:
             text, self.reasoning = self.reasoning.rest, None
             self.screen.aside("\n\n")
         self.screen.result(text)
-
-    def _write_json(self, value: dict[str, Any]) -> None:
-        self.screen.result(json_line(value) + "\n")
 
     def _label(self, row: int) -> dict[str, Any]:
         one, number = self.slots[row]
