@@ -35,7 +35,7 @@ def add(commands: Any) -> None:
     add("--context", type=int, action="append", metavar="N", help="tokens of a row (default: 1024 and 8192)")
     add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
     add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
-    add("--experts", default="device", metavar="WHERE", help="device, host or host:N layers (default: device)")
+    add("--experts", default="device", metavar="WHERE", help="device, host, or host:N (the first N layers)")
 
     add = _add_command(bench, "kernels", "products with stored weights at the true shapes, beside XLA alone")
     add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="weight formats (default: nvfp4)")
@@ -46,7 +46,7 @@ def add(commands: Any) -> None:
 
 def _add_command(bench: Any, name: str, summary: str) -> Callable[..., Any]:
     """Add the parser of one bench, and return the function that adds its options."""
-    parser = bench.add_parser(name, help=summary)
+    parser = bench.add_parser(name, help=summary, description=f"Measure {summary}.")
     parser.add_argument("--json", action="store_true", help="print JSON, an object a line")
     parser.set_defaults(run=partial(_run, name))
     return parser.add_argument

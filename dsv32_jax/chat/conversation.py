@@ -16,7 +16,7 @@ from .tool_calls import find_pending, require_results, require_turn
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt: `path` tells how it was made (raw text or messages), `text` is all of it, `ids` are its tokens."""
+    """A prompt: `path` names how it was made (raw text or messages), `text` is all of it, `ids` are its tokens."""
 
     path: str
     text: str

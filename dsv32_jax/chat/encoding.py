@@ -50,7 +50,7 @@ def encode(
     tool       content, tool_call_id, name; results without ids belong to the preceding calls in order
 
     The tool calls of an assistant message are not written where its content is `Sampled`, which holds them already.
-    Other fields are refused, unless they say nothing (null, false, empty). `reasoning` and `thinking` are other names
+    Other fields are refused, unless they are null, false or empty. `reasoning` and `thinking` are other names
     of reasoning_content.
 
     `thinking`       whether the model thinks before it answers. Reasoning is written only after the last user or

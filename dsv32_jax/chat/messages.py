@@ -77,15 +77,15 @@ def require_messages(messages: Any, name: str) -> list[Message]:
 
 
 def require_content(messages: Sequence[Any]) -> None:
-    """Raise UsageError for messages of a client that say nothing: the reference's encoder, and so `encode`, writes the
-    word None for a user's or a tool's missing content."""
-    spoken = ("content", "reasoning_content", *ALIASES, "tool_calls")
+    """Raise UsageError for a client's messages without content: for that of a user or a tool, the reference's encoder,
+    and so `encode`, writes the word None."""
+    fields = ("content", "reasoning_content", *ALIASES, "tool_calls")
     empty = [
         f"message {i} ({message.get('role'):.40})"
         for i, message in enumerate(messages)
         if isinstance(message, Mapping)
         and message.get("role") in ("user", "tool", "assistant")
-        and all(message.get(name) is None for name in (spoken if message["role"] == "assistant" else spoken[:1]))
+        and all(message.get(name) is None for name in (fields if message["role"] == "assistant" else fields[:1]))
     ]
     if empty:
         raise UsageError(f"content is missing in {pluralize(len(empty), 'message')}: {listing(empty)}")
@@ -98,7 +98,7 @@ def rename_aliases(message: Message) -> Message:
 
 
 def require_fields(value: Message, known: Sequence[str], place: str) -> None:
-    """Raise InvalidMessage for fields that are not `known`, unless they say nothing: null, false, or empty."""
+    """Raise InvalidMessage for fields that are not `known`, unless they are null, false or empty."""
     same = [alias for alias, name in ALIASES.items() if name in known and value.get(alias) == value.get(name)]
     given = [key for key, content in value.items() if content not in (None, False, "", [], {}) and key not in same]
     if wrong := [repr(key) for key in given if key not in known]:
@@ -128,11 +128,11 @@ def get_text(message: Message, field: str, default: str | None = None) -> str:
 
 
 def require_encodable(pieces: list[str]) -> list[str]:
-    """Return the pieces of a message. Raises InvalidMessage for half a surrogate pair, which no tokens can say."""
+    """Return the pieces of a message. Raises InvalidMessage for half a surrogate pair, which UTF-8 cannot encode."""
     try:
         "".join(pieces).encode()
     except UnicodeEncodeError as error:
-        text = f"a lone surrogate, {error.object[error.start]!r}, which no tokens can say"
+        text = f"a lone surrogate, {error.object[error.start]!r}, which UTF-8 cannot encode"
         raise InvalidMessage("content_not_text", text) from None
     return pieces
 
@@ -149,7 +149,7 @@ def get_schemas(message: Message) -> list[str]:
 
 
 def load_json(text: str) -> Any:
-    """Return the value of a JSON text. Raises ValueError, also for what could not be said again as it is: NaN, numbers
+    """Return the value of a JSON text. Raises ValueError, also for what cannot be written back unchanged: NaN, numbers
     beyond all floats, doubled keys, half a surrogate pair."""
     try:
         value = json.loads(text, object_pairs_hook=reject_duplicates, parse_constant=reject_constant)

@@ -69,7 +69,7 @@ def require_completion(text: str, thinking: bool) -> None:
     if not isinstance(text, str):
         raise UsageError(f"the completion must be a string, not a {type(text).__name__}; decode token ids first")
     if re.search("[\ud800-\udfff]", text):
-        raise UsageError("the completion has half a surrogate pair, which no tokens can say; decode token ids")
+        raise UsageError("the completion has half a surrogate pair, which UTF-8 cannot encode; decode token ids")
     if type(thinking) is not bool:
         raise UsageError(f"thinking must be True (thinking) or False (chat), not {thinking!r}")
 

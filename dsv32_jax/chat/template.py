@@ -12,7 +12,7 @@ class Mark(str):
 
 
 class Sampled(str):
-    """Text that the model sampled, with its tokens `ids`: other tokens can say the same text."""
+    """Text that the model sampled, with its tokens `ids`: other tokens can spell the same text."""
 
     ids: Sequence[int]
 

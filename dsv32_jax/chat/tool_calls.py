@@ -30,8 +30,8 @@ def require_turn(messages: Sequence[Message]) -> None:
 
 
 def pair_results(turns: Sequence[Message]) -> tuple[list[Message], dict[int, str]]:
-    """Return the messages with the results of tool calls in the order of the calls, where ids tell it; and by index
-    what is wrong with results that contradict their calls."""
+    """Return the messages with the results of tool calls in the order of the calls, where their ids give it, and what
+    is wrong, by index, with results that contradict their calls."""
     paired, wrong = list(turns), {}
     for first, turn in enumerate(turns, 1):
         calls = turn.get("tool_calls") if turn.get("role") == "assistant" else None

@@ -14,7 +14,7 @@ from .open_checkpoint import OpenedCheckpoint
 from .parsers import CACHE, CHAT_DEFAULTS, LENGTH, collect_options, collect_sampling
 from .prompt_input import read_text
 from .slash_commands import COMMANDS, Quit, SlashCommands
-from .terminal import Keyboard, Screen, one_line
+from .terminal import Keyboard, Screen, shorten
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +75,7 @@ def _talk(keyboard: Keyboard, chat: ChatSession, arguments: argparse.Namespace) 
     if chat.conversation.tools:
         functions = [tool["function"] for tool in chat.conversation.tools]
         names = [function.get("name") if isinstance(function, dict) else function for function in functions]
-        screen.note("tools: " + ", ".join(one_line(str(name), 60) for name in names))
+        screen.note("tools: " + ", ".join(shorten(str(name), 60) for name in names))
     with keyboard.echo_off():
         chat.warm_up()
     if keyboard.interactive:

@@ -19,7 +19,7 @@ from ..generation.stream import Stream
 from ..system.compilation import is_cache_enabled
 from ..system.interrupts import defer_interrupt
 from .answer_view import AnswerView, describe_stats
-from .terminal import Screen, one_line
+from .terminal import Screen, shorten
 
 
 class ChatSession:
@@ -45,7 +45,7 @@ class ChatSession:
     def prompt(self) -> str:
         """The prompt for the user's next line."""
         pending = self.conversation.pending[len(self._results) :]
-        return f"result of {one_line(pending[0], 40)}> " if pending else "> "
+        return f"result of {shorten(pending[0], 40)}> " if pending else "> "
 
     @property
     def capacity(self) -> int:
@@ -122,7 +122,7 @@ class ChatSession:
         elif reason == "length":
             notes.append(f"cut after {pluralize(len(tokens), 'token')} by max_new_tokens: see /set")
         for note in notes:
-            self.screen.note(f"({one_line(note)})")
+            self.screen.note(f"({shorten(note)})")
         self.screen.note(f"[{describe_stats(gen.stats)}; context {used}/{self.capacity}]")
         return reason != "interrupted"
 
@@ -163,5 +163,5 @@ class ChatSession:
 def format_call(function: Mapping[str, Any]) -> str:
     """Return a tool call as Python writes calls, on one line."""
     arguments = json.loads(function["arguments"])
-    values = (f"{one_line(name, 60)}={one_line(to_json(value), 400)}" for name, value in arguments.items())
-    return f"{one_line(function['name'], 60)}({', '.join(values)})"
+    values = (f"{shorten(name, 60)}={shorten(to_json(value), 400)}" for name, value in arguments.items())
+    return f"{shorten(function['name'], 60)}({', '.join(values)})"

@@ -13,7 +13,7 @@ FIELDS = {"system": (str, type(None)), "tools": (list,), "thinking": (bool,), "m
 MAX_BYTES = 256 << 20
 
 
-def file_names(file: Path) -> tuple[Path, Path]:
+def name_files(file: Path) -> tuple[Path, Path]:
     """Return FILE.json and FILE.safetensors of `file`, which may have either suffix or none."""
     stem = expand_path(file)
     if not stem.name:
@@ -24,7 +24,7 @@ def file_names(file: Path) -> tuple[Path, Path]:
 
 def save(file: Path, conversation: Conversation, session: Session, *, replace: bool) -> list[Path]:
     """Write both files and return their paths. Raises OutputExistsError where one exists, unless `replace`."""
-    messages, cache = file_names(file)
+    messages, cache = name_files(file)
     if existing := [path for path in (messages, cache) if path.exists() and not replace]:
         raise OutputExistsError(f"{existing[0]} exists already and was not touched; save under another name")
     raw = {"kind": KIND, **{name: getattr(conversation, name) for name in FIELDS}}
@@ -40,7 +40,7 @@ def load(file: Path, current: Session) -> tuple[Conversation, Session, str]:
 
     Raises CheckpointError where `file` is not a conversation.
     """
-    conversation, (_, cache) = load_conversation(file), file_names(file)
+    conversation, (_, cache) = load_conversation(file), name_files(file)
     try:
         if not cache.exists():
             raise UsageError(f"there is no {cache.name}")
@@ -55,7 +55,7 @@ def load(file: Path, current: Session) -> tuple[Conversation, Session, str]:
 
 def load_conversation(file: Path) -> Conversation:
     """Return the conversation without its session. Raises CheckpointError where `file` is none."""
-    file, _ = file_names(file)
+    file, _ = name_files(file)
     raw = read_json(file, MAX_BYTES)
     if not isinstance(raw, dict) or raw.get("kind") != KIND:
         raise CheckpointError(f"{file} is not a conversation of this version ({KIND})")

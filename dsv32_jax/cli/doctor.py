@@ -18,7 +18,7 @@ from ..system import host
 from ..system.files import expand_path, find_home
 from ..system.progress import format_count, format_size
 from ..system.wrapping import wrap_lines
-from .terminal import Screen, json_line, one_line
+from .terminal import Screen, format_json, shorten
 
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy", "ml_dtypes", "safetensors", "tokenizers")
 OPTIONAL = {"tokenizers": "text needs it: pip install 'dsv32-jax[text]' (token ids work without)"}
@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
             problems += [str(error)] if str(error) not in problems else []
         except Exception as error:
             problems.append(f"{name}: {type(error).__name__}: {error}")
-    as_json = json_line({**sections, "problems": problems})
+    as_json = format_json({**sections, "problems": problems})
     Screen().result((as_json if arguments.json else _format(sections, problems)) + "\n")
     return VerificationError.exit_code if problems else 0
 
@@ -69,7 +69,7 @@ def _format_fact(fact: Any) -> str:
         return format_size(fact)
     if isinstance(fact, dict):
         return ", ".join(f"{name} {_format_fact(value)}" for name, value in fact.items())
-    return "missing" if fact is None else one_line(str(fact))
+    return "missing" if fact is None else shorten(str(fact))
 
 
 def _find_versions(problems: Problems) -> Facts:

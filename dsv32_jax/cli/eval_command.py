@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..system.interrupts import acknowledge_interrupt
-from .terminal import Screen, json_line
+from .terminal import Screen, format_json
 
 if TYPE_CHECKING:
     from ..evaluation.layer_errors import LayerError
@@ -110,7 +110,7 @@ def _layers(arguments: argparse.Namespace) -> int:
 def _print(arguments: argparse.Namespace, facts: Any, lines: Iterable[str]) -> int:
     """Print the facts as JSON if that was asked for, else each line as soon as it is there."""
     screen = Screen()
-    for line in [json_line(facts if isinstance(facts, dict) else list(facts))] if arguments.json else lines:
+    for line in [format_json(facts if isinstance(facts, dict) else list(facts))] if arguments.json else lines:
         screen.result(line + "\n")
     return 0
 
@@ -133,20 +133,20 @@ def format_layers(found: "Iterable[LayerError]") -> Iterator[str]:
     for error in found:
         known = {path: value for path, value in error.weights.items() if value is not None}
         path = max(known, key=known.__getitem__)
-        outputs = ", ".join(f"{name} {_percent(value)}" for name, value in error.outputs.items())
+        outputs = ", ".join(f"{name} {_format_percent(value)}" for name, value in error.outputs.items())
         by_expert = error.expert_weights, error.expert_outputs
-        experts = "  ".join(_median_and_worst(errors) for errors in by_expert if errors)
-        yield f"{error.part:10} {path:28} {_percent(known[path]):>7}  {outputs:34} {experts}".rstrip()
+        experts = "  ".join(_format_spread(errors) for errors in by_expert if errors)
+        yield f"{error.part:10} {path:28} {_format_percent(known[path]):>7}  {outputs:34} {experts}".rstrip()
 
 
-def _percent(value: float | None) -> str:
+def _format_percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def _median_and_worst(values: list[float | None]) -> str:
+def _format_spread(values: list[float | None]) -> str:
     known = [value for value in values if value is not None]
     if not known:
         return "-"
     worst = max(known)
     idle = f", {len(values) - len(known)} idle" if len(known) < len(values) else ""
-    return f"{_percent(statistics.median(known))} ({_percent(worst)}: {values.index(worst)}{idle})"
+    return f"{_format_percent(statistics.median(known))} ({_format_percent(worst)}: {values.index(worst)}{idle})"

@@ -11,7 +11,7 @@ from ..generation.fit import Fit, fit
 from ..generation.pages import PAGE
 from ..system.progress import format_count
 from ..system.wrapping import wrap_lines
-from .terminal import Screen, json_line
+from .terminal import Screen, format_json
 
 NOT_COUNTED = """\
 not counted: programs and their constants, temporaries of loading (one parameter,
@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     finally:
         screen.status("")
     facts = {**dataclasses.asdict(found), "fits": found.fits}
-    screen.result((json_line(facts) if arguments.json else wrap_lines(format_fit(found))) + "\n")
+    screen.result((format_json(facts) if arguments.json else wrap_lines(format_fit(found))) + "\n")
     return 0 if found.fits else CapacityError.exit_code
 
 

@@ -22,7 +22,7 @@ from .answer_view import describe_stats
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import SHARED, collect_options
 from .prompt_input import PromptInput, PromptReader
-from .terminal import Screen, json_line
+from .terminal import Screen, format_json
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,10 +106,11 @@ class _Results:
         """Generate the requests of all groups of inputs side by side, write all results in the order of inputs, and
         return the exit code."""
         added = [(places, engine.add(request)) for places, request in groups]
-        counts = [one.n for one, sample in self.slots if not sample]
-        firsts = [sum(counts[:place]) for place in range(len(counts))]
-        slots = {row: firsts[places[row.index // row.request.options.n]] for places, rows in added for row in rows}
-        slots = {row: first + row.index % row.request.options.n for row, first in slots.items()}
+        firsts = [slot for slot, (_, sample) in enumerate(self.slots) if not sample]
+        slots: dict[Row, int] = {}
+        for places, row in ((places, row) for places, rows in added for row in rows):
+            prompt, sample = divmod(row.index, row.request.options.n)
+            slots[row] = firsts[places[prompt]] + sample
         rows, ended, written = sorted(slots, key=slots.__getitem__), set[int](), 0
         with defer_interrupt() as is_interrupted:
             must_stop = make_agreed(engine.model.mesh, is_interrupted)
@@ -141,7 +142,7 @@ class _Results:
                 "top_logprobs": self._name_tokens(token.top),
             }
             event = {**self._label(row), **event, "finish_reason": token.finish_reason}
-            self.screen.result(json_line(event) + "\n")
+            self.screen.result(format_json(event) + "\n")
         elif self.stream:
             text = f"{' ' if self.streamed else ''}{token.token}" if token.text is None else token.text
             self._write_text(row, text)
@@ -164,7 +165,7 @@ class _Results:
             text = {} if one.text is None else {"text": one.text, **self._parse_message(row, one)}
             top = {"top_logprobs": list(map(self._name_tokens, one.top))} if any(one.top) else {}
             result = {"tokens": one.tokens, "logprobs": one.logprobs, **top, "finish_reason": one.finish_reason}
-            self.screen.result(json_line({**self._label(row), **text, **result}) + "\n")
+            self.screen.result(format_json({**self._label(row), **text, **result}) + "\n")
 
     def _write_text(self, row: int, text: str) -> None:
         """Write more of a row's text."""
@@ -202,4 +203,4 @@ class _Results:
         if not self.as_json:
             return describe_stats(stats)
         rates = {name: getattr(stats, name) for name in ("prefill_tokens_per_second", "decode_tokens_per_second")}
-        return json_line({"stats": {**dataclasses.asdict(stats), **rates}})
+        return format_json({"stats": {**dataclasses.asdict(stats), **rates}})

@@ -47,7 +47,7 @@ class OpenedCheckpoint:
             raise type(error)(f"{error} (dsv32 generate --ids)") from error
 
     def choose_sampling(self, given: dict[str, Any], screen: Screen) -> dict[str, Any]:
-        """Return the sampling parameters `given`, and for others the defaults of the checkpoint, which is said."""
+        """Return the sampling parameters `given`, and for the others the checkpoint's defaults, which a note names."""
         chosen = vars(Sampling.from_checkpoint(self.folder, **given))
         defaults = {name: chosen[name] for name in read_sampling(self.folder) if name not in given}
         if defaults:

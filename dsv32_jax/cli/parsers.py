@@ -32,9 +32,11 @@ prompt is read from stdin. Text is used verbatim, including a trailing newline."
 
 GENERATE_EPILOG = """A .jsonl file holds one request per line: an object with "prompt" (text), "messages" (as in
 OpenAI's API) or "ids"; "thinking" and "tools" with messages; "id", which the result repeats; and options of sampling,
-length and batch under their names in Python, which are those below with _ for -: "temperature", "max_new_tokens" (-n),
+length and batch under their names in Python, which are those above with _ for -: "temperature", "max_new_tokens" (-n),
 "stop"; but "n" is --samples. Results are JSON lines in the order of requests; "line" tells which request each belongs
 to. The first Ctrl-C prints what was generated so far and ends with exit code 130."""
+
+CHECKPOINT_DEFAULTS = "What a checkpoint's generation_config.json asks for comes before these defaults."
 
 CHAT = "Talk to the model; /help lists commands. Of piped input every line is a turn."
 
@@ -61,7 +63,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("-n", "--max-new-tokens", type=int, default=80, metavar="N", help=length)
     demo.add_argument("--keep", type=Path, metavar="DIR", help="leave the converted model in DIR, for other commands")
     demo.add_argument("--json", action="store_true", help="print one JSON object, and the steps to stderr")
-    demo.set_defaults(run=_run_late("demo"))
+    demo.set_defaults(run=_run_module("demo"))
 
 
 def _add_generate(commands: Any) -> None:
@@ -88,7 +90,7 @@ def _add_generate(commands: Any) -> None:
     _add_options(generate, "sampling", Sampling, specs(Sampling))
     _add_options(generate, "length, batch and cache", Options, [*LENGTH, *BATCH, *CACHE])
     multihost_launch.add_arguments(generate)
-    run = _run_late("generate_command")
+    run = _run_module("generate_command")
     generate.set_defaults(run=lambda arguments: multihost_launch.run(arguments, run))
     generate.trailing_positional = "prompt"
 
@@ -105,7 +107,7 @@ def _add_chat(commands: Any) -> None:
     add("--no-history", action="store_true", help="do not save what you type for next time")
     _add_options(chat, "sampling", Sampling, specs(Sampling))
     _add_options(chat, "length and cache", Options, [*LENGTH, *CACHE], CHAT_DEFAULTS)
-    chat.set_defaults(run=_run_late("chat_command"))
+    chat.set_defaults(run=_run_module("chat_command"))
 
 
 def _add_serve(commands: Any) -> None:
@@ -122,14 +124,14 @@ def _add_serve(commands: Any) -> None:
     add("--waiting", type=int, default=256, metavar="N", help="rows that may wait; others are refused (default: 256)")
     add("--timeout", type=float, default=3600, metavar="SECONDS", help="the longest answer (default: 3600)")
     _add_options(serve, "cache", Options, ["cache_dtype", "draft"])
-    serve.set_defaults(run=_run_late("serve_command"))
+    serve.set_defaults(run=_run_module("serve_command"))
 
 
 def _add_doctor(commands: Any) -> None:
     doctor = commands.add_parser("doctor", help="show what is installed and would run", description=DOCTOR)
     doctor.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", type=Path, help="a checkpoint to examine")
     doctor.add_argument("--json", action="store_true", help="print one JSON object")
-    doctor.set_defaults(run=_run_late("doctor"))
+    doctor.set_defaults(run=_run_module("doctor"))
 
 
 def _add_fit(commands: Any) -> None:
@@ -154,10 +156,10 @@ def _add_fit(commands: Any) -> None:
         help="bytes a second that weights are read at, for example 2GB (default: measured)",
     )
     add("--json", action="store_true", help="print one JSON object")
-    fit.set_defaults(run=_run_late("fit_command"))
+    fit.set_defaults(run=_run_module("fit_command"))
 
 
-def _run_late(module: str) -> Callable[[argparse.Namespace], int]:
+def _run_module(module: str) -> Callable[[argparse.Namespace], int]:
     """Return `run` of a module of this folder, imported when it is called."""
     return acknowledge_interrupt()(lambda arguments: importlib.import_module(f".{module}", __package__).run(arguments))
 
@@ -167,14 +169,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="compute dtype (default: bfloat16)")
     add("--mesh", metavar="AXES", help="spread the model over devices, for example expert=8,model=2")
-    add("--experts", default="device", metavar="WHERE", help="device, host (as maps, computed there) or host:N layers")
+    experts = "where routed experts lie: device, host, or host:N (of the first N layers)"
+    add("--experts", default="device", metavar="WHERE", help=experts)
     add("--verify", choices=("quick", "full"), help="first check the files, or all bytes, against their checksums")
     add("--quiet", action="store_true", help="write only errors to stderr")
 
 
 def _add_options(parser: Any, title: str, declaration: type, names: Any, defaults: Mapping[str, int] = {}) -> None:
     """Add an argument for each of the fields `names` of Sampling or Options. `defaults`: those shown in the help."""
-    group = parser.add_argument_group(title)
+    group = parser.add_argument_group(title, CHECKPOINT_DEFAULTS if declaration is Sampling else None)
     for field in dataclasses.fields(declaration):
         spec = field.metadata["spec"]
         if field.name in names:

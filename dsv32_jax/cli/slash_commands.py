@@ -14,7 +14,7 @@ from ..system.files import expand_path
 from . import conversation_file
 from .chat_session import ChatSession
 from .prompt_input import parse_sampling, read_text
-from .terminal import one_line
+from .terminal import shorten
 
 FIELDS = [field.name for field in dataclasses.fields(Sampling)]
 OPTIONS = ["max_new_tokens", "stop"]
@@ -40,11 +40,11 @@ class SlashCommands:
         name, _, rest = line.strip().partition(" ")
         name = "/exit" if name in LEAVE else name
         if name not in COMMANDS:
-            hint = one_line(unknown([name], COMMANDS)[0], 60)
+            hint = shorten(unknown([name], COMMANDS)[0], 60)
             raise UsageError(f"unknown command {hint}; /help lists all (begin with a space to send it as text)")
         command, argument = COMMANDS[name], rest.strip()
         if argument and not command.usage:
-            raise UsageError(f"{name} takes no arguments, but {one_line(argument, 40)!r} follows; nothing was done")
+            raise UsageError(f"{name} takes no arguments, but {shorten(argument, 40)!r} follows; nothing was done")
         return command.run(self, argument) is not False
 
     def help(self, _: str) -> None:
@@ -64,7 +64,7 @@ class SlashCommands:
     def undo(self, _: str) -> None:
         messages, last = self._chat.conversation.messages, self._chat.find_last_turn()
         self._chat.update(messages=messages[:last])
-        self._screen.note(f"removed: {one_line(str(messages[last].get('content')), 60)}")
+        self._screen.note(f"removed: {shorten(str(messages[last].get('content')), 60)}")
 
     def system(self, text: str) -> None:
         if not text:
@@ -88,7 +88,7 @@ class SlashCommands:
     def set(self, text: str) -> None:
         name, _, value = text.partition(" ")
         if name and name not in SETTINGS:
-            raise UsageError(f"no such setting: {one_line(unknown([name], SETTINGS)[0], 60)}; {', '.join(SETTINGS)}")
+            raise UsageError(f"no such setting: {shorten(unknown([name], SETTINGS)[0], 60)}; {', '.join(SETTINGS)}")
         if value:
             spelling = COMMAND_LINE.set(False)
             try:
@@ -113,7 +113,7 @@ class SlashCommands:
         self._chat.sampling = sampling
 
     def save(self, name: str) -> None:
-        messages, cache = conversation_file.file_names(_parse_path(name))
+        messages, cache = conversation_file.name_files(_parse_path(name))
         replace = messages in self._saved
         conversation_file.save(messages, self._chat.conversation, self._chat.session, replace=replace)
         self._saved.add(messages)
@@ -124,9 +124,9 @@ class SlashCommands:
         conversation, session, reason = conversation_file.load(file, chat.session)
         chat.update(**{field.name: getattr(conversation, field.name) for field in dataclasses.fields(conversation)})
         chat.session = session
-        self._saved.add(conversation_file.file_names(file)[0])
+        self._saved.add(conversation_file.name_files(file)[0])
         turns = [str(message.get("content")) for message in conversation.messages if message["role"] == "user"]
-        last = f"; the last: {one_line(turns[-1], 60)}" if turns else ""
+        last = f"; the last: {shorten(turns[-1], 60)}" if turns else ""
         again = f"\nit will be read again: {reason}" if reason else ""
         self._screen.note(pluralize(len(turns), "turn") + last + again)
         chat.show_calls()

@@ -27,13 +27,13 @@ FENCE = '"""'
 HISTORY_LINES = 2000
 
 
-def one_line(text: str, limit: int = 200) -> str:
+def shorten(text: str, limit: int = 200) -> str:
     """Return a name or a value as `printable` text on one line, cut at `limit` characters."""
     text = printable(text).replace("\n", "\\n").replace("\t", "\\t")
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
-def json_line(value: Any) -> str:
+def format_json(value: Any) -> str:
     """Return one line of JSON that keeps all scripts and escapes whatever could steer a terminal."""
     text = json.dumps(value, ensure_ascii=False)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
@@ -84,7 +84,7 @@ class Screen:
             return
         from rich.text import Text
 
-        content = Text(one_line(text, self._err.width - 3), style="dim")
+        content = Text(shorten(text, self._err.width - 3), style="dim")
         if self._status is None:
             self._status = self._err.status(content)
             self._status.start()

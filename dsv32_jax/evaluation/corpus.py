@@ -140,8 +140,8 @@ def map_batches(
     threads = THREADS if jax.default_backend() == "cpu" and model.mesh is None else 1
     values: list[Value] = []
     total = len(corpus.windows)
-    told = None if progress is None else contextlib.nullcontext(lambda _: progress(len(values), total))
-    with told or show_slow(total, unit="windows") as count, ThreadPoolExecutor(threads) as pool:
+    own = None if progress is None else contextlib.nullcontext(lambda _: progress(len(values), total))
+    with own or show_slow(total, unit="windows") as count, ThreadPoolExecutor(threads) as pool:
         contexts = [copy_context() for _ in corpus.batches]
         for some in pool.map(lambda context, batch: context.run(function, batch), contexts, corpus.batches):
             values += some

@@ -15,7 +15,7 @@ from ..errors import (
     explain_exhaustion,
     refusal,
 )
-from .reporter import encodable
+from .reporter import escape_unencodable
 from .wrapping import wrap_lines
 
 
@@ -42,7 +42,7 @@ def run_command(run: Callable[[], int], as_json: bool) -> int:
         message, code = str(exhausted), exhausted.exit_code
     finally:
         COMMAND_LINE.reset(spelling)
-    print(wrap_lines(encodable(f"error: {message}"), stream=sys.stderr), file=sys.stderr, flush=True)
+    print(wrap_lines(escape_unencodable(f"error: {message}"), stream=sys.stderr), file=sys.stderr, flush=True)
     if as_json:
         print(json.dumps({**facts, "error": message, "code": code}), flush=True)
     return code

@@ -18,7 +18,7 @@ INTERVAL = 30.0
 
 
 class Reporter:
-    """A job's channel to its user, in lines: progress every half minute, warnings, the error that ends it."""
+    """Reports a job in lines: progress every half minute, warnings, the error that ends it."""
 
     def __init__(self):
         self.meter = Meter()
@@ -43,7 +43,7 @@ class Reporter:
         self.meter.stage = text
 
     def event(self, name: str, **facts: Any) -> None:
-        """Report an event that only programs are told."""
+        """Report an event, to programs alone."""
 
     def warning(self, message: str) -> None:
         """Report something to look into while the job goes on."""
@@ -51,13 +51,13 @@ class Reporter:
 
     def final_message(self, message: str, code: int) -> bytes:
         """Return what a signal handler writes to stderr before it ends the process."""
-        return f"\n{encodable(message)}\n".encode()
+        return f"\n{escape_unencodable(message)}\n".encode()
 
     def close(self) -> None:
         """Restore the terminal."""
 
     def _write(self, line: str) -> None:
-        print(encodable(line), file=sys.stderr, flush=True)
+        print(escape_unencodable(line), file=sys.stderr, flush=True)
 
 
 class JsonReporter(Reporter):
@@ -100,7 +100,7 @@ class BarReporter(Reporter):
         if self._live is None:
             super().warning(message)
         else:
-            self._live.console.print(encodable(f"warning: {message}"), markup=False, highlight=False)
+            self._live.console.print(escape_unencodable(f"warning: {message}"), markup=False, highlight=False)
 
     def final_message(self, message: str, code: int) -> bytes:
         return b"\x1b[?25h" + super().final_message(message, code)  # show the cursor again
@@ -116,7 +116,7 @@ class BarReporter(Reporter):
 
             def draw() -> text.Text:
                 width = terminal.width - 1
-                line = encodable(self.meter.describe(width), terminal.encoding)
+                line = escape_unencodable(self.meter.describe(width), terminal.encoding)
                 return text.Text(line, no_wrap=True, overflow="crop")
 
             terminal = console.Console(stderr=True, emoji=False)
@@ -155,7 +155,7 @@ def show_slow(total: int, after: float = 1.0, unit: str = "B") -> Iterator[Calla
             reporter.close()
 
 
-def encodable(text: str, encoding: str | None = None) -> str:
+def escape_unencodable(text: str, encoding: str | None = None) -> str:
     """Return `text` without control characters, and with escapes for what an encoding, stderr's, does not have."""
     known: str = encoding or sys.stderr.encoding or "ascii"
     return printable(text).encode(known, "backslashreplace").decode(known, errors="replace")

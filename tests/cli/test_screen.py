@@ -10,7 +10,7 @@ import unicodedata
 import pytest
 from hypothesis import given, strategies as st
 
-from dsv32_jax.cli.terminal import Screen, json_line, one_line
+from dsv32_jax.cli.terminal import Screen, format_json, shorten
 from dsv32_jax.errors import printable
 from tests.cli.conftest import Terminal
 
@@ -43,8 +43,8 @@ def test_no_character_steers(text):
     assert not {char for char in safe if unicodedata.category(char) in ("Cc", "Cf", "Co", "Cn", "Zl", "Zp")} - set(
         "\n\t\u200c\u200d"
     )
-    assert printable(safe) == safe and "\n" not in one_line(text)
-    assert json.loads(json_line([text])) == [text] and json_line([text]).isprintable()
+    assert printable(safe) == safe and "\n" not in shorten(text)
+    assert json.loads(format_json([text])) == [text] and format_json([text]).isprintable()
 
 
 def test_text_of_all_scripts_stays():
