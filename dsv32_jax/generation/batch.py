@@ -1,7 +1,7 @@
 """The device side of the engine: one state, which every program is given, donates and returns."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -16,10 +16,10 @@ from ..parallel import sharding
 from ..parallel.multihost import fetch
 from ..parallel.sharding import map_rows, shard_rows
 from . import memory, prefill_decode, speculative
-from .constraint import look_ahead
+from .constraint import look_ahead, prepare, restrict, take_tokens
 from .options import Sampling
 from .pages import PAGE
-from .prefill_decode import Caches, State, empty_caches, new_state, place
+from .prefill_decode import Caches, Generated, State, empty_caches, new_state, place
 from .programs import Programs
 from .result import TopLogprobs
 from .row import Row
@@ -158,25 +158,6 @@ class Batch:
         row_c = np.array([row.slot for row in rows], np.int32)
         return row_c, values, jax.tree.map(lambda *parts: np.concatenate(parts), *each)
 
-    def set_biases(self, biases: Mapping[Row, np.ndarray]) -> None:
-        """Add these to the logits of these rows from now on."""
-        self._params = self._with_biases(self._params, biases)
-
-    def _with_biases(self, params: SamplerParams, biases: Mapping[Row, np.ndarray]) -> SamplerParams:
-        rows, size = list(biases), memory.round_up_rows(len(biases))
-        row_c = np.array([row.slot for row in rows] + [self._places] * (size - len(rows)), np.int32)
-        bias_cV = np.zeros((size, self._model.cfg.vocab_size), np.float32)
-        bias_cV[: len(rows)] = list(biases.values())
-        return dataclasses.replace(params, bias_BV=put_biases(self._model.mesh, params.bias_BV, row_c, bias_cV))
-
-    def _propose(self, rows: Sequence[Row], state: State) -> tuple[State, speculative.Proposal]:
-        """Return the state, and drafts, behind each of which rows sample what their constraints allow there."""
-        state, tokens_Bu = self._programs.draft(self._model, self._params, state)
-        tokens_Bu, biases = look_ahead(self._model, rows, fetch(tokens_Bu))
-        params = [self._with_biases(self._params, some) if some else self._params for some in biases]
-        tokens: Any = place(self._model, tokens_Bu)
-        return state, speculative.Proposal(tokens, (self._params, *params))
-
     def read(self, chunk: Sequence[Row | None], size: int, blocks: int) -> State:
         """Return the state after up to `size` more tokens of these rows; None is padding."""
         tokens_cT, next_cT = (np.zeros((len(chunk), size), np.int32) for _ in range(2))
@@ -188,32 +169,45 @@ class Batch:
                 next_cT[c, : count_c[c]] = row.known[row.length + 1 : row.length + 1 + count_c[c]]
         state = self._with_rows([row for row in chunk if row is not None], blocks)
         state = self._programs.prefill(self._model, state, tokens_cT, next_cT, count_c, row_c)
+        prepare(self._model, filter(None, chunk))  # while the device reads
         return jax.block_until_ready(_without_table(state))
 
     def decode(self, rows: Sequence[Row], steps: int, fewest: int, blocks: int) -> tuple[State, Made]:
         """Return the state after up to `steps` steps, while more than `fewest` rows go on, and their tokens."""
-        state, given, step = self._with_rows(rows, blocks), self._params, prefill_decode.step
-        if self.draft and any(row.constraint for row in rows):
-            step = speculative.verify
-            state, given = self._propose(rows, state)
-        elif self.draft:
-            step = speculative.step
         top = max(row.request.options.top_logprobs for row in rows)
         width = top and min(memory.round_up_rows(top), self._model.cfg.vocab_size)
-        state, generated = jax.block_until_ready(
-            self._programs.decode(
-                step,
-                self._model,
-                given,
-                state,
-                np.int32(steps),
-                np.int32(fewest),
-                SEGMENT_TOKENS,
-                width,
-            )
-        )
+        state = self._with_rows(rows, blocks)
+        if constrained := [row for row in rows if row.constraint]:
+            state, generated = self._step_constrained(constrained, state, width)
+        else:
+            step = speculative.step if self.draft else prefill_decode.step
+            numbers = np.int32(steps), np.int32(fewest), SEGMENT_TOKENS, width
+            state, generated = self._programs.decode(step, self._model, self._params, state, *numbers)
+        state, generated = jax.block_until_ready((state, generated))
         parts = [getattr(generated, field.name) for field in dataclasses.fields(generated)]
         return _without_table(state), Made(*map(fetch, [*parts, state.step_B, state.unread_B, state.finite_B]))
+
+    def _step_constrained(self, rows: Sequence[Row], state: State, width: int) -> tuple[State, Generated]:
+        """Return the state after a step in which these rows sample what their constraints allow, and all new tokens.
+        The host finds what that is while the device works: what may come next while the MTP head, or else the model,
+        reads the last tokens, and what may come behind drafts while the model reads those."""
+        model, programs, drafted = self._model, self._programs, state.token_B[:, None]
+        if self.draft:
+            state, z_B1D, logit_BV = programs.catch_up(model, state)
+            _, (first,) = self._restrict(rows, fetch(drafted))
+            each = (first, *[self._params] * (self.draft - 1))
+            state, drafted = programs.draft(model, each, state, z_B1D, logit_BV)
+        state, logit_BuV = programs.process(model, state, drafted)
+        tokens_Bu, each = self._restrict(rows, fetch(drafted))
+        return take_tokens(model.mesh, each, state, place(model, tokens_Bu), logit_BuV, width)
+
+    def _restrict(self, rows: Sequence[Row], tokens_Bu: np.ndarray) -> tuple[Any, tuple[SamplerParams, ...]]:
+        """Return what `look_ahead` makes of the tokens, and with which parameters a token is sampled behind each."""
+        tokens_Bu, allowed_cuV = look_ahead(self._model, rows, tokens_Bu)
+        padding = [self._places] * (len(allowed_cuV) - len(rows))
+        row_c = np.array([*(row.slot for row in rows), *padding], np.int32)
+        each = (restrict(self._model.mesh, self._params, row_c, allowed_cuV[:, u]) for u in range(tokens_Bu.shape[1]))
+        return tokens_Bu, tuple(each)
 
     def _with_rows(self, rows: Sequence[Row], blocks: int) -> State:
         """Return the state in which these rows go on and have their pages. The others have no tokens meanwhile: what is
@@ -248,12 +242,6 @@ def seat_rows(
 
     state = dataclasses.replace(state, **{name: put(getattr(state, name), value) for name, value in values.items()})
     return shard_rows(mesh, (state, jax.tree.map(put, params, new)))
-
-
-@partial(jax.jit, static_argnames="mesh")
-def put_biases(mesh: Mesh | None, bias_BV: jax.Array, row_c: jax.Array, bias_cV: jax.Array) -> jax.Array:
-    """Return the biases of all rows with others for these; a row beyond the batch is padding."""
-    return shard_rows(mesh, bias_BV.at[row_c].set(bias_cV, mode="drop"))
 
 
 @partial(jax.jit, static_argnames=("mesh", "more"))

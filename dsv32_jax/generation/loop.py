@@ -2,19 +2,18 @@
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
-from ..errors import UsageError, pluralize
+from ..errors import pluralize
 from ..kernels import host_experts
 from ..model.model import Model
 from ..parallel import multihost
 from ..system.compilation import count_compilations, log_slow_compilation
 from . import memory
 from .batch import SEGMENT_TOKENS, Batch, Made, find_nonfinite
-from .constraint import find_bias
 from .pages import PAGE, count_pages
 from .prefill_decode import Caches
 from .request import fill, most_alone, most_beside, plan_chunk
@@ -116,6 +115,7 @@ class Loop:
                     row.read += 1
                     scheduler.learn(row, row.length)
             self.batch.state = state
+        self._release_ended(filter(None, chunk))
         for row in {id(row.request): row for row in chunk if row is not None}.values():
             row.report()
 
@@ -132,7 +132,7 @@ class Loop:
         """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read, or a row has a
         constraint."""
         scheduler, each = self.scheduler, 1 + self.draft
-        is_short = self._constrain() or bool(scheduler.reading)
+        is_short = bool(scheduler.reading) or any(row.constraint for row in scheduler.running)
         count = 1 if is_short else min(steps or self._segment, SEGMENT_TOKENS // each)
         waiting = len(scheduler.waiting)
         while not scheduler.reserve(count * each):
@@ -149,19 +149,6 @@ class Loop:
             slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
             longer = min(self._segment * 2, SEGMENT_TOKENS // each)
             self._segment = max(1, self._segment // 2) if slow else longer
-
-    def _constrain(self) -> bool:
-        """Let each row that has a constraint sample only what that allows next. Returns whether there are such rows."""
-        biases: dict[Row, Any] = {}
-        for row in self.scheduler.running:
-            try:
-                biases |= {row: find_bias(self.model, row, row.constraint)} if row.constraint else {}
-            except UsageError as error:
-                row.interrupt(error)
-                self.scheduler.release(row)
-        if biases:
-            self.batch.set_biases(biases)
-        return bool(biases)
 
     def _collect(self, running: Sequence[Row], made: Made) -> bool:
         """Hand out the tokens that a program generated. Returns False where logits were not finite: nothing in the
@@ -183,10 +170,13 @@ class Loop:
                 self.totals["generated"] += 1
         if bad:
             self.scheduler.clear()
-        for row in running:
+        self._release_ended(running)
+        return not bad
+
+    def _release_ended(self, rows: Iterable[Row]) -> None:
+        for row in rows:
             if row.finish_reason:
                 self.scheduler.release(row)
-        return not bad
 
     def _blame(self, bad: Sequence[Row], made: Made) -> None:
         """End rows with logits that are not finite with an error that names the first of each request."""

@@ -70,7 +70,7 @@ class Generated(Summarized):
     top_logprob_Bmw: jax.Array
 
 
-Step = Callable[[Model, Any, State, Generated], tuple[State, Generated]]
+Step = Callable[[Model, SamplerParams, State, Generated], tuple[State, Generated]]
 
 
 @partial(jax.jit, static_argnames=("cfg", "batch", "capacity", "dtype", "draft"))
@@ -158,9 +158,9 @@ def step(model: Model, params: SamplerParams, state: State, generated: Generated
 
 
 def decode(
-    step: Step, model: Model, params: Any, state: State, steps: Any, fewest: Any, slots: int, width: int
+    step: Step, model: Model, params: SamplerParams, state: State, steps: Any, fewest: Any, slots: int, width: int
 ) -> tuple[State, Generated]:
-    """Take `step`, which is given `params`, while more than `fewest` rows go on, at most `steps` times; a row has room
+    """Take `step` while more than `fewest` rows go on, at most `steps` times; a row has room
     for `slots` tokens.
 
     The barrier ties the weights to the step: XLA would otherwise dequantize all of them before the loop, and keep that.
@@ -175,15 +175,15 @@ def decode(
         here, state = jax.lax.optimization_barrier((model, state))
         return taken + 1, *step(here, params, state, generated)
 
-    generated = shard_rows(model.mesh, _nothing_generated(len(state.token_B), slots, width))
+    generated = shard_rows(model.mesh, nothing_generated(len(state.token_B), slots, width))
     return shard_rows(model.mesh, jax.lax.while_loop(unfinished, take_step, (jnp.int32(0), state, generated))[1:])
 
 
 def decode_layerwise(
-    step: Step, model: Model, params: Any, state: State, steps: int, fewest: int, slots: int, width: int
+    step: Step, model: Model, params: SamplerParams, state: State, steps: int, fewest: int, slots: int, width: int
 ) -> tuple[State, Generated]:
     """Do what `decode` does, calling each step from Python."""
-    generated = _nothing_generated(len(state.token_B), slots, width)
+    generated = nothing_generated(len(state.token_B), slots, width)
     for _ in range(steps):
         state, generated = step(model, params, state, generated)
         if (~fetch(state.done_B)).sum() <= fewest:
@@ -191,7 +191,8 @@ def decode_layerwise(
     return state, generated
 
 
-def _nothing_generated(batch: int, slots: int, width: int) -> Generated:
+def nothing_generated(batch: int, slots: int, width: int) -> Generated:
+    """Return no tokens, and room for `slots` of each row."""
     return Generated(
         jnp.zeros(batch, jnp.int32),
         jnp.zeros((batch, slots), jnp.int32),

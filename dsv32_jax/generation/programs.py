@@ -38,12 +38,17 @@ OPTIONS = compiler_options(os.environ.get("XLA_FLAGS", ""))
 
 
 class Programs(NamedTuple):
-    """The functions `prefill` and `decode` of prefill_decode.py and `draft` of speculative.py, as they are run."""
+    """The functions `prefill` and `decode` of prefill_decode.py and the parts of a step of speculative.py, as they are
+    run."""
 
     prefill: Callable[..., State]
     decode: Callable[..., tuple[State, Generated]]
+    catch_up: Callable[..., tuple[State, jax.Array, jax.Array]]
     draft: Callable[..., tuple[State, jax.Array]]
+    process: Callable[..., tuple[State, jax.Array]]
 
+
+PARTS = speculative.catch_up, speculative.draft, speculative.process
 
 WHOLE = Programs(
     jax.jit(prefill_decode.prefill, donate_argnames="state", compiler_options=OPTIONS),
@@ -53,11 +58,11 @@ WHOLE = Programs(
         donate_argnames="state",
         compiler_options=OPTIONS,
     ),
-    jax.jit(speculative.draft, donate_argnames="state", compiler_options=OPTIONS),
+    *(jax.jit(part, donate_argnames="state", compiler_options=OPTIONS) for part in PARTS),
 )
 """The whole model is one program, compiled once for each bucket of shapes."""
 
-LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise, speculative.draft)
+LAYERWISE = Programs(prefill_decode.prefill, prefill_decode.decode_layerwise, *PARTS)
 """Each kind of layer is one program, called from Python: compiles in seconds, runs slower."""
 
 

@@ -4,6 +4,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from .detokenizer import Detokenizer
 from .options import Sampling
 from .request import Request
@@ -21,7 +23,8 @@ class Row:
     pages          its pages; length: the tokens in them; unsure: how many of the last ones the MTP head has not read;
                    cached: the length when it lost its place
     read           prompt tokens that were read, again after a preemption;  steps, made: decode steps, and their tokens
-    constraint     which tokens may come next, None if all may
+    constraint     which tokens may come next, None if all may;  permitted: those that its sampling permits;  allowed:
+                   those that it may sample next. Both bool [V], or None where they were not found yet
     group          all rows of the request;  news: those of them that have pending tokens or have ended
     submitted      when it was;  before: the engine's totals then
     """
@@ -42,6 +45,8 @@ class Row:
         self.group, self.news, self.submitted = [self], deque[Row](), 0.0
         self.before: dict[str, float] = {}
         self.constraint = request.options.constraint and request.options.constraint()
+        self.permitted: np.ndarray | None = None
+        self.allowed: np.ndarray | None = None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop, self.prompt)
         self._pieces: list[str] = []
 
@@ -95,6 +100,7 @@ class Row:
         text, is_end = "", token in self.request.end_ids
         if self.constraint and not is_end:
             self.constraint.add(token)
+            self.allowed = None
         if self._detokenizer and not is_end:
             text = self._detokenizer.add([token])
         if is_end or self.stop_string is not None:

@@ -6,7 +6,7 @@ it: in float32 the result is token for token that of `prefill_decode.step`, gree
 """
 
 import dataclasses
-from typing import NamedTuple
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -17,63 +17,72 @@ from .prefill_decode import Generated, State, advance
 from .sampler import SamplerParams, process_logits, sample
 
 
-class Proposal(NamedTuple):
-    """The tokens that a step processes, the last one of each row and its drafts, and the parameters that its u new
-    tokens are sampled with. A draft of -1 is never right."""
-
-    tokens_Bu: jax.Array
-    params: tuple[SamplerParams, ...]
-
-
 def step(model: Model, params: SamplerParams, state: State, generated: Generated) -> tuple[State, Generated]:
     """Draft u - 1 tokens a row, and keep those that the model agrees with, and one token more."""
-    state, tokens_Bu = draft(model, params, state)
-    return verify(model, Proposal(tokens_Bu, (params,) * tokens_Bu.shape[1]), state, generated)
+    each = (params,) * state.next_Bu.shape[1]
+    state, z_B1D, logit_BV = catch_up(model, state)
+    state, tokens_Bu = draft(model, each[1:], state, z_B1D, logit_BV)
+    state, logit_BuV = process(model, state, tokens_Bu)
+    return accept(each, state, generated, tokens_Bu, logit_BuV)
 
 
-def verify(model: Model, proposal: Proposal, state: State, generated: Generated) -> tuple[State, Generated]:
-    """Keep the drafts that the model agrees with, and one token more."""
+def process(model: Model, state: State, tokens_Bu: jax.Array) -> tuple[State, jax.Array]:
+    """Process the last token of each row and the drafts behind it. Return the state, in which rows are as long as
+    before, and the logits [B, u, V]."""
+    h_BuD, cache = model(tokens_Bu, state.cache, jnp.zeros_like(state.cache.length_B))
+    state = dataclasses.replace(state, cache=cache, hidden_BuD=h_BuD)
+    return shard_rows(model.mesh, (state, model.logits(h_BuD)))
+
+
+def accept(
+    each: Sequence[SamplerParams], state: State, generated: Generated, tokens_Bu: jax.Array, logit_BuV: jax.Array
+) -> tuple[State, Generated]:
+    """Sample a token behind each of `tokens_Bu`, with the parameters in `each` for it, as long as the one before is the
+    draft that was processed. A draft of -1 is never right."""
     length_B, active_B, new_B = state.cache.length_B, ~state.done_B, state.new_B
-    tokens_Bu, each = proposal
-    h_BuD, cache = model(jnp.maximum(tokens_Bu, 0), state.cache, jnp.zeros_like(length_B))
-    logit_BuV = shard_rows(model.mesh, model.logits(h_BuD))
-
     state = dataclasses.replace(state, step_B=state.step_B + active_B.astype(jnp.int32))
-    sampled = []
+    sampled: list[jax.Array] = []
     for u, params in enumerate(each):
+        if u:
+            active_B &= ~state.done_B & (state.token_B == tokens_Bu[:, u])
         state, generated = advance(params, state, generated, logit_BuV[:, u], length_B + 1 + u, active_B)
         sampled.append(state.token_B)
-        if u + 1 < len(each):
-            active_B &= ~state.done_B & (state.token_B == tokens_Bu[:, u + 1])
     count_B = state.new_B - new_B
     state = dataclasses.replace(
         state,
-        cache=dataclasses.replace(cache, length_B=length_B + count_B),
-        hidden_BuD=h_BuD,
+        cache=dataclasses.replace(state.cache, length_B=length_B + count_B),
         next_Bu=jnp.stack(sampled, axis=1),
         unread_B=count_B,
     )
     return state, generated
 
 
-def draft(model: Model, params: SamplerParams, state: State) -> tuple[State, jax.Array]:
-    """Return the last token of each row and u - 1 drafts, and the state, in whose MTP cache only the slots of unread
-    tokens are true.
-
-    The head first reads the unread tokens with the model's own hidden vectors; after that it goes on from its own.
-    """
+def catch_up(model: Model, state: State) -> tuple[State, jax.Array, jax.Array]:
+    """Let the MTP head read the tokens that it has not, with the model's own hidden vectors. Return the state, in whose
+    MTP cache only the slots of those tokens are true, the head's hidden vectors [B, 1, D] of the last ones, and its
+    logits [B, V]."""
     mtp, cache, length_B = model.mtp, state.draft_cache, state.cache.length_B
     assert mtp is not None and cache is not None
-    cache = cache.with_table(state.cache.table_Bd)
     slot_Bu = (length_B - state.unread_B)[:, None] + jnp.arange(state.next_Bu.shape[1], dtype=jnp.int32)
-    z_BuD, cache = mtp(state.hidden_BuD, state.next_Bu, cache, slot_Bu)
+    z_BuD, cache = mtp(state.hidden_BuD, state.next_Bu, cache.with_table(state.cache.table_Bd), slot_Bu)
     z_B1D = jnp.take_along_axis(z_BuD, jnp.maximum(state.unread_B - 1, 0)[:, None, None], axis=1)
-    drafts: list[jax.Array] = []
-    for u in range(state.next_Bu.shape[1] - 1):
-        if u:
-            z_B1D, cache = mtp(z_B1D, drafts[-1][:, None], cache, (length_B - 1 + u)[:, None])
-        logit_BV = shard_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
-        logit_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
-        drafts.append(sample(params, logit_BV, length_B + 1 + u))
     state = dataclasses.replace(state, draft_cache=cache.with_table(None))
-    return shard_rows(model.mesh, (state, jnp.stack([state.token_B, *drafts], axis=1)))
+    return shard_rows(model.mesh, (state, z_B1D, mtp.logits(z_B1D)[:, 0]))
+
+
+def draft(
+    model: Model, each: Sequence[SamplerParams], state: State, z_B1D: jax.Array, logit_BV: jax.Array
+) -> tuple[State, jax.Array]:
+    """Return the state, and the last token of each row and u - 1 drafts, with the parameters in `each` for them. The
+    MTP head goes on from what `catch_up` returned, and then from its own hidden vectors."""
+    mtp, cache, length_B = model.mtp, state.draft_cache, state.cache.length_B
+    assert mtp is not None and cache is not None
+    tokens, cache = [state.token_B], cache.with_table(state.cache.table_Bd)
+    for u, params in enumerate(each):
+        if u:
+            z_B1D, cache = mtp(z_B1D, tokens[-1][:, None], cache, (length_B - 1 + u)[:, None])
+            logit_BV = shard_rows(model.mesh, mtp.logits(z_B1D)[:, 0])
+        processed_BV = process_logits(params, logit_BV, state.in_prompt_BV, state.generated_BV)
+        tokens.append(sample(params, processed_BV, length_B + 1 + u))
+    state = dataclasses.replace(state, draft_cache=cache.with_table(None))
+    return shard_rows(model.mesh, (state, jnp.stack(tokens, axis=1)))

@@ -1,13 +1,17 @@
 """Rows that are told after each token what may come next."""
 
 import dataclasses
+import re
 
+import jax
 import numpy as np
 import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import UsageError
+from dsv32_jax.generation import batch as batches
 from dsv32_jax.generation.constraint import look_ahead
+from dsv32_jax.generation.programs import WHOLE, Programs
 from dsv32_jax.generation.request import validate_for
 from dsv32_jax.generation.row import Row
 from tests import models
@@ -110,11 +114,39 @@ def test_what_comes_behind_drafts(model, drafts, expected, known):
     make = {"constraint": lambda: Dead(model.cfg.vocab_size, 9), "draft": 3, "max_new_tokens": 9}
     row = Row(validate_for(model, [PROMPTS[0]], **make))
     row.slot, row.constraint.last = 1, 19
-    tokens_Bu, biases = look_ahead(model, [row], np.array([[0, 5, 5, 5], [19, *drafts]]))
+    tokens_Bu, allowed_cuV = look_ahead(model, [row], np.array([[0, 5, 5, 5], [19, *drafts]]))
     assert tokens_Bu.tolist() == [[0, 5, 5, 5], [19, *expected]] and row.constraint.last == 19
-    assert [np.flatnonzero(np.isfinite(one[row])).tolist() for one in biases if one] == [
-        [*range(draft + 1, draft + 10)] for draft in drafts[:known]
-    ]
+    known_uV = [one for one in allowed_cuV[0] if not one.all()]
+    behind = [19, *drafts[:known]]
+    assert [np.flatnonzero(one).tolist() for one in known_uV] == [[*range(last + 1, last + 10)] for last in behind]
+
+
+@pytest.mark.parametrize("draft", [0, 2])
+def test_the_host_works_while_the_device_does(model, monkeypatch, draft):
+    """The first mask is found while the prompt is read, others while tokens are: when the program has been dispatched,
+    and before anybody waits for it. Behind drafts too, which alone are waited for."""
+    events = []
+
+    class Watched(Rising):
+        def allowed(self):
+            events.append("mask")
+            return super().allowed()
+
+    def note(name, run):
+        return lambda *arguments: (events.append(name), run(*arguments))[1]
+
+    with ds.engine(model, rows=2, capacity=128, draft=draft) as engine:
+        noted = {name: note(name, run) for name, run in WHOLE._asdict().items()}
+        monkeypatch.setattr(engine.loop.batch, "_programs", Programs(**noted))
+        monkeypatch.setattr(batches, "fetch", note("fetch", batches.fetch))
+        monkeypatch.setattr(jax, "block_until_ready", note("wait", jax.block_until_ready))
+        stream = engine.submit(PROMPTS[0], max_new_tokens=9, constraint=lambda: Watched(model.cfg.vocab_size))
+        other = engine.submit(PROMPTS[1], max_new_tokens=2)
+        assert [token.token for token in stream][-1] == 1 and len(list(other)) == 2
+    order = " ".join(events) + " "
+    begin, end = ("catch_up fetch ", "draft process fetch (mask )*") if draft else ("process fetch ", "")
+    end += "wait (fetch ){8}"
+    assert re.fullmatch(f"wait prefill mask wait {begin}{end}({begin}mask {end})+", order), order
 
 
 def test_what_cannot_be_kept(model):
