@@ -87,8 +87,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
         found = tensors.list_tensors(arguments.path, arguments.tensors)
         return _print(arguments, found, report.format_tensors(found))
     whole = folder_tree.inspect(arguments.path)
-    facts = {**dataclasses.asdict(whole), "bits_per_weight": whole.bits}
-    return _print(arguments, facts, report.format_inspection(whole))
+    return _print(arguments, dataclasses.asdict(whole), report.format_inspection(whole))
 
 
 def _add_verify(commands: Any) -> None:

@@ -4,7 +4,7 @@ A weight that the source stored in the same layout, with every bit kept, is writ
 Other weights get the layout's usual ones, and what the layout has no place for becomes bfloat16.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ from ..read.safetensors import DTYPES
 from ..read.weights import StoredWeight, dequantize
 from ..transform.cut import name_format
 from ..verify import inverse
-from .shared_scales import Sharing, find_differing_pairs, share_scales
+from .shared_scales import share_scales
 
 DTYPE_NAMES = {dtype.name: name for name, dtype in DTYPES.items()}
 LAYOUTS = {
@@ -77,17 +77,16 @@ def choose_targets(converted: Converted, family: str, share: bool) -> tuple[dict
         f"not converted, so not exported: {pluralize(count, 'tensor')} of the source ({reason})"
         for reason, count in converted.manifest.report["ignored"].items()
     ]
-    pairs = find_differing_pairs(converted, nvfp4)
-    sharing = share_scales(converted, pairs) if share else Sharing({}, [])
-    for name, (_, scale_bytes) in sharing.shared.items():
+    shared, more = share_scales(converted, nvfp4, share)
+    for name, (_, scale_bytes) in shared.items():
         target = targets[name]
         targets[name] = target.with_own_scales(target.block)._replace(scale_bytes=scale_bytes)
-    notes += sharing.notes(pairs)
+    notes += more
     wide = [w.name for w in nvfp4 if targets[w.name].block > NVFP4_BLOCK]
     if family == "modelopt" and 0 < len(wide) < len(nvfp4):
         targets |= {name: targets[name].with_own_scales(NVFP4_BLOCK) for name in wide}
         notes.append(f"group_size is 16: scales for 32 inputs are written twice in {pluralize(len(wide), 'weight')}")
-    owners = {w.name: weights[sharing.shared[w.name].partner] if w.name in sharing.shared else w for w in nvfp4}
+    owners = {w.name: shared[w.name].partner if w.name in shared else w for w in nvfp4}
     notes += _set_scalars(converted, targets, owners)
     return targets, notes
 
@@ -107,11 +106,10 @@ def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: boo
         return Target(kind, stored.block, tensors, stored)
     names = [weight.name + suffix for suffix in suffixes]
     (width,), block = inputs, weight.block
+    dtypes, shapes = ("F8_E4M3", "F32"), ((out, width), (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK)))
     if formats == {"nvfp4"}:
         dtypes = ("U8", "F8_E4M3", "F32")
         shapes = ((out, width // 2), (out, width // block), () if family == "modelopt" else (1,))
-    else:
-        dtypes, shapes = ("F8_E4M3", "F32"), ((out, width), (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK)))
     return Target(kind, block, tuple(map(OutputTensor, names, dtypes, shapes)))
 
 
@@ -191,12 +189,3 @@ def encode(target: Target, weight: Weight, parts: Sequence[Components]) -> dict[
     if target.kind == "packed-nvfp4" and not joined["tensor_scale"][0]:
         codes, block_scale = np.full_like(codes, MINUS_ZEROS), np.ones_like(block_scale)
     return {values.name: codes, scale.name: block_scale, scalar[0].name: target.scalar.reshape(scalar[0].shape)}
-
-
-def describe_changes(targets: Mapping[str, Target]) -> Iterable[tuple[str, list[str]]]:
-    """The weights that become bfloat16, by why."""
-    found: dict[str, list[str]] = {}
-    for name, target in targets.items():
-        if target.why:
-            found.setdefault(target.why, []).append(name)
-    return found.items()

@@ -5,9 +5,10 @@ in that folder names the job and its files, so that only files of an export are 
 killed after the renaming is recognized as finished. Memory is that of reading weight by weight.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from dsv32_jax.system.progress import Progress
 
 from ..name_folding import fold_names
 from ..plan.limits import require_disk_space
-from ..read.converted import Converted, Group, raise_damaged
+from ..read.converted import Converted, raise_damaged
 from ..read.source import CONFIG, INDEX, QUANTIZATION
-from .encode import Target, choose_targets, describe_changes, encode
+from .encode import Target, choose_targets, encode
 from .quantization_config import compressed_tensors_config, modelopt_config
 from .shards import SHARD_BYTES, Shard, ShardsWriter, plan_shards, write_index, write_json
 
@@ -75,12 +76,20 @@ def export(
         with lock_folder(aside):
             _clear(aside)
             require_disk_space(aside, nbytes)
-            _write(converted, aside, family, job, targets, shards, progress)
+            with _clear_if_full(aside):
+                files = [*(shard.file for shard in shards), INDEX, *COMPANIONS, QUANTIZATION, CONFIG]
+                write_json(aside / RECORD, {"job": job, "files": files})
+                _write_shards(converted, aside, targets, shards, progress)
+                copy_companions(converted.folder, aside)
+                _write_configs(converted, aside, family, targets)
             _publish(aside, out)
     with lock_folder(out):
         (out / LOCK).unlink()
         (out / RECORD).unlink()
-    changed = {why: fold_names(names) for why, names in describe_changes(targets)}
+    changed: dict[str, list[str]] = {}
+    for name, target in targets.items():
+        changed.setdefault(target.why, []).append(name)
+    changed = {why: fold_names(names) for why, names in changed.items() if why}
     return Exported(str(out), family, len(shards), sum(len(shard.tensors) for shard in shards), nbytes, changed, notes)
 
 
@@ -118,23 +127,11 @@ def _clear(aside: Path) -> None:
         file.unlink()
 
 
-def _write(
-    converted: Converted,
-    aside: Path,
-    family: str,
-    job: str,
-    targets: dict[str, Target],
-    shards: list[Shard],
-    progress: Callable[[Progress], None],
-) -> None:
-    """Write every file. Where the disk is full, what was written is of no use and is removed."""
-    files = [*(shard.file for shard in shards), INDEX, *COMPANIONS, QUANTIZATION, CONFIG]
+@contextlib.contextmanager
+def _clear_if_full(aside: Path) -> Iterator[None]:
+    """Where the disk is full, what was written is of no use and is removed."""
     try:
-        write_json(aside / RECORD, {"job": job, "files": files})
-        _write_shards(converted, aside, targets, shards, progress)
-        write_index(aside, shards)
-        copy_companions(converted.folder, aside)
-        _write_configs(converted, aside, family, targets)
+        yield
     except OSError as error:
         if error.errno not in FULL:
             raise
@@ -152,30 +149,25 @@ def _write_shards(
     shards: list[Shard],
     progress: Callable[[Progress], None],
 ) -> None:
-    def count_bytes(group: Group) -> int:
-        return sum(converted.expected[key].nbytes for key in converted.keys(group))
-
     groups = [group for group in converted.groups if group.weights[0].name in targets]
-    done, total = 0, sum(map(count_bytes, groups))
+    done, total = 0, sum(map(converted.count_bytes, groups))
     progress(Progress(done, total))
     writer = ShardsWriter(aside, shards)
     for group in groups:
         for weight, parts in converted.read(group, raise_damaged):
             for name, array in encode(targets[weight.name], weight, parts).items():
                 writer.add(name, array)
-        done += count_bytes(group)
+        done += converted.count_bytes(group)
         progress(Progress(done, total, group.leaves[0].path))
     writer.finish()
+    write_index(aside, shards)
 
 
 def _write_configs(converted: Converted, aside: Path, family: str, targets: dict[str, Target]) -> None:
     """Write config.json, with the quantization as the family describes it, and hf_quant_config.json if it has one."""
     matrices = {n.removesuffix(".weight"): target for n, target in targets.items() if len(target.tensors[0].shape) == 2}
-    quantization, beside = None, None
-    if family == "modelopt":
-        quantization, beside = modelopt_config(matrices)
-    elif family == "compressed-tensors":
-        quantization = compressed_tensors_config(matrices)
+    is_modelopt = family == "modelopt"
+    quantization, beside = modelopt_config(matrices) if is_modelopt else (compressed_tensors_config(matrices), None)
     if beside is not None:
         write_json(aside / QUANTIZATION, beside)
     quantized = {} if quantization is None else {"quantization_config": quantization}

@@ -15,60 +15,46 @@ from dsv32_jax.quantization.quantize import E4M3, E4M3_AS_SCALE
 from ..read.converted import Converted, Weight
 from ..transform.requantize import find_pairs
 
-Pair = tuple[Weight, Weight]
-
 
 class Shared(NamedTuple):
-    """A weight that takes over the tensor scale of `partner`: the new byte of every block scale byte."""
+    """A weight takes over the tensor scale of `partner`: the new byte of every block scale byte."""
 
-    partner: str
+    partner: Weight
     scale_bytes: np.ndarray
 
 
-class Sharing(NamedTuple):
-    """`shared`: weights to rescale, by name; `apart`: pairs that keep different scales."""
-
-    shared: dict[str, Shared]
-    apart: list[Pair]
-
-    def notes(self, pairs: list[Pair]) -> Iterator[str]:
-        """Notes on the `pairs` of different scales."""
-        if self.apart:
-            names = listing((f"{first.name} and {second.name}" for first, second in self.apart), 4)
-            count = pluralize(len(self.apart), "pair")
-            yield f"own tensor scales kept in {count}: sharing one would change values ({names})"
-        elif pairs and not self.shared:
-            count = pluralize(len(pairs), "pair")
-            yield (
-                f"different tensor scales in {count} of gate and up, or q_a and kv_a, and loaders that fuse them use "
-                f"one for both: {argument('share_scales', True)} gives them one where that is exact"
-            )
-        if self.shared:
-            yield f"rescaled exactly to the tensor scale of the partner: {pluralize(len(self.shared), 'weight')}"
-
-
-def find_differing_pairs(converted: Converted, weights: Iterable[Weight]) -> list[Pair]:
-    """The pairs among `weights` (all NVFP4) that are computed together and have different tensor scales."""
-    return [pair for pair in find_pairs(weights) if _scale(converted, pair[0]) != _scale(converted, pair[1])]
-
-
-def share_scales(converted: Converted, pairs: Iterable[Pair]) -> Sharing:
-    """Share one tensor scale in every pair where that is exact, either's."""
-    found = Sharing({}, [])
-    for first, second in pairs:
+def share_scales(
+    converted: Converted, weights: Iterable[Weight], share: bool
+) -> tuple[dict[str, Shared], Iterator[str]]:
+    """The NVFP4 `weights` to rescale, by name: of every pair with different tensor scales either, where that is exact;
+    none unless `share`. And notes on these pairs."""
+    pairs = [pair for pair in find_pairs(weights) if _scale(converted, pair[0]) != _scale(converted, pair[1])]
+    shared: dict[str, Shared] = {}
+    apart = []
+    for first, second in pairs if share else ():
         for weight, partner in ((second, first), (first, second)):
-            used = {
-                byte
-                for leaf in range(len(weight.leaves))
-                for byte in np.unique(converted.component(weight, "block_scale", leaf).view(np.uint8)).tolist()
-            }
+            scales = (converted.component(weight, "block_scale", leaf) for leaf in range(len(weight.leaves)))
+            used = {byte for scale in scales for byte in np.unique(scale.view(np.uint8)).tolist()}
             table = rescale_bytes(used, _scale(converted, weight), _scale(converted, partner))
             if table is not None:
-                found.shared[weight.name] = Shared(partner.name, table)
+                shared[weight.name] = Shared(partner, table)
                 break
         else:
-            found.apart.append((first, second))
-    return found
+            apart.append(f"{first.name} and {second.name}")
+    return shared, _describe(0 if share else len(pairs), len(shared), apart)
+
+
+def _describe(differing: int, shared: int, apart: list[str]) -> Iterator[str]:
+    if differing:
+        yield (
+            f"different tensor scales in {pluralize(differing, 'pair')} of gate and up, or q_a and kv_a, and loaders "
+            f"that fuse them use one for both: {argument('share_scales', True)} gives them one where that is exact"
+        )
+    if apart:
+        kept = f"own tensor scales kept in {pluralize(len(apart), 'pair')}"
+        yield f"{kept}: sharing one would change values ({listing(apart, 4)})"
+    if shared:
+        yield f"rescaled exactly to the tensor scale of the partner: {pluralize(shared, 'weight')}"
 
 
 def rescale_bytes(used: Iterable[int], own: np.float32, other: np.float32) -> np.ndarray | None:

@@ -4,7 +4,6 @@ A Hugging Face folder is shown by the names of its weights, scales counted with 
 checkpoint by the model's parameters.
 """
 
-import collections
 import dataclasses
 import functools
 import itertools
@@ -22,11 +21,8 @@ from dsv32_jax.system.files import expand_path
 
 from ..read.safetensors import Tensor
 from ..read.source import Source
-from ..read.weights import detect
+from ..read.weights import SCALES, detect, split_weight
 from ..transform.cut import name_format
-
-SCALE_SUFFIXES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
-SCALES = tuple(f"weight{suffix}" for suffix in SCALE_SUFFIXES)
 
 OTHER = "no weight"
 """The kind of a tensor that belongs to no weight, such as an activation scale."""
@@ -92,12 +88,8 @@ class Inspection:
     sizes: list[tuple[str, str, int, int]]
     parameters: int
     nbytes: int
+    bits_per_weight: float
     notes: list[str]
-
-    @property
-    def bits(self) -> float:
-        """Bits per parameter."""
-        return 8 * self.nbytes / max(self.parameters, 1)
 
 
 def inspect(folder: str | Path) -> Inspection:
@@ -114,7 +106,7 @@ def inspect_source(source: Source) -> Inspection:
     except ConfigError as error:
         notes.append(str(error))
     layers = source.config.get("num_hidden_layers")
-    items = list(source_items(source.tensors, layers if isinstance(layers, int) else None))
+    items = source_items(source.tensors, layers if isinstance(layers, int) else None)
     return summarize(source.folder, "Hugging Face", source.config, items, notes)
 
 
@@ -136,36 +128,24 @@ def source_items(tensors: Mapping[str, Tensor], mtp_layer: int | None) -> Iterat
     """
     storage: dict[tuple, tuple[str, tuple[int, ...], int]] = {}
     for name, tensor in tensors.items():
-        if name.endswith(SCALES) and _has_weight(name, tensors):
+        weight, suffix = split_weight(name) if name.endswith(SCALES) else (name, "")
+        if suffix in SCALES and {weight, weight + "_packed"} & tensors.keys():
             continue
         base = name.removesuffix("_packed")
-        scales = [found for suffix in SCALE_SUFFIXES if (found := tensors.get(base + suffix)) is not None]
-        dtypes = tuple((t.dtype, t.shape) for t in (tensor, *scales))
-        signature = (base == name, base.endswith(".weight"), dtypes)
+        found = [tensor, *[tensors[base + suffix] for suffix in SCALES if base + suffix in tensors]]
+        signature = (base == name, base.endswith(".weight"), *[(one.dtype, one.shape) for one in found])
         if signature not in storage:
-            storage[signature] = _detect_storage(base, tensor, tensors, scales)
+            try:
+                stored = detect(base, tensors)
+                format, shape = name_format(stored.format, tensor.dtype.lower()), stored.shape
+            except CheckpointError:
+                format, shape = tensor.dtype.lower(), tensor.shape
+            storage[signature] = format, shape, sum(one.nbytes for one in found)
         format, shape, nbytes = storage[signature]
         layer, rest = split_layer(base)
         pattern = fold_expert(rest)
         kind = _kind_of(pattern, layer is not None and layer == mtp_layer)
         yield Item(layer, pattern, kind, format, shape, 0 if kind == OTHER else math.prod(shape), nbytes)
-
-
-def _has_weight(scale: str, tensors: Mapping[str, Tensor]) -> bool:
-    base = scale[: scale.rfind("weight") + len("weight")]
-    return base in tensors or base + "_packed" in tensors
-
-
-def _detect_storage(
-    name: str, tensor: Tensor, tensors: Mapping[str, Tensor], scales: list[Tensor]
-) -> tuple[str, tuple[int, ...], int]:
-    """Format, logical shape and bytes of a weight; of an unsupported format, the tensor's own dtype and shape."""
-    nbytes = tensor.nbytes + sum(scale.nbytes for scale in scales)
-    try:
-        stored = detect(name, tensors)
-    except CheckpointError:
-        return tensor.dtype.lower(), tensor.shape, nbytes
-    return name_format(stored.format, tensor.dtype.lower()), stored.shape, nbytes
 
 
 @functools.lru_cache(maxsize=4096)
@@ -175,43 +155,46 @@ def _kind_of(name: str, is_mtp: bool) -> str:
     return "MTP" if is_mtp else next((kind for part, kind in KINDS if part in name), "other")
 
 
-def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> list[Item]:
+def manifest_items(cfg: Config, entries: Mapping[str, LeafEntry]) -> Iterator[Item]:
     """The parameters of a model, from their manifest entries."""
     sources = {leaf.path: leaf.sources[0] for leaf in leaves(cfg)}
-    items = []
     for path, entry in entries.items():
         kind = _kind_of(sources.get(path, ""), path.startswith("mtp."))
         layer, name = split_layer(path)
-        shape = entries[entry.same_as or path].shape or ()
         if entry.same_as is not None:
-            items.append(Item(layer, name, kind, f"= {entry.same_as}", shape, 0, 0))
+            yield Item(layer, name, kind, f"= {entry.same_as}", entries[entry.same_as].shape or (), 0, 0)
             continue
-        nbytes = sum(array.nbytes for array in entry.arrays.values())
-        format = name_format(entry.format, next(iter(entry.arrays.values())).dtype)
-        items.append(Item(layer, name, kind, format, shape, math.prod(shape), nbytes))
-    return items
+        shape, arrays = entry.shape or (), list(entry.arrays.values())
+        nbytes = sum(array.nbytes for array in arrays)
+        yield Item(layer, name, kind, name_format(entry.format, arrays[0].dtype), shape, math.prod(shape), nbytes)
 
 
 def summarize(
-    folder: str | Path, layout: str, config: dict[str, Any], items: list[Item], notes: list[str]
+    folder: str | Path, layout: str, config: dict[str, Any], found: Iterable[Item], notes: list[str]
 ) -> Inspection:
-    """The Inspection of `items`: their tree, and sums by kind and format."""
-    sizes: dict[tuple[str, str], list[int]] = collections.defaultdict(lambda: [0, 0])
+    """The Inspection of the items `found`: their tree, and sums by kind and format."""
+    items = list(found)
+    alike: dict[tuple[str, str], list[Item]] = {}
     for item in items:
-        size = sizes[item.kind, item.format]
-        size[0] += item.parameters
-        size[1] += item.nbytes
+        alike.setdefault((item.kind, item.format), []).append(item)
+    parameters, nbytes = _sum_sizes(items)
     keys = ("model_type", "num_hidden_layers", "first_k_dense_replace", "n_routed_experts", "num_nextn_predict_layers")
     return Inspection(
         folder=str(folder),
         layout=layout,
         title=", ".join(f"{key} {config[key]}" for key in keys if key in config),
         tree=list(build_tree(items)),
-        sizes=[(kind, format, size[0], size[1]) for (kind, format), size in sizes.items()],
-        parameters=sum(item.parameters for item in items),
-        nbytes=sum(item.nbytes for item in items),
+        sizes=[(*key, *_sum_sizes(some)) for key, some in alike.items()],
+        parameters=parameters,
+        nbytes=nbytes,
+        bits_per_weight=8 * nbytes / max(parameters, 1),
         notes=notes,
     )
+
+
+def _sum_sizes(items: Sequence[Item]) -> tuple[int, int]:
+    """Parameters and bytes of `items`."""
+    return sum(item.parameters for item in items), sum(item.nbytes for item in items)
 
 
 def build_tree(items: Iterable[Item]) -> Iterator[Branch]:
@@ -222,10 +205,7 @@ def build_tree(items: Iterable[Item]) -> Iterator[Branch]:
 
     def sum_rows(run: Sequence[int | None]) -> list[Row]:
         alike = {key: [item for layer in run for item in layers[layer][key]] for key in layers[run[0]]}
-        return [
-            Row(*key, len(found), sum(item.parameters for item in found), sum(item.nbytes for item in found))
-            for key, found in alike.items()
-        ]
+        return [Row(*key, len(found), *_sum_sizes(found)) for key, found in alike.items()]
 
     if None in layers:
         yield Branch(None, sum_rows([None]))

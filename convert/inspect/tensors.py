@@ -2,6 +2,7 @@
 
 import collections
 import fnmatch
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,8 @@ from dsv32_jax.system.files import expand_path
 
 from ..read import weights
 from ..read.converted import Converted, raise_damaged
-from ..read.safetensors import Tensor
 from ..read.source import Source
-from ..read.weights import StoredWeight, dequantize, detect
+from ..read.weights import dequantize, detect, split_weight
 from ..transform.requantize import count_odd_scales
 
 PIECE = 1 << 20
@@ -32,10 +32,8 @@ def list_tensors(folder: str | Path, pattern: str) -> list[dict[str, Any]]:
     Raises UsageError where none does.
     """
     folder = expand_path(folder).absolute()
-    found = list(_list_converted(folder, pattern) if is_converted(folder) else _list_source(folder, pattern))
-    if not found:
-        raise _no_match(folder, pattern)
-    return found
+    rows = _list_converted(folder, pattern) if is_converted(folder) else _list_source(folder, pattern)
+    return list(_require_any(rows, folder, pattern))
 
 
 def compute_statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, Any]]:
@@ -43,19 +41,17 @@ def compute_statistics(folder: str | Path, pattern: str) -> Iterator[dict[str, A
 
     Raises UsageError where none does, VerificationError where an array has changed.
     """
-    folder, found = expand_path(folder).absolute(), False
+    folder = expand_path(folder).absolute()
     rows = _converted_statistics(folder, pattern) if is_converted(folder) else _source_statistics(folder, pattern)
-    for row in rows:
-        found = True
-        yield row
-    if not found:
-        raise _no_match(folder, pattern)
+    return _require_any(rows, folder, pattern)
 
 
-def _no_match(folder: Path, pattern: str) -> UsageError:
+def _require_any(rows: Iterator[dict[str, Any]], folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
+    if (first := next(rows, None)) is not None:
+        return itertools.chain([first], rows)
     names = list(Manifest.read(folder).leaves if is_converted(folder) else Source(folder).tensors)
     examples = listing(names[len(names) // 3 :: len(names) // 3 + 1], 3)
-    return UsageError(f"no tensor of {folder} matches {pattern}. Names look like {examples}; quote the pattern")
+    raise UsageError(f"no tensor of {folder} matches {pattern}. Names look like {examples}; quote the pattern")
 
 
 def _list_source(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
@@ -79,22 +75,14 @@ def _row(name: str, dtype: str, shape: tuple[int, ...], nbytes: int, place: str)
 
 def _source_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:
     source = Source(folder)
-    seen: set[str] = set()
-    for name in source.tensors:
-        stored = _find_weight(name, source.tensors) if fnmatch.fnmatchcase(name, pattern) else None
-        if stored is not None and stored.name not in seen:
-            seen.add(stored.name)
-            statistics = summarize_values([weights.read_components(stored, source.read)])
-            yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics}
-
-
-def _find_weight(name: str, tensors: dict[str, Tensor]) -> StoredWeight | None:
-    """The weight that the tensor `name` belongs to, None where there is none in a supported format."""
-    base = name[: name.rfind("weight") + len("weight")] if ".weight" in name else name
-    try:
-        return detect(base, tensors)
-    except CheckpointError:
-        return None
+    names = (split_weight(name)[0] for name in source.tensors if fnmatch.fnmatchcase(name, pattern))
+    for name in dict.fromkeys(names):
+        try:
+            stored = detect(name, source.tensors)
+        except CheckpointError:
+            continue
+        statistics = summarize_values([weights.read_components(stored, source.read)])
+        yield {"name": stored.name, "format": stored.format, "shape": list(stored.shape), **statistics}
 
 
 def _converted_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]]:

@@ -169,7 +169,7 @@ class _LeafPlanner:
         try:
             stored = detect(name, self._tensors)
         except CheckpointError as error:
-            self._claimed |= {name, *(name + suffix for suffix in SCALES)}
+            self._claimed |= {name, name + "_packed", *(name + suffix for suffix in SCALES)}
             self._claimed |= {name.removesuffix(".weight") + suffix for suffix in FACTORS}
             if isinstance(error, MissingTensorsError):
                 self._missing |= dict.fromkeys(error.names)

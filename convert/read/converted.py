@@ -102,6 +102,10 @@ class Converted:
         """The arrays that `group` is read from."""
         return [key for leaf in group.leaves for key in self._keys(leaf).values()]
 
+    def count_bytes(self, group: Group) -> int:
+        """Bytes of the arrays that `group` is read from."""
+        return sum(self.expected[key].nbytes for key in self.keys(group))
+
     def _keys(self, leaf: Leaf) -> dict[str, Key]:
         """The keys of a parameter's components; a shared one has those of its original."""
         path = self.manifest.leaves[leaf.path].same_as or leaf.path

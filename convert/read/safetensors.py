@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401  NumPy learns its dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError, listing, pluralize
@@ -27,24 +27,10 @@ MAX_NAME_BYTES = 512
 MAX_RANK = 8
 MAX_BYTES = 2**62
 
-DTYPES: dict[str, np.dtype] = {
-    "BOOL": np.dtype(np.bool_),
-    "U8": np.dtype(np.uint8),
-    "I8": np.dtype(np.int8),
-    "U16": np.dtype(np.uint16),
-    "I16": np.dtype(np.int16),
-    "U32": np.dtype(np.uint32),
-    "I32": np.dtype(np.int32),
-    "U64": np.dtype(np.uint64),
-    "I64": np.dtype(np.int64),
-    "F16": np.dtype(np.float16),
-    "F32": np.dtype(np.float32),
-    "F64": np.dtype(np.float64),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
-}
+NAMES = "BOOL U8 I8 U16 I16 U32 I32 U64 I64 F16 F32 F64 BF16 F8_E4M3 F8_E5M2 F8_E8M0"
+NUMPY_NAMES = "bool u1 i1 u2 i2 u4 i4 u8 i8 f2 f4 f8 bfloat16 float8_e4m3fn float8_e5m2 float8_e8m0fnu"
+DTYPES: dict[str, np.dtype] = dict(zip(NAMES.split(), map(np.dtype, NUMPY_NAMES.split()), strict=True))
+"""The dtypes of tensors by their names in safetensors."""
 
 JSON = "JSON, not weights: probably an error message of the server; download the file again"
 
@@ -58,6 +44,9 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.dtype} {list(self.shape)}"
 
 
 class Header(NamedTuple):

@@ -11,10 +11,9 @@ packed-nvfp4       weight_packed U8, weight_scale [out, in/16], weight_global_sc
 modelopt-nvfp4-awq those of modelopt-nvfp4, pre_quant_scale [in]                      e2m1 * scale * scale_2 * pre
 modelopt-nvfp4-svd and svdquant_lora_a [rank, in], svdquant_lora_b [out, rank]        (... + lora_b @ lora_a) * pre
 
-Sizes are rounded up. A scale of FP8, of BF16, F16, F32 or F8_E8M0, is a 128x128 grid (also [rows, 1, columns, 1]), one
-a row ([out] or [out, 1]), or one for all. The block of NVFP4 is in / scale.shape[1], 16 or 32. Unsupported formats are
-refused by name.
-ModelOpt applies pre_quant_scale to the inputs, before both the matrix and the low-rank path beside it.
+Sizes are rounded up. A scale of FP8 is a 128x128 grid (also [rows, 1, columns, 1]), one a row ([out] or [out, 1]), or
+one for all. The block of NVFP4 is in / scale.shape[1], 16 or 32. ModelOpt applies pre_quant_scale to the inputs, before
+both the matrix and the low-rank path beside it.
 """
 
 import dataclasses
@@ -46,8 +45,8 @@ UNSUPPORTED = (
 
 SUPPORTED = "BF16, F16, F32, FP8 E4M3 with weight_scale_inv or weight_scale, NVFP4 of ModelOpt or compressed-tensors"
 
-SCALES = ("_packed", "_scale", "_scale_inv", "_scale_2", "_global_scale")
-"""Suffixes of a weight's name for its other tensors."""
+SCALES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
+"""Suffixes of a weight's name for its scales."""
 
 FACTORS = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
 """Suffixes of a linear's name for the tensors of ModelOpt's AWQ and SVDQuant."""
@@ -114,6 +113,12 @@ class StoredWeight:
         return TARGETS[target][0] == self.format and (target != "bf16" or self.values.dtype == "BF16")
 
 
+def split_weight(name: str) -> tuple[str, str]:
+    """Return the name of the weight that a tensor belongs to by its name, and the suffix of the latter."""
+    stem, mark, suffix = name.rpartition(".weight")
+    return (stem + mark, suffix) if mark else (name, "")
+
+
 def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
     """Find out how the weight `name` ("....weight", or a bias) is stored among `tensors`.
 
@@ -126,9 +131,10 @@ def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
     for suffix, format in UNSUPPORTED:
         if stem + suffix in tensors:
             raise CheckpointError(f"{stem + suffix}: {format} is not supported; supported are {SUPPORTED}")
-    if (packed := tensors.get(name + "_packed")) is not None:
-        if name in tensors:
-            raise CheckpointError(f"{stem} has both weight and weight_packed: which one counts is unknown")
+    packed = tensors.get(name + "_packed")
+    if packed is not None and name in tensors:
+        raise CheckpointError(f"{stem} has both weight and weight_packed: which one counts is unknown")
+    if packed is not None:
         return _detect_nvfp4("packed-nvfp4", packed, name, tensors)
     (weight,) = _find(tensors, name)
     if weight.dtype == "U8":
@@ -142,48 +148,42 @@ def _find(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
     return [tensors[name] for name in names]
 
 
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.name} is {tensor.dtype} {list(tensor.shape)}"
-
-
 def _detect_dense(tensor: Tensor) -> StoredWeight:
     if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"{_describe(tensor)}; supported are {SUPPORTED}")
+        raise CheckpointError(f"{tensor}; supported are {SUPPORTED}")
     return StoredWeight("dense", "dense", tensor.shape, 1, tensor)
 
 
-def _require_matrix(tensor: Tensor) -> None:
-    if len(tensor.shape) != 2:
-        raise CheckpointError(f"{_describe(tensor)}: quantized weights are matrices")
+def _require_quantized(weight: Tensor, scale: Tensor, dtypes: tuple[str, ...]) -> None:
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"{weight}: quantized weights are matrices")
+    if scale.dtype not in dtypes:
+        raise CheckpointError(f"{scale.name} is {scale.dtype}; scales of this format are {' or '.join(dtypes)}")
 
 
 def _require_shape(scale: Tensor, weight: Tensor, allowed: list[tuple[int, ...]]) -> None:
     if scale.shape not in allowed:
         shapes = " or ".join(str(list(shape)) for shape in allowed) or "absent"
         raise CheckpointError(
-            f"{_describe(scale)}; for {weight.name} {list(weight.shape)} it must be {shapes} "
+            f"{scale}; for {weight.name} {list(weight.shape)} it must be {shapes} "
             "(scales that are padded or swizzled for a kernel are not supported)"
         )
 
 
 def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
-    is_deepseek = name + "_scale_inv" in tensors or name + "_scale" not in tensors
-    if is_deepseek and name + "_scale" in tensors:
+    kind, suffix = ("fp8", "_scale") if name + "_scale" in tensors else ("deepseek-fp8", "_scale_inv")
+    if kind == "fp8" and name + "_scale_inv" in tensors:
         raise CheckpointError(f"{name} has both weight_scale_inv and weight_scale: which one counts is unknown")
-    (scale,) = _find(tensors, name + ("_scale_inv" if is_deepseek else "_scale"))
-    _require_matrix(weight)
-    if scale.dtype not in FP8_SCALES:
-        raise CheckpointError(f"{scale.name} is {scale.dtype}; FP8 scales in {', '.join(FP8_SCALES)} are supported")
+    (scale,) = _find(tensors, name + suffix)
+    _require_quantized(weight, scale, FP8_SCALES)
     out, width = weight.shape
     rows, columns = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
     grids = [(rows, columns), (rows, 1, columns, 1)]
     _require_shape(scale, weight, [*grids, (out, 1), (out,), (1,), (1, 1), ()])
-    kind = "deepseek-fp8" if is_deepseek else "fp8"
     return StoredWeight(kind, "fp8_block", weight.shape, FP8_BLOCK, weight, scale)
 
 
 def _detect_nvfp4(kind: str, codes: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
-    """Check that codes, block scales and tensor scale belong together."""
     is_packed = kind == "packed-nvfp4"
     suffix, others = ("_global_scale", "NVFP4_E5M3 and MXFP4 are") if is_packed else ("_scale_2", "MXFP4 is")
     found = tensors.get(name + "_scale")
@@ -192,14 +192,11 @@ def _detect_nvfp4(kind: str, codes: Tensor, name: str, tensors: Mapping[str, Ten
     scale, scalar = _find(tensors, name + "_scale", name + suffix)
     if codes.dtype != "U8":
         raise CheckpointError(f"{codes.name} is {codes.dtype}: only E2M1 codes packed into U8 are supported")
-    _require_matrix(codes)
-    dtypes = ("F8_E4M3",) if is_packed else ("F8_E4M3", "U8")
-    if scale.dtype not in dtypes:
-        raise CheckpointError(f"{scale.name} is {scale.dtype}; NVFP4 block scales are {' or '.join(dtypes)}")
+    _require_quantized(codes, scale, ("F8_E4M3",) if is_packed else ("F8_E4M3", "U8"))
     out, width = codes.shape[0], 2 * codes.shape[1]
     _require_shape(scale, codes, [(out, width // block) for block in BLOCK_SIZES if width and width % block == 0])
     if math.prod(scalar.shape) != 1 or scalar.dtype not in FLOATS:
-        raise CheckpointError(f"{_describe(scalar)}, not one floating-point number")
+        raise CheckpointError(f"{scalar}, not one floating-point number")
     return StoredWeight(kind, "nvfp4", (out, width), width // scale.shape[1], codes, scale, scalar)
 
 
@@ -213,17 +210,15 @@ def _add_factors(stored: StoredWeight, stem: str, tensors: Mapping[str, Tensor])
     (out, width), rank = stored.shape, lora[0].shape[0] if lora and lora[0].shape else 0
     for tensor, shape in zip((pre, *lora), ((width,), (rank, width), (out, rank)), strict=False):
         if tensor.shape != shape or tensor.dtype not in FLOATS:
-            raise CheckpointError(f"{_describe(tensor)}, not floats {list(shape)}")
+            raise CheckpointError(f"{tensor}, not floats {list(shape)}")
     return dataclasses.replace(
         stored, kind=f"modelopt-{method}", format=method, pre_quant_scale=pre, lora=tuple(lora), wanted="bf16"
     )
 
 
 def read_components(stored: StoredWeight, read: Read) -> dict[str, np.ndarray]:
-    """Read the components of a weight (manifest.COMPONENTS): [out, in'] each, tensor_scale [1, 1], nothing cut yet.
-
-    Bytes stay as they are, but FP8 scales are expanded to one per row.
-    """
+    """Read the components of a weight (manifest.COMPONENTS), [out, in'] each: tensor_scale [1, 1], FP8 scales one per
+    row."""
     values = read(stored.values)
     if stored.format == "dense":
         return {"values": values}
@@ -265,8 +260,7 @@ def read_tensor_scale(stored: StoredWeight, read: Read) -> np.ndarray:
 
 def _expand_to_rows(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """Return float32 [out, ceil(in / 128)] from a 128x128 grid, one scale a row, or one scale for all."""
-    out, width = shape
-    rows, blocks = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
+    out, rows, blocks = shape[0], *(-(-size // FP8_BLOCK) for size in shape)
     scale = scale.astype(np.float32)
     if scale.shape in ((rows, blocks), (rows, 1, blocks, 1)):
         scale = scale.reshape(rows, blocks)

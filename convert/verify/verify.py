@@ -148,7 +148,7 @@ class _Proof:
 
     def run(self) -> None:
         """Read everything."""
-        self._total = sum(self._count_bytes(group) for group in self._converted.groups)
+        self._total = sum(map(self._converted.count_bytes, self._converted.groups))
         if self._source is not None:
             self._total += sum(tensor.nbytes for name, tensor in self._source.tensors.items() if name in self.recorded)
         self._progress(Progress(0, self._total))
@@ -162,9 +162,6 @@ class _Proof:
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-
-    def _count_bytes(self, group: Group) -> int:
-        return sum(self._converted.expected[key].nbytes for key in self._converted.keys(group))
 
     def _report(self, nbytes: int, name: str) -> None:
         with self._lock:
@@ -182,7 +179,7 @@ class _Proof:
         else:
             for weight, parts in self._converted.read(group, self._note_damage):
                 self._check_weight(weight, parts)
-        self._report(self._count_bytes(group), group.leaves[0].path)
+        self._report(self._converted.count_bytes(group), group.leaves[0].path)
 
     def _note_damage(self, problem: DsvError) -> None:
         """Note what is wrong with an array once, however many parameters share it."""
