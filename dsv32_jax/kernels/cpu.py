@@ -126,12 +126,12 @@ def attend(
     slot_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C], as `mla.attend_selected`."""
+    """Return each head's weighted sum of the latents in its slots, as `mla.attend_selected`."""
     none = jnp.zeros(0, jnp.float32)
     values, scale = (c_kv_yqC.bits, c_kv_yqC.scale) if isinstance(c_kv_yqC, Fp8Rows) else (_bits(c_kv_yqC), none)
     call = jax.ffi.ffi_call(ATTENTION, jax.ShapeDtypeStruct(q_c_BTHC.shape, jnp.float32), vmap_method="sequential")
     operands = (q_c_BTHC, q_r_BTHR, values, scale, _bits(k_r_yqR), slot_BTk.astype(jnp.int32))
-    return call(*operands, scale=np.float32(softmax_scale / math.log(2)))
+    return call(*operands, scale=np.float32(softmax_scale / math.log(2))).astype(q_c_BTHC.dtype)
 
 
 def _bits(rows: Rows) -> jax.Array:

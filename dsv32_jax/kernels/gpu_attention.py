@@ -1,8 +1,8 @@
 """Sparse attention on NVIDIA GPUs: how the kernels of `triton_attention` are launched.
 
 Measured on an H100 at the real sizes (index_topk 2048, 128 heads, latents of 512): scoring 131,072 keys for one query
-takes 25 us, for 2,048 queries 9.7 ms (450 TFLOP/s); selecting for 2,048 queries 1.6 ms; attending for 2,048 queries
-4.9 ms (235 TFLOP/s).
+takes 15 us, for 2,048 queries 9.7 ms (450 TFLOP/s); selecting among them takes 28 us, and for 2,048 queries among 34,816
+0.5 ms; attending for 2,048 queries 4.9 ms (235 TFLOP/s).
 """
 
 import importlib
@@ -13,15 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from ..quantization.cache_formats import Bf16Rows, Fp8Rows, Rows
-from . import reference
 from .triton_launch import launch
 
 SLOTS_SCORED, QUERIES_SCORED = 128, 32
+SLOTS_OF_ONE, TILES_OF_ONE = 128, 4
 SAMPLE, CANDIDATES, BLOCK = 8192, 4096, 4096
 HEADS, SLOTS = 64, 64
 MULTIPROCESSORS = 132
-FEW_ROWS, LONG = 2, 65536
-"""XLA selects faster in so few rows of so many scores, because its sort uses all multiprocessors for a row."""
 
 
 def supports(dtype: Any, rows: tuple[Rows, ...], sizes: tuple[int, ...]) -> bool:
@@ -39,35 +37,55 @@ def index_scores(
     page, blocks, queries = k_yqJ.shape[1], table_Bd.shape[1], min(tokens, QUERIES_SCORED)
     slots = page * blocks
     values, scale, fp8 = _split(k_yqJ, w_BTI)
+    if tokens == 1:
+        name, own = "index_scores_of_one_kernel", {"SLOTS": SLOTS_OF_ONE, "TILES": TILES_OF_ONE}
+        grid = (-(-slots // (SLOTS_OF_ONE * TILES_OF_ONE)), batch, 1)
+    else:
+        name, own = "index_scores_kernel", {"SLOTS": SLOTS_SCORED, "T": tokens, "QUERIES": queries}
+        grid = (-(-slots // SLOTS_SCORED), batch * -(-tokens // queries), 1)
     return launch(
-        _kernel("index_scores_kernel"),
+        _kernel(name),
         jax.ShapeDtypeStruct((batch, tokens, slots), jnp.float32),
         *(q_BTIJ, w_BTI, values, scale, table_Bd, position_BT),
-        grid=(-(-slots // SLOTS_SCORED), batch * -(-tokens // queries), 1),
+        grid=grid,
         num_warps=4,
-        num_stages=2,
-        **{"T": tokens, "S": slots, "HEADS": heads, "J": width, "FP8": fp8, "QUERIES": queries, "SLOTS": SLOTS_SCORED},
-        **{"PAGE": page, "BLOCKS": blocks},
+        num_stages=3 if tokens == 1 else 2,
+        **{"S": slots, "HEADS": heads, "J": width, "FP8": fp8, "PAGE": page, "BLOCKS": blocks, **own},
     )
 
 
 def select_topk(score_BTS: jax.Array, position_BT: jax.Array, topk: int) -> jax.Array:
-    """Return the positions [B, T, topk] of the largest scores of each query, then -1."""
+    """Return the positions [B, T, topk] of the largest scores of each query, then -1. A few long rows are searched by
+    several programs each."""
     batch, tokens, slots = score_BTS.shape
-    if batch * tokens <= FEW_ROWS and slots >= LONG:
-        return reference.select_topk(score_BTS, topk)
     rows, size = batch * tokens, max(CANDIDATES, 1 << (2 * topk - 1).bit_length())
+    blocks = -(-slots // BLOCK)
+    each = BLOCK * -(-blocks // min(blocks, max(1, MULTIPROCESSORS // rows)))
+    parts = -(-slots // each)
+    sizes = {"S": slots, "K": topk, "SIZE": size, "BLOCK": BLOCK, "PARTS": parts, "ROOM": min(each, size)}
+    found, count = launch(
+        _kernel("collect_kernel"),
+        (
+            jax.ShapeDtypeStruct((rows, parts, min(each, size)), jnp.int32),
+            jax.ShapeDtypeStruct((rows, parts), jnp.int32),
+        ),
+        *(score_BTS, position_BT),
+        grid=(rows, parts, 1),
+        num_warps=8,
+        num_stages=2,
+        **{**sizes, "SAMPLE": SAMPLE, "EACH": each},
+    )
     _, selected_BTk = launch(
         _kernel("select_kernel"),
         (
-            jax.ShapeDtypeStruct((rows, size), jnp.int32),
+            jax.ShapeDtypeStruct((rows, max(2, 1 << (parts - 1).bit_length())), jnp.int32),
             jax.ShapeDtypeStruct((batch, tokens, topk), jnp.int32),
         ),
-        *(score_BTS, position_BT),
+        *(score_BTS, position_BT, found, count),
         grid=(rows, 1, 1),
         num_warps=8,
         num_stages=2,
-        **{"S": slots, "K": topk, "SAMPLE": SAMPLE, "SIZE": size, "BLOCK": BLOCK},
+        **sizes,
     )
     return selected_BTk
 
@@ -81,7 +99,7 @@ def attend(
     slot_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C].
+    """Return each head's weighted sum of the latents in its slots, [B, T, H, C] in the queries' dtype.
 
     In `slot_BTk` at most position + 1 slots come first, then -1. If there are few queries, their slots are split over
     several programs, whose results are combined.
@@ -95,7 +113,7 @@ def attend(
     out, norm = launch(
         _kernel("sparse_attention_kernel"),
         (
-            jax.ShapeDtypeStruct((parts, batch, tokens, heads, latent), jnp.float32),
+            jax.ShapeDtypeStruct((parts, batch, tokens, heads, latent), q_c_BTHC.dtype if parts == 1 else jnp.float32),
             jax.ShapeDtypeStruct((parts, batch, tokens, heads), jnp.float32),
         ),
         *(q_c_BTHC, q_r_BTHR, slot_BTk, position_BT, values, scale, _split(k_r_yqR, q_r_BTHR)[0]),
@@ -106,8 +124,10 @@ def attend(
         **{"G": queries, "K": count, "H": heads, "C": latent},
         **{"R": q_r_BTHR.shape[-1], "FP8": fp8, "EACH": each, "HEADS": HEADS, "SLOTS": SLOTS},
     )
+    if parts == 1:
+        return out[0]
     share = jax.nn.softmax(norm * math.log(2), axis=0)
-    return out[0] if parts == 1 else jnp.sum(out * share[..., None], axis=0)
+    return jnp.sum(out * share[..., None], axis=0).astype(q_c_BTHC.dtype)
 
 
 def _split(rows: Rows, unused: jax.Array) -> tuple[jax.Array, jax.Array, bool]:

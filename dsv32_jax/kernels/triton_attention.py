@@ -20,23 +20,56 @@ def index_scores_kernel(q, w, keys, scale, table, position, score, T: tl.constex
     b = (tl.program_id(1) // tiles).to(tl.int64)
     t_first = tl.program_id(1) % tiles * QUERIES
     s, i, j = first + tl.arange(0, SLOTS), tl.arange(0, HEADS), tl.arange(0, J)
-    inside = s < S
-    keys = _as_values(keys, FP8)
-    page = tl.maximum(tl.load(table + b * BLOCKS + s // PAGE, inside, other=0), 0).to(tl.int64)
-    slot = page * PAGE + s % PAGE
-    k = tl.load(keys + slot[:, None] * J + j[None, :], inside[:, None], other=0.0)
-    if FP8:
-        k = (k.to(tl.float32) * tl.load(scale + slot, inside, other=0.0)[:, None]).to(tl.bfloat16)
-    for t in range(t_first, tl.minimum(t_first + QUERIES, T)):
+    t_last = tl.minimum(t_first + QUERIES, T)
+    each = t_first + tl.arange(0, triton.next_power_of_2(QUERIES))
+    seen = first <= tl.max(tl.load(position + b * T + each, each < t_last, other=-1))
+    k = _load_keys(keys, scale, table + b * BLOCKS, s, (s < S) & seen, J, FP8, PAGE)
+    for t in range(t_first, t_last):
         g = b * T + t
         last = tl.load(position + g)
         if first <= last:
             q_t = tl.load(q + (g * HEADS + i)[None, :] * J + j[:, None])
-            match = tl.maximum(tl.dot(k, q_t), 0.0, propagate_nan=tl.PropagateNan.ALL)
-            total = tl.sum(match * tl.load(w + g * HEADS + i)[None, :], axis=1)
-            tl.store(score + g * S + s, tl.where(s <= last, total, float("-inf")), inside)
+            _store_scores(k, q_t, tl.load(w + g * HEADS + i), score + g * S, s, last, S)
         else:
-            tl.store(score + g * S + s, tl.full((SLOTS,), float("-inf"), tl.float32), inside)
+            tl.store(score + g * S + s, tl.full((SLOTS,), float("-inf"), tl.float32), s < S)
+
+
+@triton.jit
+def index_scores_of_one_kernel(q, w, keys, scale, table, position, score, S: tl.constexpr, HEADS: tl.constexpr,
+                               J: tl.constexpr, FP8: tl.constexpr, SLOTS: tl.constexpr, TILES: tl.constexpr,
+                               PAGE: tl.constexpr, BLOCKS: tl.constexpr):  # fmt: skip
+    """Write score[b, s] for TILES x SLOTS positions and the only query of a row: keys stream through shared memory."""
+    first = tl.program_id(0) * (SLOTS * TILES)
+    b = tl.program_id(1).to(tl.int64)
+    i, j, n = tl.arange(0, HEADS), tl.arange(0, J), tl.arange(0, SLOTS)
+    last = tl.load(position + b)
+    q_t = tl.load(q + (b * HEADS + i)[None, :] * J + j[:, None])
+    w_i = tl.load(w + b * HEADS + i)
+    end = tl.minimum(first + SLOTS * TILES, S)
+    seen = tl.minimum(end, last + 1)
+    for start in range(first, seen, SLOTS):
+        s = start + n
+        k = _load_keys(keys, scale, table + b * BLOCKS, s, s < S, J, FP8, PAGE)
+        _store_scores(k, q_t, w_i, score + b * S, s, last, S)
+    for start in range(first + tl.cdiv(tl.maximum(seen - first, 0), SLOTS) * SLOTS, end, SLOTS):
+        tl.store(score + b * S + start + n, tl.full((SLOTS,), float("-inf"), tl.float32), start + n < S)
+
+
+@triton.jit
+def _load_keys(keys, scale, table, s, inside, J: tl.constexpr, FP8: tl.constexpr, PAGE: tl.constexpr):
+    """Return the index keys of a row at positions s, bfloat16 [s, J]."""
+    page = tl.maximum(tl.load(table + s // PAGE, inside, other=0), 0).to(tl.int64)
+    slot = page * PAGE + s % PAGE
+    k = tl.load(_as_values(keys, FP8) + slot[:, None] * J + tl.arange(0, J)[None, :], inside[:, None], other=0.0)
+    if FP8:
+        k = (k.to(tl.float32) * tl.load(scale + slot, inside, other=0.0)[:, None]).to(tl.bfloat16)
+    return k
+
+
+@triton.jit
+def _store_scores(k, q_t, w, score, s, last, S: tl.constexpr):
+    match = tl.maximum(tl.dot(k, q_t), 0.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(score + s, tl.where(s <= last, tl.sum(match * w[None, :], axis=1), float("-inf")), s < S)
 
 
 @triton.jit
@@ -46,40 +79,64 @@ def _as_values(bits, FP8: tl.constexpr):
 
 
 @triton.jit
-def select_kernel(score, position, candidates, selected, S: tl.constexpr, K: tl.constexpr, SAMPLE: tl.constexpr,
-                  SIZE: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    """Write selected[g, :K], the positions of the K largest scores of row g in rising order, then -1.
-
-    A row of at most SIZE scores stays in registers. For a longer one, a sample gives a threshold that somewhat more
-    than K scores should reach. One pass collects these, and the K largest are found among them. If there are fewer than
-    K or more than SIZE, the exact threshold is found with a pass over the whole row for each bit.
-    """
+def collect_kernel(score, position, candidates, count, S: tl.constexpr, K: tl.constexpr, SAMPLE: tl.constexpr,
+                   SIZE: tl.constexpr, BLOCK: tl.constexpr, EACH: tl.constexpr, PARTS: tl.constexpr,
+                   ROOM: tl.constexpr):  # fmt: skip
+    """Write candidates[g, part, :ROOM], positions of this part of row g that may have one of the K largest scores, and
+    their count[g, part], which may be larger. A sample of the row gives a threshold that somewhat more than K scores
+    should reach. A row of at most SIZE scores has no candidates."""
     g = tl.program_id(0).to(tl.int64)
+    part = tl.program_id(1)
     score += g * S
-    selected += g * K
-    candidates += g * SIZE
+    candidates += (g * PARTS + part) * ROOM
     last = tl.minimum(tl.load(position + g) + 1, S)
-    n, offset = tl.arange(0, SIZE), tl.arange(0, BLOCK)
-    if last <= SIZE:
-        key = _keys_at(score, n, n < last)
-        _write(selected, n, key, _kth_largest(key, K), K, SIZE)
-    else:
+    found = tl.zeros((), tl.int32)
+    if last > SIZE:
         sample = (tl.arange(0, SAMPLE).to(tl.int64) * last // SAMPLE).to(tl.int32)
         mean = K * 1.0 * SAMPLE / last
         rank = (mean + 4 * tl.sqrt(mean) + 8).to(tl.int32)
         least = tl.maximum(_kth_largest(_keys_at(score, sample, sample < last), rank), 1)
-        count = tl.zeros((), tl.int32)
-        for start in range(0, last, BLOCK):
-            s = start + offset
+        for start in range(part * EACH, tl.minimum((part + 1) * EACH, last), BLOCK):
+            s = start + tl.arange(0, BLOCK)
             reaches = (_keys_at(score, s, s < last) >= least).to(tl.int32)
-            at = count + tl.cumsum(reaches) - 1
-            tl.store(candidates + at, s, (reaches != 0) & (at < SIZE))
-            count += tl.sum(reaches)
+            at = found + tl.cumsum(reaches) - 1
+            tl.store(candidates + at, s, (reaches != 0) & (at < ROOM))
+            found += tl.sum(reaches)
+    tl.store(count + g * PARTS + part, found)
+
+
+@triton.jit
+def select_kernel(score, position, candidates, count, before, selected, S: tl.constexpr, K: tl.constexpr,
+                  SIZE: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr, ROOM: tl.constexpr):  # fmt: skip
+    """Write selected[g, :K], the positions of the K largest scores of row g in rising order, then -1; before[g, :] is
+    the number of candidates before each part.
+
+    The scores of a short row, or those of the candidates, stay in registers. If there are fewer than K candidates or
+    more than SIZE, the exact threshold is found with a pass over the whole row for each bit.
+    """
+    g = tl.program_id(0).to(tl.int64)
+    score += g * S
+    selected += g * K
+    last = tl.minimum(tl.load(position + g) + 1, S)
+    n = tl.arange(0, SIZE)
+    if last <= SIZE:
+        _write(selected, n, _keys_at(score, n, n < last), K, SIZE)
+    else:
+        parts: tl.constexpr = max(2, triton.next_power_of_2(PARTS))
+        p = tl.arange(0, parts)
+        each = tl.load(count + g * PARTS + p, p < PARTS, other=0)
+        total = tl.sum(each)
+        tl.store(before + g * parts + p, tl.cumsum(each) - each)
         tl.debug_barrier()
-        if (count >= K) & (count <= SIZE):
-            s = tl.load(candidates + n, n < count, other=0)
-            key = _keys_at(score, s, n < count)
-            _write(selected, s, key, _kth_largest(key, K), K, SIZE)
+        if (total >= K) & (total <= SIZE):
+            part = tl.zeros((SIZE,), tl.int32)
+            step = tl.full((), parts // 2, tl.int32)
+            while step > 0:
+                part = tl.where(tl.load(before + g * parts + part + step) <= n, part + step, part)
+                step = step // 2
+            at = n - tl.load(before + g * parts + part)
+            s = tl.load(candidates + (g * PARTS + part) * ROOM + at, n < total, other=0)
+            _write(selected, s, _keys_at(score, s, n < total), K, SIZE)
         else:
             _select_in_passes(score, selected, last, K, BLOCK)
 
@@ -113,8 +170,11 @@ def _select_in_passes(score, selected, last, K: tl.constexpr, BLOCK: tl.constexp
 
 
 @triton.jit
-def _write(selected, s, key, least, K: tl.constexpr, SIZE: tl.constexpr):
-    """Write the positions s of all keys above `least` and of the first ones that equal it, K in all, then -1."""
+def _write(selected, s, key, K: tl.constexpr, SIZE: tl.constexpr):
+    """Write the positions s of the K largest keys, of equal ones the first, then -1."""
+    least = tl.zeros((), tl.uint32)
+    if tl.sum((key > 0).to(tl.int32)) > K:
+        least = _kth_largest(key, K)
     above = (key > least).to(tl.int32)
     equal = ((key == least) & (key > 0)).to(tl.int32)
     take = ((above != 0) | ((equal != 0) & (tl.cumsum(equal) <= K - tl.sum(above)))).to(tl.int32)
@@ -131,13 +191,15 @@ def _fill(selected, count, K: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def _kth_largest(key, k):
-    """Return the k-th largest of these uint32 keys, found bit by bit, or 0 if there are fewer."""
+    """Return a number that at least k of these uint32 keys reach and at most k exceed, found bit by bit, or 0 if there
+    are fewer."""
     found = tl.zeros((), tl.uint32)
     bit = tl.full((), 0x80000000, tl.uint32)
-    for _ in range(32):
+    while bit > 0:
         reached = tl.sum((key >= (found | bit)).to(tl.int32))
         found = tl.where(reached >= k, found | bit, found)
-        bit = bit >> 1
+        found = tl.where(reached == k, found - 1, found)
+        bit = tl.where(reached == k, 0, bit >> 1)
     return found
 
 
@@ -157,7 +219,7 @@ def sparse_attention_kernel(q_c, q_r, slot, position, latent, latent_scale, rota
                             SOFTMAX_SCALE: tl.constexpr, G: tl.constexpr, K: tl.constexpr, H: tl.constexpr,
                             C: tl.constexpr, R: tl.constexpr, FP8: tl.constexpr, EACH: tl.constexpr,
                             HEADS: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
-    """Write out[part, g, h, :], float32: HEADS heads of query g over EACH of its slots, in the latents' space; and
+    """Write out[part, g, h, :]: HEADS heads of query g over EACH of its slots, in the latents' space; and
     norm[part, g, h], the base 2 logarithm of the sum of their weights, which combines the parts."""
     h = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     g = tl.program_id(1).to(tl.int64)
@@ -193,5 +255,5 @@ def sparse_attention_kernel(q_c, q_r, slot, position, latent, latent_scale, rota
     some = total != 0
     total = tl.where(some, total, 1.0)
     where = (part * G + g) * H + h
-    tl.store(out + where[:, None] * C + c[None, :], acc / total[:, None], in_h)
+    tl.store(out + where[:, None] * C + c[None, :], (acc / total[:, None]).to(out.dtype.element_ty), in_h)
     tl.store(norm + where, tl.where(some, most + tl.log2(total), float("-inf")), h < H)

@@ -122,7 +122,7 @@ def attend_sparse(
     attend = map_rows_and_heads(attend, ("BTH", "BTH", "y", "y", "BT", "BT"), "BTH")
     slot_BTk = map_rows(LayerCache.slots)(cache, selected_BTk)
     o_BTHC = attend(q_c_BTHC, q_r_BTHR, cache.c_kv_yqC, cache.k_r_yqR, slot_BTk, position_BT)
-    return einsum("BTHC,HPC->BTHP", o_BTHC.astype(q_c_BTHN.dtype), mla.w_uv_HPC)
+    return einsum("BTHC,HPC->BTHP", o_BTHC, mla.w_uv_HPC)
 
 
 def find_sparse_kernels(cfg: Config, dtype, cache: LayerCache) -> dict[str, dispatch.Kernel]:
@@ -139,13 +139,13 @@ def attend_selected(
     slot_BTk: jax.Array,
     position_BT: jax.Array,
 ) -> jax.Array:
-    """Return each head's weighted sum of the latents in its slots, float32 [B, T, H, C].
+    """Return each head's weighted sum of the latents in its slots, [B, T, H, C] in the queries' dtype.
 
     A query has at most position + 1 slots, which bounds the work of a kernel; the reference looks at all.
     """
     operands = (q_c_BTHC, q_r_BTHR, c_kv_yqC, k_r_yqR, slot_BTk)
     weight_BTHk, c_kv_BTkC = selected_weights(softmax_scale, *operands)
-    return dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHC.dtype), c_kv_BTkC)
+    return dot("BTHk,BTkC->BTHC", weight_BTHk.astype(q_c_BTHC.dtype), c_kv_BTkC).astype(q_c_BTHC.dtype)
 
 
 def selected_weights(
