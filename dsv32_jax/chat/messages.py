@@ -111,8 +111,7 @@ def require_fields(value: Message, known: Sequence[str], place: str) -> None:
 
 
 def get_text(message: Message, field: str, default: str | None = None) -> str:
-    """Return the text of a field. `default` replaces an empty or missing one; without it numbers and None are written
-    as Python writes them."""
+    """Return the text of a field, `default` for an empty one; without it numbers and None are written as in Python."""
     value = message.get(field)
     if default is not None and not value:
         return default

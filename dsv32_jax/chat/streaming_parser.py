@@ -23,8 +23,7 @@ OPENING = re.compile(r'(function_calls|invoke|parameter)(?:\s*name\s*=\s*("[^"]*
 
 
 class Piece(NamedTuple):
-    """Some text of a part: REASONING, CONTENT, ARGUMENTS of the last call, or CALL, whose text is the function's name:
-    with it a call begins."""
+    """Text of a part: REASONING, CONTENT, ARGUMENTS of the last call, or CALL, a function's name that begins a call."""
 
     part: str
     text: str

@@ -129,8 +129,7 @@ class ChatSession:
     def _generate(self, ids: Sequence[int], thinking: bool) -> Generation:
         """Continue the prompt `ids`, and show the answer while it streams.
 
-        Ctrl-C stops after the current token or chunk of the prompt; a second one stops at once, and then the session
-        has to read everything again.
+        Ctrl-C stops after the current token or chunk of the prompt; the second at once, and the session is read again.
         """
         room = self.capacity - len(ids)
         if room < 1:

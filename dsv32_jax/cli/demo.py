@@ -25,8 +25,7 @@ PASSAGE = ("class BaseProcess(object):", "    def terminate(")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Convert, load, generate, and measure the perplexity of a held-out paragraph; print each step and its time, or
-    all of them as JSON."""
+    """Convert, load, generate, and measure perplexity on a held-out paragraph; print steps and times, or JSON."""
     from .. import convert
 
     seconds: dict[str, float] = {}

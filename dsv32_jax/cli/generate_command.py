@@ -87,8 +87,7 @@ def _describe_inputs(inputs: Sequence[PromptInput]) -> str:
 
 @dataclasses.dataclass
 class _Results:
-    """Writes each row's continuation, as text or JSON, at its end or token by token. Of text, the reasoning goes to
-    stderr and the answer to stdout."""
+    """Writes continuations as text or JSON, whole or token by token. The reasoning of a text goes to stderr."""
 
     screen: Screen
     end_ids: Collection[int]
@@ -103,8 +102,7 @@ class _Results:
     """Finds the end of the row's reasoning; None outside it."""
 
     def write(self, engine: Engine, groups: Sequence[tuple[list[int], Request]]) -> int:
-        """Generate the requests of all groups of inputs side by side, write all results in the order of inputs, and
-        return the exit code."""
+        """Generate all groups of inputs side by side, write results in the order of inputs, return the exit code."""
         added = [(places, engine.add(request)) for places, request in groups]
         firsts = [slot for slot, (_, sample) in enumerate(self.slots) if not sample]
         slots: dict[Row, int] = {}

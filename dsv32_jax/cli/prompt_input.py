@@ -29,8 +29,7 @@ KEYS = (*KINDS, "id", "thinking", "tools", *specs(Sampling), *OWN)
 
 @dataclasses.dataclass(frozen=True)
 class PromptInput:
-    """One prompt. `labels` is repeated in its results; `thinking` is None unless it is made of messages; `options` are
-    those of `generate` that each prompt has for itself."""
+    """One prompt with its `options` of `generate`. Its results repeat `labels`; without messages `thinking` is None."""
 
     ids: list[int]
     path: str
@@ -41,7 +40,7 @@ class PromptInput:
 
     @property
     def n(self) -> int:
-        """How many continuations it gets."""
+        """The number of its continuations."""
         return self.options["n"]
 
 

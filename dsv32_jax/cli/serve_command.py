@@ -66,8 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a socket that has that address, and does not listen yet: clients are refused until the model is ready.
-    Raises UsageError where that is impossible."""
+    """Return a socket with that address that does not listen yet, so that clients are refused. Raises UsageError."""
     listener = None
     try:
         family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]

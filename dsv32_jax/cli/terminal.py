@@ -143,8 +143,7 @@ class Keyboard:
                 self._readline = importlib.import_module("readline")
 
     def read_turn(self, prompt: str) -> str:
-        """Return one turn, which becomes one entry of the history. Raises EOFError at the end of the input,
-        KeyboardInterrupt on Ctrl-C."""
+        """Return one turn, one entry of the history. Raises EOFError at the end of the input, KeyboardInterrupt."""
         before = self._readline.get_current_history_length() if self._readline else 0
         text = self._read_lines(prompt)
         if self._readline and (after := self._readline.get_current_history_length()) > before + 1:

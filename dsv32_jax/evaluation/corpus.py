@@ -83,8 +83,7 @@ class Corpus:
         return [range(start, min(start + self.batch_size, count)) for start in range(0, count, self.batch_size)]
 
     def rows(self, batch: range) -> list[list[int]]:
-        """Return the tokens of a batch. A short last batch is filled up with rows of one token, so that it runs with
-        the program of the others."""
+        """Return the tokens of a batch, a short last one filled up with rows of one token, for the others' program."""
         rows = [self.windows[i].tokens for i in batch]
         return rows + [rows[0][:1]] * (len(self.batches[0]) - len(rows))
 
@@ -132,7 +131,7 @@ def map_batches(
     function: Callable[[range], list[Value]], model: Model, corpus: Corpus, progress: Progress | None
 ) -> list[Value]:
     """Call `function` with each batch of windows, each call in a thread, and return its values for all windows. Without
-    a `progress` a terminal shows how far that is.
+    a `progress` stderr shows how far that is.
 
     XLA's CPU backend runs much of a program on one core, so on CPUs several batches run at a time; not over a mesh,
     whose devices wait for each other and must all run programs in one order.

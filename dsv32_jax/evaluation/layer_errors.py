@@ -195,8 +195,7 @@ def _compare_heads(a: dict[str, Any], b: dict[str, Any], x_BTD: jax.Array, eps: 
 
 @jax.jit
 def _compare_weights(pairs: list[tuple[Weight, Weight]]) -> list[Squares]:
-    """Return squares [n] for the n entries of the first axis of each weight. No dequantized weight is kept in memory:
-    it is summed on the fly."""
+    """Return squares [n] for the n entries of the first axis of each weight, dequantized only while it is summed."""
 
     def sum_entries(x: jax.Array) -> jax.Array:
         rows = jnp.square(x).sum(axis=-1, keepdims=x.ndim == 1)

@@ -1,5 +1,4 @@
-"""Losses with their standard errors, and perplexity: the number of equally likely tokens that the model is as uncertain
-among as about the next token."""
+"""Losses with their standard errors, and perplexity, the exponential of the mean loss of a token."""
 
 import dataclasses
 import math
@@ -103,9 +102,8 @@ def perplexity(
     """Return the perplexity of `texts`: one or several, or token ids; by default the bundled held-out text.
 
     Each text is read on its own, in windows of `context` tokens (1024), `stride` (half of it) apart; `limit` keeps the
-    first windows only. The tokenizer is the checkpoint's unless one is given. Without a `progress` a terminal shows how
-    far it is. Raises UsageError if there is nothing to
-    score or a size is out of range, CheckpointError if logits are not finite.
+    first windows only. The tokenizer is the checkpoint's unless one is given. Without a `progress` stderr shows how far
+    it is. Raises UsageError for sizes out of range or nothing to score, CheckpointError for logits that are not finite.
     """
     variant = Variant.of(checkpoint)
     sizes = {"context": context, "stride": stride, "limit": limit, "batch_size": batch_size}

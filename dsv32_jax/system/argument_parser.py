@@ -21,8 +21,7 @@ class ShortUsage(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser with short usage, which takes no abbreviated options, and whose subcommands report unknown ones
-    themselves.
+    """An ArgumentParser with short usage and without abbreviated options. Subcommands report unknown ones themselves.
 
     `trailing_positional` names an optional positional that may follow options; argparse allows that since Python 3.12.
     """
@@ -43,8 +42,7 @@ class Parser(argparse.ArgumentParser):
         return found, rest
 
     def error(self, message: str) -> NoReturn:
-        """Print the usage and raise UsageError with the message; a name that is none of the choices gets the most
-        similar one as a hint."""
+        """Print the usage and raise UsageError with the message, and with a hint for a name that is no choice."""
         if match := re.fullmatch(r"(.*invalid choice: )'([^']*)' \(choose from (.*)\)", message):
             choices = re.split(r", ", match[3].replace("'", ""))
             (hint,) = unknown([match[2]], choices)

@@ -22,10 +22,7 @@ _LOADED = "/jax/compilation_cache/cache_hits"
 
 
 def initialize() -> None:
-    """Require a device and enable the compilation cache: the first step of every entry point.
-
-    Raises CapacityError without a device.
-    """
+    """Enable the compilation cache, the first step of every entry point. Raises CapacityError without a device."""
     require_device()
     enable_cache()
 

@@ -26,8 +26,8 @@ PATIENCE = 0.5
 STOPPING = "stopping after the step that is being compiled or run; Ctrl-C again ends at once, and loses what was made"
 SHOW_CURSOR = b"\x1b[?25h"
 
-STOPPED = b"\0"
-"""The byte that follows that of a signal in the pipe of `acknowledge_interrupt`: it has stopped what it was to stop."""
+HANDLED = b"\0"
+"""The byte that follows that of a signal in the pipe of `acknowledge_interrupt` once it was handled."""
 
 _PIPE: ContextVar[int | None] = ContextVar("_PIPE", default=None)
 """The end of that pipe to write to."""
@@ -39,6 +39,7 @@ SWALLOWING = ("<frozen importlib", *(one.__init__.__code__.co_filename for one i
 
 def raise_interrupt(number: int, frame: FrameType | None) -> None:
     """Handle a signal: raise KeyboardInterrupt, later if it would be swallowed where the program is now."""
+    _report_handled()
     while frame is not None:
         if _swallows_exceptions(frame.f_code):
             retry = threading.Timer(RETRY_SECONDS, signal.pthread_kill, (threading.main_thread().ident, number))
@@ -46,20 +47,18 @@ def raise_interrupt(number: int, frame: FrameType | None) -> None:
             retry.start()
             return
         frame = frame.f_back
-    _report_stopped()
     raise KeyboardInterrupt
 
 
-def _report_stopped() -> None:
+def _report_handled() -> None:
     """Tell `acknowledge_interrupt` that there is nothing to acknowledge."""
     if (pipe := _PIPE.get()) is not None:
-        os.write(pipe, STOPPED)
+        os.write(pipe, HANDLED)
 
 
 def _swallows_exceptions(code: CodeType) -> bool:
     """Return whether an exception is lost in `code`: a destructor, the callback of a weak reference, a hook of the
-    garbage collector (JAX has one), or an import, which would leave modules half initialized or turn it into an
-    ImportError."""
+    garbage collector (JAX has one), or an import, which would leave modules half done or raise an ImportError."""
     hooks = [getattr(hook, "__code__", None) for hook in gc.callbacks]
     return code.co_name == "__del__" or code in hooks or code.co_filename.startswith(SWALLOWING)
 
@@ -112,7 +111,7 @@ def defer_interrupt() -> Iterator[Callable[[], bool]]:
             yield lambda: interrupted
         finally:
             if interrupted:
-                _report_stopped()
+                _report_handled()
 
 
 @contextlib.contextmanager
@@ -158,7 +157,7 @@ def _watch(reader: int, terminal: list[Any] | None) -> None:
                 is_pending, is_acknowledged = False, True
             if not (byte := signals.read(1)):
                 return
-            if byte == STOPPED:
+            if byte == HANDLED:
                 is_pending = is_acknowledged = False
             elif byte[0] == signal.SIGINT and _is_ours():
                 is_pending = True
