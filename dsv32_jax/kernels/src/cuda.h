@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -84,6 +85,7 @@ class Cuda {
   }
 
   static void check(int status, const char* what) {
+    if (status == 2) throw std::bad_alloc();
     if (status != 0) throw std::runtime_error(std::string(what) + " failed with CUDA error " + std::to_string(status));
   }
 

@@ -13,21 +13,18 @@ constexpr size_t kCopied = 1 << 20;  // bytes that a thread copies at a time
 using Ids = ffi::Buffer<ffi::S32>;
 using Floats = ffi::Buffer<ffi::F32>;
 
-// Does what can throw, which a call of XLA or of a stream must not; returns why it failed, or nothing.
-template <class Work>
-std::string explain_failure(const Work& work) {
-  try {
-    work();
-    return "";
-  } catch (const std::exception& error) {
-    return std::string("experts in host memory: ") + error.what();
-  }
-}
-
+// Does what can throw, which a call of XLA or of a stream must not; returns why it failed, if it did.
 template <class Work>
 ffi::Error report_failure(const Work& work) {
-  const std::string why = explain_failure(work);
-  return why.empty() ? ffi::Error::Success() : ffi::Error::Internal(why);
+  const std::string where = "experts in host memory: ";
+  try {
+    work();
+    return ffi::Error::Success();
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, where + "the host is out of memory");
+  } catch (const std::exception& error) {
+    return ffi::Error::Internal(where + error.what());
+  }
 }
 
 Mixture mixture(const ffi::AnyBuffer& x, const Ids& ids, const Floats& share) {
@@ -52,20 +49,36 @@ struct Work {
   float* y;
 };
 
-std::string& last_error() {
-  static std::string text;
-  return text;
-}
+// Why work in a stream failed since somebody asked.
+class LastError {
+ public:
+  static LastError& all() {
+    static LastError last;
+    return last;
+  }
+  void set(const std::string& text) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    text_ = text;
+  }
+  std::string take() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return std::exchange(text_, "");
+  }
+
+ private:
+  std::mutex mutex_;
+  std::string text_;
+};
 
 // An exception cannot leave a function that a stream calls. The results become NaN, which the caller notices.
 void mix_in_stream(void* argument) {
   std::unique_ptr<Work> work(static_cast<Work*>(argument));
-  const std::string why = explain_failure([&] {
+  const ffi::Error error = report_failure([&] {
     static thread_local Kept kept;
     mix(Threads::all(), work->in, work->outputs, work->y, kept);
   });
-  if (why.empty()) return;
-  last_error() = why;
+  if (error.success()) return;
+  LastError::all().set(error.message());
   std::fill(work->y, work->y + work->in.tokens * work->outputs, NAN);
 }
 
@@ -186,7 +199,5 @@ extern "C" void dsv32_host_remove(int32_t first) { dsv32::Banks::all().remove(fi
 
 // Why results became NaN in a stream, once; empty if they did not.
 extern "C" void dsv32_host_error(char* text, size_t size) {
-  std::string& error = dsv32::last_error();
-  std::strncpy(text, error.c_str(), size - 1);
-  error.clear();
+  std::strncpy(text, dsv32::LastError::all().take().c_str(), size - 1);
 }

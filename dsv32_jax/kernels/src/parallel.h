@@ -5,6 +5,7 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstring>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -15,7 +16,7 @@ namespace dsv32 {
 
 // Runs work(item, next) for items 0..items-1 on the pool and the calling thread; `next` is what the same thread takes
 // next, none where it is not below `items`. The caller waits only for those who have begun: a pool whose threads all
-// wait for one another would never begin.
+// wait for one another would never begin. What an item throws, on whatever thread, ends the work and leaves here.
 template <class Pool, class Work>
 void parallel(Pool& pool, int64_t items, const Work& work) {
   struct Shared {
@@ -24,12 +25,19 @@ void parallel(Pool& pool, int64_t items, const Work& work) {
     std::condition_variable idle;
     int64_t busy = 0;
     bool closed = false;
+    std::exception_ptr fault;
   };
   auto shared = std::make_shared<Shared>();
   const auto take = [items, &work](Shared& shared) {
-    for (int64_t i = shared.next.fetch_add(1), then; i < items; i = then) {
-      then = shared.next.fetch_add(1);
-      work(i, then);
+    try {
+      for (int64_t i = shared.next.fetch_add(1), then; i < items; i = then) {
+        then = shared.next.fetch_add(1);
+        work(i, then);
+      }
+    } catch (...) {
+      shared.next = items;
+      std::lock_guard<std::mutex> lock(shared.mutex);
+      shared.fault = std::current_exception();
     }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), items) - 1;
@@ -48,6 +56,7 @@ void parallel(Pool& pool, int64_t items, const Work& work) {
   std::unique_lock<std::mutex> lock(shared->mutex);
   shared->closed = true;
   shared->idle.wait(lock, [&] { return shared->busy == 0; });
+  if (shared->fault) std::rethrow_exception(shared->fault);
 }
 
 constexpr int64_t kPackedBytes = 32 << 20;  // of groups that are worked on together, unless one has more

@@ -9,6 +9,7 @@
 #include <deque>
 #include <functional>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #if defined(__linux__)
@@ -33,6 +34,14 @@ class Threads {
     return threads;
   }
 
+  // `count` with the caller. Where the system starts no more threads, those that it started do the work, if need be the caller alone.
+  explicit Threads(int64_t count) {
+    try {
+      for (; count_ < count; ++count_) std::thread([this] { work(); }).detach();
+    } catch (const std::system_error&) {
+    }
+  }
+
   int64_t num_threads() const { return count_; }
 
   void Schedule(std::function<void()> task) {
@@ -46,10 +55,6 @@ class Threads {
 
  private:
   static constexpr std::chrono::microseconds kAwake{1000};
-
-  explicit Threads(int64_t count) : count_(count) {
-    for (int64_t i = 1; i < count; ++i) std::thread([this] { work(); }).detach();
-  }
 
   void work() {
     for (;;) {
@@ -74,7 +79,7 @@ class Threads {
 #endif
   }
 
-  const int64_t count_;
+  int64_t count_ = 1;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::deque<std::function<void()>> tasks_;
