@@ -1,5 +1,6 @@
 """`dsv32 bench model`, at tiny size so that it cannot rot: what it makes, what it counts, what it refuses."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -10,11 +11,11 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax import cli
-from dsv32_jax.bench import decode_step, model as bench, profile
+from dsv32_jax.bench import model as bench, plan as planning, profile
 from dsv32_jax.bench.decode_step import DecodeStep, count_weight_bytes, fill_cache, make_model
 from dsv32_jax.bench.measure import measure_median
+from dsv32_jax.checkpoint.weight_shapes import sum_step_bytes
 from dsv32_jax.errors import CapacityError, UsageError
-from dsv32_jax.generation.weight_shapes import sum_step_bytes
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.cache import dtype_of
 from dsv32_jax.quantization import cache_formats
@@ -40,18 +41,19 @@ def test_weights_are_the_same_wherever_they_are_made(asked):
 
 
 def test_rows(asked):
-    """One for the weights, one a batch and context with its parts, one for reading."""
-    made, decode, read = bench.measure_model(asked, seconds=0.0)
+    """One for the weights, one a batch and context and its parts, one for reading at the beginning and behind each."""
+    made, decode, parts, first, read = bench.measure_model(asked, seconds=0.0)
     assert made["kind"] == "made" and made["memory"] > 0 and made["copied"] > 0 and made["all_reduce"] > 0
     assert decode["cpu"] > 0
     assert decode["floor"] > decode["read"] / made["copied"] + made["all_reduce"]
     assert (decode["batch"], decode["context"]) == (2, 24) and decode["step"] > 0 and decode["compile"] > 0
-    assert {"attention", "experts", "head", "sampling", "collectives"} <= set(decode["parts"])
-    assert decode["parts"].keys() <= {*profile.SCOPES, profile.OTHER, "collectives"}
-    assert sum(decode["parts"].values()) > 0 and 0 < decode["share"]
-    assert read["kind"] == "read" and read["step"] > 0
+    assert {"attention", "experts", "head", "sampling", "collectives"} <= set(parts["parts"])
+    assert parts["parts"].keys() <= {*profile.SCOPES, profile.OTHER, "collectives"}
+    assert sum(parts["parts"].values()) > 0 and 0 < decode["share"]
+    assert first["kind"] == read["kind"] == "read" and first["context"] == 0 and read["step"] > 0
     assert bench.format_row(read).startswith("prefill of ")
-    headings, line = bench.format_row(made).splitlines()[1], bench.format_row(decode).splitlines()[0]
+    assert "attention" in bench.format_row(parts)
+    headings, line = bench.format_row(made).splitlines()[1], bench.format_row(decode)
     assert headings.split()[:3] == ["batch", "context", "step"] and len(line) <= len(headings)
 
 
@@ -61,7 +63,8 @@ def test_experts_in_host_memory():
     assert len(plans[1].host) == 3 and not plans[0].host
     tokens, found = [], []
     for plan in plans:
-        made, decode, _ = bench.measure_model(plan, seconds=0.0)
+        made, decode, parts, *_ = bench.measure_model(plan, seconds=0.0)
+        assert ("host experts" in parts["parts"]) == (made["host_call"] > 0) == bool(plan.host)
         found.append((made["host_read"], decode["read"], decode["host_read"]))
         cache = fill_cache(plan.cfg, 64, plan.cache_dtype, 2, 24)
         tokens.append(DecodeStep(make_model(plan.cfg, None, plan.host), cache, 3).run().tolist())
@@ -146,9 +149,9 @@ def test_rows_choose_their_own_experts(asked):
 
 
 def test_what_does_not_fit_is_refused(monkeypatch):
-    monkeypatch.setattr(decode_step.memory, "get_free_memory", lambda devices: 10_000)
-    with pytest.raises(CapacityError, match=r"2 layers need .* nothing was made"):
-        bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1)
+    monkeypatch.setattr(planning.memory, "get_free_memory", lambda devices: 10_000)
+    with pytest.raises(CapacityError, match=r"2 layers need .* nothing was made. Use fewer layers"):
+        planning.require_room(bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1))
     with pytest.raises(CapacityError, match="expert=8"):
         bench.make_plan(TINY, 2, "expert=8", (1,), (24,), "fp8", 1)
 
@@ -156,10 +159,27 @@ def test_what_does_not_fit_is_refused(monkeypatch):
 def test_caches_that_do_not_fit_are_refused(monkeypatch):
     """Weights fit alone; many rows of a long context beside them do not."""
     weights = sum(count_weight_bytes(ds.Config.from_json(TINY), None).values())
-    monkeypatch.setattr(decode_step.memory, "get_free_memory", lambda devices: 4 * weights)
-    bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1)
+    monkeypatch.setattr(planning.memory, "get_free_memory", lambda devices: 4 * weights)
+    planning.require_room(bench.make_plan(TINY, 2, None, (1,), (24,), "fp8", 1))
     with pytest.raises(CapacityError, match=r"caches of 64 rows on each device, .* nothing was made"):
-        bench.make_plan(TINY, 2, None, (1, 64), (24, 32768), "fp8", 1)
+        planning.require_room(bench.make_plan(TINY, 2, None, (1, 64), (24, 32768), "fp8", 1))
+
+
+def test_the_split_that_fits_is_named(monkeypatch, capsys):
+    """Of the whole model on two GPUs of 81 GB and a host of 256 GiB, counted to the byte; what it names is taken, and
+    one layer less is not. Nothing fits on a smaller host."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(planning.memory, "get_free_memory", lambda devices: 81_000_000_000)
+    real = str(REPOSITORY / "configs" / "deepseek_v32.json")
+    plan = bench.make_plan(real, None, "model=2", (1, 8), (1024, 8000), "bfloat16", None, "host:0")
+    with pytest.raises(CapacityError, match=r"nothing was made\. Use experts=.host:(\d+)") as refused:
+        planning.require_room(plan, 268_000_000_000)
+    count = int(str(refused.value).rpartition("host:")[2].rstrip('"'))
+    found = planning.require_room(dataclasses.replace(plan, host_layers=count), 268_000_000_000)
+    assert found.host == count * 256 * 3 * (2048 * 7168 * 9 // 16 + 4), "codes and scales, 4.5 bits, and a tensor scale"
+    assert not planning.make_budget(dataclasses.replace(plan, host_layers=count - 1), 268_000_000_000).fits
+    with pytest.raises(CapacityError, match=r"of 128.0 GB of host memory; nothing was made. Use fewer layers"):
+        planning.require_room(dataclasses.replace(plan, host_layers=count), 128_000_000_000)
 
 
 def test_numbers_below_one_are_refused():
@@ -173,7 +193,7 @@ def test_the_command(capsys, monkeypatch):
     sizes = ["--layers", "1", "--batch", "1", "--context", "16", "--steps", "2", "--cache-dtype", "fp8"]
     assert cli.main(["bench", "model", "--config", TINY, *sizes, "--json"]) == 0
     kinds = [json.loads(line)["kind"] for line in capsys.readouterr().out.splitlines()]
-    assert kinds == ["made", "decode", "read"]
+    assert kinds == ["plan", "made", "decode", "parts", "read", "read"]
 
 
 def test_the_whole_model_on_four_devices():

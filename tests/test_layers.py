@@ -51,7 +51,7 @@ CONVERT_MUST_NOT_IMPORT = {
 
 ENTRANCES = {
     *("cli.app", "cli.demo", "inspect.weights"),
-    *("bench.load", "bench.model", "bench.kernels", "bench.engine"),
+    *("bench.load", "bench.plan", "bench.kernels", "bench.engine"),
 }
 """Where the library calls `convert` and reads `configs`."""
 

@@ -36,6 +36,7 @@ def add(commands: Any) -> None:
     add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
     add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
     add("--experts", default="device", metavar="WHERE", help="device, host, or host:N (the first N layers)")
+    add("--host-memory", metavar="SIZE", help="free memory of the host (default: as the system says)")
 
     add = _add_command(bench, "kernels", "products with stored weights at the true shapes, beside XLA alone")
     add("--format", choices=("nvfp4", "fp8", "bf16"), action="append", help="weight formats (default: nvfp4)")

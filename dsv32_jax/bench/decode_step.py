@@ -1,8 +1,8 @@
 """A decode step that can be repeated: random weights, a cache of synthetic values, and the program of `generate`."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Collection
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -12,15 +12,13 @@ from jax.sharding import Mesh
 
 from ..checkpoint.load import place_on_host
 from ..checkpoint.random_weights import leaf_maker, storage, uniform
+from ..checkpoint.weight_shapes import WeightShapes, shape_weight
 from ..config import Config
-from ..errors import CapacityError, pluralize
-from ..generation import memory
 from ..generation.batch import SEGMENT_TOKENS
 from ..generation.options import Sampling
 from ..generation.prefill_decode import State, new_state, place, step
 from ..generation.programs import WHOLE
 from ..generation.sampler import make_params
-from ..generation.weight_shapes import WeightShapes, shape_weight
 from ..layout import leaves
 from ..model.cache import Cache, LayerCache, empty_layer
 from ..model.model import Model, build
@@ -30,43 +28,28 @@ DTYPE = np.dtype(jnp.bfloat16)
 """The compute dtype."""
 
 
-def make_model(cfg: Config, mesh: Mesh | None = None, host: Collection[str] = ()) -> Model:
-    """Return a model with random NVFP4 weights, each device making its own part; those of the paths `host` stay in host
-    memory."""
-    on_device, whole = leaf_maker(cfg, DTYPE, mesh=mesh), leaf_maker(cfg, DTYPE)
+def make_model(cfg: Config, mesh: Mesh | None = None, host: Collection[str] = (), dtype: Any = DTYPE) -> Model:
+    """Return a model with random NVFP4 weights, each device making its own part. Those of the paths `host` are made by
+    all cores where they stay, in host memory, without a copy."""
+    on_device, whole = leaf_maker(cfg, dtype, mesh=mesh), leaf_maker(cfg, dtype)
     table = {leaf.path: leaf for leaf in leaves(cfg)}
 
     def make(path: str) -> Any:
-        if path in host:
-            return place_on_host(jax.tree.map(np.array, whole(path)), table[path], mesh)
-        return on_device(path)
+        if path not in host:
+            return on_device(path)
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            weight = jax.tree.map(np.asarray, whole(path))
+        return place_on_host(weight, table[path], mesh)
 
-    return jax.block_until_ready(build(cfg, DTYPE, make, mesh=mesh))
+    return jax.block_until_ready(build(cfg, dtype, make, mesh=mesh))
 
 
+@cache
 def count_weight_bytes(cfg: Config, mesh: Mesh | None) -> dict[str, int]:
     """Return the bytes of every parameter of `make_model` on each device, by path."""
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     weights = {path: shape_weight(leaf, storage(leaf, DTYPE)) for path, leaf in table.items()}
     return WeightShapes(cfg, table, weights, {}).count_device_bytes({} if mesh is None else dict(mesh.shape), DTYPE)
-
-
-def require_memory(
-    cfg: Config, mesh: Mesh | None, batches: Sequence[int], capacity: int, dtype: np.dtype, weights: int
-) -> None:
-    """Raise CapacityError if `weights` bytes and the caches of the largest batch do not fit on a device, before any is
-    made."""
-    data, devices = (1, 1) if mesh is None else (mesh.shape.get("data", 1), mesh.size)
-    rows = max(memory.count_local_rows(batch, data) for batch in batches)
-    caches = rows * memory.compute_row_bytes(cfg, capacity, dtype, 0)
-    free = memory.get_free_memory(devices)
-    if weights + caches / memory.CACHE_SHARE > free:
-        raise CapacityError(
-            f"{pluralize(cfg.num_hidden_layers, 'layer')} need {weights / 1e9:.1f} GB for weights and "
-            f"{caches / 1e9:.1f} GB for the caches of {pluralize(rows, 'row')} on each device, but {free / 1e9:.1f} GB "
-            f"are free, of which caches take at most {memory.CACHE_SHARE:.0%}; nothing was made. Use fewer layers, "
-            "rows or tokens of context, or more devices"
-        )
 
 
 def fill_cache(

@@ -1,6 +1,6 @@
 """`dsv32 bench model`: decode and prefill with random NVFP4 weights at true dimensions, on one device or a mesh.
 
-Each device makes its own weights: there is no file and no copy on the host. Caches hold synthetic values. All contexts
+Each device makes its own weights: there is no file and no copy. Caches hold synthetic values. All contexts
 share one capacity, so a batch size takes one program.
 """
 
@@ -8,7 +8,8 @@ import argparse
 import dataclasses
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any
 
 import jax
@@ -16,23 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from ..checkpoint import host_split
-from ..config import Config
-from ..errors import UsageError, listing
+from ..checkpoint.weight_shapes import sum_step_bytes
+from ..errors import pluralize
 from ..generation.prefill_decode import new_state
-from ..generation.programs import WHOLE
-from ..generation.request import bucket, chunk_size
-from ..generation.weight_shapes import sum_step_bytes
+from ..generation.programs import DEEP, WHOLE
+from ..generation.request import chunk_size
 from ..layout import leaves
-from ..model.cache import dtype_of
 from ..model.model import Model
 from ..parallel import sharding
-from ..system.compilation import count_compilations, require_device
+from ..system.compilation import count_compilations
 from ..system.host import get_peak_memory
-from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model, require_memory
+from ..system.progress import parse_size
+from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model
 from .measure import Row, format_headings, format_line, measure_median
+from .plan import Plan, make_plan, require_room
 from .profile import profile_scopes
-from .roofline import count_all_reduces, measure_all_reduce, measure_host_speed, measure_move_speed
+from .roofline import count_all_reduces, measure_all_reduce, measure_host_call, measure_host_speed, measure_move_speed
 
 EXPLANATION = """\
 step: ms of a decode step of all rows, median; cpu: the processor time in it, all cores together; tok/s: tokens a second
@@ -40,9 +40,10 @@ of all rows together. experts: the share that the rows of a device choose togeth
 a short context. weights: GB a device reads in a step, these experts and all the rest. GB/s: the two together, and as a
 share of what the device moves a second at best in this run: a plain read by all cores of a CPU, elsewhere a copy, read
 and written. host GB: read of experts in host memory, and its share of a plain read by all cores. floor: ms that reading
-these weights at these speeds and the step's all-reduces take. ratio: step / floor.
-Below each row: ms of a step by part, from a profile, as a device is busy with it; on a GPU of the same step without
-CUDA graphs, inside which a profile sees nothing."""
+these weights at these speeds and the step's all-reduces take. ratio: step / floor. A call of the host: us that a layer
+with experts there takes for a row that chose none.
+Below the first row of a batch size, of a model that is not deep: ms of a step by part, from a profile, as a device is
+busy with it; on a GPU of the same step without CUDA graphs, inside which a profile sees nothing."""
 
 COLUMNS = (
     ("batch", 5, lambda row: str(row["batch"])),
@@ -63,59 +64,7 @@ COLUMNS = (
 )
 
 BATCHES, CONTEXTS = (1, 8), (1024, 8192)
-STEPS = {"cpu": 8, "gpu": 64}
-"""Decode steps of a call: about as long as `generate` stays on the device."""
-
 SHORT = 128
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """The model, its mesh, batch sizes, contexts, dtype of caches, decode steps a call, and weights in host memory."""
-
-    cfg: Config
-    mesh: Mesh | None
-    batches: Sequence[int]
-    contexts: Sequence[int]
-    cache_dtype: np.dtype
-    steps: int
-    host: frozenset[str]
-
-    @property
-    def capacity(self) -> int:
-        """Slots of every row."""
-        return bucket(max(self.contexts) + max(self.steps, chunk_size(max(self.batches))))
-
-
-def make_plan(
-    config: str | None,
-    layers: int | None,
-    mesh: str | None,
-    batches: Sequence[int],
-    contexts: Sequence[int],
-    cache_dtype: str,
-    steps: int | None,
-    experts: str = "device",
-) -> Plan:
-    """Check the options. Raises UsageError, ConfigError, and CapacityError if weights and caches do not fit."""
-    from .. import configs
-
-    cfg = Config.from_json(config or configs.path("deepseek_v32"))
-    if layers is not None:
-        dense = min(cfg.first_k_dense_replace, max(layers - 1, 0))
-        cfg = dataclasses.replace(cfg, num_hidden_layers=layers, first_k_dense_replace=dense)
-    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
-    require_device()
-    steps = STEPS[jax.default_backend()] if steps is None else steps
-    if small := [number for number in (*batches, *contexts, steps) if number < 1]:
-        raise UsageError(f"batches, contexts and steps are 1 or more, not {listing(small)}; nothing was made")
-    devices = None if mesh is None else sharding.mesh(mesh)
-    sizes, table = count_weight_bytes(cfg, devices), {leaf.path: leaf for leaf in leaves(cfg)}
-    host = frozenset(host_split.choose(cfg, table, sizes, experts))
-    plan = Plan(cfg, devices, batches, contexts, dtype_of(cache_dtype, None), steps, host)
-    held = sum(size for path, size in sizes.items() if path not in host)
-    require_memory(cfg, devices, batches, plan.capacity, plan.cache_dtype, held)
-    return plan
 
 
 def measure_expert_share(model: Model, tokens: jax.Array) -> float:
@@ -130,59 +79,69 @@ def measure_expert_share(model: Model, tokens: jax.Array) -> float:
 
 
 def measure_model(plan: Plan, seconds: float = 2.0) -> Iterator[Row]:
-    """Yield a row about the weights, one for each batch and context, and one for prefill behind each context."""
+    """Yield a row about the weights, one for each batch and context with one about its parts, and one for reading a
+    chunk at the beginning and behind each context; each as soon as it is known."""
     start = time.perf_counter()
     model = make_model(plan.cfg, plan.mesh, plan.host)
     made = {"kind": "made", "seconds": time.perf_counter() - start, "memory": _get_device_peak(plan.mesh)}
-    copied, reduced = measure_move_speed(plan.mesh), measure_all_reduce(plan.cfg, plan.mesh)
-    host_speed = measure_host_speed() if plan.host else 0.0
-    yield {**made, "copied": copied, "all_reduce": reduced, "host_read": host_speed}
-    table = {leaf.path: leaf for leaf in leaves(plan.cfg)}
-    weights = {path: size for path, size in count_weight_bytes(plan.cfg, plan.mesh).items() if path not in plan.host}
-    in_host = {path: size for path, size in count_weight_bytes(plan.cfg, None).items() if path in plan.host}
+    speeds = _measure_speeds(plan, model)
+    yield {**made, "host_memory": get_peak_memory(), **speeds}
     for batch in plan.batches:
-        program = profiled = None
+        program = None
         for context in plan.contexts:
             cache = fill_cache(plan.cfg, plan.capacity, plan.cache_dtype, batch, context, plan.mesh)
             with count_compilations() as compiled:
                 step = DecodeStep(model, cache, plan.steps, program)
-            program = step.program
+            program, about = step.program, {"batch": batch, "context": context, "compile": compiled.seconds}
             times = measure_median(lambda step=step: jax.block_until_ready(step.run()), seconds)
-            each = times.wall / plan.steps
-            peak = _get_device_peak(plan.mesh)
-            share = measure_expert_share(model, step.state.token_B)
-            read, host_read = (sum_step_bytes(table, some, share) for some in (weights, in_host))
-            host_floor = host_read / host_speed if host_read else 0.0
-            step.program = profiled = profiled or step.compile_for_profile()
-            parts = profile_scopes(profiled, step.run)
-            yield {
-                "kind": "decode",
-                "batch": batch,
-                "context": context,
-                "compile": compiled.seconds,
-                "step": each,
-                "cpu": times.cpu / plan.steps,
-                "experts": share,
-                "read": read,
-                "share": read / each / copied,
-                "host_read": host_read,
-                "host_share": host_floor / each,
-                "floor": read / copied + host_floor + count_all_reduces(program.as_text()) * reduced,
-                "memory": peak,
-                "parts": {name: spent / plan.steps for name, spent in parts.items()},
-            }
+            about |= {"step": times.wall / plan.steps, "cpu": times.cpu / plan.steps}
+            about["memory"] = _get_device_peak(plan.mesh)
+            reduced = count_all_reduces(program.as_text()) * speeds["all_reduce"]
+            yield {"kind": "decode", **about, **_bound_step(plan, model, step, about["step"], speeds, reduced)}
+            if context == plan.contexts[0] and plan.cfg.num_hidden_layers < DEEP:
+                step.program = step.compile_for_profile()
+                spent = profile_scopes(step.program, step.run)
+                yield {"kind": "parts", "parts": {name: time / plan.steps for name, time in spent.items()}}
             del step, cache
     yield from _measure_prefill(plan, model, seconds)
 
 
+def _measure_speeds(plan: Plan, model: Model) -> dict[str, float]:
+    """Return the bytes a second that a device moves and the host reads, and the seconds of an all-reduce and of a call
+    of the host; 0 for what there is not."""
+    host_speed, call = (measure_host_speed(), measure_host_call(model)) if plan.host else (0.0, 0.0)
+    copied, reduced = measure_move_speed(plan.mesh), measure_all_reduce(plan.cfg, plan.mesh)
+    return {"copied": copied, "all_reduce": reduced, "host_read": host_speed, "host_call": call}
+
+
+def _bound_step(
+    plan: Plan, model: Model, step: DecodeStep, taken: float, speeds: dict[str, float], reduced: float
+) -> dict[str, float]:
+    """Return what a step that took so many seconds must read, its least time, and shares of the best speeds."""
+    table, share = {leaf.path: leaf for leaf in leaves(plan.cfg)}, measure_expert_share(model, step.state.token_B)
+    weights = {path: size for path, size in count_weight_bytes(plan.cfg, plan.mesh).items() if path not in plan.host}
+    in_host = {path: size for path, size in count_weight_bytes(plan.cfg, None).items() if path in plan.host}
+    read, host_read = (sum_step_bytes(table, some, share) for some in (weights, in_host))
+    host_floor = host_read / speeds["host_read"] if host_read else 0.0
+    return {
+        "experts": share,
+        "read": read,
+        "share": read / taken / speeds["copied"],
+        "host_read": host_read,
+        "host_share": host_floor / taken,
+        "floor": read / speeds["copied"] + host_floor + reduced,
+    }
+
+
 def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
-    """Yield the seconds of one row's chunk behind each context."""
-    cfg, count, capacity = plan.cfg, np.full(1, chunk_size(), np.int32), bucket(max(plan.contexts) + chunk_size())
+    """Yield the seconds of one row's chunk at the beginning and behind each context."""
+    cfg, count = plan.cfg, np.full(1, chunk_size(), np.int32)
     tokens = np.random.default_rng(0).integers(0, cfg.vocab_size, (1, chunk_size()), np.int32)
     row = np.zeros(1, np.int32)
-    for length in plan.contexts:
-        cache = fill_cache(cfg, capacity, plan.cache_dtype, 1, length, plan.mesh)
+    for length in (0, *plan.contexts):
+        cache = fill_cache(cfg, plan.read_capacity, plan.cache_dtype, 1, length, plan.mesh)
         state, lengths = new_state(model, (cache, None), 0), np.asarray(cache.length_B)
+        del cache
 
         def run(lengths=lengths) -> Any:
             nonlocal state
@@ -190,7 +149,9 @@ def _measure_prefill(plan: Plan, model: Model, seconds: float) -> Iterator[Row]:
             state = WHOLE.prefill(model, dataclasses.replace(state, cache=cache), tokens, tokens, count, row)
             return jax.block_until_ready(state.hidden_BuD)
 
-        yield {"kind": "read", "context": length, "step": measure_median(run, seconds).wall}
+        with count_compilations() as compiled:
+            times = measure_median(run, seconds)
+        yield {"kind": "read", "context": length, "step": times.wall, "compile": compiled.seconds}
 
 
 def _get_device_peak(mesh: Mesh | None) -> int:
@@ -204,17 +165,28 @@ def run(arguments: argparse.Namespace) -> None:
     sizes = arguments.batch or BATCHES, arguments.context or CONTEXTS
     where = arguments.config, arguments.layers, arguments.mesh
     plan = make_plan(*where, *sizes, arguments.cache_dtype, arguments.steps, arguments.experts)
+    budget = require_room(plan, arguments.host_memory and parse_size(arguments.host_memory))
     if not arguments.json:
         print(EXPLANATION, flush=True)
-    for row in measure_model(plan):
+    planned = {"kind": "plan", "host_layers": plan.host_layers, **budget._asdict()}
+    for row in chain([planned], measure_model(plan)):
         print(json.dumps(row) if arguments.json else format_row(row), flush=True)
 
 
 def format_row(row: Row) -> str:
     """Return the line of a row."""
+    if row["kind"] == "plan":
+        experts = f"experts of {pluralize(row['host_layers'], 'layer')} in host memory: {row['host']:,} bytes"
+        on_host = f"; {experts} of {row['host_free']:,} free" if row["host"] else ""
+        return (
+            f"on each device: {row['weights']:,} bytes of weights and at most {row['caches']:,} of caches, of "
+            f"{row['free']:,} free{on_host}"
+        )
     if row["kind"] == "made":
         reduced = f", an all-reduce takes {row['all_reduce'] * 1e6:.0f} us" if row["all_reduce"] else ""
-        reduced += f", the host reads {row['host_read'] / 1e9:.0f} GB/s" if row["host_read"] else ""
+        if row["host_read"]:
+            reduced += f", the host reads {row['host_read'] / 1e9:.0f} GB/s and a call of it takes "
+            reduced += f"{row['host_call'] * 1e6:.0f} us; the process has taken {row['host_memory'] / 1e9:.2f} GB"
         return (
             f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held; a device moves "
             f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{format_headings(COLUMNS)}"
@@ -222,5 +194,7 @@ def format_row(row: Row) -> str:
     if row["kind"] == "read":
         speed = f"{chunk_size() / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"
         return f"prefill of {chunk_size()} tokens after {row['context']}: {speed}"
-    parts = sorted(row["parts"].items(), key=lambda part: -part[1])
-    return f"{format_line(COLUMNS, row)}\n       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
+    if row["kind"] == "parts":
+        parts = sorted(row["parts"].items(), key=lambda part: -part[1])
+        return f"       {', '.join(f'{name} {spent * 1e3:.2f}' for name, spent in parts)}"
+    return format_line(COLUMNS, row)

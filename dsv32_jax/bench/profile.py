@@ -12,7 +12,7 @@ from jax.profiler import ProfileData
 
 SCOPES = (
     *("projections", "attention", "index projections", "index scores", "top-k"),
-    *("gate", "experts", "feed-forward", "head", "sampling"),
+    *("gate", "experts", "host experts", "feed-forward", "head", "sampling"),
 )
 OTHER = "other"
 

@@ -13,6 +13,9 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..generation.programs import OPTIONS
+from ..kernels.host_experts import mix
+from ..model.model import Model
+from ..quantization.host_weight import HostWeight, find_host_weights
 from ..system.host import count_cores
 from .measure import measure_median
 
@@ -41,6 +44,22 @@ def make_move(mesh: Mesh | None) -> tuple[Callable[[], Any], int]:
 def measure_host_speed() -> float:
     """Return the bytes a second that all cores read of host memory."""
     return BUFFER_BYTES / measure_median(make_reader(), 0.5).wall
+
+
+def measure_host_call(model: Model, count: int = 16) -> float:
+    """Return the seconds of a call of the host for one row that chose no expert, one of `count` in sequence."""
+    bank = find_host_weights(model)[0]
+    lost = HostWeight(jnp.full((1, 1, 1), -1, jnp.int32), bank.arrays)
+    expert_tX, gate_tX = jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1))
+
+    @jax.jit
+    def run(h_tD: jax.Array) -> jax.Array:
+        for _ in range(count):
+            h_tD = h_tD + mix(h_tD, expert_tX, gate_tX, lost, lost, lost)
+        return h_tD
+
+    h_tD = jnp.ones((1, bank.shape[1]), jnp.float32)
+    return measure_median(lambda: jax.block_until_ready(run(h_tD)), 0.3).wall / count
 
 
 def make_reader() -> Callable[[], Any]:

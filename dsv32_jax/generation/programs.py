@@ -4,12 +4,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from ..model.model import Model
-from ..quantization.host_weight import HostWeight
+from ..quantization.host_weight import find_host_weights
 from . import prefill_decode, speculative
 from .prefill_decode import Generated, State
 
@@ -70,17 +70,10 @@ def choose_programs(model: Model, layerwise: bool | None = None) -> Programs:
     """Return LAYERWISE if `layerwise`, WHOLE if not. By default whole models are compiled on accelerators, except where
     weights are in host memory; elsewhere only models of fewer than DEEP layers are."""
     if layerwise is None:
-        layerwise = len(model.layers) >= DEEP and (jax.default_backend() == "cpu" or _has_host_weights(model))
+        layerwise = len(model.layers) >= DEEP and (jax.default_backend() == "cpu" or find_host_weights(model) != [])
         if layerwise:
             _tell(len(model.layers))
     return LAYERWISE if layerwise else WHOLE
-
-
-def _has_host_weights(model: Model) -> bool:
-    def is_on_host(weight: Any) -> bool:
-        return isinstance(weight, HostWeight)
-
-    return any(map(is_on_host, jax.tree.leaves(model, is_leaf=is_on_host)))
 
 
 @functools.cache

@@ -57,6 +57,12 @@ class HostWeight:
 jax.tree_util.register_dataclass(HostWeight, data_fields=["matrix"], meta_fields=["arrays"])
 
 
+def find_host_weights(tree: Any) -> list[HostWeight]:
+    """Return the weights of a model, or of a part of one, that are in host memory."""
+    leaves = jax.tree.leaves(tree, is_leaf=lambda leaf: isinstance(leaf, HostWeight))
+    return [leaf for leaf in leaves if isinstance(leaf, HostWeight)]
+
+
 def divide_matrices(first: int, experts: int, letters: str, parts: int) -> np.ndarray:
     """Return `HostWeight.matrix` of matrices with the ids first, first + 1, ..., for `parts` devices along the axis M
     of `letters` ("EMD" or "EDM"): each has every parts-th matrix."""
