@@ -35,7 +35,7 @@ import numpy as np
 
 import dsv32_jax as ds
 from dsv32_jax import configs, convert, inspect
-from dsv32_jax.generation.weight_shapes import read_weight_shapes
+from dsv32_jax.checkpoint.weight_shapes import read_weight_shapes
 from dsv32_jax.parallel.partition import parse_mesh
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"

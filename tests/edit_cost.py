@@ -19,8 +19,8 @@ import numpy as np
 from dsv32_jax import configs
 from dsv32_jax.bench.decode_step import DTYPE, DecodeStep, fill_cache, make_model
 from dsv32_jax.checkpoint.random_weights import storage
+from dsv32_jax.checkpoint.weight_shapes import shape_weight
 from dsv32_jax.config import Config
-from dsv32_jax.generation.weight_shapes import shape_weight
 from dsv32_jax.inspect import edit
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.model import Model, build

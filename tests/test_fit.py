@@ -18,16 +18,17 @@ import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
 from dsv32_jax.errors import CapacityError, CheckpointError, UsageError
-from dsv32_jax.generation import fit as fitting, memory, prefill_decode, speculative
+from dsv32_jax.generation import fit as fitting, memory, prefill_decode, speculative, temporaries
 from dsv32_jax.generation.batch import SEGMENT_TOKENS
-from dsv32_jax.generation.fit import Fit, Setup, build_shallow, count_temporary, fit, measure_prefill
+from dsv32_jax.generation.fit import Fit, fit
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state
 from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.generation.request import chunk_size
 from dsv32_jax.generation.sampler import make_params
-from dsv32_jax.generation.weight_shapes import FORMATS, WeightShapes, read_weight_shapes
+from dsv32_jax.generation.temporaries import Setup, build_shallow, count_temporary, measure_prefill
 from dsv32_jax.system import host
 
 REAL = Path(__file__).parents[1] / "configs" / "deepseek_v32.json"
@@ -194,8 +195,8 @@ def test_a_deep_model_is_continued_from_four_layers(monkeypatch):
         seen.append(model)
         return 1000 + 7 * len(model.layers)
 
-    monkeypatch.setattr(fitting, "WHOLE", WHOLE._replace(prefill=SimpleNamespace(lower=lower)))
-    monkeypatch.setattr(fitting, "count_temporary", int)
+    monkeypatch.setattr(temporaries, "WHOLE", WHOLE._replace(prefill=SimpleNamespace(lower=lower)))
+    monkeypatch.setattr(temporaries, "count_temporary", int)
     assert measure_prefill(Setup(read_weight_shapes(REAL), BF16, BF16, 1), 1, 4096) == 1000 + 7 * 61
     assert sorted([type(layer.ffn).__name__ for layer in model.layers] for model in seen) == [
         ["MLP", "MoE", "MoE"],
@@ -222,6 +223,45 @@ def test_the_real_model(no_programs):
     assert fit(REAL, format="bf16", device_memory="2TB").stored > 1.36e12
     eighth = fit(REAL, mesh="expert=8,model=2", device_memory="1TB")
     assert eighth.devices == 16 and eighth.stored < found.stored / 10 and eighth.dequantized * 2 == found.dequantized
+
+
+def test_experts_of_the_real_model_in_host_memory(no_programs, capsys):
+    """Two GPUs of 80 GB hold some layers' experts, a host of 256 GiB those of the others; a step of one row reads 8 of
+    256 of each, and all the rest."""
+    asked = {"mesh": "model=2", "context": 8192, "device_memory": "80GB", "host_memory": "256GiB"}
+    found = fit(REAL, experts="host", **asked)
+    layer = 3 * 256 * (2048 * 7168 * 9 // 16 + 4)
+    whole = fit(REAL, **asked)
+    assert whole.host_layers == whole.hosted == whole.host_read == 0 and not whole.fits
+    assert found.hosted == found.host_layers * layer and found.host_read == pytest.approx(found.hosted / 32)
+    assert whole.stored - found.stored == pytest.approx(found.hosted / 2, rel=1e-5), (
+        "each device has a half of a matrix"
+    )
+    assert found.activations - whole.activations == layer, "a device is sent the whole of a layer at a time"
+    assert found.stored + found.dequantized <= 0.85 * found.free < found.stored + found.dequantized + layer / 2
+    assert whole.split == found.split and found.split is not None and 35 < found.split <= found.host_layers <= 58
+    assert fit(REAL, experts=f"host:{found.split}", **asked).fits
+    assert not fit(REAL, experts=f"host:{found.split - 1}", **asked).fits
+    assert fit(REAL, **asked | {"host_memory": "128GiB"}).split is None, "neither has room"
+    least = found.device_read / 2e12 + found.host_read / 100e9
+    assert found.estimate_rate(2e12, 100e9) == pytest.approx(1 / least)
+
+    options = [part for name, value in asked.items() for part in ("--" + name.replace("_", "-"), value)]
+    code, out, _ = run(capsys, REAL, "--experts", f"host:{found.split}", *options, "--host-speed", "100GB")
+    assert code == 0 and f"experts of the first {found.split} MoE layers" in out and "free there" in out
+    assert "give --device-speed; the host reads 100 GB/s, given" in " ".join(out.split())
+    code, out, _ = run(capsys, REAL, *options)
+    assert code == 5 and f"does not fit, but would with --experts host:{found.split}: 1 row" in out
+    speeds = ("--device-speed", "2TB", "--host-speed", "100GB")
+    code, out, _ = run(capsys, REAL, "--experts", f"host:{found.host_layers}", *options, *speeds, "--json")
+    facts = json.loads(out)
+    assert facts["rate"] == pytest.approx(1 / least) and facts["device_speed"] == 2e12 and facts["host_speed"] == 1e11
+
+
+def test_a_cpu_has_no_other_memory(converted, capsys):
+    """Experts in host memory are where they were: it is refused instead of counted."""
+    with pytest.raises(UsageError, match=r'experts="host:1" is for devices with memory of their own; .*device_memory='):
+        fit(converted["nvfp4"], experts="host:1")
 
 
 # --------------------------------------------------------------------------------------------------------- the verdict
@@ -437,7 +477,7 @@ def test_unknown_names_are_refused(converted):
 def test_a_chunk_is_no_longer_than_the_cache(monkeypatch, single):
     """Prompts of a short context are read at once."""
     seen = []
-    monkeypatch.setattr(fitting, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
+    monkeypatch.setattr(temporaries, "count_temporary", lambda lowered: seen.append(lowered.in_avals) or 0)
     for capacity in (32, 4 * chunk_size()):
         measure_prefill(Setup(read_weight_shapes(single), BF16, BF16, 0), 1, capacity)
     assert {arguments[2].shape for arguments, _ in seen} == {(1, 32), (1, chunk_size())}

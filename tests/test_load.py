@@ -24,8 +24,8 @@ import convert
 import dsv32_jax as ds
 from convert.export.reshard import reshard
 from dsv32_jax.checkpoint import load as loading, random_checkpoint, reader as reading
-from dsv32_jax.checkpoint.load import ABSORBED
 from dsv32_jax.checkpoint.manifest import Manifest
+from dsv32_jax.checkpoint.weight_shapes import ABSORBED
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CheckpointError, VerificationError

@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import dsv32_jax as ds
+from dsv32_jax.checkpoint.weight_shapes import read_weight_shapes
 from dsv32_jax.errors import CapacityError, UsageError
 from dsv32_jax.generation.batch import SEGMENT_TOKENS
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state, place, step
 from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.generation.sampler import make_params
-from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.layout import leaves
 from dsv32_jax.model.cache import Cache
 from dsv32_jax.model.experts import apply_shared_expert, mix_experts, mix_experts_on_mesh

@@ -19,25 +19,21 @@ from ..kernels import host_experts, read_choice
 from ..layout import Leaf, leaves
 from ..model.model import Model, Origin, build
 from ..parallel import sharding
-from ..quantization.formats import NVFP4, Fp8Block, Weight, dequantize
+from ..quantization.formats import Weight, dequantize
 from ..quantization.host_weight import HostWeight, divide_matrices
-from ..system import host
-from ..system.compilation import initialize
+from ..system import compilation, host
 from ..system.files import expand_path
 from ..system.reporter import show_slow
 from . import checksums, host_split
 from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest
 from .reader import Index, Key, Reader, allocate, list_slabs
+from .weight_shapes import ABSORBED, STORED, describe
 
 LEVELS = (None, "quick", "full")
-FORMATS = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
 
 AHEAD_BYTES = 256 << 20
 """Arrays of so many bytes are read ahead of their devices, or one that is larger."""
-
-ABSORBED = ("w_uk_HNC", "w_uv_HPC")
-"""W^UK and W^UV are used by rows as well as by columns: they are dequantized once, here, to the compute dtype."""
 
 
 def load(
@@ -58,12 +54,14 @@ def load(
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
     devices always get copies; beside them the host needs memory for AHEAD_BYTES and two of the largest arrays.
     `experts="host"` leaves routed experts in host memory, as maps, and computes with them there: of as few layers as
-    the devices cannot hold, on a CPU of all; "host:N" those of the first N MoE layers.
+    the devices cannot hold, on a CPU of all; "host:N" those of the first N MoE layers. What devices cannot hold is
+    refused before a weight is read.
     `verify`: "quick" first compares the files with the manifest, "full" also every array with its SHA-256.
     Raises CheckpointError where the folder does not hold a finished conversion of the model its config describes, or
-    a tokenizer.json with other token ids; VerificationError that names what is damaged.
+    a tokenizer.json with other token ids; VerificationError that names what is damaged; CapacityError that names
+    the layers whose experts need not be on the devices.
     """
-    initialize()
+    compilation.initialize()
     read_choice()
     if (compute := _dtype_name(dtype)) not in ("bfloat16", "float32"):
         raise UsageError(f"dtype must be bfloat16 or float32, not {compute}; weights keep their own formats")
@@ -75,11 +73,13 @@ def load(
         sharding.check_mesh(mesh, [(stored.table[path], a.shape) for (path, _), a in stored.reader.entries.items()])
     own = [path for path, entry in stored.manifest.leaves.items() if entry.same_as is None]
     on_host = []
-    if experts != "device":
-        sizes = host_split.count_device_bytes(stored.table, stored.manifest.leaves, mesh)
-        on_host = host_split.choose(stored.cfg, stored.table, sizes, experts)
-    on_devices = stored.weights([path for path in own if path not in on_host], dtype, mesh, mapped)
-    weights = {**on_devices, **stored.keep_on_host(on_host, mesh)}
+    if experts != "device" or compilation.get_device_memory() is not None:
+        shapes = describe(stored.cfg, stored.table, stored.manifest)
+        sizes = shapes.count_device_bytes({} if mesh is None else dict(mesh.shape), dtype)
+        host_layers = host_split.choose(stored.cfg, stored.table, sizes, experts, mesh)
+        on_host = host_split.list_experts(stored.cfg, stored.table, 0, host_layers)
+    weights: dict[str, Any] = {**stored.keep_on_host(on_host, mesh)}
+    weights |= stored.weights([path for path in own if path not in weights], dtype, mesh, mapped)
     return build(stored.cfg, dtype, lambda path: weights[stored.home(path)], origin, mesh)
 
 
@@ -141,7 +141,7 @@ class Checkpoint:
         weights: dict[str, Weight] = {}
         for path, entry in entries.items():
             parts = {name: next(arrays) for name in entry.arrays}
-            weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
+            weight = STORED[entry.format](**parts) if entry.format in STORED else parts["values"]
             weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
         return weights
 
@@ -151,7 +151,7 @@ class Checkpoint:
         for path in paths:
             entry, leaf = self.manifest.leaves[path], self.table[path]
             parts = {name: self.reader.map((path, name)) for name in entry.arrays}
-            weight = FORMATS[entry.format](**parts) if entry.format in FORMATS else parts["values"]
+            weight = STORED[entry.format](**parts) if entry.format in STORED else parts["values"]
             found[path] = place_on_host(weight, leaf, mesh)
         return found
 

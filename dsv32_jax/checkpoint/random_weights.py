@@ -18,8 +18,8 @@ from ..layout import Leaf, leaves
 from ..parallel.sharding import leaf_sharding
 from ..quantization.formats import NVFP4, Fp8Block, Weight
 from ..quantization.quantize import E2M1, FP8_BLOCK, NVFP4_BLOCK
-from .load import ABSORBED
 from .random_checkpoint import is_quantized
+from .weight_shapes import ABSORBED
 
 SCALES = np.arange(0x68, 0x78, dtype=np.uint8)
 """Block scales, chosen at random: the E4M3 codes of 64, 72, ..., 240."""

@@ -145,8 +145,8 @@ def _examine_checkpoint(problems: Problems, folder: Path) -> Facts:
     from ..chat import Tokenizer
     from ..checkpoint import checksums
     from ..checkpoint.manifest import Manifest
+    from ..checkpoint.weight_shapes import read_weight_shapes
     from ..generation import memory
-    from ..generation.weight_shapes import read_weight_shapes
     from ..model.cache import dtype_of
 
     folder = expand_path(folder)

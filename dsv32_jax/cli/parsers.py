@@ -149,7 +149,11 @@ def _add_fit(commands: Any) -> None:
     add("--dtype", default="bfloat16", metavar="DTYPE", help="compute dtype, or float32 (default: bfloat16)")
     add("--draft", type=int, default=0, metavar="K", help="tokens drafted at each step (default: 0)")
     add("--format", choices=("nvfp4", "fp8", "bf16"), help="weight format of a config.json (default: nvfp4)")
+    add("--experts", default="device", metavar="WHERE", help="device, host, or host:N (the first N layers)")
     add("--device-memory", metavar="SIZE", help="for example 141GB (default: what is free here)")
+    add("--host-memory", metavar="SIZE", help="for example 256GiB (default: what is free here)")
+    add("--device-speed", metavar="SIZE", help="bytes a second that a device copies, for example 2.2TB")
+    add("--host-speed", metavar="SIZE", help="bytes a second that the host reads (default: measured, with --experts)")
     add(
         "--disk-speed",
         metavar="SIZE",

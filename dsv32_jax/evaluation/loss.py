@@ -12,6 +12,7 @@ import numpy as np
 from ..errors import CheckpointError, listing, pluralize
 from ..generation.score import score
 from ..inspect.contrasts import estimate_ratio
+from ..kernels import host_experts
 from ..model.model import Model
 from ..system.compilation import count_compilations
 from ..system.summary import Summarized
@@ -155,5 +156,6 @@ def require_finite(windows: Iterable[Window], values: Iterable[np.ndarray]) -> N
     if bad:
         raise CheckpointError(
             f"the log-probabilities of {pluralize(len(bad), 'token')} are not finite (counted from 0: "
-            f"{listing(bad, 5)}). Check the checkpoint's weights with `dsv32 verify`"
+            f"{listing(bad, 5)}). "
+            + (host_experts.take_error() or "Check the checkpoint's weights with `dsv32 verify`")
         )

@@ -1,37 +1,30 @@
-"""`dsv32 fit`: whether weights, caches and the temporaries of programs fit in the memory of each device.
-
-Temporaries are those of XLA's memory analysis of the prefill program, compiled for shapes alone. A deep model is not
-compiled whole: a dense layer with two MoE layers, and one layer more, are extrapolated to all layers.
-"""
+"""`dsv32 fit`: whether weights, caches and the temporaries of programs fit in the memory of devices and host."""
 
 import dataclasses
 import math
 import os
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from ..checkpoint.weight_shapes import read_weight_shapes
 from ..errors import UsageError, listing, require_integer
 from ..model import cache
-from ..model.model import Model, build
 from ..parallel import partition
+from ..system import host
 from ..system.compilation import initialize
 from ..system.files import expand_path
 from ..system.progress import parse_size
 from . import memory
 from .options import check_option
 from .pages import PAGE
-from .prefill_decode import empty_caches, new_state
-from .programs import WHOLE
-from .request import capacity_for, chunk_size, require_drafts
-from .weight_shapes import WeightShapes, read_weight_shapes
+from .placement import Placement, place
+from .request import capacity_for, require_drafts
+from .temporaries import Setup, measure_prefill
 
 COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}
 CACHE_DTYPES = {**COMPUTE_DTYPES, "fp8": "fp8"}
@@ -52,6 +45,9 @@ class Fit:
     That takes `page_seconds`, an estimate, 0 if all is in memory and None if the speed of the disk is not known.
     largest_batch, longest_context: the most that fit with everything else unchanged, 0 if nothing does.
     pages: the most pages of PAGE tokens that an engine of `batch` rows has room for, on all devices together.
+    hosted: the bytes of the experts of `host_layers` MoE layers in host memory, of which `host_free` bytes are free
+    split: the fewest layers in host memory with which all fits; None if none do, and on CPUs
+    device_read, host_read: the bytes of weights that a step of one row reads on each device and of host memory
     """
 
     parameters: int
@@ -73,11 +69,22 @@ class Fit:
     largest_batch: int
     longest_context: int
     pages: int
+    host_layers: int
+    hosted: int
+    host_free: int
+    split: int | None
+    device_read: float
+    host_read: float
 
     @property
     def fits(self) -> bool:
-        """Whether what must stay in memory, `total` without `mapped`, is free."""
-        return self.total - self.mapped <= self.free
+        """Whether what must stay in memory, `total` without `mapped` and the experts on the host, is free."""
+        return self.total - self.mapped <= self.free and self.hosted <= self.host_free
+
+    def estimate_rate(self, device_speed: float, host_speed: float) -> float:
+        """Return the tokens a second of one row, if device and host read so many bytes a second, one after the other,
+        and nothing else took time."""
+        return 1 / (self.device_read / device_speed + (self.host_read / host_speed if self.host_read else 0))
 
 
 def fit(
@@ -90,10 +97,13 @@ def fit(
     dtype: str = "bf16",
     draft: int = 0,
     format: str | None = None,
+    experts: str = "device",
     device_memory: str | None = None,
+    host_memory: str | None = None,
     disk_speed: str | None = None,
 ) -> Fit:
-    """Return what a converted checkpoint, or a config.json with its matrices in `format`, needs on each device.
+    """Return what a converted checkpoint, or a config.json with its matrices in `format`, needs on each device, and on
+    the host with `experts` as in `load`.
 
     Rows hold `context` tokens, prompts included; by default DEFAULT_CONTEXT or the model's longest context. Without
     `device_memory` the devices are those here; CPUs map the weights, from a disk that reads `disk_speed` bytes a second
@@ -109,36 +119,69 @@ def fit(
     context = min(DEFAULT_CONTEXT, longest) if context is None else require_integer("context", context, 1, longest)
     require_integer("batch", batch, 1, MAX_BATCH)
     require_drafts(cfg, check_option("draft", draft))
-    weights = shapes.device_bytes(sizes, compute)
-    devices, data = math.prod(sizes.values()), sizes.get("data", 1)
-    speed: float | None = parse_size(disk_speed or 0)
+    speed = parse_size(disk_speed or 0)
+    room = _find_room(device_memory, host_memory, math.prod(sizes.values()))
+    placement = place(shapes, sizes, compute, experts, room.free, room.is_one)
+    setup = Setup(shapes, compute, stored, draft)
+    return _predict(setup, placement, sizes, room, batch, context, lambda: speed or measure_disk_speed(path))
+
+
+class _Room(NamedTuple):
+    """Bytes that are free on each device and on the host; whether it is the same memory, as on a CPU."""
+
+    free: int
+    host_free: int
+    is_one: bool
+
+
+def _find_room(device_memory: str | None, host_memory: str | None, devices: int) -> _Room:
     free = memory.get_free_memory(devices) if device_memory is None else parse_size(device_memory)
-    mapped = weights[0] if device_memory is None and jax.default_backend() == "cpu" else 0
+    host_free = host.get_free_memory() if host_memory is None else parse_size(host_memory)
+    return _Room(free, host_free, device_memory is None and jax.default_backend() == "cpu")
+
+
+def _predict(
+    setup: Setup,
+    placement: Placement,
+    mesh: partition.MeshShape,
+    room: _Room,
+    batch: int,
+    context: int,
+    measure_speed: Callable[[], float | None],
+) -> Fit:
+    """Return what `fit` does of a model whose weights have been placed."""
+    cfg, free, data = setup.shapes.cfg, room.free, mesh.get("data", 1)
     batch_rows, capacity = memory.round_up_rows(batch), max(PAGE, capacity_for(cfg, context))
     rows = memory.count_local_rows(batch_rows, data)
-    demand = _measure_demand(Setup(shapes, compute, stored, draft), sum(weights), data, rows, capacity)
-    total = demand(batch_rows, capacity)
+    demand = _measure_demand(setup, placement, data, rows, capacity)
+    total, mapped = demand(batch_rows, capacity), placement.weights[0] if room.is_one else 0
     paged = min(max(0, total - free), mapped) / max(1, mapped)
-    speed = measure_disk_speed(path) if paged and not speed else speed
+    speed = measure_speed() if paged else None
     return Fit(
-        shapes.parameters,
-        devices,
+        setup.shapes.parameters,
+        math.prod(mesh.values()),
         context,
         capacity,
         batch,
-        stored.name,
-        draft,
-        *weights,
+        setup.cache_dtype.name,
+        setup.draft,
+        *placement.weights,
         demand.row_bytes(2) - demand.row_bytes(1),
         rows * demand.row_bytes(capacity),
         demand.peak,
         total,
         mapped,
         free,
-        (paged * shapes.count_step_bytes(rows) / speed if speed else None) if paged else 0.0,
+        (paged * setup.shapes.count_step_bytes(rows) / speed if speed else None) if paged else 0.0,
         (1 << _find_largest(lambda power: demand(1 << (power - 1), capacity) - mapped <= free, 20)) >> 1,
-        _find_largest(lambda slots: demand(batch_rows, slots) - mapped <= free, longest),
+        _find_largest(lambda slots: demand(batch_rows, slots) - mapped <= free, cfg.max_position_embeddings),
         data * demand.count_pages(rows, free + mapped),
+        placement.host_layers,
+        placement.hosted,
+        room.host_free,
+        None if room.is_one else placement.find_split(total, free, room.host_free),
+        placement.device_read,
+        placement.host_read,
     )
 
 
@@ -155,15 +198,6 @@ def measure_disk_speed(path: str | Path) -> float | None:
         while count < DISK_SAMPLE and (chunk := file.read(8 << 20)):
             count += len(chunk)
         return max(count, 1) / max(time.perf_counter() - start, 1e-6)
-
-
-class Setup(NamedTuple):
-    """A model of shapes, the compute dtype, the dtype of caches, and tokens drafted a step."""
-
-    shapes: WeightShapes
-    compute: np.dtype
-    cache_dtype: np.dtype
-    draft: int
 
 
 class _Demand(NamedTuple):
@@ -202,55 +236,13 @@ class _Demand(NamedTuple):
         return memory.compute_row_bytes(self.setup.shapes.cfg, capacity, self.setup.cache_dtype, self.setup.draft)
 
 
-def _measure_demand(setup: Setup, weights: int, data: int, rows: int, capacity: int) -> _Demand:
+def _measure_demand(setup: Setup, placement: Placement, data: int, rows: int, capacity: int) -> _Demand:
     prefill = measure_prefill(setup, rows, capacity)
     wider = measure_prefill(setup, 2 * rows, capacity) - prefill
     longer = measure_prefill(setup, rows, 2 * capacity) - prefill
     # Decoding takes less than prefill, but for the logits of drafted tokens.
-    peak = prefill + rows * setup.draft * setup.shapes.cfg.vocab_size * memory.VOCABULARY_BYTES
-    return _Demand(setup, weights, data, rows, capacity, peak, wider, longer)
-
-
-def measure_prefill(setup: Setup, rows: int, capacity: int) -> int:
-    """Return the bytes that prefilling a chunk of every row takes beside weights and caches."""
-
-    def measure(model: Model) -> int:
-        caches = partial(empty_caches, model.cfg, rows, capacity, setup.cache_dtype, setup.draft)
-        state = jax.eval_shape(lambda: new_state(model, caches(), setup.draft))
-        tokens = jax.ShapeDtypeStruct((rows, min(chunk_size(rows), capacity)), jnp.int32)
-        count = jax.ShapeDtypeStruct((rows,), jnp.int32)
-        return count_temporary(WHOLE.prefill.lower(model, state, tokens, tokens, count, count))
-
-    shallow, deeper = (build_shallow(setup.shapes, setup.compute, more) for more in (0, 1))
-    missing = setup.shapes.cfg.num_hidden_layers - len(shallow.layers)
-    if not missing:
-        return measure(shallow)
-    with ThreadPoolExecutor() as pool:
-        one, two = pool.map(measure, (shallow, deeper))
-    return one + max(0, two - one) * missing
-
-
-def build_shallow(shapes: WeightShapes, compute: np.dtype, more: int) -> Model:
-    """Return a model of shapes: a dense layer, two MoE layers and `more` others, and MTP."""
-    cfg, dense = shapes.cfg, shapes.cfg.first_k_dense_replace
-    mlps, moes = range(dense), range(dense, cfg.num_hidden_layers)
-    layers = sorted([*mlps[:1], *moes[:2], *[*moes[2:], *mlps[1:]][:more]])
-    shallow = dataclasses.replace(
-        cfg, num_hidden_layers=len(layers), first_k_dense_replace=sum(i < dense for i in layers)
-    )
-
-    def get_weight(path: str) -> Any:
-        part, _, rest = path.partition(".")
-        i, _, name = rest.partition(".")
-        return shapes.get_loaded(f"layers.{layers[int(i)]}.{name}" if part == "layers" else path, compute)
-
-    return build(shallow, compute, get_weight)
-
-
-def count_temporary(lowered: Any) -> int:
-    """Return the bytes of a program's temporaries, and of results that do not reuse the memory of an argument."""
-    sizes = lowered.compile().memory_analysis()
-    return sizes.temp_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
+    peak = prefill + rows * setup.draft * setup.shapes.cfg.vocab_size * memory.VOCABULARY_BYTES + placement.sent
+    return _Demand(setup, sum(placement.weights), data, rows, capacity, peak, wider, longer)
 
 
 def _find_largest(fits: Callable[[int], bool], most: int) -> int:

@@ -8,10 +8,11 @@ from jax.sharding import Mesh
 
 from ..config import Config
 from ..errors import CapacityError, argument, pluralize
+from ..kernels import host_experts
 from ..model import cache
 from ..parallel import multihost
-from ..system import host
-from ..system.compilation import require_device
+from ..quantization.host_weight import find_host_weights
+from ..system import compilation, host
 from .pages import PAGE, count_pages
 
 CACHE_SHARE = 0.8
@@ -35,11 +36,9 @@ def compute_page_bytes(cfg: Config, dtype: np.dtype, drafts: int) -> int:
 
 def get_free_memory(devices: int = 1) -> int:
     """Return the bytes each of `devices` can still allocate. CPU devices share the memory of the host."""
-    require_device()
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    return host.get_free_memory() // devices
+    compilation.require_device()
+    free = compilation.get_device_memory()
+    return host.get_free_memory() // devices if free is None else free
 
 
 def round_up_rows(rows: int) -> int:
@@ -109,13 +108,20 @@ def plan_pages(
 
 
 def explain_exhaustion(model: Any, cache_bytes: int, error: Exception) -> Exception:
-    """Return a CapacityError in place of `error` if the device ran out of memory, else `error` itself."""
+    """Return a CapacityError in place of `error` if the device or the host ran out of memory, else `error` itself."""
     if "RESOURCE_EXHAUSTED" not in str(error):
         return error
+    cause = f"({str(error).splitlines()[0][:200]})"
+    fewer = f"Use a smaller {argument('batch_size')}, a smaller {argument('capacity')}"
+    if host_experts.FAILED in str(error):
+        return CapacityError(
+            f"the host has no memory for applying its experts. The model stays usable. {fewer} {cause}"
+        )
     weights = sum(array.nbytes for array in jax.tree.leaves(model))
+    banks = len(find_host_weights(model)) // 3
+    more = f", experts of more layers in host memory, {argument('experts', f'host:{banks + 1}')}" if banks else ""
     return CapacityError(
         f"the device is out of memory: weights take {weights / 1e9:.2f} GB, the pages of the cache "
-        f"{cache_bytes / 1e9:.2f} GB, temporaries of a step the rest. The model stays usable. Use a smaller "
-        f"{argument('batch_size')}, a smaller {argument('capacity')}, or {argument('cache_dtype', 'fp8')} "
-        f"({str(error).splitlines()[0][:200]})"
+        f"{cache_bytes / 1e9:.2f} GB, temporaries of a step the rest. The model stays usable. {fewer}{more}, or "
+        f"{argument('cache_dtype', 'fp8')} {cause}"
     )

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 
 from ..checkpoint.manifest import ArrayEntry, LeafEntry
+from ..checkpoint.weight_shapes import FORMATS, read_weight_shapes
 from ..errors import UsageError
-from ..generation.weight_shapes import FORMATS, read_weight_shapes
 from ..model.model import Model
 from ..quantization.formats import NVFP4, Fp8Block
 from ..system.files import expand_path

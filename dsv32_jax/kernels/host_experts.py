@@ -20,6 +20,9 @@ from . import cpu
 
 MIX, FETCH = "dsv32_host_mix", "dsv32_host_fetch"
 
+FAILED = "experts in host memory: "
+"""The beginning of what the C++ says of a failure."""
+
 FETCH_TOKENS = 256
 """From so many tokens on most experts are chosen, and sending all of them to a GPU is faster than applying them."""
 

@@ -104,18 +104,22 @@ def mix_experts_on_mesh(
     """Return `mix_experts` with E sharded over the mesh axis "expert", M over "model" and tokens over "data".
 
     Each device applies its own experts, and its part of the shared one, to its tokens. A single all-reduce adds up the
-    outputs.
+    outputs. Tokens that all devices of "data" have are the first one's, if the experts are in host memory: the host
+    would apply them for each.
     """
     devices = mesh.shape.get("expert", 1)
     own = routed[0].shape[0] // devices
     tokens = "data" if len(h_tD) % mesh.shape.get("data", len(h_tD) + 1) == 0 else None
-    added = tuple(axis for axis in ("expert", "model") if mesh.shape.get(axis, 1) > 1)
+    repeated = tokens is None and mesh.shape.get("data", 1) > 1 and isinstance(routed[0], HostWeight)
+    axes = ("expert", "model", "data") if repeated else ("expert", "model")
+    added = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
 
     def local(h_tD, expert_tX, gate_tX, routed: Matrices, shared: Matrices):
         first = jax.lax.axis_index("expert") * own if devices > 1 else 0
-        here_tX = (expert_tX >= first) & (expert_tX < first + own)
+        is_mine = jax.lax.axis_index("data") == 0 if repeated else True
+        here_tX = (expert_tX >= first) & (expert_tX < first + own) & is_mine
         y_tD = apply_experts(h_tD, jnp.where(here_tX, expert_tX - first, own), gate_tX, *routed, devices)
-        return jax.lax.psum(y_tD + jnp.where(first == 0, apply_shared_expert(h_tD, *shared), 0), added)
+        return jax.lax.psum(y_tD + jnp.where((first == 0) & is_mine, apply_shared_expert(h_tD, *shared), 0), added)
 
     def specs(matrices: Matrices, *letters: str) -> tuple:
         return tuple(

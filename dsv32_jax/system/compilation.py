@@ -40,6 +40,12 @@ def require_device() -> None:
         ) from error
 
 
+def get_device_memory() -> int | None:
+    """Return the bytes that this process can still allocate on a device, None on a CPU, whose memory is the host's."""
+    stats = jax.local_devices()[0].memory_stats()
+    return stats["bytes_limit"] - stats["bytes_in_use"] if stats and "bytes_limit" in stats else None
+
+
 def enable_cache() -> None:
     """Cache compiled programs in the user's cache folder, unless JAX is already configured to use another or none.
 

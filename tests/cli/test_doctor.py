@@ -10,8 +10,8 @@ import sys
 import jax
 import pytest
 
+from dsv32_jax.checkpoint.weight_shapes import read_weight_shapes
 from dsv32_jax.cli import doctor
-from dsv32_jax.generation.weight_shapes import read_weight_shapes
 from dsv32_jax.kernels import dispatch
 
 

@@ -8,10 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from ..checkpoint.load import ABSORBED, FORMATS as STORED
-from ..checkpoint.manifest import LeafEntry, Manifest, is_converted
-from ..checkpoint.random_checkpoint import is_quantized
-from ..checkpoint.reader import dtype_of
 from ..config import Config
 from ..errors import CheckpointError, UsageError, listing
 from ..layout import COPIES, Leaf, leaves
@@ -19,6 +15,15 @@ from ..parallel import partition
 from ..quantization.formats import NVFP4, Fp8Block
 from ..quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from ..system.files import expand_path
+from .manifest import LeafEntry, Manifest, is_converted
+from .random_checkpoint import is_quantized
+from .reader import dtype_of
+
+STORED = {"nvfp4": NVFP4, "fp8_block": Fp8Block}
+"""The weights of formats that are not one array."""
+
+ABSORBED = ("w_uk_HNC", "w_uv_HPC")
+"""W^UK and W^UV are used by rows as well as by columns: `load` dequantizes them once to the compute dtype."""
 
 FORMATS = ("nvfp4", "fp8", "bf16")
 """nvfp4: as published by NVIDIA, with experts, dense feed-forward and W^O in NVFP4, the rest of attention, the indexer
@@ -106,6 +111,11 @@ def read_weight_shapes(path: str | Path, format: str | None = None) -> WeightSha
     table = {leaf.path: leaf for leaf in leaves(cfg)}
     if differing := sorted(set(table) ^ set(manifest.leaves)):
         raise CheckpointError(f"{path} does not hold the parameters its config describes: {listing(differing)}")
+    return describe(cfg, table, manifest)
+
+
+def describe(cfg: Config, table: Mapping[str, Leaf], manifest: Manifest) -> WeightShapes:
+    """Return the weights of a manifest, which has all of `table`."""
     homes = {path: entry.same_as for path, entry in manifest.leaves.items() if entry.same_as is not None}
     weights = {path: _describe(entry) for path, entry in manifest.leaves.items() if path not in homes}
     return WeightShapes(cfg, table, weights, homes)
