@@ -191,15 +191,15 @@ def format_verification(report: "Report") -> str:
     return format_rows([*rows, ("verified", f"{report.folder} ({report.level})")])
 
 
-def format_export(exported: "Exported") -> str:
-    """The outcome of an export, the summary last."""
+def format_export(exported: "Exported", dry_run: bool = False) -> str:
+    """The outcome of an export or of a dry run, the summary last."""
     rows = [("note", note) for note in exported.notes]
     rows += [("changed", f"{name}: {why}") for why, names in exported.changed.items() for name in names]
     size = f"{exported.tensors} tensors, {format_size(exported.nbytes)}, {pluralize(exported.files, 'file')}"
-    return format_rows([*rows, ("written", f"{exported.folder} ({exported.family}): {size}")])
+    return format_rows([*rows, ("planned" if dry_run else "written", f"{exported.folder} ({exported.family}): {size}")])
 
 
-def format_reshard(facts: dict[str, Any]) -> str:
-    """The outcome of a reshard."""
-    state = "complete" if facts["already_complete"] else "written"
-    return format_rows([(state, facts["output"]), ("digest", facts["digest"])])
+def format_reshard(facts: dict[str, Any], dry_run: bool = False) -> str:
+    """The outcome of a reshard or of a dry run."""
+    state = "complete" if facts["already_complete"] else "planned" if dry_run else "written"
+    return format_rows([(state, f"{facts['output']}: {format_size(facts['bytes'])}"), ("digest", facts["digest"])])

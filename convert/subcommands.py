@@ -14,6 +14,8 @@ from dsv32_jax.system.reporter import Reporter, make_reporter
 
 from . import report, signals
 
+DRY_RUN = "check everything that needs no reading of weights, and say what would be written; write nothing"
+
 
 def add(commands: Any) -> None:
     """Add the commands to the subparsers `commands`; each sets `run`, which takes the parsed arguments."""
@@ -131,6 +133,7 @@ def _add_export(commands: Any) -> None:
         action="store_true",
         help="give gate and up, and q_a and kv_a, one tensor scale where that is exact",
     )
+    export.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
 
 def _export(arguments: argparse.Namespace) -> int:
@@ -139,10 +142,9 @@ def _export(arguments: argparse.Namespace) -> int:
     out = expand_path(arguments.out)
     state = f"{out} was not created; run the same command again to start over and replace {unfinished(out)}."
     with report_to(make_reporter(arguments.json), lambda _: state) as reporter:
-        exported = export(
-            arguments.folder, out, arguments.format, share_scales=arguments.share_scales, progress=reporter
-        )
-    return _print(arguments, dataclasses.asdict(exported), report.format_export(exported))
+        options = {"share_scales": arguments.share_scales, "dry_run": arguments.dry_run}
+        exported = export(arguments.folder, out, arguments.format, **options, progress=reporter)
+    return _print(arguments, dataclasses.asdict(exported), report.format_export(exported, arguments.dry_run))
 
 
 def _add_reshard(commands: Any) -> None:
@@ -157,6 +159,7 @@ def _add_reshard(commands: Any) -> None:
     reshard.add_argument("folder", metavar="CHECKPOINT", help="a converted checkpoint; never modified")
     reshard.add_argument("out", metavar="OUT", help="output folder: new, empty or unfinished")
     reshard.add_argument("--mesh", metavar="AXES", help="for example expert=8,model=2 (default: one device)")
+    reshard.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
 
 def _reshard(arguments: argparse.Namespace) -> int:
@@ -168,6 +171,8 @@ def _reshard(arguments: argparse.Namespace) -> int:
         return f"{reporter.meter.describe_saved()}; run the same command again to continue."
 
     with report_to(make_reporter(arguments.json), describe_state) as reporter:
-        manifest = reshard(arguments.folder, arguments.out, arguments.mesh, progress=reporter)
-    facts = {"output": arguments.out, "already_complete": complete, "digest": manifest.digest}
-    return _print(arguments, facts, report.format_reshard(facts))
+        options = {"dry_run": arguments.dry_run, "progress": reporter}
+        manifest = reshard(arguments.folder, arguments.out, arguments.mesh, **options)
+    nbytes = sum(array.nbytes for leaf in manifest.leaves.values() for array in leaf.arrays.values())
+    facts = {"output": arguments.out, "already_complete": complete, "bytes": nbytes, "digest": manifest.digest}
+    return _print(arguments, facts, report.format_reshard(facts, arguments.dry_run))

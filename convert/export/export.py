@@ -16,11 +16,11 @@ from dsv32_jax.checkpoint.companions import COMPANIONS, copy_companions
 from dsv32_jax.checkpoint.manifest import digest
 from dsv32_jax.errors import FULL, CapacityError, CheckpointError, OutputExistsError, UsageError, listing
 from dsv32_jax.system.files import expand_path, find_mismatches, is_abandoned, read_json, require_apart, sync
-from dsv32_jax.system.locks import LOCK, lock_folder
+from dsv32_jax.system.locks import LOCK, lock_folder, require_unlocked
 from dsv32_jax.system.progress import Progress
 
 from ..name_folding import fold_names
-from ..plan.limits import require_disk_space
+from ..plan.limits import find_existing, require_disk_space
 from ..read.converted import Converted, raise_damaged
 from ..read.source import CONFIG, INDEX, QUANTIZATION
 from .encode import Target, choose_targets, encode
@@ -52,12 +52,14 @@ def export(
     *,
     share_scales: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    dry_run: bool = False,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Exported:
     """Write the converted checkpoint `folder` to the new folder `out` in the layout `family`, one of FAMILIES.
 
-    `share_scales` gives gate and up (and q_a and kv_a) one tensor scale wherever that changes no value. Raises
-    OutputExistsError where `out` exists, VerificationError where an array has changed, CapacityError, StorageError.
+    `share_scales` gives gate and up (and q_a and kv_a) one tensor scale wherever that changes no value. With `dry_run`
+    nothing is written, and what would be is returned. Raises OutputExistsError where `out` exists, VerificationError
+    where an array has changed, CapacityError, StorageError.
     """
     if family not in FAMILIES:
         raise UsageError(f"the format must be one of {', '.join(FAMILIES)}, not {family!r}")
@@ -70,12 +72,14 @@ def export(
     targets, notes = choose_targets(converted, family, share_scales)
     shards = plan_shards((target.tensors for target in targets.values()), shard_bytes)
     nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
+    aside = unfinished(out)
     if not is_finished:
-        aside = unfinished(out)
-        _list_own(aside)
+        require_unlocked(aside)
+        freed = sum(file.stat().st_size for file in _list_own(aside))
+        require_disk_space(find_existing(aside), nbytes - freed)
+    if not is_finished and not dry_run:
         with lock_folder(aside):
             _clear(aside)
-            require_disk_space(aside, nbytes)
             with _clear_if_full(aside):
                 files = [*(shard.file for shard in shards), INDEX, *COMPANIONS, QUANTIZATION, CONFIG]
                 write_json(aside / RECORD, {"job": job, "files": files})
@@ -83,9 +87,10 @@ def export(
                 copy_companions(converted.folder, aside)
                 _write_configs(converted, aside, family, targets)
             _publish(aside, out)
-    with lock_folder(out):
-        (out / LOCK).unlink()
-        (out / RECORD).unlink()
+    if not dry_run:
+        with lock_folder(out):
+            (out / LOCK).unlink()
+            (out / RECORD).unlink()
     changed: dict[str, list[str]] = {}
     for name, target in targets.items():
         changed.setdefault(target.why, []).append(name)

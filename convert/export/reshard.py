@@ -18,10 +18,10 @@ from dsv32_jax.errors import VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
 from dsv32_jax.system.files import expand_path, require_apart
-from dsv32_jax.system.locks import lock_folder
+from dsv32_jax.system.locks import lock_folder, require_unlocked
 from dsv32_jax.system.progress import Progress
 
-from ..plan.limits import require_disk_space
+from ..plan.limits import find_existing, require_disk_space
 from ..read.converted import Converted
 from ..write.differences import manifest_basis, read_finished
 from ..write.journal import Journal, Part, require_ours
@@ -33,13 +33,15 @@ def reshard(
     out: str | Path,
     mesh: str | Mapping[str, int] | None = None,
     *,
+    dry_run: bool = False,
     progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Manifest:
     """Write the converted checkpoint `folder` to `out`, so that each device of `mesh` reads its own bytes.
 
     `mesh` is "expert=8,model=2", the same as a dict, or None for one device. An unfinished `out` of the same job is
-    continued. Raises CapacityError with a table where the mesh does not divide arrays, before anything is read;
-    VerificationError where an array has changed; OutputExistsError, UsageError, StorageError.
+    continued. With `dry_run` nothing is written, and the manifest of `folder` is returned. Raises CapacityError with a
+    table where the mesh does not divide arrays, before anything is read; VerificationError where an array has changed;
+    OutputExistsError, UsageError, StorageError.
     """
     sizes = partition.parse_optional_mesh(mesh)
     converted, out = Converted(folder), expand_path(out).absolute()
@@ -50,6 +52,13 @@ def reshard(
     require_ours(out)
     plan = digest([converted.manifest.digest, sizes])
     basis = {**manifest_basis(converted.manifest), "mesh": sizes}
+    if dry_run:
+        require_unlocked(out)
+        if is_complete(out):
+            return read_finished(out, plan, basis)
+        written = sum(file.stat().st_size for file in (out / WEIGHTS).rglob("*") if file.is_file())
+        require_disk_space(find_existing(out), converted.nbytes - written)
+        return converted.manifest
     with lock_folder(out):
         if is_complete(out):
             manifest = read_finished(out, plan, basis)

@@ -20,6 +20,7 @@ from convert.export.export import export
 from convert.export.quantization_config import list_globs, list_regexes
 from convert.export.shards import ShardsWriter
 from convert.export.shared_scales import rescale_bytes
+from convert.plan import limits
 from convert.read import weights
 from convert.read.safetensors import DTYPES
 from convert.read.source import Source
@@ -60,6 +61,22 @@ def same_bytes(first: dict[str, np.ndarray], second: dict[str, np.ndarray]) -> N
     for name, array in first.items():
         assert (array.dtype, array.shape) == (second[name].dtype, second[name].shape), name
         assert array.tobytes() == second[name].tobytes(), name
+
+
+def test_a_dry_run_writes_nothing(converted, tmp_path, capsys, monkeypatch):
+    """It says what the export says, and refuses what the export refuses."""
+    words = [converted["nvfp4"], tmp_path / "hf", "--format", "bf16"]
+    planned, written = (run(capsys, *words, *flags) for flags in (["--dry-run"], []))
+    assert planned[0] == written[0] == 0 and planned[1].replace("planned", "written") == written[1]
+    assert {file.name for file in tmp_path.iterdir()} == {"hf"}
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    for out, free, code in (("full", 10**12, 6), ("disk", 1, 5)):
+        monkeypatch.setattr(limits.shutil, "disk_usage", lambda path, free=free: (10**13, 0, free))
+        words[1] = tmp_path / out
+        planned, written = (run(capsys, *words, *flags) for flags in (["--dry-run"], []))
+        assert planned == written and planned[0] == code
+    assert not (tmp_path / "disk").exists()
 
 
 @pytest.mark.parametrize("storage", FAMILY)

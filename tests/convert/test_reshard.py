@@ -15,6 +15,7 @@ import pytest
 import convert
 from convert.export.reshard import reshard
 from convert.inspect.folder_tree import inspect
+from convert.plan import limits
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
@@ -25,6 +26,7 @@ from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, OutputExistsError, UsageError, VerificationError
 from dsv32_jax.layout import leaves
 from dsv32_jax.parallel import partition
+from dsv32_jax.system.progress import format_size
 
 REPOSITORY = Path(__file__).parents[2]
 OTHER_PYTHON = os.environ.get("OTHER_PYTHON", "")
@@ -45,6 +47,19 @@ def run(capsys, *argv) -> tuple[int, str, str]:
     code = cli.main(["reshard", *map(str, argv)])
     printed = capsys.readouterr()
     return code, printed.out, printed.err
+
+
+def test_a_dry_run_writes_nothing(converted, resharded, tmp_path, capsys, monkeypatch):
+    """It says what the reshard says, and refuses what the reshard refuses."""
+    words = [converted["nvfp4"], tmp_path / "out", "--mesh", "expert=4"]
+    code, out, _ = run(capsys, *words, "--dry-run")
+    assert code == 0 and out.startswith("planned ") and not list(tmp_path.iterdir())
+    assert run(capsys, *words)[:2] == (0, out.replace("planned", "written"))
+    assert run(capsys, *words, "--dry-run")[:2] == (0, out.replace("planned ", "complete"))
+    assert run(capsys, words[0], resharded, "--dry-run")[0] == 6
+    assert run(capsys, words[0], tmp_path / "other", "--mesh", "expert=3", "--dry-run")[0] == 5
+    monkeypatch.setattr(limits.shutil, "disk_usage", lambda path: (10**13, 0, 1))
+    assert run(capsys, words[0], tmp_path / "other", "--dry-run")[0] == 5 and not (tmp_path / "other").exists()
 
 
 def test_the_content_is_the_same_and_the_files_are_not(converted, resharded, small):
@@ -195,7 +210,9 @@ def test_a_mesh_as_people_write_it():
 def test_the_command_says_what_was_written(converted, tmp_path, capsys):
     code, out, _ = run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")
     assert code == 0
-    assert out == f"written    {tmp_path / 'out'}\ndigest     {Manifest.read(converted['bf16']).digest}\n"
+    manifest = Manifest.read(converted["bf16"])
+    size = format_size(sum(array.nbytes for leaf in manifest.leaves.values() for array in leaf.arrays.values()))
+    assert out == f"written    {tmp_path / 'out'}: {size}\ndigest     {manifest.digest}\n"
     before = (tmp_path / "out" / "manifest.json").stat()
     assert run(capsys, converted["bf16"], tmp_path / "out", "--mesh", "expert=8")[0] == 0
     after = (tmp_path / "out" / "manifest.json").stat()
