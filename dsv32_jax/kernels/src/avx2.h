@@ -56,123 +56,104 @@ inline void totals(const __m256* sums, float* to) {
 }
 
 struct Float32X {
-  static constexpr int kOutputs = 1;
   using X = float;
-  using Vector = __m256;
   static float packed(const Call& call, int64_t index) { return x_at(call, index); }
-  static void totals(const __m256* sums, float* to) { avx2::totals(sums, to); }
 };
 
 // Sixteen bfloat16 numbers in one register: those in even and those in odd places.
 inline __m256 even(__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); }
 inline __m256 odd(__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, _mm256_set1_epi32(0xffff0000))); }
 
-// Adds the products of w[0..7], which are 64 weights, with R rows that are `stride` apart.
-template <int R>
-inline void multiply(const __m256* w, const float* x, int stride, __m256* sums) {
-  for (int r = 0; r < R; ++r) {
-    __m256 part[2] = {};
-    for (int j = 0; j < 8; ++j) part[j % 2] = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * stride + 8 * j), part[j % 2]);
-    sums[r] = _mm256_add_ps(sums[r], _mm256_add_ps(part[0], part[1]));
-  }
-}
-
 struct Nvfp4 : Float32X {
-  static constexpr int kChunk = 64, kBytes = 32, kScaled = 16, kScaleBytes = 1;
+  static constexpr int kChunk = 128, kBytes = 64, kScaled = 16, kScaleBytes = 1;
 
-  // A byte's nibbles are two neighbours; unpacking interleaves within halves of the register.
+  // A lane has the weights that share a scale: four bytes of each of eight scales are brought together.
   static constexpr int order(int i) {
-    const int vector = i / 8, lane = i % 8;
-    const int word = 16 * (lane / 4) + 8 * (vector / 2 % 2) + 2 * (lane % 4) + vector % 2;
-    return 2 * word + vector / 4;
+    const int vector = i / 8, lane = i % 8, byte = vector / 8 * 4 + vector % 4;
+    return 16 * (lane / 4 * 2 + lane % 4 / 2 * 4 + lane % 2) + 2 * byte + vector / 4 % 2;
   }
 
-  // Four scales, 2^8 times as small. A NaN stands for 448.
-  static __m128 four_scales(const uint8_t* codes) {
-    int32_t four;
-    std::memcpy(&four, codes, 4);
-    const __m128i stored = _mm_cvtsi32_si128(four);
+  // Eight scales, 2^8 times as small. A NaN stands for 448.
+  static __m256 eight_scales(const uint8_t* codes) {
+    const __m128i stored = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(codes));
     const __m128i nan = _mm_cmpeq_epi8(_mm_or_si128(stored, _mm_set1_epi8(-128)), _mm_set1_epi8(-1));
     const __m128i word = _mm_slli_epi16(_mm_cvtepi8_epi16(_mm_blendv_epi8(stored, _mm_set1_epi8(0x7e), nan)), 7);
-    return _mm_cvtph_ps(_mm_and_si128(word, _mm_set1_epi16(short(0xbf80))));
+    const __m256 scales = _mm256_cvtph_ps(_mm_and_si128(word, _mm_set1_epi16(short(0xbf80))));
+    return _mm256_permutevar8x32_ps(scales, _mm256_setr_epi32(0, 1, 4, 5, 2, 3, 6, 7));
   }
 
-  // E2M1 times 2^8 as bfloat16, its upper byte by one table and its lower by another. The scales multiply sums of
-  // products.
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, __m256 (*totals)[R]) {
-    __m256* sums = *totals;
-    const __m256i upper = _mm256_setr_epi8(
-        0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60,
-        0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60);
-    const __m256i lower = _mm256_setr_epi8(
-        0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64,
-        0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64);
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(*codes));
-    __m256 w[8];
-    for (int half = 0; half < 2; ++half) {
-      const __m256i code = _mm256_and_si256(half ? _mm256_srli_epi16(both, 4) : both, nibble);
+  struct Chunk {
+    __m256i half[2];
+    __m256 scale;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t* scales) : scale(eight_scales(scales)) {
+      const __m256 first = _mm256_loadu_ps(reinterpret_cast<const float*>(codes));
+      const __m256 second = _mm256_loadu_ps(reinterpret_cast<const float*>(codes + 32));
+      const __m256i words = _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15,
+                                             0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15);
+      half[0] = _mm256_shuffle_epi8(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0x88)), words);
+      half[1] = _mm256_shuffle_epi8(_mm256_castps_si256(_mm256_shuffle_ps(first, second, 0xdd)), words);
+    }
+
+    // E2M1 times 2^8 as bfloat16, its upper byte by one table and its lower by another.
+    DSV32_INLINE __m256 vector(int j) const {
+      const __m256i upper = _mm256_setr_epi8(
+          0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60,
+          0, 0x43, 0x43, 0x43, 0x44, 0x44, 0x44, 0x44, -128, -61, -61, -61, -60, -60, -60, -60);
+      const __m256i lower = _mm256_setr_epi8(
+          0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64,
+          0, 0, -128, -64, 0, 0x40, -128, -64, 0, 0, -128, -64, 0, 0x40, -128, -64);
+      const __m256i both = j / 4 % 2 ? _mm256_srli_epi16(half[j / 8], 4) : half[j / 8];
+      const __m256i code = _mm256_and_si256(both, _mm256_set1_epi8(15));
       const __m256i high = _mm256_shuffle_epi8(upper, code), low = _mm256_shuffle_epi8(lower, code);
-      const __m256i first = _mm256_unpacklo_epi8(low, high), second = _mm256_unpackhi_epi8(low, high);
-      w[4 * half] = even(first), w[4 * half + 1] = odd(first);
-      w[4 * half + 2] = even(second), w[4 * half + 3] = odd(second);
+      const __m256i word = j / 2 % 2 ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high);
+      return j % 2 ? odd(word) : even(word);
     }
-    const __m128 single = four_scales(*scale);
-    const __m256 four = _mm256_set_m128(single, single);
-    const __m256 s[2] = {_mm256_permutevar_ps(four, _mm256_setr_epi32(0, 0, 0, 0, 2, 2, 2, 2)),
-                         _mm256_permutevar_ps(four, _mm256_setr_epi32(1, 1, 1, 1, 3, 3, 3, 3))};
-    for (int r = 0; r < R; ++r) {
-      __m256 part[2] = {};
-      for (int j = 0; j < 8; ++j) {
-        __m256& sum = part[j / 2 % 2];
-        sum = _mm256_fmadd_ps(w[j], _mm256_loadu_ps(x + r * 64 + 8 * j), sum);
-      }
-      sums[r] = _mm256_fmadd_ps(part[0], s[0], _mm256_fmadd_ps(part[1], s[1], sums[r]));
-    }
-  }
+  };
 };
 
 struct Fp8 : Float32X {
   static constexpr int kChunk = 128, kBytes = 128, kScaled = 128, kScaleBytes = 4;
   static constexpr int order(int i) { return i; }
 
-  // Weights are rounded to bfloat16, as the format says; nothing is left to round if the scale is a power of two.
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, __m256 (*sums)[R]) {
-    float step;
-    uint32_t bits;
-    std::memcpy(&step, *scale, 4);
-    std::memcpy(&bits, *scale, 4);
-    const __m256 s = _mm256_set1_ps(256 * step);
-    const bool exact = (bits & 0x7fffff) == 0;
-    for (int start = 0; start < kChunk; start += 64) {
-      __m256 w[8];
-      for (int j = 0; j < 8; j += 2) {
-        const Sixteen values = e4m3_to_floats(*codes + start + 8 * j);
-        for (int i = 0; i < 2; ++i) {
-          w[j + i] = _mm256_mul_ps(values.half[i], s);
-          if (!exact) w[j + i] = rounded(w[j + i]);
-        }
-      }
-      multiply<R>(w, x + start, kChunk, *sums);
+  struct Chunk {
+    const uint8_t* values;
+    __m256 unit, scale;
+    bool exact;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t* scales) : values(codes), scale(_mm256_set1_ps(1)) {
+      float step;
+      uint32_t bits;
+      std::memcpy(&step, scales, 4);
+      std::memcpy(&bits, scales, 4);
+      unit = _mm256_set1_ps(256 * step), exact = (bits & 0x7fffff) == 0;
     }
-  }
+
+    // Rounded to bfloat16, as the format says; nothing is left to round if the scale is a power of two.
+    DSV32_INLINE __m256 vector(int j) const {
+      const __m256 value = _mm256_mul_ps(e4m3_to_floats(values + j / 2 * 16).half[j % 2], unit);
+      return exact ? value : rounded(value);
+    }
+  };
 };
 
 struct Bf16 : Float32X {
   static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
   static constexpr int order(int i) { return i / 16 * 16 + 2 * (i % 8) + i / 8 % 2; }
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const*, const float* x, __m256 (*sums)[R]) {
-    __m256 w[8];
-    for (int j = 0; j < 4; ++j) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(*codes + 32 * j));
-      w[2 * j] = even(v), w[2 * j + 1] = odd(v);
+  struct Chunk {
+    const uint8_t* values;
+    __m256 scale;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t*) : values(codes), scale(_mm256_set1_ps(1)) {}
+    DSV32_INLINE __m256 vector(int j) const {
+      const __m256i pairs = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values + j / 2 * 32));
+      return j % 2 ? odd(pairs) : even(pairs);
     }
-    multiply<R>(w, x, kChunk, *sums);
-  }
+  };
 };
 
 // A vector of a pool in float32.
@@ -202,7 +183,15 @@ inline void read_floats(const Vectors& from, int64_t row, float* to) {
 struct Simd {
   using Vector = __m256;
   using X = float;
+  using Units = __m256;
   static constexpr int kLanes = 8, kPair = 1, kColumns = 2;
+  static constexpr int kUnits = 8, kRows = 8;
+  static constexpr int outputs(int rows) { return rows == 1 ? 2 : 1; }
+
+  static Units units(const float* x) { return _mm256_loadu_ps(x); }
+  static Vector dot(Vector sum, Units w, Units x) { return _mm256_fmadd_ps(w, x, sum); }
+  static Vector fma(Vector a, Vector b, Vector sum) { return _mm256_fmadd_ps(a, b, sum); }
+  static void totals(const Vector* sums, float* to) { avx2::totals(sums, to); }
 
   static Vector load(const void* from) { return _mm256_loadu_ps(static_cast<const float*>(from)); }
   static void store(float* to, Vector v) { _mm256_storeu_ps(to, v); }

@@ -22,46 +22,29 @@
 namespace dsv32::avx512 {
 
 struct Bf16X {
-  static constexpr int kOutputs = 1;
   using X = uint16_t;
-  using Vector = __m512;
   static constexpr int order(int i) { return i; }
   static uint16_t packed(const Call& call, int64_t index) { return static_cast<const uint16_t*>(call.x)[index]; }
-  static void totals(const __m512* sums, float* to) {
-    __m256 half[8];
-    for (int i = 0; i < 8; ++i) half[i] = _mm256_add_ps(_mm512_castps512_ps256(sums[i]), _mm512_extractf32x8_ps(sums[i], 1));
-    avx2::totals(half, to);
-  }
 };
 
-inline __m512 dot(__m512 sum, __m512i w, const uint16_t* x) {
-  return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)_mm512_loadu_si512(x));
-}
-
-// Adds the products of w[0..1], which are 64 weights, with R rows that are `stride` apart.
-template <int R>
-inline void multiply(const __m512i* w, const uint16_t* x, int stride, __m512* sums) {
-  for (int r = 0; r < R; ++r, x += stride)
-    sums[r] = _mm512_add_ps(sums[r], dot(dot(_mm512_setzero_ps(), w[0], x), w[1], x + 32));
-}
-
 struct Nvfp4 : Bf16X {
-  static constexpr int kChunk = 256, kBytes = 128, kScaled = 16, kScaleBytes = 1, kOutputs = 2;
+  static constexpr int kChunk = 256, kBytes = 128, kScaled = 16, kScaleBytes = 1;
 
-  // Sixteen bits of a half of the chunk hold four neighbours: the j-th vector has the j-th of each.
-  static constexpr int order(int i) { return i / 128 * 128 + 4 * (i % 32) + i % 128 / 32; }
+  // A lane has the weights that share a scale. Sixteen bits hold four of them: vector j has the j % 4-th of each, of the
+  // first or the second half.
+  static constexpr int order(int i) {
+    const int vector = i / 32, lane = i % 32 / 2;
+    return 16 * lane + vector / 4 * 8 + i % 2 * 4 + vector % 4;
+  }
 
   static void pack_chunk(const uint16_t* x, uint16_t* packed) {
-    const __m512i pair = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7);
-    const __m512i fourth =
-        _mm512_add_epi32(_mm512_mullo_epi32(pair, _mm512_set1_epi32(0x80008)), _mm512_set1_epi32(0x40000));
-    for (int i = 0; i < kChunk; i += 64, x += 64)
-      for (int j = 0; j < 4; ++j) {
-        const __m512i at = _mm512_add_epi16(fourth, _mm512_set1_epi16(short(j)));
-        const __m512i four = _mm512_permutex2var_epi16(_mm512_loadu_si512(x), at, _mm512_loadu_si512(x + 32));
-        auto* to = reinterpret_cast<__m256i*>(packed + i / 128 * 128 + 32 * j + i % 128 / 4);
-        _mm256_storeu_si256(to, _mm512_castsi512_si256(four));
-      }
+    uint16_t order[32], few[32];
+    for (int i = 0; i < 32; ++i) order[i] = uint16_t(i % 4 / 2 * 16 + i / 16 * 8 + i % 2 * 4 + i / 4 % 4);
+    const __m512i at = _mm512_loadu_si512(order);
+    for (int i = 0; i < 8; ++i) {
+      _mm512_storeu_si512(few, _mm512_permutexvar_epi16(at, _mm512_loadu_si512(x + 32 * i)));
+      for (int j = 0; j < 8; ++j) std::memcpy(packed + 32 * j + 4 * i, few + 4 * j, 8);
+    }
   }
 
   // Sixteen scales, 2^8 times as small. A NaN stands for 448.
@@ -72,30 +55,26 @@ struct Nvfp4 : Bf16X {
     return _mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(word, 7), _mm256_set1_epi16(short(0xbf80))));
   }
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const uint16_t* x, __m512 (*sums)[R]) {
-    // E2M1 times 2^8 as bfloat16, twice: a lookup takes five bits, of which the fifth belongs to the next code.
-    const __m512i e2m1 = _mm512_broadcast_i64x4(_mm256_setr_epi16(
-        0, 0x4300, 0x4380, 0x43c0, 0x4400, 0x4440, 0x4480, 0x44c0, short(0x8000), short(0xc300), short(0xc380),
-        short(0xc3c0), short(0xc400), short(0xc440), short(0xc480), short(0xc4c0)));
-    const __m512i twice = _mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7);
-    const __m512 scales[2] = {sixteen_scales(scale[0]), sixteen_scales(scale[1])};
-    for (int half = 0; half < 2; ++half, x += 128) {
-      __m512i w[2][4];
-      __m512 s[2];
-      for (int o = 0; o < 2; ++o) {
-        const __m512i four = _mm512_loadu_si512(codes[o] + 64 * half);
-        for (int j = 0; j < 4; ++j) w[o][j] = _mm512_permutexvar_epi16(_mm512_srli_epi16(four, 4 * j), e2m1);
-        s[o] = _mm512_permutexvar_ps(_mm512_add_epi32(twice, _mm512_set1_epi32(8 * half)), scales[o]);
-      }
-      for (int r = 0; r < R; ++r) {
-        __m512 part[2] = {};
-        for (int j = 0; j < 4; ++j)
-          for (int o = 0; o < 2; ++o) part[o] = dot(part[o], w[o][j], x + r * kChunk + 32 * j);
-        for (int o = 0; o < 2; ++o) sums[o][r] = _mm512_fmadd_ps(part[o], s[o], sums[o][r]);
-      }
+  struct Chunk {
+    __m512i half[2];
+    __m512 scale;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t* scales) : scale(sixteen_scales(scales)) {
+      const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+      const __m512i first = _mm512_loadu_si512(codes), second = _mm512_loadu_si512(codes + 64);
+      half[0] = _mm512_permutex2var_epi32(first, even, second);
+      half[1] = _mm512_permutex2var_epi32(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
     }
-  }
+
+    // E2M1 times 2^8 as bfloat16, twice: a lookup takes five bits, of which the fifth belongs to the next code.
+    DSV32_INLINE __m512i vector(int j) const {
+      const __m512i e2m1 = _mm512_broadcast_i64x4(_mm256_setr_epi16(
+          0, 0x4300, 0x4380, 0x43c0, 0x4400, 0x4440, 0x4480, 0x44c0, short(0x8000), short(0xc300), short(0xc380),
+          short(0xc3c0), short(0xc400), short(0xc440), short(0xc480), short(0xc4c0)));
+      return _mm512_permutexvar_epi16(_mm512_srli_epi16(half[j / 4], unsigned(j % 4 * 4)), e2m1);
+    }
+  };
 };
 
 struct Fp8 : Bf16X {
@@ -112,38 +91,55 @@ struct Fp8 : Bf16X {
     return _mm512_mul_ps(_mm512_cvtph_ps(half), unit);
   }
 
-  // The conversion rounds to bfloat16 as the format says.
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const uint16_t* x, __m512 (*sums)[R]) {
-    float step;
-    std::memcpy(&step, *scale, 4);
-    const __m512 unit = _mm512_set1_ps(256 * step);
-    for (int start = 0; start < kChunk; start += 64) {
-      __m512i w[2];
-      for (int j = 0; j < 2; ++j) {
-        const uint8_t* half = *codes + start + 32 * j;
-        w[j] = (__m512i)_mm512_cvtne2ps_pbh(decode(half + 16, unit), decode(half, unit));
-      }
-      multiply<R>(w, x + start, kChunk, *sums);
+  struct Chunk {
+    const uint8_t* values;
+    __m512 unit, scale;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t* scales) : values(codes), scale(_mm512_set1_ps(1)) {
+      float step;
+      std::memcpy(&step, scales, 4);
+      unit = _mm512_set1_ps(256 * step);
     }
-  }
+
+    // The conversion rounds to bfloat16 as the format says.
+    DSV32_INLINE __m512i vector(int j) const {
+      return (__m512i)_mm512_cvtne2ps_pbh(decode(values + 32 * j + 16, unit), decode(values + 32 * j, unit));
+    }
+  };
 };
 
 struct Bf16 : Bf16X {
-  static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
+  static constexpr int kChunk = 128, kBytes = 256, kScaled = 128, kScaleBytes = 0;
   static void pack_chunk(const uint16_t* x, uint16_t* packed) { std::memcpy(packed, x, 2 * kChunk); }
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const*, const uint16_t* x, __m512 (*sums)[R]) {
-    const __m512i w[2] = {_mm512_loadu_si512(*codes), _mm512_loadu_si512(*codes + 64)};
-    multiply<R>(w, x, kChunk, *sums);
-  }
+  struct Chunk {
+    const uint8_t* values;
+    __m512 scale;
+
+    Chunk() = default;
+    DSV32_INLINE Chunk(const uint8_t* codes, const uint8_t*) : values(codes), scale(_mm512_set1_ps(1)) {}
+    DSV32_INLINE __m512i vector(int j) const { return _mm512_loadu_si512(values + 64 * j); }
+  };
 };
 
 struct Simd {
   using Vector = __m512;
   using X = uint16_t;
+  using Units = __m512i;
   static constexpr int kLanes = 16, kPair = 2, kColumns = 4;
+  static constexpr int kUnits = 32, kRows = 8;
+  static constexpr int outputs(int) { return 2; }
+
+  static Units units(const uint16_t* x) { return _mm512_loadu_si512(x); }
+  static Vector dot(Vector sum, Units w, Units x) { return _mm512_dpbf16_ps(sum, (__m512bh)w, (__m512bh)x); }
+  static Vector fma(Vector a, Vector b, Vector sum) { return _mm512_fmadd_ps(a, b, sum); }
+  static void totals(const Vector* sums, float* to) {
+    __m256 half[8];
+    for (int i = 0; i < 8; ++i)
+      half[i] = _mm256_add_ps(_mm512_castps512_ps256(sums[i]), _mm512_extractf32x8_ps(sums[i], 1));
+    avx2::totals(half, to);
+  }
 
   static Vector load(const void* from) { return _mm512_loadu_ps(from); }
   static void store(float* to, Vector v) { _mm512_storeu_ps(to, v); }

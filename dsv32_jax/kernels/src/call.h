@@ -4,6 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 
+// Loops over arrays that are to lie in registers have to be unrolled, and what they call inlined.
+#define DSV32_INLINE [[gnu::always_inline]] inline
+#if defined(__clang__)
+#define DSV32_UNROLL _Pragma("unroll")
+#else
+#define DSV32_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace dsv32 {
 
 struct Call {

@@ -15,24 +15,21 @@ struct Lanes {
 };
 
 struct Float32X {
-  static constexpr int kOutputs = 1;
   using X = float;
-  using Vector = Lanes;
   static constexpr int order(int i) { return i; }
   static float packed(const Call& call, int64_t index) { return x_at(call, index); }
+};
 
-  static void totals(const Lanes* sums, float* to) {
-    for (int i = 0; i < 8; ++i) {
-      to[i] = 0;
-      for (float part : sums[i].lane) to[i] += part;
-    }
-  }
+// Weights with their scales.
+template <int N>
+struct Weights {
+  float weight[N];
+  Lanes scale = {1, 1, 1, 1, 1, 1, 1, 1};
 
-  template <int R, int N>
-  static void multiply(const float* w, const float* x, Lanes* sums) {
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < N; j += 8)
-        for (int l = 0; l < 8; ++l) sums[r].lane[l] += w[j + l] * x[r * N + j + l];
+  Lanes vector(int j) const {
+    Lanes lanes;
+    std::memcpy(&lanes, weight + 8 * j, sizeof lanes);
+    return lanes;
   }
 };
 
@@ -62,48 +59,52 @@ inline const E4m3 kE4m3;
 struct Nvfp4 : Float32X {
   static constexpr int kChunk = 16, kBytes = 8, kScaled = 16, kScaleBytes = 1;
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, Lanes (*sums)[R]) {
-    static constexpr float kE2m1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
-    const float stored = kE4m3.value[**scale], step = std::isnan(stored) ? 448 : stored;
-    float w[kChunk];
-    for (int i = 0; i < kBytes; ++i) {
-      w[2 * i] = kE2m1[(*codes)[i] & 15] * step;
-      w[2 * i + 1] = kE2m1[(*codes)[i] >> 4] * step;
+  struct Chunk : Weights<kChunk> {
+    Chunk() = default;
+    Chunk(const uint8_t* codes, const uint8_t* scales) {
+      static constexpr float kE2m1[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+      const float stored = kE4m3.value[*scales], step = std::isnan(stored) ? 448 : stored;
+      for (int i = 0; i < kBytes; ++i) {
+        weight[2 * i] = kE2m1[codes[i] & 15] * step;
+        weight[2 * i + 1] = kE2m1[codes[i] >> 4] * step;
+      }
     }
-    multiply<R, kChunk>(w, x, *sums);
-  }
+  };
 };
 
 struct Fp8 : Float32X {
   static constexpr int kChunk = 128, kBytes = 128, kScaled = 128, kScaleBytes = 4;
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const* scale, const float* x, Lanes (*sums)[R]) {
-    float w[kChunk], step;
-    std::memcpy(&step, *scale, 4);
-    for (int i = 0; i < kChunk; ++i) w[i] = rounded(kE4m3.value[(*codes)[i]] * step);
-    multiply<R, kChunk>(w, x, *sums);
-  }
+  struct Chunk : Weights<kChunk> {
+    Chunk() = default;
+    Chunk(const uint8_t* codes, const uint8_t* scales) {
+      float step;
+      std::memcpy(&step, scales, 4);
+      for (int i = 0; i < kChunk; ++i) weight[i] = rounded(kE4m3.value[codes[i]] * step);
+    }
+  };
 };
 
 struct Bf16 : Float32X {
   static constexpr int kChunk = 64, kBytes = 128, kScaled = 64, kScaleBytes = 0;
 
-  template <int R>
-  static void add(const uint8_t* const* codes, const uint8_t* const*, const float* x, Lanes (*sums)[R]) {
-    float w[kChunk];
-    uint16_t bits[kChunk];
-    std::memcpy(bits, *codes, kBytes);
-    for (int i = 0; i < kChunk; ++i) w[i] = from_bf16(bits[i]);
-    multiply<R, kChunk>(w, x, *sums);
-  }
+  struct Chunk : Weights<kChunk> {
+    Chunk() = default;
+    Chunk(const uint8_t* codes, const uint8_t*) {
+      uint16_t bits[kChunk];
+      std::memcpy(bits, codes, kBytes);
+      for (int i = 0; i < kChunk; ++i) weight[i] = from_bf16(bits[i]);
+    }
+  };
 };
 
 struct Simd {
   using Vector = Lanes;
   using X = float;
+  using Units = Lanes;
   static constexpr int kLanes = 8, kPair = 1, kColumns = 1;
+  static constexpr int kUnits = 8, kRows = 8;
+  static constexpr int outputs(int) { return 1; }
 
   template <class F>
   static Lanes each(F f) {
@@ -122,6 +123,18 @@ struct Simd {
   static Lanes add(Lanes a, Lanes b) { return each([&](int i) { return a.lane[i] + b.lane[i]; }); }
   static Lanes max(Lanes a, Lanes b) { return each([&](int i) { return std::max(a.lane[i], b.lane[i]); }); }
   static Lanes exp2(Lanes v) { return each([&](int i) { return std::exp2(v.lane[i]); }); }
+
+  static Lanes units(const float* x) { return load(x); }
+  static Lanes dot(Lanes sum, Lanes w, Lanes x) { return fma(w, x, sum); }
+  static Lanes fma(Lanes a, Lanes b, Lanes sum) {
+    return each([&](int i) { return sum.lane[i] + a.lane[i] * b.lane[i]; });
+  }
+  static void totals(const Lanes* sums, float* to) {
+    for (int i = 0; i < 8; ++i) {
+      to[i] = 0;
+      for (float part : sums[i].lane) to[i] += part;
+    }
+  }
 
   static Lanes scaled(Lanes v, float least, float scale) {
     return each([&](int i) { return (v.lane[i] - least) * scale; });
