@@ -6,7 +6,6 @@ import http.client
 import json
 import os
 import re
-import signal
 import statistics
 import subprocess
 import sys
@@ -26,7 +25,6 @@ from ..generation.generate import engine as make_engine
 from ..generation.options import Sampling
 
 LONGEST_PROMPT, LONGEST_ANSWER, CONTEXT = 128, 64, 256
-EXIT_INTERRUPTED = 130
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/")
 
 EXPLANATION = """\
@@ -88,7 +86,7 @@ class Server:
 
 @contextlib.contextmanager
 def serve(checkpoint: Path, rows: int, clients: int) -> Iterator[Server]:
-    """Run `dsv32 serve` inside the `with`, then press Ctrl-C. Raises OSError if it does not start or end well."""
+    """Run `dsv32 serve` inside the `with`, then end it. Raises OSError if it does not start or end well."""
     words = ["--name", "bench", "--port", "0", "--dtype", "float32", "--context", str(CONTEXT)]
     words += ["--rows", str(rows), "--waiting", str(clients)]
     command = [sys.executable, "-m", "dsv32_jax", "serve", str(checkpoint), *words]
@@ -101,9 +99,9 @@ def serve(checkpoint: Path, rows: int, clients: int) -> Iterator[Server]:
                     raise OSError(f"the server did not start: {said}")
                 said += line
             yield Server(process, int(found[1]))
-            process.send_signal(signal.SIGINT)
-            if (code := process.wait(timeout=60)) != EXIT_INTERRUPTED:
-                raise OSError(f"the server ended with exit code {code} after Ctrl-C, not {EXIT_INTERRUPTED}")
+            process.terminate()
+            if code := process.wait(timeout=60):
+                raise OSError(f"the server ended with exit code {code} after SIGTERM, not 0")
         finally:
             process.kill()
 

@@ -26,11 +26,10 @@ LOOPBACK = ("127.", "::1", "localhost")
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal ends it, and return the exit code. Everything is checked before weights are read."""
     try:
-        from ..serve.app import Limits, Server
-        from ..serve.connections import DrainingServer, configure
+        from ..serve.app import Server
+        from ..serve.connections import DrainingServer, Limits, configure
         from ..serve.driver import Driver, warm_up
         from ..serve.reading import Reader
-        from ..serve.request_log import RequestLog
     except ImportError as error:
         raise UsageError(f"serving needs more libraries ({error}): pip install 'dsv32-jax[serve]'") from error
     screen = Screen(quiet=arguments.quiet)
@@ -54,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         screen.note(f"compiled what first requests need in {time.perf_counter() - begun:.1f} s")
         driver = Driver(engine, len(engine.loop.scheduler.places) + waiting)
         limits = Limits(seconds=arguments.timeout)
-        config = configure(RequestLog(Server(reader, driver, limits).make_app(keys), screen.note), limits)
+        config = configure(Server(reader, driver, limits).make_app(keys, screen.note), limits)
         host, port = listener.getsockname()[:2]
         if not keys and not host.startswith(LOOPBACK):
             screen.note(f"warning: anybody who reaches {host} may use the model: see --api-key-file", important=True)

@@ -21,7 +21,7 @@ from .row import Row
 from .scheduler import Scheduler, Seat
 
 SEGMENT_SECONDS = 0.5
-"""`decode` returns to the host about this often, so that Ctrl-C is noticed."""
+"""The time between two looks at whether Ctrl-C was pressed."""
 
 COUNTERS = ("compiles", "loads", "generated", "prefix_hits", "preemptions", "answered")
 SECONDS = ("prefill_seconds", "decode_seconds", "compile_seconds", "first_token_seconds")
@@ -32,6 +32,7 @@ class Loop:
 
     scheduler  which rows have places in the batch, which wait, and the pages they have
     totals     counters of what was done so far
+    segment_seconds  `decode` returns to the host about this often
 
     Prompts are read in chunks between decode steps, which do not make rows that generate wait for long, unless they are
     patient: large chunks are faster.
@@ -41,7 +42,7 @@ class Loop:
         self.model, self.scheduler, self.batch, self.draft = model, scheduler, batch, batch.draft
         self._is_patient = is_patient
         self.totals: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), **dict.fromkeys(SECONDS, 0.0)}
-        self._segment = self._blocks = 1
+        self.segment_seconds, self._segment, self._blocks = SEGMENT_SECONDS, 1, 1
 
     def submit(self, row: Row) -> None:
         """Let the row wait. The table is as long as the longest row needs since there was none."""
@@ -129,7 +130,7 @@ class Loop:
         return min(whole, most_beside(self.model.cfg, lengths, reading[0].length))
 
     def _decode(self, steps: int | None) -> None:
-        """Take `steps` steps, or as many as fit in SEGMENT_SECONDS; one while prompts are read, or a row has a
+        """Take `steps` steps, or as many as fit in `segment_seconds`; one while prompts are read, or a row has a
         constraint."""
         scheduler, each = self.scheduler, 1 + self.draft
         is_short = bool(scheduler.reading) or any(row.constraint for row in scheduler.running)
@@ -143,12 +144,15 @@ class Loop:
         begun, fewest = time.perf_counter(), len(running) - 1 if scheduler.waiting else 0
         with self._measure("decode"):
             state, made = self.batch.decode(running, count, fewest, self._blocks)
+            taken = max(int(made.step_B[row.slot]) - row.steps for row in running)
             if self._collect(running, made):
                 self.batch.state = state
         if steps is None and not is_short:
-            slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > SEGMENT_SECONDS)
-            longer = min(self._segment * 2, SEGMENT_TOKENS // each)
-            self._segment = max(1, self._segment // 2) if slow else longer
+            slow = multihost.agree_on_any(self.model.mesh, time.perf_counter() - begun > self.segment_seconds)
+            if slow:
+                self._segment = max(1, self._segment // 2)
+            elif taken == count:
+                self._segment = min(self._segment * 2, SEGMENT_TOKENS // each)
 
     def _collect(self, running: Sequence[Row], made: Made) -> bool:
         """Hand out the tokens that a program generated. Returns False where logits were not finite: nothing in the

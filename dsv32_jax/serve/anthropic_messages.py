@@ -9,9 +9,10 @@ from ..chat import Tokenizer
 from ..chat.messages import is_json, to_json
 from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, REASONING, Piece
 from . import fields
+from .api_error import ApiError
 from .choice import Call, Choice
 from .driver import Arrival, Job
-from .fields import ApiError, get, require
+from .fields import get, require
 from .openai_objects import count_usage
 from .reading import Ask, Reader
 

@@ -2,10 +2,6 @@
 
 import asyncio
 import contextlib
-import dataclasses
-import hashlib
-import hmac
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Coroutine
@@ -15,63 +11,27 @@ from typing import Any
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .. import __version__
 from ..chat import template
 from ..errors import COMMAND_LINE, CapacityError, UsageError
 from . import fields
 from .anthropic_messages import MessagesWriter, count_tokens, read_messages
+from .api_error import ApiError, handle, to_api_error
 from .choice import Choice
+from .connections import KeyCheck, Limits
 from .driver import Arrival, Busy, Driver, Job
-from .fields import ApiError
 from .metrics import Metrics
 from .openai_objects import ChatWriter, CompletionWriter
 from .reading import Ask, Reader
+from .request_log import RequestLog
 
 KEEP_ALIVE = ": keep-alive\n\n"
 """A comment of server-sent events, which clients skip."""
-
-RETRY_SECONDS = 1
-CLOSE = {"connection": "close"}
-"""Said where the rest of a body will not be read."""
-
-log = logging.getLogger(__name__)
-
-
-@dataclasses.dataclass(frozen=True)
-class Limits:
-    """How much a client may use: seconds to send the head of a request, bytes of a body, seconds to send that, and
-    seconds for an answer; and the seconds after which a stream without news says that it is alive."""
-
-    head_seconds: float = 10
-    body: int = 32 << 20
-    body_seconds: float = 60
-    seconds: float = 3600
-    keep_alive: float = 15
-
-
-class KeyCheck:
-    """Lets only requests in that hold one of the keys; any may ask /health. Keys are compared in constant time."""
-
-    def __init__(self, app: ASGIApp, keys: Collection[str]):
-        self.app, self._hashes = app, [_hash(key) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass the request on, or refuse it."""
-        if scope["type"] == "http" and scope["path"] != "/health" and self._hashes:
-            headers = Request(scope).headers
-            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
-            if not sum(hmac.compare_digest(_hash(given), known) for known in self._hashes):
-                refused = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
-                return await write_error(scope, refused)(scope, receive, send)
-        await self.app(scope, receive, send)
-
-
-def _hash(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
 
 
 class Server:
@@ -81,9 +41,10 @@ class Server:
         self.reader, self.driver, self.limits = reader, driver, limits
         self.metrics, self.started = Metrics(driver.engine), int(time.time())
 
-    def make_app(self, keys: Collection[str] = ()) -> Starlette:
-        """Return the application. Its shutdown ends the engine."""
+    def make_app(self, keys: Collection[str] = (), say: Callable[[str], None] = logging.debug) -> ASGIApp:
+        """Return the application, which gives `say` a line for each request. Its shutdown ends the engine."""
         routes = [
+            Route("/", self.describe),
             Route("/health", self.report_health),
             Route("/metrics", self.report_metrics),
             Route("/v1/models", self.list_models),
@@ -97,15 +58,22 @@ class Server:
             Route("/detokenize", self._reply(self.reader.detokenize), methods=["POST"]),
         ]
         known = (ApiError, UsageError, Busy, HTTPException, FloatingPointError, CapacityError)
-        handlers: Any = dict.fromkeys((*known, Exception), _handle)  # an error that is not known ends the connection
+        handlers: Any = dict.fromkeys((*known, Exception), handle)  # an error that is not known ends the connection
 
         @contextlib.asynccontextmanager
         async def live(_: Starlette) -> AsyncIterator[None]:
             yield
             await asyncio.to_thread(self.driver.close)
 
-        middleware = [Middleware(self.metrics.count_requests), Middleware(KeyCheck, keys=keys)]
-        return Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=live)
+        middleware = [Middleware(KeyCheck, keys=keys)]
+        app = Starlette(routes=routes, exception_handlers=handlers, middleware=middleware, lifespan=live)
+        return RequestLog(app, self.metrics.requests, say)
+
+    async def describe(self, request: Request) -> Response:
+        """Say what this is, and what it can be asked."""
+        about = {"name": "dsv32_jax", "version": __version__, "model": self.reader.name}
+        asked = [f"{max(route.methods - {'HEAD'})} {route.path}" for route in request.app.routes]
+        return JSONResponse({**about, "endpoints": asked})
 
     async def report_health(self, request: Request) -> Response:
         """Say that the server is there."""
@@ -240,32 +208,3 @@ async def run_while_connected(receive: Receive, work: Coroutine) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-
-
-def to_api_error(error: Exception) -> ApiError:
-    """Return the error that a client sees."""
-    match error:
-        case ApiError():
-            return error
-        case UsageError():
-            return ApiError(400, str(error))
-        case Busy():
-            return ApiError(429, str(error), code="rate_limit_exceeded")
-        case HTTPException():
-            return ApiError(error.status_code, error.detail)
-        case FloatingPointError() | CapacityError():
-            return ApiError(500, str(error))
-    return ApiError(500, "an error inside the server; its log says more")
-
-
-def write_error(scope: Scope, error: ApiError) -> Response:
-    """Return the response of an error, in the words of the interface that was asked."""
-    written = error.to_anthropic() if scope["path"].startswith("/v1/messages") else error.to_openai()
-    headers = {429: {"retry-after": str(RETRY_SECONDS)}, 408: CLOSE, 413: CLOSE}.get(error.status)
-    return Response(json.dumps(written), error.status, headers, "application/json")
-
-
-async def _handle(request: Request, error: Exception) -> Response:
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)
-    return write_error(request.scope, to_api_error(error))

@@ -1,24 +1,61 @@
-"""Connections to clients. Uvicorn lets them send the head of a request, and take its answer, as slowly as they like;
-here both have a limit."""
+"""Connections to clients, and which of them are let in. Uvicorn lets them send the head of a request, and take its
+answer, as slowly as they like; here both have a limit."""
 
 import asyncio
+import dataclasses
+import hashlib
+import hmac
 import math
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from types import FrameType
 from typing import Any
 
 import uvicorn
+from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import pluralize
 from ..system import interrupts
-from .app import Limits
+from .api_error import ApiError, write_error
 
 TOO_SLOW = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How much a client may use: seconds to send the head of a request, bytes of a body, seconds to send that, and
+    seconds for an answer; and the seconds after which a stream without news says that it is alive."""
+
+    head_seconds: float = 10
+    body: int = 32 << 20
+    body_seconds: float = 60
+    seconds: float = 3600
+    keep_alive: float = 15
+
+
+class KeyCheck:
+    """Lets only requests in that hold one of the keys; any may ask /health. Keys are compared in constant time."""
+
+    def __init__(self, app: ASGIApp, keys: Collection[str]):
+        self.app, self._hashes = app, [_hash(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or refuse it."""
+        if scope["type"] == "http" and scope["path"] != "/health" and self._hashes:
+            headers = Request(scope).headers
+            given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
+            if not sum(hmac.compare_digest(_hash(given), known) for known in self._hashes):
+                refused = ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+                return await write_error(scope, refused)(scope, receive, send)
+        await self.app(scope, receive, send)
+
+
+def _hash(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
 
 
 class Connection(H11Protocol):

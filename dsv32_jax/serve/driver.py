@@ -7,7 +7,10 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ..errors import UsageError, pluralize
 from ..generation.engine import Engine
@@ -79,10 +82,13 @@ class Job:
 
 
 def warm_up(engine: Engine, room: int) -> None:
-    """Compile what short prompts need: one whose answer may fill the context, of `room` tokens, and one with a short
-    answer, whose first token is found in the cache."""
-    for token, limit in enumerate((room - 3, 1)):
-        with contextlib.closing(engine.submit([0, token, token][:room], max_new_tokens=max(0, limit))) as stream:
+    """Compile what short prompts need: one whose answer may fill the context, of `room` tokens, one with a short
+    answer, whose first token is found in the cache, and one whose answer must have a form."""
+    allowed_V = np.ones(engine.model.cfg.vocab_size, bool)
+    anything = SimpleNamespace(allowed=lambda: allowed_V, add=lambda token: None)
+    for token, (limit, constraint) in enumerate([(room - 3, None), (1, None), (room - 3, lambda: anything)]):
+        options: dict[str, Any] = {"max_new_tokens": max(0, limit), "constraint": constraint}
+        with contextlib.closing(engine.submit([0, token, token][:room], **options)) as stream:
             next(stream, None)
 
 
@@ -96,7 +102,8 @@ class Driver:
         self.engine, self.most = engine, most
         self._jobs: list[Job] = []
         self._left: list[Job] = []
-        self._changed, self._is_closed, self._steps = threading.Condition(), False, 1
+        self._changed, self._is_closed = threading.Condition(), False
+        engine.loop.segment_seconds = SEGMENT_SECONDS
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -146,17 +153,15 @@ class Driver:
                 self._hand_out(jobs, self._advance())
 
     def _advance(self) -> Exception | None:
-        """Take as many steps as fit in SEGMENT_SECONDS; return the error if that failed."""
-        begun, compiles = time.perf_counter(), self.engine.loop.totals["compiles"]
+        """Take some steps; return the error if that failed."""
+        compiles = self.engine.loop.totals["compiles"]
         try:
-            self.engine.wait(lambda: False, self._steps)
+            self.engine.wait(lambda: False)
         except Exception as error:
             log.exception("the engine failed; the requests it was working on are ended")
             return error
         if self.engine.loop.totals["compiles"] > compiles:
             gc.freeze()  # the collector would look through all that JAX has traced, for 0.2 to 1 s at a time
-        slow = time.perf_counter() - begun > SEGMENT_SECONDS
-        self._steps = max(1, self._steps // 2) if slow else min(self._steps * 2, 256)
         return None
 
     def _hand_out(self, jobs: list[Job], failure: Exception | None) -> None:

@@ -1,11 +1,12 @@
-"""The fields of a request's body: checked one by one, and the errors that name them."""
+"""The fields of a request's body, checked one by one."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from ..chat.messages import describe_type
 from ..errors import CheckpointError, listing, pluralize, unknown
 from ..system.files import JsonLimits, parse_json
+from .api_error import ApiError
 
 LIMITS = JsonLimits(objects=200_000, lists=200_000, commas=4_000_000)
 
@@ -16,30 +17,12 @@ NEUTRAL = {"parallel_tool_calls": True, "service_tier": "auto", "modalities": ["
 LABELS = ("user", "metadata", "safety_identifier", "prompt_cache_key")
 """Fields that change no answer."""
 
+EFFORTS = {"none": False, "minimal": False, **dict.fromkeys(("low", "medium", "high", "xhigh"), True)}
+"""Whether the model thinks at OpenAI's levels of effort: it cannot think more or less."""
+
+ANY_OBJECT = {"type": "object"}
+
 KINDS = {bool: "true or false", int: "an integer", str: "a string", list: "a list", dict: "an object"}
-
-
-class ApiError(Exception):
-    """An error that a client sees: the HTTP status, OpenAI's type and code for it, and the field at fault."""
-
-    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status, self.message, self.param, self.code = status, message, param, code
-
-    @property
-    def type(self) -> str:
-        """The kind of error, in the words of both interfaces."""
-        names = {401: "authentication_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
-        names |= {503: "overloaded_error", 504: "timeout_error"}
-        return names.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
-
-    def to_openai(self) -> dict[str, Any]:
-        """Return OpenAI's error object."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
-
-    def to_anthropic(self) -> dict[str, Any]:
-        """Return Anthropic's error object."""
-        return {"type": "error", "error": {"type": self.type, "message": self.message}}
 
 
 def parse_body(body: bytes) -> dict[str, Any]:
@@ -102,3 +85,69 @@ def join_parts(content: Any, param: str) -> Any:
             raise ApiError(400, f"{param} may hold parts of type 'text', not {part!r:.60}", param=param)
         texts.append(part["text"])
     return "\n".join(texts)
+
+
+def split_prompts(given: Any) -> Sequence[Any]:
+    """Return the prompts of a completion: a text, a list of texts, token ids or a list of lists of them."""
+    if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(i, int) for i in given)):
+        return [given]
+    if isinstance(given, list) and given and all(isinstance(one, str | list) and one for one in given):
+        return given
+    raise ApiError(400, "prompt must be text, token ids, or a list of them, none of them empty", param="prompt")
+
+
+def read_stream(body: Mapping[str, Any]) -> tuple[bool, bool]:
+    """Return whether tokens are wanted as they come, and usage after them."""
+    options = get(body, "stream_options", dict, {})
+    require_known(options, {"include_usage"}, "stream_options")
+    return get(body, "stream", bool, False), get(options, "include_usage", bool, False)
+
+
+def read_id(token: str) -> int:
+    """Return a token id, which is text where it is a name in JSON."""
+    if not token.isdecimal():
+        raise ApiError(400, f"logit_bias must map token ids to numbers, not {token!r:.60}", param="logit_bias")
+    return int(token)
+
+
+def read_thinking(body: Mapping[str, Any]) -> bool:
+    """Return whether the model thinks first: `thinking`, a boolean or DeepSeek's object, OpenAI's effort, or vLLM's
+    template option. Raises ApiError if they differ."""
+    given, effort = body.get("thinking"), get(body, "reasoning_effort", str)
+    if isinstance(given, dict) and given.get("type") in ("enabled", "disabled") and len(given) == 1:
+        given = given["type"] == "enabled"
+    if given is not None and not isinstance(given, bool):
+        text = 'thinking must be true, false, {"type": "enabled"} or {"type": "disabled"}'
+        raise ApiError(400, text, param="thinking")
+    if effort is not None and effort not in EFFORTS:
+        text = f"reasoning_effort must be one of {', '.join(EFFORTS)}, not {effort!r:.60}"
+        raise ApiError(400, text, param="reasoning_effort")
+    options = get(body, "chat_template_kwargs", dict, {})
+    require_known(options, {"thinking", "enable_thinking"}, "chat_template_kwargs")
+    said = {f"chat_template_kwargs.{name}": value for name, value in options.items()}
+    said |= {"thinking": given, "reasoning_effort": None if effort is None else EFFORTS[effort]}
+    return bool(get_alias(said, said, bool))
+
+
+def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the tools of a request, which have the names of functions."""
+    tools = get(body, "tools", list, [])
+    for i, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise ApiError(400, f"tools[{i}] must be an object with a 'function' that has a 'name'", param="tools")
+    return tools
+
+
+def read_format(body: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the JSON schema of the answer; None if it is text."""
+    given = get(body, "response_format", dict, {"type": "text"})
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return ANY_OBJECT
+        case "json_schema":
+            return require(require(given, "json_schema", dict), "schema", dict)
+    text = "response_format must have the type 'text', 'json_object' or 'json_schema'"
+    raise ApiError(400, f"{text}, not {given!r:.100}", param="response_format")

@@ -6,7 +6,6 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.registry import Collector
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..generation.engine import Engine
 
@@ -48,7 +47,7 @@ class EngineCollector(Collector):
 class Metrics:
     """The metrics of one server.
 
-    first_token  seconds from a request to its first token
+    first_token  seconds from a request to its first token;  requests: those that were answered, by their status
     """
 
     media_type = CONTENT_TYPE_LATEST
@@ -59,22 +58,8 @@ class Metrics:
         self.first_token = Histogram(
             "dsv32_first_token_seconds", "time to the first token", buckets=SECONDS, registry=self._registry
         )
-        labels = ["status"]
-        self._requests = Counter("dsv32_requests", "requests by status", labels, registry=self._registry)
+        self.requests = Counter("dsv32_requests", "requests by status", ["status"], registry=self._registry)
 
     def write(self) -> bytes:
         """Return all metrics as text."""
         return generate_latest(self._registry)
-
-    def count_requests(self, app: ASGIApp) -> ASGIApp:
-        """Return the application with its responses counted."""
-
-        async def counted(scope: Scope, receive: Receive, send: Send) -> None:
-            async def send_counted(message: Message) -> None:
-                if message["type"] == "http.response.start":
-                    self._requests.labels(message["status"]).inc()
-                await send(message)
-
-            await app(scope, receive, send_counted if scope["type"] == "http" else send)
-
-        return counted

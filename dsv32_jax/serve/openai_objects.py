@@ -9,9 +9,9 @@ from typing import Any
 from ..chat import Tokenizer
 from ..chat.streaming_parser import ARGUMENTS, CALL, CONTENT, Piece
 from ..generation.result import Token
+from .api_error import ApiError
 from .choice import Call, Choice
 from .driver import Arrival, Job
-from .fields import ApiError
 from .reading import Ask
 
 DONE = "data: [DONE]\n\n"

@@ -15,23 +15,22 @@ from ..generation.request import Request, validate_for
 from ..generation.result import Token
 from ..generation.score import score
 from . import fields
-from .fields import ApiError, get
+from .api_error import ApiError
+from .fields import get
 from .grammar import Vocabulary, write_grammar
 from .replay import SampledTurns
 
 SAMPLING = ("temperature", "top_p", "top_k", "min_p", "seed", "logit_bias")
 PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 COMMON = {"model", "stream", "stream_options", "n", "stop", "logprobs", *SAMPLING, *PENALTIES, *fields.LABELS}
-CHAT = COMMON | {"messages", "tools", "tool_choice", "top_logprobs", "max_completion_tokens", "max_tokens", "thinking"}
-CHAT |= {"chat_template_kwargs", "response_format", "parallel_tool_calls"}
-TOKENIZE = {"model", "prompt", "messages", "tools", "tool_choice", "thinking", "chat_template_kwargs"}
-TOKENIZE |= {"add_special_tokens"}
+PROMPT = {"messages", "tools", "tool_choice", "thinking", "reasoning_effort", "chat_template_kwargs"}
+LIMITS = {"max_completion_tokens", "max_tokens"}
+CHAT = COMMON | PROMPT | LIMITS | {"top_logprobs", "response_format", "parallel_tool_calls"}
+TOKENIZE = PROMPT | {"model", "prompt", "add_special_tokens"}
 COMPLETION = COMMON | {"prompt", "max_tokens", "echo"}
 
 DRAWN = {"temperature": 1.0}
 """The sampling of OpenAI's interface, where neither the request nor the checkpoint says otherwise."""
-
-ANY_OBJECT = {"type": "object"}
 
 COMPLETION_TOKENS = 16
 """The new tokens of a completion that does not say how many, as OpenAI's."""
@@ -74,7 +73,7 @@ class Reader:
     def read_chat(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""
         fields.require_known(body, CHAT, needs=("messages",))
-        schema, thinking = _read_format(body), _read_thinking(body)
+        schema, thinking = fields.read_format(body), fields.read_thinking(body)
         prompt = self._prepare(body, schema)
         logprobs, top = get(body, "logprobs", bool, False), get(body, "top_logprobs", int, 0)
         if top and not logprobs:
@@ -82,16 +81,16 @@ class Reader:
         limit = fields.get_alias(body, ("max_completion_tokens", "max_tokens"), int)
         constraint = self._constrain(body, thinking, schema)
         request = self.ask(body, [prompt.ids], limit, top_logprobs=top, constraint=constraint)
-        return Ask(self.name, request, thinking, *_read_stream(body), logprobs)
+        return Ask(self.name, request, thinking, *fields.read_stream(body), logprobs)
 
     def read_completion(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/completions asks for. Raises ApiError and UsageError."""
         fields.require_known(body, COMPLETION, needs=("prompt",))
         top, echo = get(body, "logprobs", int), get(body, "echo", bool, False)
-        prompts = [self._read_prompt(one) for one in _split_prompts(body.get("prompt"))]
+        prompts = [self._read_prompt(one) for one in fields.split_prompts(body.get("prompt"))]
         request = self.ask(body, prompts, get(body, "max_tokens", int, COMPLETION_TOKENS), top_logprobs=top or 0)
         echoed = self._score(prompts, top) if echo else ()
-        return Ask(self.name, request, None, *_read_stream(body), top is not None, echoed)
+        return Ask(self.name, request, None, *fields.read_stream(body), top is not None, echoed)
 
     def tokenize(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return the tokens of the prompt or the messages in a body; with add_special_tokens: false those of a piece of
@@ -114,7 +113,7 @@ class Reader:
     def ask(self, body: Mapping[str, Any], prompts: list[list[int]], limit: int | None, **options: Any) -> Request:
         """Return the request for the engine, with the sampling that the body asks for and up to `limit` new tokens
         (None: as many as the context holds). Raises ApiError and UsageError."""
-        if (model := fields.require(body, "model", str)) != self.name:
+        if (model := get(body, "model", str, self.name)) != self.name:
             text = f"there is no model {model!r:.100} here; use {self.name!r}"
             raise ApiError(404, text, param="model", code="model_not_found")
         longest = max(map(len, prompts))
@@ -125,7 +124,7 @@ class Reader:
         limits = [self.room - len(prompt) if limit is None else limit for prompt in prompts]
         given = {name: body[name] for name in (*SAMPLING, *PENALTIES) if body.get(name) is not None}
         if (bias := get(body, "logit_bias", dict)) is not None:
-            given["logit_bias"] = {_read_id(token): value for token, value in bias.items()}
+            given["logit_bias"] = {fields.read_id(token): value for token, value in bias.items()}
         sampling = Sampling(**{"seed": secrets.randbits(63), **self.defaults, **given})
         own = {"capacity": self.engine.capacity, "cache_dtype": self.engine.cache_dtype, "draft": self.engine.draft}
         given = {"max_new_tokens": limits, "n": get(body, "n", int, 1), "stop": body.get("stop") or ()}
@@ -134,19 +133,19 @@ class Reader:
     def _prepare(self, body: Mapping[str, Any], schema: Mapping[str, Any] | None = None) -> Prompt:
         """Return the prompt of the messages in a body; the model is told the schema of its answer."""
         messages = [self._read_message(message, i) for i, message in enumerate(fields.require(body, "messages", list))]
-        tools = None if body.get("tool_choice") == "none" else _read_tools(body)
-        if schema and schema != ANY_OBJECT:
+        tools = None if body.get("tool_choice") == "none" else fields.read_tools(body)
+        if schema and schema != fields.ANY_OBJECT:
             is_first = messages and isinstance(messages[0], dict) and messages[0].get("role") == "system"
             head = messages.pop(0) if is_first else {"role": "system"}
             messages.insert(0, {**head, "response_format": schema})
         require_content(messages)
-        return prepare(messages, self.tokenizer, thinking=_read_thinking(body), tools=tools)
+        return prepare(messages, self.tokenizer, thinking=fields.read_thinking(body), tools=tools)
 
     def _constrain(
         self, body: Mapping[str, Any], thinking: bool, schema: Mapping[str, Any] | None
     ) -> Callable[[], Constraint] | None:
         """Return what makes the constraints of a conversation: a schema of the answer, and the form of tool calls."""
-        tools, choice = _read_tools(body), body.get("tool_choice") or "auto"
+        tools, choice = fields.read_tools(body), body.get("tool_choice") or "auto"
         if isinstance(choice, dict):
             name = fields.require(fields.require(choice, "function", dict), "name", str)
             tools = [tool for tool in tools if tool["function"]["name"] == name]
@@ -192,62 +191,3 @@ class Reader:
         if isinstance(prompt, str):
             return prepare(prompt, self.tokenizer).ids
         return self.tokenizer.check_ids(prompt, "tokens of the prompt")
-
-
-def _split_prompts(given: Any) -> Sequence[Any]:
-    """Return the prompts of a completion: a text, a list of texts, token ids or a list of lists of them."""
-    if isinstance(given, str) or (isinstance(given, list) and given and all(isinstance(i, int) for i in given)):
-        return [given]
-    if isinstance(given, list) and given and all(isinstance(one, str | list) and one for one in given):
-        return given
-    raise ApiError(400, "prompt must be text, token ids, or a list of them, none of them empty", param="prompt")
-
-
-def _read_stream(body: Mapping[str, Any]) -> tuple[bool, bool]:
-    """Return whether tokens are wanted as they come, and usage after them."""
-    options = get(body, "stream_options", dict, {})
-    fields.require_known(options, {"include_usage"}, "stream_options")
-    return get(body, "stream", bool, False), get(options, "include_usage", bool, False)
-
-
-def _read_id(token: str) -> int:
-    if not token.isdecimal():
-        raise ApiError(400, f"logit_bias must map token ids to numbers, not {token!r:.60}", param="logit_bias")
-    return int(token)
-
-
-def _read_thinking(body: Mapping[str, Any]) -> bool:
-    """Return whether the model thinks first: `thinking`, a boolean or DeepSeek's object, or vLLM's template option."""
-    given = body.get("thinking")
-    if isinstance(given, dict) and given.get("type") in ("enabled", "disabled") and len(given) == 1:
-        given = given["type"] == "enabled"
-    if given is not None and not isinstance(given, bool):
-        text = 'thinking must be true, false, {"type": "enabled"} or {"type": "disabled"}'
-        raise ApiError(400, text, param="thinking")
-    options = get(body, "chat_template_kwargs", dict, {})
-    fields.require_known(options, {"thinking", "enable_thinking"}, "chat_template_kwargs")
-    return bool(fields.get_alias({"thinking": given, **options}, ("thinking", "enable_thinking"), bool))
-
-
-def _read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the tools of a request, which have the names of functions."""
-    tools = get(body, "tools", list, [])
-    for i, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise ApiError(400, f"tools[{i}] must be an object with a 'function' that has a 'name'", param="tools")
-    return tools
-
-
-def _read_format(body: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the JSON schema of the answer; None if it is text."""
-    given = get(body, "response_format", dict, {"type": "text"})
-    match given.get("type"):
-        case "text":
-            return None
-        case "json_object":
-            return ANY_OBJECT
-        case "json_schema":
-            return fields.require(fields.require(given, "json_schema", dict), "schema", dict)
-    text = "response_format must have the type 'text', 'json_object' or 'json_schema'"
-    raise ApiError(400, f"{text}, not {given!r:.100}", param="response_format")

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 
+from prometheus_client import Counter
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..errors import pluralize
@@ -12,10 +13,11 @@ MOST_PATH = 200
 
 
 class RequestLog:
-    """Passes requests on to an application and gives `say` a line for each when it is over, refused ones too."""
+    """Passes requests on to an application, counts answers by their status, and gives `say` a line for each request
+    when it is over, refused ones too."""
 
-    def __init__(self, app: ASGIApp, say: Callable[[str], None]):
-        self._app, self._say = app, say
+    def __init__(self, app: ASGIApp, requests: Counter, say: Callable[[str], None]):
+        self._app, self._requests, self._say = app, requests, say
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Run the application."""
@@ -27,6 +29,7 @@ class RequestLog:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = str(message["status"])
+                self._requests.labels(status).inc()
             await send(message)
 
         try:

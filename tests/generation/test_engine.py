@@ -140,6 +140,18 @@ def test_what_was_read_is_not_read_again(model):
         assert engine.stats()["prefix_hits"] > 300
 
 
+def test_few_tokens_come_first(model):
+    """However many short answers were quick: how many steps fit in a segment is known of steps that were taken."""
+    options = {"sampling": ds.Sampling(forbidden_ids=[1, 300]), "capacity": 256}
+    with ds.engine(model, rows=1, capacity=256) as engine:
+        for limit in (2, 2, 2, 2, 2, 2, 2, 100):
+            (row,) = engine.add(validate_for(model, [PROMPTS[4]], max_new_tokens=limit, **options))
+            if limit == 2:
+                assert len(list(engine.follow([row]))) == 3
+        engine.wait(lambda: False)
+        assert 1 <= len(row.tokens) <= 4
+
+
 def test_many_threads(model, alone):
     """Each gets its own tokens; a stream under `async for` leaves the loop free."""
     with ds.engine(model, rows=4, capacity=256, pages=12) as engine:

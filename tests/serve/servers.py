@@ -10,8 +10,8 @@ import uvicorn
 import dsv32_jax as ds
 from dsv32_jax.cli import serve_command
 from dsv32_jax.generation.row import Row
-from dsv32_jax.serve.app import Limits, Server
-from dsv32_jax.serve.connections import configure
+from dsv32_jax.serve.app import Server
+from dsv32_jax.serve.connections import Limits, configure
 from dsv32_jax.serve.driver import Driver, Job
 from dsv32_jax.serve.reading import Reader
 

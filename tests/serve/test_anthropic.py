@@ -9,7 +9,8 @@ import pytest
 from hypothesis import assume, given, settings, strategies as st
 
 from dsv32_jax import chat
-from dsv32_jax.serve.app import Limits, Server
+from dsv32_jax.serve.app import Server
+from dsv32_jax.serve.connections import Limits
 from dsv32_jax.serve.reading import Reader
 from tests.chat.dialogues import answers
 from tests.serve.servers import ScriptedDriver

@@ -14,6 +14,7 @@ import pytest
 
 from dsv32_jax import cli
 from dsv32_jax.cli import serve_command
+from dsv32_jax.serve import connections, driver
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 CURL = next(line for line in README.splitlines() if line.startswith("curl "))
@@ -22,7 +23,8 @@ CURL = next(line for line in README.splitlines() if line.startswith("curl "))
 SLOW = """
 import asyncio
 from dsv32_jax.cli import serve_command
-from dsv32_jax.serve import app, connections, request_log
+from dsv32_jax.serve import connections, request_log
+from prometheus_client import Counter
 
 async def answer(scope, receive, send):
     if scope["type"] == "lifespan":
@@ -34,7 +36,8 @@ async def answer(scope, receive, send):
     await asyncio.sleep(1000)
 
 say = lambda text: print(text, flush=True)
-config = connections.configure(request_log.RequestLog(answer, say), app.Limits())
+requests = Counter("requests", "requests by status", ["status"])
+config = connections.configure(request_log.RequestLog(answer, requests, say), connections.Limits())
 with serve_command.bind("127.0.0.1", 0) as listener:
     listener.listen()
     say(listener.getsockname()[1])
@@ -67,7 +70,8 @@ def process(model, scratch):
 
 
 def test_the_curl_line_and_the_end(process):
-    """As in the README, with a key. After SIGTERM the answer that is running ends first; the exit code is 0."""
+    """As in the README, with a key; nothing is compiled for it, nor for JSON. After SIGTERM the answer that is running
+    ends first; the exit code is 0."""
     process, url, key = process
 
     def read_compile_seconds() -> str:
@@ -78,6 +82,9 @@ def test_the_curl_line_and_the_end(process):
     words = [word.replace("localhost:8000", url) for word in shlex.split(CURL)]
     done = subprocess.run([*words, "-s", "-H", f"Authorization: Bearer {key}"], capture_output=True, text=True)
     assert json.loads(done.stdout)["choices"][0]["message"]["role"] == "assistant", done
+    form = {"response_format": {"type": "json_object"}, "messages": [{"role": "user", "content": "hi"}]}
+    formed = httpx2.post(f"{url}/v1/chat/completions", json=form, headers={"x-api-key": key}, timeout=60)
+    assert formed.json()["choices"][0]["message"]["content"].lstrip().startswith("{")
     assert read_compile_seconds() == compiled
     assert httpx2.get(f"{url}/no%0Asuch").status_code == 401
     assert httpx2.get(f"{url}/no%0Asuch", headers={"x-api-key": key}).status_code == 404
@@ -129,6 +136,24 @@ def test_what_is_refused(model, scratch, tmp_path, capsys, words, message):
     words = [word.format(empty=tmp_path / "empty") for word in words]
     assert cli.main(["serve", str(scratch / "served"), "--port", "0", *words]) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("host, is_open", [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_who_may_ask(model, scratch, monkeypatch, capsys, host, is_open):
+    """A warning where other machines reach a server that wants no key."""
+    drivers, real = [], driver.Driver
+
+    async def serve(self, sockets):
+        pass
+
+    monkeypatch.setattr(connections.DrainingServer, "serve", serve)
+    monkeypatch.setattr(driver, "warm_up", lambda engine, room: None)
+    monkeypatch.setattr(driver, "Driver", lambda *given: drivers.append(real(*given)) or drivers[0])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    words = ["--host", host, "--port", "0", "--rows", "1", "--context", "64"]
+    assert cli.main(["serve", str(scratch / "served"), *words]) == 0
+    drivers[0].close()
+    assert (f"warning: anybody who reaches {host}" in capsys.readouterr().err) == is_open
 
 
 def test_a_port_that_is_taken():

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from dsv32_jax.serve.app import Limits
+from dsv32_jax.serve.connections import Limits
 from tests.serve.servers import listen, make_server
 from tests.serve.test_openai import CODE, is_idle
 

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 import dsv32_jax as ds
-from dsv32_jax.serve.app import Limits
+from dsv32_jax.serve.connections import Limits
 from tests.serve.servers import CAPACITY, ROWS, WAITING, listen, make_server
 
 HELLO = [{"role": "user", "content": "hello"}]
@@ -152,6 +152,25 @@ def test_thinking_and_parts(client, tokenizer):
     assert message.content == "" and message.reasoning_content
 
 
+@pytest.mark.parametrize(
+    "body, thinking",
+    [
+        ({"reasoning_effort": "none"}, False),
+        ({"reasoning_effort": "minimal", "thinking": False}, False),
+        ({"reasoning_effort": "low"}, True),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": True}}, True),
+        ({"chat_template_kwargs": {"thinking": True}, "reasoning_effort": None}, True),
+        ({"thinking": {"type": "disabled"}}, False),
+    ],
+)
+def test_whether_it_thinks(served, tokenizer, body, thinking):
+    """In every client's words, and the model need not be named; the tokens are counted the same way."""
+    expected = ds.chat.prepare(HELLO, tokenizer, thinking=thinking).ids
+    ask = served.server.reader.read_chat({"messages": HELLO, **body})
+    assert (ask.thinking, ask.request.prompts, ask.model) == (thinking, [expected], "demo")
+    assert served.server.reader.tokenize({"messages": HELLO, **body})["tokens"] == expected
+
+
 BAD = [
     ({"foo": 1, "max_tokens": 3}, 400, "foo"),
     ({"temprature": 1}, 400, "temprature"),
@@ -177,6 +196,10 @@ BAD = [
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content"),
     ({"messages": [*HELLO, {"role": "assistant", "content": "so"}]}, 400, None),
     ({"thinking": "deeply"}, 400, "thinking"),
+    ({"reasoning_effort": "deep"}, 400, "reasoning_effort"),
+    ({"reasoning_effort": 3}, 400, "reasoning_effort"),
+    ({"reasoning_effort": "none", "thinking": True}, 400, None),
+    ({"thinking": True, "chat_template_kwargs": {"thinking": False}}, 400, None),
     ({"parallel_tool_calls": False, "store": True}, 400, "store"),
 ]
 
@@ -225,6 +248,9 @@ def test_other_paths(served, client):
     with pytest.raises(openai.NotFoundError, match="'x'"):
         client.models.retrieve("x")
     assert HTTP.get(f"{served.url}/health").json() == {"status": "ok"}
+    about = HTTP.get(served.url).json()
+    assert (about["name"], about["version"], about["model"]) == ("dsv32_jax", ds.__version__, "demo")
+    assert {"GET /health", "POST /v1/chat/completions", "POST /v1/messages"} < {*about["endpoints"]}
     assert 'dsv32_requests_total{status="404"}' in HTTP.get(f"{served.url}/metrics").text
     for path, status in (("/nowhere", 404), ("/v1/completions", 405)):
         answer = HTTP.get(served.url + path)
