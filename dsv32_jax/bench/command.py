@@ -34,7 +34,7 @@ def add(commands: Any) -> None:
     add("--batch", type=int, action="append", metavar="B", help="rows; may be repeated (default: 1 and 8)")
     add("--context", type=int, action="append", metavar="N", help="tokens of a row (default: 1024 and 8192)")
     add("--cache-dtype", choices=("bfloat16", "fp8"), default="bfloat16", help="cache dtype (default: bfloat16)")
-    add("--steps", type=int, metavar="N", help="decode steps a call (default: 8, on a GPU 64)")
+    add("--steps", type=int, metavar="N", help="decode steps a call (default: 64 on a GPU with all experts, else 8)")
     add("--experts", default="device", metavar="WHERE", help="device, host, or host:N (the first N layers)")
     add("--host-memory", metavar="SIZE", help="free memory of the host (default: as the system says)")
 
