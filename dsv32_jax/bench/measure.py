@@ -59,22 +59,12 @@ def print_rows(explanation: str, columns: Sequence[Column], rows: Iterable[Row],
 
 def format_table(columns: Sequence[Column], rows: Iterable[Row]) -> Iterator[str]:
     """Yield the lines of a table, each as soon as its row is there."""
-    yield format_headings(columns)
+    yield format_line(columns)
     for row in rows:
         yield format_line(columns, row)
 
 
-def format_headings(columns: Sequence[Column]) -> str:
-    """Return the first line of a table."""
-    return _align(columns, [heading for heading, _, _ in columns])
-
-
-def format_line(columns: Sequence[Column], row: Row) -> str:
-    """Return the line of a row."""
-    return _align(columns, [text(row) for _, _, text in columns])
-
-
-def _align(columns: Sequence[Column], texts: Sequence[str]) -> str:
-    """Align the first column left, the others right."""
-    first, *rest = zip(texts, (width for _, width, _ in columns), strict=True)
-    return "  ".join([first[0].ljust(first[1]), *(text.rjust(width) for text, width in rest)]).rstrip()
+def format_line(columns: Sequence[Column], row: Row | None = None) -> str:
+    """Return the line of a row, or of the headings: the first column aligned left, the others right."""
+    (first, width), *rest = [(heading if row is None else text(row), width) for heading, width, text in columns]
+    return "  ".join([first.ljust(width), *(text.rjust(width) for text, width in rest)]).rstrip()

@@ -29,7 +29,7 @@ from ..system.compilation import count_compilations
 from ..system.host import get_peak_memory
 from ..system.progress import parse_size
 from .decode_step import DTYPE, DecodeStep, count_weight_bytes, fill_cache, make_model
-from .measure import Row, format_headings, format_line, measure_median
+from .measure import Row, format_line, measure_median
 from .plan import Plan, make_plan, require_room
 from .profile import profile_scopes
 from .roofline import count_all_reduces, measure_all_reduce, measure_host_call, measure_host_speed, measure_move_speed
@@ -189,7 +189,7 @@ def format_row(row: Row) -> str:
             reduced += f"{row['host_call'] * 1e6:.0f} us; the process has taken {row['host_memory'] / 1e9:.2f} GB"
         return (
             f"weights made in {row['seconds']:.1f} s, {row['memory'] / 1e9:.2f} GB held; a device moves "
-            f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{format_headings(COLUMNS)}"
+            f"{row['copied'] / 1e9:.0f} GB/s{reduced}\n{format_line(COLUMNS)}"
         )
     if row["kind"] == "read":
         speed = f"{chunk_size() / row['step']:.0f} tokens/s, {row['step'] * 1e3:.0f} ms"

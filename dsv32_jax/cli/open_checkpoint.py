@@ -35,8 +35,7 @@ class OpenedCheckpoint:
 
     @classmethod
     def of(cls, folder: str | Path, *, ids: bool = False) -> "OpenedCheckpoint":
-        """Open the checkpoint in `folder`. Raises CheckpointError where it is none, and CheckpointError or UsageError
-        where its tokenizer cannot be used, unless `ids`."""
+        """Open the checkpoint in `folder`, without its tokenizer if `ids`. Raises CheckpointError or UsageError."""
         folder = expand_path(folder)
         cfg = Config.from_dict(Manifest.read(folder).config, f"the config in {folder.name}'s manifest")
         if ids:

@@ -34,8 +34,8 @@ BEFORE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Worst:
-    """A token that the two models predict very differently: its place, the divergence in nats, the 16 tokens before it,
-    the token with its probabilities, and the most likely token of each model. Token ids if there is no tokenizer."""
+    """A token that the models predict very differently: its place, the divergence in nats, the 16 tokens before it, the
+    token with its probabilities, and the most likely token of each model. Token ids if there is no tokenizer."""
 
     document: int
     position: int

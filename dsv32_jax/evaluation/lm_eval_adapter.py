@@ -145,8 +145,8 @@ class LmEval(TemplateLM):
         return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Return the continuation of each (context, options), up to the first of the strings `until`, without the
-        thoughts before it; of thoughts without an end, nothing."""
+        """Return the continuation of each (context, options) up to a string of `until`, without its reasoning; nothing
+        where the reasoning has no end."""
         groups: dict[str, list[int]] = {}
         for i, request in enumerate(requests):
             groups.setdefault(repr(request.args[1]), []).append(i)

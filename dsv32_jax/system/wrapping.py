@@ -7,8 +7,7 @@ from typing import TextIO
 
 
 def wrap_lines(text: str, indent: int = 2, stream: TextIO | None = None) -> str:
-    """Return `text` whose lines end between words where the terminal of `stream` (default: stdout) ends, and go on
-    below it indented; unchanged where that is no terminal."""
+    """Return `text` wrapped between words to the terminal of `stream` (stdout), unchanged where that is none."""
     if not (stream or sys.stdout).isatty():
         return text
     wrap = textwrap.TextWrapper(
