@@ -25,13 +25,17 @@ from ..generation.generate import engine as make_engine
 from ..generation.options import Sampling
 
 LONGEST_PROMPT, LONGEST_ANSWER, CONTEXT = 128, 64, 256
+MOST_WARM = 10
+"""Rounds that may pass before others are counted."""
+
 ADDRESS = re.compile(r"http://127\.0\.0\.1:(\d+)/")
 
 EXPLANATION = """\
 Rounds of {clients} requests that come at once, prompts of 4-128 tokens, answers of 1-64, drawn in float32 with seeds;
 whole answers and streams in turn. ratio: tokens the server makes in a second of processor time, beside an engine that
 is given the same requests without HTTP. first_token: seconds to the first token of a stream. wrong: answers other than
-the engine's. Two rounds before compile what is needed, and are not counted."""
+the engine's. Rounds are counted once two in a row compiled nothing, or after {most} of them. compile_s: seconds of
+compilation in counted rounds; programs take memory."""
 
 
 class Ask(NamedTuple):
@@ -155,19 +159,26 @@ def run_round(engine: Engine, tokenizer: Tokenizer, server: Server, asks: Sequen
 
 
 def measure(checkpoint: Path, clients: int, seconds: float, rows: int) -> dict[str, float]:
-    """Return all figures of rounds that take about so many seconds, two at least, and two before them."""
+    """Return all figures of rounds that take about so many seconds, two at least, after those that compile."""
     model = load(checkpoint, dtype=jnp.float32)
     tokenizer, rng = Tokenizer.load(checkpoint, model.cfg), np.random.default_rng(0)
     rounds: list[Round] = []
-    memory, begun = 0, 0.0
     with make_engine(model, rows=rows, capacity=CONTEXT) as engine, serve(checkpoint, rows, clients) as server:
-        while len(rounds) < 4 or time.perf_counter() < begun + seconds:
-            if len(rounds) == 2:
-                memory, begun = server.read_memory(), time.perf_counter()
+
+        def add_round() -> float:
+            """Return the seconds that the server has spent on compilation after one more round."""
             asks = draw_asks(rng, tokenizer.vocab_size, clients)
             rounds.append(run_round(engine, tokenizer, server, asks, stream=len(rounds) % 2 == 1))
+            return server.read_metric("compile_seconds")
+
+        compiled = [add_round(), add_round()]
+        while len(rounds) < MOST_WARM and len({*compiled[-3:]}) > 1 or len(rounds) % 2:
+            compiled.append(add_round())
+        warm, memory, begun = len(rounds), server.read_memory(), time.perf_counter()
+        while len(rounds) < warm + 2 or time.perf_counter() < begun + seconds:
+            compiled.append(add_round())
         growth, leaked = server.read_memory() - memory, server.read_metric("pages_of_rows")
-    wrong, rounds = sum(one.wrong for one in rounds), rounds[2:]
+    wrong, rounds = sum(one.wrong for one in rounds), rounds[warm:]
     wall = sum(one.wall for one in rounds)
     firsts = [first for one in rounds if one.stream for first in one.first_tokens]
     ratios = {
@@ -180,6 +191,7 @@ def measure(checkpoint: Path, clients: int, seconds: float, rows: int) -> dict[s
         **{f"ratio_{kind}": ratio for kind, ratio in ratios.items()},
         **{f"first_token_p{q}": float(np.percentile(firsts, q)) for q in (50, 90, 99)},
         "memory_growth_mb": growth / 1e6,
+        "compile_s": compiled[-1] - compiled[warm - 1],
         "pages_leaked": leaked,
         "wrong": wrong,
         "rounds": len(rounds),
@@ -192,6 +204,6 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(figures))
         return
-    print(EXPLANATION.format(clients=arguments.clients))
+    print(EXPLANATION.format(clients=arguments.clients, most=MOST_WARM))
     for name, value in figures.items():
         print(f"{name:22}{value:10.3f}")
