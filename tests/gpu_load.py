@@ -54,7 +54,7 @@ def write(folder: Path, cfg: Config) -> None:
         form = LeafFormat("nvfp4", 16, "") if kind else LeafFormat("dense", 1, storage(leaf))
         arrays = {name: fill(shape, dtype, rng) for name, (dtype, shape) in list_arrays(leaf, form).items()}
         places = writer.save(f"{number:05d}", {(leaf.path, name): array for name, array in arrays.items()})
-        entry = LeafEntry(form.format, {name: describe_array(array) for name, array in arrays.items()})
+        entry = LeafEntry(form.format, {name: describe_array(array, leaf.stacked) for name, array in arrays.items()})
         entries[leaf.path] = entry.at(leaf.path, places)
     fakes.manifest(cfg.to_dict(), entries).write(folder)
 

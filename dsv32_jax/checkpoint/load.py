@@ -1,10 +1,9 @@
 """From a converted checkpoint to a Model. On a CPU its arrays are maps of the files; other devices get copies."""
 
-import collections
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property, lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,16 @@ from ..system.reporter import show_slow
 from . import checksums, host_split
 from .companions import TOKENIZER, check_tokenizer
 from .manifest import LeafEntry, Manifest
-from .reader import Index, Key, Reader, allocate, list_slabs
+from .reader import Index, Key, Reader, allocate, bound, list_slabs
 from .weight_shapes import ABSORBED, STORED, describe
 
 LEVELS = (None, "quick", "full")
 
 AHEAD_BYTES = 256 << 20
-"""Arrays of so many bytes are read ahead of their devices, or one that is larger."""
+"""Host memory for arrays on their way to devices, unless two of them are larger."""
+
+
+_dequantize = jax.jit(dequantize, static_argnums=1)
 
 
 def load(
@@ -52,7 +54,7 @@ def load(
     own part.
     On a CPU the weights are maps of the files, which must stay as they are while the model is used: memory is taken as
     they are, shared with other processes, and given back when others need it. `mapped=False` copies them. Other
-    devices always get copies; beside them the host needs memory for AHEAD_BYTES and two of the largest arrays.
+    devices always get copies; beside them the host needs memory for AHEAD_BYTES, or two of the largest arrays.
     `experts="host"` leaves routed experts in host memory, as maps, and computes with them there: of as few layers as
     the devices cannot hold, on a CPU of all; "host:N" those of the first N MoE layers. What devices cannot hold is
     refused before a weight is read.
@@ -142,7 +144,7 @@ class Checkpoint:
         for path, entry in entries.items():
             parts = {name: next(arrays) for name in entry.arrays}
             weight = STORED[entry.format](**parts) if entry.format in STORED else parts["values"]
-            weights[path] = dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
+            weights[path] = _dequantize(weight, dtype) if path.endswith(ABSORBED) else weight
         return weights
 
     def keep_on_host(self, paths: Collection[str], mesh: Mesh | None = None) -> dict[str, HostWeight]:
@@ -170,68 +172,69 @@ def _map_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax
     """Yield the arrays of `targets` as maps of their files. What spans several files is copied, and so is, by JAX, what
     does not lie together in a file or does not begin at a multiple of ALIGNMENT."""
     for key, target in targets.items():
-        shape = reader.entries[key].shape
-        parts = [(reader.map(key, index), devices) for index, devices in _split(target, shape)]
-        shards = [jax.device_put(part, device) for part, devices in parts for device in devices]
-        yield jax.make_array_from_single_device_arrays(shape, target, shards)
+        yield jax.make_array_from_callback(reader.entries[key].shape, target, partial(reader.map, key))
 
 
 def _copy_arrays(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[jax.Array]:
-    """Yield the arrays of `targets`, copied. While one is handed to its devices, threads read those that follow."""
+    """Yield the arrays of `targets`, copied. While some are handed to their devices, threads read those that follow."""
     total = sum(reader.entries[key].nbytes for key in targets)
     with ThreadPoolExecutor(host.count_cores()) as pool, show_slow(total) as count:
-        ahead, nbytes = collections.deque[_Copy](), 0
-        for key, target in targets.items():
-            ahead.append(_Copy(reader, key, target, pool, count))
-            nbytes += ahead[-1].nbytes
-            while len(ahead) > 1 and nbytes > AHEAD_BYTES:
-                nbytes -= ahead[0].nbytes
-                yield ahead.popleft().result()
-        for copy in ahead:
-            yield copy.result()
+        before = _Copies(reader, {}, pool, count)
+        for group in _divide(reader, targets):
+            after = _Copies(reader, group, pool, count)
+            yield from before.place()
+            before = after
+        yield from before.place()
 
 
-class _Copy:
-    """An array that threads are reading into `nbytes` of host memory: each part that devices of this process hold,
-    once."""
+def _divide(reader: Reader, targets: Mapping[Key, Sharding]) -> Iterator[dict[Key, Sharding]]:
+    """Yield `targets` in groups of half of AHEAD_BYTES, or of one array that is larger."""
+    group, nbytes = dict[Key, Sharding](), 0
+    for key, target in targets.items():
+        nbytes += reader.entries[key].nbytes
+        if group and nbytes > AHEAD_BYTES // 2:
+            yield group
+            group, nbytes = {}, reader.entries[key].nbytes
+        group[key] = target
+    yield group
+
+
+class _Copies:
+    """Arrays that threads are reading into host memory: each part that devices of this process hold, once."""
 
     def __init__(
-        self, reader: Reader, key: Key, target: Sharding, pool: ThreadPoolExecutor, count: Callable[[int], None]
+        self, reader: Reader, targets: Mapping[Key, Sharding], pool: ThreadPoolExecutor, count: Callable[[int], None]
     ):
-        entry = reader.entries[key]
-        self._shape, self._target = entry.shape, target
-        self._shards: list[tuple[np.ndarray, list[Any]]] = []
-        self._reading: list[Future[None]] = []
-        self.nbytes = 0
+        self._reader, self._targets = reader, targets
+        self._parts: dict[tuple[Key, str], np.ndarray] = {}
+        slabs: list[tuple[Key, np.ndarray, Index]] = []
+        for key, target in targets.items():
+            entry = reader.entries[key]
+            for index in target.addressable_devices_indices_map(entry.shape).values():
+                if (key, str(index)) not in self._parts:
+                    first, *rest = bound(index, entry.shape)
+                    part = allocate([side.stop - side.start for side in (first, *rest)], entry.dtype)
+                    self._parts[key, str(index)] = part
+                    for rows in list_slabs(len(part), part.nbytes):
+                        within = slice(first.start + rows.start, first.start + rows.stop)
+                        slabs.append((key, part[rows], (within, *rest)))
 
-        def read(memory: np.ndarray, index: Index) -> None:
-            reader.copy(key, memory, index)
-            count(memory.nbytes)
+        def read(start: int) -> None:
+            for slab in slabs[start :: host.count_cores()]:
+                reader.copy(*slab)
+                count(slab[1].nbytes)
 
-        for index, devices in _split(target, entry.shape):
-            memory = allocate([part.stop - part.start for part in index], entry.dtype)
-            self._shards.append((memory, devices))
-            self.nbytes += memory.nbytes
-            for rows in list_slabs(len(memory), memory.nbytes):
-                within = slice(index[0].start + rows.start, index[0].start + rows.stop)
-                self._reading.append(pool.submit(read, memory[rows], (within, *index[1:])))
+        self._reading = [pool.submit(read, start) for start in range(host.count_cores())]
 
-    def result(self) -> jax.Array:
-        """Return the array when it is on its devices, which on a CPU take the memory as it is."""
+    def place(self) -> list[jax.Array]:
+        """Return the arrays when they are on their devices, which on a CPU take the memory as it is."""
         for future in self._reading:
             future.result()
-        shards = [jax.device_put(memory, device) for memory, devices in self._shards for device in devices]
-        return jax.block_until_ready(jax.make_array_from_single_device_arrays(self._shape, self._target, shards))
+        return jax.block_until_ready([self._place(key, target) for key, target in self._targets.items()])
 
-
-@lru_cache(maxsize=1024)
-def _split(target: Sharding, shape: tuple[int, ...]) -> list[tuple[Index, list[Any]]]:
-    """Return the parts of an array of `shape` that devices of this process hold, each once, and which devices."""
-    found: dict[tuple[tuple[int, int, int], ...], list[Any]] = {}
-    for device, index in target.addressable_devices_indices_map(shape).items():
-        parts = (part.indices(size) for part, size in zip(index or (), shape, strict=True))
-        found.setdefault(tuple(parts), []).append(device)
-    return [(tuple(slice(*part[:2]) for part in parts), devices) for parts, devices in found.items()]
+    def _place(self, key: Key, target: Sharding) -> jax.Array:
+        shape = self._reader.entries[key].shape
+        return jax.make_array_from_callback(shape, target, lambda index: self._parts[key, str(index)])
 
 
 def _dtype_name(dtype) -> str:

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError, DsvError, StorageError, VerificationError, kind_of, listing, pluralize
+from ..system.files import hash_chunks
 from .manifest import ITEM_BYTES, ArrayEntry, LeafEntry, is_inside
 
 SLAB_BYTES = 8 << 20
@@ -34,7 +35,7 @@ Key = tuple[str, str]
 """Path of a weight and name of a component."""
 
 Index = tuple[slice, ...]
-"""A block of an array: for each axis a slice with start and stop."""
+"""A block of an array: a slice of each axis, or of the first ones."""
 
 
 class Reader:
@@ -118,7 +119,7 @@ class Reader:
         If a file is cut short while it is mapped, using its bytes ends the process with SIGBUS.
         """
         entry = self.entries[key]
-        index = tuple(slice(0, size) for size in entry.shape) if index is None else index
+        index = bound(index, entry.shape)
         axis, width = entry.place.axis, entry.piece[entry.place.axis]
         number = index[axis].start // width
         if index[axis].stop > (number + 1) * width:
@@ -133,12 +134,13 @@ class Reader:
         entry = self.entries[key]
         stop = entry.shape[0] if stop is None else stop
         found = np.empty((stop - start, *entry.shape[1:]), dtype_of(entry.dtype))
-        self.copy(key, found, (slice(start, stop), *(slice(0, size) for size in entry.shape[1:])))
+        self.copy(key, found, (slice(start, stop),))
         return found
 
     def copy(self, key: Key, out: np.ndarray, index: Index) -> None:
         """Copy a block of an array into `out`, which has its shape. Raises VerificationError or StorageError."""
         entry = self.entries[key]
+        index = bound(index, entry.shape)
         axis, width = entry.place.axis, entry.piece[entry.place.axis]
         whole_rows = tuple(slice(0, size) for size in entry.piece[1:])
         for number, (name, nbytes) in enumerate(self._files(key)):
@@ -188,6 +190,12 @@ class Reader:
             os.close(descriptor)
 
 
+def bound(index: Index | None, shape: Sequence[int]) -> Index:
+    """Return `index`, None for all, with the start and stop of every axis of `shape`."""
+    sides = zip((*(index or ()), *[slice(None)] * len(shape)), shape, strict=False)
+    return tuple(slice(*side.indices(size)[:2]) for side, size in sides)
+
+
 def list_slabs(count: int, nbytes: int) -> list[slice]:
     """Return the `count` rows of an array in runs of about SLAB_BYTES."""
     rows = max(1, SLAB_BYTES * count // max(1, nbytes))
@@ -197,6 +205,18 @@ def list_slabs(count: int, nbytes: int) -> list[slice]:
 def raw(array: np.ndarray) -> memoryview:
     """Return the bytes of `array` in C order, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+
+
+def hash_array(slabs: Iterable[np.ndarray], stacked: bool) -> str:
+    """Return the SHA-256, as in ArrayEntry, of an array in runs of rows."""
+    if stacked:
+        return combine_digests([hash_chunks([raw(row)]) for slab in slabs for row in slab], stacked)
+    return hash_chunks(map(raw, slabs))
+
+
+def combine_digests(digests: Sequence[str], stacked: bool) -> str:
+    """Return the SHA-256, as in ArrayEntry, of an array from those of its experts, or from its own."""
+    return hash_chunks(map(bytes.fromhex, digests)) if stacked else digests[0]
 
 
 def dtype_of(dtype: Any) -> np.dtype:
