@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import UsageError, pluralize
+from ..errors import pluralize
 from ..generation.score import Chunk, prefill_chunks
 from ..model.attention import MAX_TEMPORARY
 from ..model.cache import Cache
@@ -25,7 +25,7 @@ from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, map_batches
 from .loss import Estimate, estimate_mean, exponentiate, require_finite
-from .variant import Variant
+from .variant import Variant, require_one_vocabulary
 
 PERCENTILES = (50, 90, 99, 99.9, 100)
 WORST = 8
@@ -133,7 +133,7 @@ def kl(
     a, b = Variant.of(a), Variant.of(b)
     sizes = {"context": context, "stride": stride, "limit": limit, "batch_size": batch_size}
     corpus = build_corpus(a.cfg, tokenizer or a.tokenizer(), texts, **sizes)
-    _require_one_vocabulary(a, b, corpus)
+    require_one_vocabulary(a, b, corpus.tokenizer)
     first = progress and (lambda done, count: progress(done, 2 * count))
     second = progress and (lambda done, count: progress(count + done, 2 * count))
     return summarize(corpus, compare(compute_hidden_states(a, corpus, first), b, second))
@@ -245,18 +245,3 @@ def _find_worst(corpus: Corpus, found: list[TokenDivergence]) -> list[Worst]:
             )
         )
     return worst
-
-
-def _require_one_vocabulary(a: Variant, b: Variant, corpus: Corpus) -> None:
-    """Raise UsageError if the models do not share tokens. Without two tokenizers only the sizes are compared."""
-    size, other = a.cfg.vocab_size, b.cfg.vocab_size
-    if size != other:
-        raise UsageError(f"the models have vocabularies of {size} and {other} tokens; nothing was run")
-    ours, theirs = corpus.tokenizer, b.tokenizer()
-    if ours is None or theirs is None:
-        return
-    if differing := sum(ours.decode([i]) != theirs.decode([i]) for i in range(size)):
-        raise UsageError(
-            f"the tokenizers differ in {differing} of {pluralize(size, 'token')}, so the predictions cannot be "
-            "compared; nothing was run"
-        )

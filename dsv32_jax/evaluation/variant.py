@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from ..chat.tokenizer import Tokenizer
 from ..checkpoint.load import Checkpoint, load
 from ..config import Config
-from ..errors import UsageError, listing
+from ..errors import UsageError, listing, pluralize
 from ..model.model import Model
 from ..system.files import expand_path
 
@@ -72,3 +72,18 @@ class Variant:
         if isinstance(self.checkpoint, Model) or not (expand_path(self.checkpoint) / "tokenizer.json").exists():
             return None
         return Tokenizer.load(self.checkpoint, self.cfg)
+
+
+def require_one_vocabulary(a: Variant, b: Variant, ours: Any) -> None:
+    """Raise UsageError if the models do not share tokens. Without A's tokenizer, `ours`, or B's, sizes decide."""
+    size, other = a.cfg.vocab_size, b.cfg.vocab_size
+    if size != other:
+        raise UsageError(f"the models have vocabularies of {size} and {other} tokens; nothing was run")
+    theirs = b.tokenizer()
+    if ours is None or theirs is None:
+        return
+    if differing := sum(ours.decode([i]) != theirs.decode([i]) for i in range(size)):
+        raise UsageError(
+            f"the tokenizers differ in {differing} of {pluralize(size, 'token')}, so the predictions cannot be "
+            "compared; nothing was run"
+        )
