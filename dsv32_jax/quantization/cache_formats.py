@@ -9,6 +9,7 @@ tile's largest magnitude (at least 1e-4) to 448 or below, so value * scale is ex
 """
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -20,11 +21,11 @@ TILE = 128
 SMALLEST_AMAX = 1e-4
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Bf16Rows:
-    """Vectors of n values in bfloat16: `bits` uint16 [..., n]."""
+class _Bits:
+    """Vectors of n values of `dtype`, as unsigned integers `bits` [..., n]."""
 
+    dtype: ClassVar[np.dtype]
     bits: jax.Array
 
     @property
@@ -34,37 +35,25 @@ class Bf16Rows:
 
     @property
     def values(self) -> jax.Array:
-        """bfloat16 [..., n]."""
-        return jax.lax.bitcast_convert_type(self.bits, jnp.bfloat16)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the values."""
-        return np.dtype(jnp.bfloat16)
+        """Floats of `dtype` [..., n]; those of FP8 are without their scale."""
+        return jax.lax.bitcast_convert_type(self.bits, self.dtype)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Fp8Rows:
-    """Vectors of n values in FP8: `bits` uint8 [..., n], `scale` float32 [..., ceil(n / 128)]."""
+class Bf16Rows(_Bits):
+    """Vectors in bfloat16: `bits` uint16."""
 
-    bits: jax.Array
+    dtype = np.dtype(jnp.bfloat16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fp8Rows(_Bits):
+    """Vectors in FP8: `bits` uint8, `scale` float32 [..., ceil(n / 128)]."""
+
+    dtype = np.dtype(jnp.float8_e4m3fn)
     scale: jax.Array
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the vectors."""
-        return self.bits.shape
-
-    @property
-    def values(self) -> jax.Array:
-        """float8_e4m3fn [..., n], without the scale."""
-        return jax.lax.bitcast_convert_type(self.bits, jnp.float8_e4m3fn)
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the values."""
-        return np.dtype(jnp.float8_e4m3fn)
 
 
 Rows = jax.Array | Bf16Rows | Fp8Rows
