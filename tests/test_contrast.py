@@ -9,7 +9,7 @@ import pytest
 
 import dsv32_jax as ds
 from dsv32_jax.errors import UsageError
-from dsv32_jax.inspect import capture, contrast, contrasts, edit, patch, patching as patching_module, plots
+from dsv32_jax.inspect import contrast, contrasts, edit, patch, patching as patching_module, plots, tracing
 from dsv32_jax.system.compilation import count_compilations
 from tests import models
 
@@ -134,7 +134,7 @@ def test_slow_work_is_shown(model, monkeypatch):
         yield done.append
         told.append((total, unit, sum(done)))
 
-    for module in (capture, contrasts, patching_module):
+    for module in (tracing, contrasts, patching_module):
         monkeypatch.setattr(module, "show_slow", show)
     contrast(model, A, B)
     patch(model, CLEAN, CORRUPTED, ANSWER)

@@ -19,7 +19,7 @@ from dsv32_jax.evaluation import layer_errors
 from dsv32_jax.generation import batch as batches, prefill_decode, score, speculative
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.inspect import observations
-from dsv32_jax.inspect.trace_arrays import KINDS
+from dsv32_jax.inspect.trace_format import KINDS
 from dsv32_jax.kernels import VARIABLE, cpu, dispatch, host_experts
 from dsv32_jax.layout import leaves
 from dsv32_jax.model import cache, experts, indexer, model, validation
@@ -180,7 +180,7 @@ def _run(cfg, folder) -> None:
     ds.generate(session.model, [[5, 6, 7]], max_new_tokens=2, constraint=lambda: constraint)
     drafting = models.random_model(dataclasses.replace(cfg, num_hidden_layers=1))
     ds.generate(drafting, [[5, 6, 7]], max_new_tokens=3, draft=1, constraint=lambda: constraint)
-    ds.generate.layerwise(session.model, [[5, 6, 7]], max_new_tokens=2)
+    ds.generate(session.model, [[5, 6, 7]], max_new_tokens=2, layerwise=True)
     ds.score(session.model, [[5, 6, 7]])
     ds.inspect.trace(session.model, [[5, 6, 7], list(range(5, 36))], {"mass"})
     ds.inspect.patch(session.model, [5, 6, 7], [5, 8, 7], 9)

@@ -11,8 +11,8 @@ from safetensors.numpy import load_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CapacityError, CheckpointError, StorageError, UsageError
-from dsv32_jax.generation import request
-from dsv32_jax.inspect import capture, observations, trace_arrays, trace_file
+from dsv32_jax.generation import score
+from dsv32_jax.inspect import observations, trace_format, tracing
 from dsv32_jax.model import mla
 from dsv32_jax.model.ops import rms_norm, rotation
 from dsv32_jax.quantization import cache_formats
@@ -46,8 +46,8 @@ def rows(generated):
 def trace(model, rows):
     """All kinds; the longest row is read in three chunks."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request, "chunk_size", lambda rows=1: 16)
-        return ds.inspect.trace(model, rows, trace_arrays.KINDS)
+        patch.setattr(score, "chunk_size", lambda rows=1: 16)
+        return ds.inspect.trace(model, rows, trace_format.KINDS)
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def same(got, want):
 
 def test_batches(model, rows, trace):
     """Each row is the same alone as in a batch."""
-    same(ds.inspect.trace(model, rows, trace_arrays.KINDS, batch_size=1), trace)
+    same(ds.inspect.trace(model, rows, trace_format.KINDS, batch_size=1), trace)
 
 
 def test_a_conversation(model):
@@ -243,16 +243,16 @@ def test_a_damaged_file_is_refused(model, tmp_path, what):
     file = tmp_path / "trace"
     kinds = ["residual", "routing"]
     arrays = {
-        name: np.zeros(shape, trace_arrays.ARRAYS[name].dtype)
-        for name, shape in trace_arrays.shapes(model.cfg, kinds, 2, 3, 1, 2).items()
+        name: np.zeros(shape, trace_format.ARRAYS[name].dtype)
+        for name, shape in trace_format.shapes(model.cfg, kinds, 2, 3, 1, 2).items()
     }
     arrays["length"][:] = 3
     facts = {"kinds": kinds, "about": {"config": model.cfg.to_dict()}}
-    array_file.write_arrays(file, trace_file.KIND, facts, arrays)
+    array_file.write_arrays(file, trace_format.KIND, facts, arrays)
     assert ds.inspect.Trace.load(file).kinds == tuple(kinds)
     assert set(load_file(file)) == set(arrays)
     DAMAGE[what](facts, arrays)
-    array_file.write_arrays(file, trace_file.KIND, facts, arrays)
+    array_file.write_arrays(file, trace_format.KIND, facts, arrays)
     with pytest.raises(CheckpointError, match="is damaged"):
         ds.inspect.Trace.load(file)
     array_file.write_arrays(file, "dsv32_jax session 1", facts, arrays)
@@ -270,7 +270,7 @@ def test_shapes_are_checked_before_anything_is_read(trace, tmp_path, monkeypatch
     trace.save(tmp_path / "whole")
     arrays = {**trace, "gate": trace["gate"][..., :1].copy()}
     facts = {"kinds": trace.kinds, "about": dict(trace.about)}
-    array_file.write_arrays(tmp_path / "wrong", trace_file.KIND, facts, arrays)
+    array_file.write_arrays(tmp_path / "wrong", trace_format.KIND, facts, arrays)
     monkeypatch.setattr(array_file, "_hash", lambda *read: pytest.fail("arrays were read"))
     with pytest.raises(CheckpointError, match="gate is F32"):
         ds.inspect.Trace.load(tmp_path / "wrong")
@@ -291,7 +291,7 @@ def test_the_residual_stream(model, rows, trace, seen):
         np.testing.assert_allclose(two.normalize(every["residual"][1, b, :length]), out.hidden[b, :length], atol=1e-4)
         assert np.isnan(every["residual"][:, b, length:]).all() and (every["position"][b, length:] == -1).all()
     last = every["lens_logprob"][1]
-    np.testing.assert_allclose(last, every["top_logprob"][..., : trace_arrays.LENS], atol=1e-5)
+    np.testing.assert_allclose(last, every["top_logprob"][..., : trace_format.LENS], atol=1e-5)
     first = jax.nn.log_softmax(two.logits(two.normalize(jnp.asarray(every["residual"][0]))))
     best = np.asarray(first.max(axis=-1))
     np.testing.assert_allclose(every["lens_logprob"][0, ..., 0], np.where(every["tokens"] < 0, np.nan, best), atol=1e-4)
@@ -394,14 +394,14 @@ def test_memory(tiny, model, monkeypatch):
     assert ds.inspect.estimate_bytes(cfg, (), rows=3, tokens=64) == 3 * (4 * 64 + 4)
     assert size(64, "residual") == 4 * (2 + 64 + 2 * 64 * cfg.hidden_size)
     assert size(64, "residual", layers=1, positions=3) == 4 * (1 + 3 + 3 * cfg.hidden_size)
-    assert size(64, "lens") == 2 * 64 * (8 * trace_arrays.LENS + 4)
+    assert size(64, "lens") == 2 * 64 * (8 * trace_format.LENS + 4)
     assert size(64, "routing", "experts") == 64 * 12 * cfg.num_experts_per_tok
     assert size(64, "routing") == 64 * 8 * cfg.num_experts_per_tok
     assert size(64, "indexer") == 2 * 64 * 8 * cfg.index_topk
     assert size(10, "attention") == 2 * 10 * (8 * 10 + 4)
-    assert size(64, "logits") == 64 * (8 * trace_arrays.TOP + 4)
+    assert size(64, "logits") == 64 * (8 * trace_format.TOP + 4)
     assert size(64, "attention", "indexer") == 2 * 64 * (12 * cfg.index_topk + 4)
     asked = []
-    monkeypatch.setattr(capture.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
+    monkeypatch.setattr(tracing.memory, "plan_batch", lambda *given: asked.append(given[-1]) or 1)
     ds.inspect.trace(model, PROMPTS[:1], {"routing"})
     assert asked == [ds.inspect.estimate_bytes(model.cfg, {"routing"}, tokens=16)]

@@ -18,12 +18,12 @@ from ..system.lazy import attach
 
 if TYPE_CHECKING:
     from . import plots as plots
-    from .capture import estimate_bytes as estimate_bytes, trace as trace
     from .contrasts import Contrast as Contrast, contrast as contrast
     from .interventions import edit as edit
     from .patching import Patching as Patching, patch as patch
     from .placements import Placement as Placement, placement as placement
     from .traces import Trace as Trace
+    from .tracing import estimate_bytes as estimate_bytes, trace as trace
     from .trees import Tree as Tree, tree as tree
     from .weight_statistics import (
         Statistics as Statistics,

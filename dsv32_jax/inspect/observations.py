@@ -12,7 +12,7 @@ from ..model.cache import Cache, LayerCache
 from ..model.model import Model
 from ..model.moe import MoE
 from ..model.ops import map_tokens, rms_norm, rotation
-from .trace_arrays import KINDS, LENS, TOP
+from .trace_format import KINDS, LENS, TOP
 
 Values = dict[str, jax.Array]
 """Arrays of a trace for one chunk of one layer, [B, T, ...]."""

@@ -9,16 +9,16 @@ import numpy as np
 
 from ..errors import UsageError, argument, listing, require_integer, to_integer
 from ..generation import memory
-from ..generation.request import capacity_for
+from ..generation.programs import capacity_for
 from ..generation.score import score
 from ..model import validation
 from ..model.cache import dtype_of
 from ..model.model import Model
 from ..system.reporter import show_slow
 from ..system.summary import Summarized
-from .capture import trace
 from .edited_modules import Patch
 from .interventions import change_stream, get_changes, place_whole
+from .tracing import trace
 
 BATCH = 16
 """The most rows that are patched at once."""

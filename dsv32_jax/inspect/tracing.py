@@ -11,7 +11,7 @@ import numpy as np
 from ..config import Config
 from ..errors import CapacityError, UsageError, argument, listing, to_integer
 from ..generation import memory
-from ..generation.request import capacity_for, chunk_size
+from ..generation.programs import capacity_for, chunk_size
 from ..generation.score import Chunk, prefill_chunks
 from ..generation.session_file import identity
 from ..model import validation
@@ -20,7 +20,7 @@ from ..parallel.multihost import fetch
 from ..system import host
 from ..system.reporter import show_slow
 from .observations import Keep, observe_jit
-from .trace_arrays import ARRAYS, check_kinds, shapes
+from .trace_format import ARRAYS, check_kinds, shapes
 from .traces import Trace
 
 ALL = ("attention", "indexer", "logits", "routing")
