@@ -30,7 +30,7 @@ import numpy as np
 
 import dsv32_jax as ds
 from dsv32_jax import convert, inspect
-from dsv32_jax.evaluation.loss import estimate_mean
+from dsv32_jax.evaluation.perplexities import estimate_mean
 
 DEMO = Path(ds.__file__).parent / "demo_checkpoint"
 SOURCE = DEMO

@@ -32,7 +32,7 @@ import numpy as np
 
 import dsv32_jax as ds
 from dsv32_jax import convert, inspect
-from dsv32_jax.evaluation.loss import estimate_mean, exponentiate
+from dsv32_jax.evaluation.perplexities import estimate_mean, exponentiate
 
 DEMO = Path(ds.__file__).parent / "demo_checkpoint"
 SOURCE = DEMO

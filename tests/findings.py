@@ -24,7 +24,7 @@ from dsv32_jax.checkpoint.random_checkpoint import write
 from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.evaluation.corpus import Corpus, build_corpus
 from dsv32_jax.evaluation.divergence import HiddenStates, TokenDivergence, compare, compute_hidden_states, summarize
-from dsv32_jax.evaluation.loss import Estimate, estimate_mean
+from dsv32_jax.evaluation.perplexities import Estimate, estimate_mean
 from dsv32_jax.evaluation.variant import Variant
 
 SOURCE = Path(ds.__file__).parent / "demo_checkpoint"

@@ -78,7 +78,7 @@ def _add_windows(parser: argparse.ArgumentParser) -> None:
 
 @acknowledge_interrupt()
 def _ppl(arguments: argparse.Namespace) -> int:
-    from ..evaluation.loss import perplexity
+    from ..evaluation.perplexities import perplexity
     from ..evaluation.variant import Variant
 
     variant = Variant(Path(arguments.checkpoint), arguments.dtype, arguments.cache_dtype)

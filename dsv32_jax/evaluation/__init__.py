@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .divergence import Divergence as Divergence, kl as kl
     from .layer_errors import LayerError as LayerError, layers as layers
     from .lm_eval_adapter import LmEval as LmEval
-    from .loss import Perplexity as Perplexity, perplexity as perplexity
+    from .perplexities import Perplexity as Perplexity, perplexity as perplexity
     from .variant import Variant as Variant
 
 __getattr__, __dir__ = attach(__name__, __file__)

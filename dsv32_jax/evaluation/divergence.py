@@ -24,7 +24,7 @@ from ..parallel.multihost import fetch
 from ..quantization.formats import Weight
 from ..system.summary import Summarized
 from .corpus import BATCH, Corpus, Progress, Texts, build_corpus, map_batches
-from .loss import Estimate, estimate_mean, exponentiate, require_finite
+from .perplexities import Estimate, estimate_mean, exponentiate, require_finite
 from .variant import Variant, require_one_vocabulary
 
 PERCENTILES = (50, 90, 99, 99.9, 100)

@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from dsv32_jax.errors import StorageError, UsageError
 from dsv32_jax.evaluation import corpus
 from dsv32_jax.evaluation.corpus import cut_windows
-from dsv32_jax.evaluation.loss import Estimate, estimate_mean, exponentiate
+from dsv32_jax.evaluation.perplexities import Estimate, estimate_mean, exponentiate
 
 
 @given(st.data())

@@ -15,7 +15,7 @@ import pytest
 import dsv32_jax as ds
 from dsv32_jax import cli
 from dsv32_jax.errors import CheckpointError, UsageError
-from dsv32_jax.evaluation import Variant, corpus, kl, loss, perplexity
+from dsv32_jax.evaluation import Variant, corpus, kl, perplexities, perplexity
 from dsv32_jax.generation import score as scoring
 from dsv32_jax.system import reporter
 from dsv32_jax.system.compilation import count_compilations
@@ -61,7 +61,7 @@ def test_one_program_for_all_groups(model, monkeypatch):
     """The last group, with one window of four, shares the program of the others; two batches run at a time, and
     compilation in their threads is counted."""
     together = threading.Barrier(2, timeout=60)
-    score = loss.score
+    score = perplexities.score
 
     def both(model, rows, **options):
         together.wait()
@@ -69,7 +69,7 @@ def test_one_program_for_all_groups(model, monkeypatch):
 
     rows = [[0, *range(10, 10 + length)] for length in (40, 41, 42, 43)] * 3 + [[0, *range(10, 50)]]
     whole = perplexity(model, rows[:-1], batch_size=4, limit=4)
-    monkeypatch.setattr(loss, "score", both)
+    monkeypatch.setattr(perplexities, "score", both)
     told = []
     with count_compilations() as compiled:
         found = perplexity(model, rows, batch_size=4, progress=lambda *counts: told.append(counts))
