@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from .checkpoint.load import load as load
     from .config import Config as Config
     from .errors import DsvError as DsvError
-    from .generation.engine import Engine as Engine
-    from .generation.generate import astream as astream, engine as engine, generate as generate, stream as stream
+    from .generation.engine import Engine as Engine, engine as engine
+    from .generation.generate import astream as astream, generate as generate, stream as stream
     from .generation.options import Options as Options, Sampling as Sampling
     from .generation.result import Generation as Generation
     from .generation.score import Score as Score, score as score

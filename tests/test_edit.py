@@ -223,7 +223,7 @@ def test_edits_work_with_drafts_and_layerwise(model):
     for name in ("bias", "direction", "heads", "topk"):
         edited = edit(edited, **EDITS[name])
     plain, drafted = (ds.generate(edited, TOKENS, max_new_tokens=4, draft=draft) for draft in (0, 1))
-    layerwise = ds.generate.layerwise(edited, TOKENS, max_new_tokens=4)
+    layerwise = ds.generate(edited, TOKENS, max_new_tokens=4, layerwise=True)
     assert plain.tokens == drafted.tokens == layerwise.tokens
     assert [event.token for event in ds.stream(edited, TOKENS[0], max_new_tokens=4)] == plain.tokens[0]
     scored = ds.score(edited, [TOKENS[0] + plain.tokens[0]]).logprobs[0]

@@ -25,8 +25,7 @@ from dsv32_jax.generation.batch import SEGMENT_TOKENS
 from dsv32_jax.generation.fit import Fit, fit
 from dsv32_jax.generation.options import Sampling
 from dsv32_jax.generation.prefill_decode import empty_caches, new_state
-from dsv32_jax.generation.programs import WHOLE
-from dsv32_jax.generation.request import chunk_size
+from dsv32_jax.generation.programs import WHOLE, chunk_size
 from dsv32_jax.generation.sampler import make_params
 from dsv32_jax.generation.temporaries import Setup, build_shallow, count_temporary, measure_prefill
 from dsv32_jax.system import host

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from ..config import Config
-from ..generation.generate import engine as make_engine, generate
+from ..generation.engine import engine as make_engine
+from ..generation.generate import generate
 from ..generation.result import Generation
 from ..model.model import Model
 from .decode_step import make_model
@@ -91,7 +92,7 @@ def measure_prefixes(model: Model, rows: int) -> float:
                 streams = [engine.submit(prompt, max_new_tokens=1) for prompt in prompts]
                 for stream in streams:
                     list(stream)
-                spent = time.perf_counter() - begun - engine.loop.totals["compile_seconds"]
+                spent = time.perf_counter() - begun - engine.core.loop.totals["compile_seconds"]
         seconds.append(spent)
     return seconds[1] / seconds[0]
 
@@ -112,16 +113,16 @@ def measure_stretch(model: Model) -> tuple[float, int]:
                 for stream in running:
                     next(stream)
                 late = None if prompt is None else engine.submit(prompt, max_new_tokens=1)
-                while len(seconds) < 64 if late is None else engine.loop.scheduler.reading or not seconds:
-                    begun, before = time.perf_counter(), engine.loop.totals["compile_seconds"]
-                    engine.wait(lambda: False, steps=1)
-                    compiled = engine.loop.totals["compile_seconds"] - before
+                while len(seconds) < 64 if late is None else engine.core.loop.scheduler.reading or not seconds:
+                    begun, before = time.perf_counter(), engine.core.loop.totals["compile_seconds"]
+                    engine.core.wait(lambda: False, steps=1)
+                    compiled = engine.core.loop.totals["compile_seconds"] - before
                     seconds.append(time.perf_counter() - begun - compiled)
                 for stream in [*running, *([late] if late else [])]:
                     stream.close()
             gc.freeze()  # the collector would look through all that JAX has traced, for 0.2 to 1 s at a time
         stats = engine.stats()
-        known = sum(pool.known for pool in engine.loop.scheduler.pools)
+        known = sum(pool.known for pool in engine.core.loop.scheduler.pools)
         leaked = int(stats["pages_of_rows"] + stats["pages_used"] - known)
     gc.unfreeze()
     return statistics.quantiles(stretched, n=100)[98] / statistics.median(usual), leaked

@@ -20,8 +20,7 @@ from jax.sharding import Mesh
 from ..checkpoint.weight_shapes import sum_step_bytes
 from ..errors import pluralize
 from ..generation.prefill_decode import new_state
-from ..generation.programs import DEEP, WHOLE
-from ..generation.request import chunk_size
+from ..generation.programs import DEEP, WHOLE, chunk_size
 from ..layout import leaves
 from ..model.model import Model
 from ..parallel import sharding

@@ -13,7 +13,7 @@ from ..checkpoint import host_split
 from ..config import Config
 from ..errors import CapacityError, UsageError, argument, listing, pluralize
 from ..generation import memory
-from ..generation.request import bucket, chunk_size
+from ..generation.programs import bucket, chunk_size
 from ..layout import leaves
 from ..model.cache import dtype_of
 from ..parallel import sharding

@@ -20,8 +20,7 @@ import numpy as np
 
 from ..chat import Tokenizer
 from ..checkpoint.load import load
-from ..generation.engine import Engine
-from ..generation.generate import engine as make_engine
+from ..generation.engine import Engine, engine as make_engine
 from ..generation.options import Sampling
 
 LONGEST_PROMPT, LONGEST_ANSWER, CONTEXT = 128, 64, 256

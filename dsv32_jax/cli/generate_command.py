@@ -11,7 +11,7 @@ from typing import Any
 from ..chat import Tokenizer, parse_lenient, template
 from ..errors import CheckpointError, UsageError, pluralize
 from ..generation.detokenizer import StopStrings
-from ..generation.engine import Engine
+from ..generation.engine_core import EngineCore
 from ..generation.request import Request
 from ..generation.result import Stats, Token, TopLogprobs
 from ..generation.row import Row, summarize
@@ -54,8 +54,8 @@ def run(arguments: argparse.Namespace) -> int:
         if equal := sum(one.n > 1 and not one.sampling.temperature for one in inputs):
             screen.note(f"without --temperature the samples of {pluralize(equal, 'prompt')} are identical")
         try:
-            engine = Engine.for_request(model, whole, arguments.layerwise)
-            return results.write(engine, groups)
+            core = EngineCore.for_request(model, whole, arguments.layerwise)
+            return results.write(core, groups)
         except FloatingPointError as error:
             raise CheckpointError(str(error)) from error
 
@@ -101,9 +101,9 @@ class _Results:
     reasoning: StopStrings | None = None
     """Finds the end of the row's reasoning; None outside it."""
 
-    def write(self, engine: Engine, groups: Sequence[tuple[list[int], Request]]) -> int:
+    def write(self, core: EngineCore, groups: Sequence[tuple[list[int], Request]]) -> int:
         """Generate all groups of inputs side by side, write results in the order of inputs, return the exit code."""
-        added = [(places, engine.add(request)) for places, request in groups]
+        added = [(places, core.add(request)) for places, request in groups]
         firsts = [slot for slot, (_, sample) in enumerate(self.slots) if not sample]
         slots: dict[Row, int] = {}
         for places, row in ((places, row) for places, rows in added for row in rows):
@@ -111,9 +111,9 @@ class _Results:
             slots[row] = firsts[places[prompt]] + sample
         rows, ended, written = sorted(slots, key=slots.__getitem__), set[int](), 0
         with defer_interrupt() as is_interrupted:
-            must_stop = make_agreed(engine.model.mesh, is_interrupted)
+            must_stop = make_agreed(core.loop.model.mesh, is_interrupted)
             for _, group in added:
-                for row, token in engine.follow(group, 1 if self.stream else None, must_stop):
+                for row, token in core.follow(group, 1 if self.stream else None, must_stop):
                     if token is not None:
                         self._write_token(slots[row], token)
                         continue
@@ -122,7 +122,7 @@ class _Results:
                         if rows[written].has_begun:
                             self._write_row(written, rows[written])
                         written += 1
-        gen, unstarted = summarize(rows, engine.loop.totals), sum(not row.has_begun for row in rows)
+        gen, unstarted = summarize(rows, core.loop.totals), sum(not row.has_begun for row in rows)
         self.screen.note(self._describe_stats(gen.stats))
         if "interrupted" not in gen.finish_reason:
             return 0

@@ -15,7 +15,7 @@ from ..checkpoint.load import load
 from ..checkpoint.manifest import Manifest
 from ..config import Config
 from ..errors import CheckpointError, UsageError
-from ..generation.engine import plan_rows
+from ..generation.engine_core import plan_rows
 from ..generation.options import Sampling
 from ..generation.request import Request, validate
 from ..model.model import Model

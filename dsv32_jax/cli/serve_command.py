@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..checkpoint.companions import read_sampling
 from ..errors import UsageError, require_integer
-from ..generation.generate import MAX_ROWS, engine as make_engine
+from ..generation.engine import MAX_ROWS, engine as make_engine
 from ..generation.options import Sampling
 from .open_checkpoint import OpenedCheckpoint
 from .parsers import collect_options
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         begun = time.perf_counter()
         warm_up(engine, reader.room)
         screen.note(f"compiled what first requests need in {time.perf_counter() - begun:.1f} s")
-        driver = Driver(engine, len(engine.loop.scheduler.places) + waiting)
+        driver = Driver(engine, len(engine.core.loop.scheduler.places) + waiting)
         limits = Limits(seconds=arguments.timeout)
         config = configure(Server(reader, driver, limits).make_app(keys, screen.note), limits)
         host, port = listener.getsockname()[:2]

@@ -169,7 +169,8 @@ class Batch:
                 next_cT[c, : count_c[c]] = row.known[row.length + 1 : row.length + 1 + count_c[c]]
         state = self._with_rows([row for row in chunk if row is not None], blocks)
         state = self._programs.prefill(self._model, state, tokens_cT, next_cT, count_c, row_c)
-        prepare(self._model, filter(None, chunk))  # while the device reads
+        if constrained := [row for row in chunk if row and row.constraint]:
+            prepare(self._model, constrained)  # while the device reads
         return jax.block_until_ready(_without_table(state))
 
     def decode(self, rows: Sequence[Row], steps: int, fewest: int, blocks: int) -> tuple[State, Made]:

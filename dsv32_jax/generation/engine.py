@@ -1,151 +1,47 @@
-"""The engine: advances the rows of any number of requests over a fixed batch, in one device state.
+"""An engine for requests that come at any time, from any thread."""
 
-Whoever waits for a token advances the engine by a step of its loop: rows are admitted, a chunk of prompts is read, and
-rows that generate take some decode steps. No thread runs on its own.
-"""
-
-import contextlib
-import threading
-import time
-from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Self
 
 import numpy as np
-from jax.sharding import Mesh
 
-from ..config import Config
-from ..errors import CapacityError, UsageError, argument, pluralize
+from ..errors import pluralize, require_integer
+from ..model import validation
+from ..model.cache import dtype_of
 from ..model.model import Model
-from ..parallel import multihost
-from ..system.compilation import initialize
 from ..system.summary import Summarized
 from . import memory
-from .batch import Batch
-from .loop import Loop
-from .options import Options, Sampling, specs
-from .pages import PAGE, count_pages
-from .programs import choose_programs
-from .request import Request, require_one_row, validate_for
-from .result import Token
-from .row import Row
-from .scheduler import Scheduler
+from .engine_core import EngineCore
+from .options import Sampling, check_option
+from .pages import PAGE
+from .request import OWN, accepts_options, require_drafts, require_one_row, validate_for_owner
 from .stream import Stream
 
-OWN = tuple(name for name, spec in specs(Options).items() if spec.group == "cache")
-"""Options that an engine or a session has for all its rows."""
-
-
-def plan_rows(cfg: Config, request: Request, mesh: Mesh | None = None) -> int:
-    """Return how many rows of the request are computed at once: as many as fit in memory; 0 if no new tokens are
-    wanted. Raises CapacityError if not even one row fits."""
-    options, rows = request.options, sum(limit > 0 for limit in request.limits)
-    if not rows:
-        return 0
-    fitting = options.batch_size or memory.plan_batch(
-        cfg, rows, 1, count_pages(request.capacity) * PAGE, request.cache_dtype, options.draft, mesh
-    )
-    return min(rows, fitting)
-
-
-class Turns:
-    """A lock that is fair: nobody who lets it go and asks again overtakes those who wait."""
-
-    def __init__(self):
-        self._lock, self._queue = threading.Lock(), deque[threading.Semaphore]()
-
-    @contextlib.contextmanager
-    def take(self) -> Iterator[None]:
-        """Wait for a turn, which lasts as long as the `with`."""
-        mine = threading.Semaphore(0)
-        with self._lock:
-            self._queue.append(mine)
-            is_first = len(self._queue) == 1
-        try:
-            if not is_first:
-                mine.acquire()
-            yield
-        finally:
-            with self._lock:
-                is_first = self._queue[0] is mine
-                self._queue.remove(mine)
-                if is_first and self._queue:
-                    self._queue[0].release()
+MAX_ROWS, MAX_PAGES = 1 << 16, 1 << 26
 
 
 class Engine(Summarized):
-    """A model with a batch of rows, and pages for their tokens, for any number of requests.
+    """A model with a batch of rows, and pages for their tokens, for any number of requests. Made by `engine`.
 
-    capacity  the most tokens of a row;  pages: all pages
-    loop      what advances the rows
+    capacity  the most tokens of a row;  core: the rows, and what advances them
     """
 
-    def __init__(
-        self,
-        model: Model,
-        *,
-        rows: int,
-        capacity: int,
-        pages: int | None = None,
-        cache_dtype: Any = None,
-        draft: int = 0,
-        layerwise: bool | None = None,
-        is_patient: bool = False,
-    ):
-        initialize()
-        shards = 1 if model.mesh is None else model.mesh.shape.get("data", 1)
-        places = shards * memory.round_up_rows(-(-rows // shards))
-        each = memory.round_up_rows(count_pages(capacity)) * places // shards if pages is None else -(-pages // shards)
-        self.model, self.capacity, self.draft = model, capacity, draft
-        self.cache_dtype, self.pages = np.dtype(model.dtype if cache_dtype is None else cache_dtype), each * shards
-        scheduler = Scheduler(places, self.pages, shards, draft)
-        programs = choose_programs(model, layerwise)
-        batch = Batch(model, places, self.pages, self.cache_dtype, draft, programs)
-        self.loop = Loop(model, scheduler, batch, is_patient)
-        self._turns, self._arrived, self._abandoned = Turns(), deque[Row](), deque[Row]()
-        self._is_closed = False
+    def __init__(self, model: Model, capacity: int, cache_dtype: np.dtype, draft: int, core: EngineCore):
+        self.model, self.capacity, self.cache_dtype, self.draft, self.core = model, capacity, cache_dtype, draft, core
 
-    @classmethod
-    def for_request(cls, model: Model, request: Request, layerwise: bool | None = None) -> "Engine":
-        """Return an engine of the size that this request needs."""
-        options, rows = request.options, plan_rows(model.cfg, request, model.mesh)
-        return cls(
-            model,
-            rows=max(1, rows),
-            capacity=request.capacity,
-            cache_dtype=request.cache_dtype,
-            draft=options.draft,
-            layerwise=layerwise,
-            is_patient=True,
-        )
-
+    @accepts_options(without=("n", *OWN))
     def submit(self, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """Let a prompt wait for its place, and return the stream of its tokens. Any thread may submit.
 
-        Takes the options of `generate` but those of caches, which are the engine's. Raises UsageError.
+        Raises UsageError, and CapacityError if the row could never have the pages it may need.
         """
-        if given := [name for name in OWN if name in options]:
-            raise UsageError(f"{argument(given[0])} belongs to the engine: give it to ds.engine(...)")
-        own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype, "draft": self.draft}
-        return self.open(validate_for(self.model, [prompt], sampling, **options, **own))
-
-    def open(self, request: Request, steps: int | None = None) -> Stream:
-        """Return the stream of the one row of a request, `steps` steps at a time. Raises UsageError if it has more."""
+        request = validate_for_owner(self, prompt, sampling, options)
         require_one_row(request)
-        (row,) = self.add(request)
-        return Stream(self, row, steps)
+        return Stream(self.core, self.core.add(request)[0])
 
     def close(self) -> None:
         """Interrupt all rows and free the device's memory. Nothing can be submitted after that."""
-        with self._turns.take():
-            self._is_closed = True
-            self._let_in()
-            scheduler = self.loop.scheduler
-            scheduler.clear()
-            for row in list(scheduler.waiting):
-                row.interrupt()
-                scheduler.release(row)
-            self.loop.batch.state = None
+        self.core.close()
 
     def __enter__(self) -> Self:
         return self
@@ -155,7 +51,7 @@ class Engine(Summarized):
 
     def stats(self) -> dict[str, float]:
         """Return what the engine has done and at which rates, rows that run, read and wait, and pages in use."""
-        totals, scheduler = dict(self.loop.totals), self.loop.scheduler
+        totals, scheduler = dict(self.core.loop.totals), self.core.loop.scheduler
         decoding, answered = totals["decode_seconds"], totals["answered"]
         return {
             **totals,
@@ -163,8 +59,8 @@ class Engine(Summarized):
             "seconds_to_first_token": totals["first_token_seconds"] / answered if answered else 0.0,
             "running": len(scheduler.running),
             "reading": len(scheduler.reading),
-            "waiting": len(scheduler.waiting) + len(self._arrived),
-            "pages": self.pages,
+            "waiting": self.core.waiting,
+            "pages": scheduler.pages,
             "pages_of_rows": scheduler.row_pages,
             "pages_used": scheduler.used_pages,
         }
@@ -173,108 +69,43 @@ class Engine(Summarized):
         """Return its size and what it is doing."""
         stats = self.stats()
         rows = ", ".join(f"{stats[name]} {name}" for name in ("running", "reading", "waiting"))
-        return f"Engine of {pluralize(len(self.loop.scheduler.places), 'row')}", {
+        return f"Engine of {pluralize(len(self.core.loop.scheduler.places), 'row')}", {
             "rows": rows,
-            "pages": f"{stats['pages_used']} of {self.pages} used, {PAGE} tokens each",
+            "pages": f"{stats['pages_used']} of {stats['pages']} used, {PAGE} tokens each",
             "decode": f"{stats['generated']} tokens at {stats['tokens_per_second']:.0f} tokens/s",
         }
 
-    def grow(self, pages: int) -> None:
-        """Have at least so many pages. Must be called during a `pause`."""
-        shards = len(self.loop.scheduler.pools)
-        if (more := -(-(pages - self.pages) // shards)) > 0:
-            self.pages += more * shards
-            self.loop.scheduler.grow(more)
-            self.loop.batch.grow(more, shards)
 
-    def add(self, request: Request) -> list[Row]:
-        """Let the rows of a request wait for their places, and return them. Raises CapacityError if a row could never
-        have the pages it may need."""
-        rows = [Row(request, index) for index in range(len(request.limits))]
-        self.enter(rows)
-        return rows
+def engine(
+    model: Model,
+    *,
+    rows: int = 16,
+    capacity: int | None = None,
+    pages: int | None = None,
+    cache_dtype: Any = None,
+    draft: int = 0,
+    layerwise: bool | None = None,
+) -> Engine:
+    """Return an engine for requests that come at any time, from any thread.
 
-    def enter(self, rows: list[Row]) -> None:
-        """Let the rows of a request wait, as `add` does, the longest first: fewer places are empty at the end."""
-        if self._is_closed:
-            raise UsageError("the engine is closed; make another one with ds.engine(...)")
-        multihost.require_same(self.model.mesh, rows[0].request)
-        most = len(self.loop.scheduler.pools[0].users)
-        for row in rows:
-            needed = count_pages(len(row.prompt) + row.limit)
-            if needed > most:
-                raise CapacityError(
-                    f"a row of {len(row.prompt) + row.limit} tokens needs {pluralize(needed, 'page')} of {PAGE}, but "
-                    f"the engine has {most}; use fewer new tokens, or {argument('pages', needed)} or more"
-                )
-        for row in rows:
-            row.group, row.news = rows, rows[0].news
-            row.submitted, row.before = time.perf_counter(), dict(self.loop.totals)
-        self._arrived.extend(sorted((row for row in rows if row.limit), key=lambda row: -row.limit))
+    It computes `rows` rows at once, each of at most `capacity` tokens (default: the longest context), prompt included,
+    in `pages` pages of 64 tokens (default: as many as fit in memory). `submit` returns the stream of a prompt's tokens;
+    a beginning that another prompt or conversation had is not read again while its pages are not needed otherwise.
+    Programs are compiled for the whole model or `layerwise`, by default as in `generate`.
 
-    def follow(
-        self, rows: Sequence[Row], steps: int | None = None, should_stop: Callable[[], bool] = lambda: False
-    ) -> Generator[tuple[Row, Token | None], None, None]:
-        """Yield (row, token) for every token of the rows as they come, at least every `steps` steps, and (row, None)
-        for each row at its end.
+        with ds.engine(model, rows=8) as engine:
+            streams = [engine.submit(prompt, max_new_tokens=100) for prompt in prompts]
+            for token in streams[0]: ...
 
-        Rows that have not ended are given up if `should_stop` returns True or the generator is closed. Raises
-        CapacityError if the device runs out of memory, FloatingPointError if logits are not finite.
-        """
-        news, going = rows[0].news, {row.index for row in rows}
-        news.extend(row for row in rows if row.finish_reason)
-        try:
-            while going:
-                while news:
-                    row = news.popleft()
-                    while row.pending:
-                        yield row, row.pending.popleft()
-                    if row.error is not None:
-                        raise row.error
-                    if row.finish_reason and row.index in going:
-                        going.remove(row.index)
-                        yield row, None
-                if should_stop():
-                    break
-                if going:
-                    self.wait(lambda: bool(news), steps)
-            for row in rows:
-                if row.index in going:
-                    row.interrupt()
-                    yield row, None
-        finally:
-            self._abandoned.extend(row for row in rows if row.index in going)
-
-    def wait(self, is_ready: Callable[[], bool], steps: int | None = None) -> None:
-        """Return when `is_ready`, or after one step of the engine's loop; somebody else may take it."""
-        if not is_ready():
-            with self._turns.take():
-                if not is_ready():
-                    self._let_in()
-                    self.loop.advance(steps)
-
-    @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Let nobody advance the engine inside the `with`; rows that were given up have left it."""
-        with self._turns.take(), self.loop.protect():
-            self._let_in()
-            yield
-
-    def interrupt(self, rows: Sequence[Row]) -> None:
-        """Stop these rows after the step that is running. Whoever has a stream closes it instead."""
-        with self._turns.take():
-            self._abandoned.extend(rows)
-            self._let_in()
-
-    def abandon(self, row: Row) -> None:
-        """Stop a row before the next step, without waiting for it: the garbage collector may call this."""
-        self._abandoned.append(row)
-
-    def _let_in(self) -> None:
-        """Submit rows that arrived, and release those that were given up."""
-        while self._arrived:
-            self.loop.submit(self._arrived.popleft())
-        while self._abandoned:
-            row = self._abandoned.popleft()
-            row.interrupt()
-            self.loop.scheduler.release(row)
+    Raises UsageError, and CapacityError if the pages do not fit in memory.
+    """
+    cfg, draft = validation.config_of(model), check_option("draft", draft)
+    longest = cfg.max_position_embeddings
+    capacity = longest if capacity is None else check_option("capacity", capacity, 1, longest)
+    assert capacity is not None
+    rows, stored = require_integer("rows", rows, 1, MAX_ROWS), dtype_of(cache_dtype, model.dtype)
+    require_drafts(cfg, draft)
+    wanted = None if pages is None else require_integer("pages", pages, 1, MAX_PAGES)
+    pages = memory.plan_pages(cfg, rows, capacity, wanted, stored, draft, model.mesh)
+    core = EngineCore(model, rows=rows, pages=pages, cache_dtype=stored, draft=draft, layerwise=layerwise)
+    return Engine(model, capacity, stored, draft, core)

@@ -23,7 +23,8 @@ from . import memory
 from .options import check_option
 from .pages import PAGE
 from .placement import Placement, place
-from .request import capacity_for, require_drafts
+from .programs import capacity_for
+from .request import require_drafts
 from .temporaries import Setup, measure_prefill
 
 COMPUTE_DTYPES = {"bfloat16": "bfloat16", "float32": "float32", "bf16": "bfloat16", "fp32": "float32"}

@@ -16,7 +16,7 @@ from . import memory
 from .batch import SEGMENT_TOKENS, Batch, Made, find_nonfinite
 from .pages import PAGE, count_pages
 from .prefill_decode import Caches
-from .request import fill, most_alone, most_beside, plan_chunk
+from .programs import fill, most_alone, most_beside, plan_chunk
 from .row import Row
 from .scheduler import Scheduler, Seat
 

@@ -11,13 +11,11 @@ import numbers
 import textwrap
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 from ..checkpoint.companions import GENERATION, read_sampling
 from ..errors import COMMAND_LINE, CheckpointError, UsageError, argument, listing, pluralize, unknown
 from ..system.files import expand_path
-
-Function = TypeVar("Function", bound=Callable[..., Any])
 
 MAX_BIAS = 1e30
 """Far beyond any logit; a larger bias could not be told from infinity."""
@@ -114,7 +112,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """The options of `generate`, `generate.layerwise`, `stream` and sessions beside prompts and sampling."""
+    """The options of `generate`, `stream`, engines and sessions beside prompts and sampling."""
 
     max_new_tokens: int | None | Sequence[int | None] = option(
         64, "count", "N", "maximum new tokens", unset="as many as the context holds", none="all", group="length"
@@ -235,24 +233,6 @@ def describe(declaration: type, without: Collection[str] = ()) -> str:
     """Return a table of the options with their help, for a docstring."""
     rows = [(field.name, explain(field)) for field in dataclasses.fields(declaration) if field.name not in without]
     return "\n".join(textwrap.fill(f"{name:<18}  {text}", 100, subsequent_indent=" " * 20) for name, text in rows)
-
-
-def accepts_options(*, without: Collection[str] = ()) -> Callable[[Function], Function]:
-    """Decorate a function with `**options`: its signature and docstring list every field of Options but `without`."""
-
-    def decorate(function: Function) -> Function:
-        signature = inspect.signature(function)
-        own = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        listed = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=f.type)
-            for f in dataclasses.fields(Options)
-            if f.name not in without
-        ]
-        function.__signature__ = signature.replace(parameters=[*own, *listed])  # type: ignore[attr-defined]
-        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n\n{describe(Options, without)}"
-        return function
-
-    return decorate
 
 
 Sampling.__doc__ = f"{inspect.cleandoc(Sampling.__doc__ or '')}\n\n{describe(Sampling)}"

@@ -1,10 +1,10 @@
-"""A generation request: validated once, on the host, from the model's config; and its shapes."""
+"""A generation request: validated once, on the host, from the model's config."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+import inspect
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
-import jax
 import numpy as np
 
 from ..config import Config
@@ -12,14 +12,15 @@ from ..errors import UsageError, argument, pluralize
 from ..model import cache, validation
 from ..model.model import Model
 from .detokenizer import THINK, THINK_END, StopStrings, read_tag, require_tokenizer
-from .options import Options, Sampling, check_option
+from .options import Options, Sampling, check_option, describe, specs
 from .pages import PAGE
+from .programs import capacity_for
 from .sampler import bias_row, check_ids
 
-SMALLEST_BUCKET = 16
+Function = TypeVar("Function", bound=Callable[..., Any])
 
-SHORT_CHUNK = 256
-"""Tokens that an accelerator reads between two decode steps, about as fast as fewer ones."""
+OWN = tuple(name for name, spec in specs(Options).items() if spec.group == "cache")
+"""Options that an engine or a session has for all its rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,12 +45,42 @@ class Request:
     cache_dtype: np.dtype
 
 
+def accepts_options(*, without: Collection[str] = ()) -> Callable[[Function], Function]:
+    """Decorate a function with `**options`: its signature and docstring list every field of Options but `without`.
+
+    The signature has no annotations, with which `help` shows a line of 800 characters.
+    """
+
+    def decorate(function: Function) -> Function:
+        signature = inspect.signature(function)
+        own = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.kind != p.VAR_KEYWORD]
+        listed = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default)
+            for f in dataclasses.fields(Options)
+            if f.name not in without
+        ]
+        function.__signature__ = signature.replace(parameters=[*own, *listed])  # type: ignore[attr-defined]
+        function.__doc__ = f"{inspect.cleandoc(function.__doc__ or '')}\n\nOptions:\n\n{describe(Options, without)}"
+        return function
+
+    return decorate
+
+
 def validate_for(
     model: Model, prompts: Any, sampling: Sampling | Sequence[Sampling] | None = None, **options: Any
 ) -> Request:
     """Validate a request for a loaded model. Raises UsageError."""
     cfg = validation.config_of(model)
     return validate(cfg, prompts, sampling, dtype=model.dtype, tokens=model.origin.tokens, **options)
+
+
+def validate_for_owner(owner: Any, prompt: Any, sampling: Any, options: dict[str, Any]) -> Request:
+    """Validate the request for a prompt in an Engine or Session, which has a model and the options of OWN. Raises
+    UsageError."""
+    if given := [name for name in OWN if name in options]:
+        kind = type(owner).__name__.lower()
+        raise UsageError(f"{argument(given[0])} belongs to the {kind}: give it to ds.{kind}(...)")
+    return validate_for(owner.model, [prompt], sampling, **options, **{name: getattr(owner, name) for name in OWN})
 
 
 def validate(
@@ -68,8 +99,9 @@ def validate(
     given = Options.of(options)
     rows = validation.check_prompts(prompts, cfg.vocab_size)
     limits = {"capacity": (1, cfg.max_position_embeddings), "top_logprobs": (0, cfg.vocab_size)}
-    wanted = check_limits(given.max_new_tokens, len(rows))
-    checked = {name: check_option(name, value, *limits.get(name, ())) for name, value in _scalars(given)}
+    wanted = _check_limits(given.max_new_tokens, len(rows))
+    one_for_all = {name: value for name, value in vars(given).items() if name != "max_new_tokens"}
+    checked = {name: check_option(name, value, *limits.get(name, ())) for name, value in one_for_all.items()}
     given = dataclasses.replace(given, **checked)
     most, capacity = _fit_context(cfg, [len(row) for row in rows], wanted, given.capacity)
     check_option("min_new_tokens", given.min_new_tokens, 0, min(most))
@@ -106,18 +138,13 @@ def require_one_row(request: Request) -> None:
         raise UsageError(f"a stream has one row, not {argument('n', request.options.n)}; use generate")
 
 
-def check_limits(given: Any, prompts: int) -> list[int | None]:
+def _check_limits(given: Any, prompts: int) -> list[int | None]:
     """Return the most new tokens of each prompt, None for as many as the context holds."""
     each = list(given) if isinstance(given, list | tuple) else [given] * prompts
     if len(each) != prompts:
         name = argument("max_new_tokens")
         raise UsageError(f"{name} has {len(each)} values for {prompts} prompts; give one for all or one each")
     return [check_option("max_new_tokens", one) for one in each]
-
-
-def _scalars(options: Options) -> list[tuple[str, Any]]:
-    """Return the options that are one for all prompts."""
-    return [(name, value) for name, value in vars(options).items() if name != "max_new_tokens"]
 
 
 def _fit_context(
@@ -175,75 +202,3 @@ def _find_thoughts_end(options: Options, prompt: Sequence[int], vocab_size: int)
     if (end := next(found, None)) is None:
         raise UsageError(f"{argument('min_new_tokens')} counts from {THINK_END}, and the tokenizer has no such token")
     return end
-
-
-def split_into_chunks(
-    prompts: Sequence[Sequence[int]], batch: int
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Yield the prompts chunk by chunk: tokens [B, T], the token after each, and how many of a row are real."""
-    longest = max(map(len, prompts))
-    size = min(chunk_size(batch), bucket(longest))
-    for start in range(0, longest, size):
-        tokens_BT, next_BT = np.zeros((batch, size), np.int32), np.zeros((batch, size), np.int32)
-        for b, prompt in enumerate(prompts):
-            part, after = prompt[start : start + size], prompt[start + 1 : start + size + 1]
-            tokens_BT[b, : len(part)], next_BT[b, : len(after)] = part, after
-        count_B = np.array([len(prompt[start : start + size]) for prompt in prompts], np.int32)
-        yield tokens_BT, next_BT, np.pad(count_B, (0, batch - len(prompts)))
-
-
-def plan_chunk(unread: int, most: int) -> tuple[int, int]:
-    """Return how many tokens of a row with so many unread ones are read next, and how many such rows go with it, for
-    `most` tokens in all. Of a large chunk less than a third is padding."""
-    size = min(chunk_size(), fill(unread, SMALLEST_BUCKET if jax.default_backend() == "cpu" else SHORT_CHUNK))
-    size = min(size, 1 << (most.bit_length() - 1))
-    return size, most // size
-
-
-def chunk_size(rows: int = 1) -> int:
-    """Return how many tokens of each of `rows` prompts are processed at once; longer ones are prefilled in chunks.
-
-    On accelerators few rows have larger chunks: the weights are read less often, by at least 2,048 tokens.
-    """
-    return max(SMALLEST_BUCKET, 512 // rows) if jax.default_backend() == "cpu" else max(512, 2048 // rows)
-
-
-def fill(count: int, smallest: int = 1) -> int:
-    """Return the power of two that `count` fills best: the next one, or the one before if a third would be empty."""
-    size = max(smallest, 1 << (count - 1).bit_length())
-    return size if size == smallest or 2 * size < 3 * count else size // 2
-
-
-def most_alone(rows: int) -> int:
-    """Return how many tokens of so many prompts are read at once where nothing else is done."""
-    return fill(rows) * chunk_size(fill(rows))
-
-
-def most_beside(cfg: Config, lengths: Iterable[int], length: int) -> int:
-    """Return how many tokens behind `length` are read between two decode steps of rows of these lengths: an accelerator
-    reads SHORT_CHUNK; a CPU, whose time is that of its operations, as many as take about as long as two steps."""
-    if jax.default_backend() != "cpu":
-        return SHORT_CHUNK
-    step = sum(count_operations(cfg, row) for row in lengths)
-    return max(4, 2 * step // count_operations(cfg, length))
-
-
-def count_operations(cfg: Config, length: int) -> int:
-    """Return the multiplications of a token behind `length` others in a MoE layer."""
-    attended, latents = min(length, cfg.index_topk), 2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim
-    projections = cfg.q_lora_rank * (cfg.qk_nope_head_dim + cfg.qk_rope_head_dim) + cfg.hidden_size * cfg.v_head_dim
-    absorbed = cfg.kv_lora_rank * (cfg.qk_nope_head_dim + cfg.v_head_dim)
-    heads = cfg.num_attention_heads * (projections + absorbed + attended * latents)
-    indexer = cfg.index_n_heads * cfg.index_head_dim * (cfg.q_lora_rank + length)
-    experts = 3 * (cfg.num_experts_per_tok + 1) * cfg.hidden_size * cfg.moe_intermediate_size
-    return heads + indexer + experts
-
-
-def bucket(size: int) -> int:
-    """Return the next power of two, at least SMALLEST_BUCKET: many requests share the programs of its shape."""
-    return max(SMALLEST_BUCKET, 1 << (int(size) - 1).bit_length())
-
-
-def capacity_for(cfg: Config, tokens: int) -> int:
-    """Return the capacity of a cache for rows of `tokens` tokens: a bucket, but no more than the longest context."""
-    return min(bucket(tokens), cfg.max_position_embeddings)

@@ -42,6 +42,11 @@ class Scheduler:
         return sorted((row for row in self.places if row and not row.unread), key=lambda row: row.order)
 
     @property
+    def pages(self) -> int:
+        """All pages."""
+        return sum(len(pool.users) for pool in self.pools)
+
+    @property
     def used_pages(self) -> int:
         """Pages that rows or the tree use."""
         return sum(len(pool.users) - len(pool.free) for pool in self.pools)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ..errors import pluralize
 from ..model import validation
@@ -20,7 +21,7 @@ from ..system.summary import Summarized
 from . import memory
 from .options import check_option
 from .prefill_decode import empty_caches, place
-from .request import capacity_for, split_into_chunks
+from .programs import bucket, capacity_for, chunk_size
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -108,6 +109,21 @@ def prefill_chunks(
                 cache, values = step(model, cache, tokens_BT, next_BT, count_B)
             yield Chunk(group, start, count_B[: len(group)].tolist(), values)
             start += tokens_BT.shape[1]
+
+
+def split_into_chunks(
+    prompts: Sequence[Sequence[int]], batch: int
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the prompts chunk by chunk: tokens [B, T], the token after each, and how many of a row are real."""
+    longest = max(map(len, prompts))
+    size = min(chunk_size(batch), bucket(longest))
+    for start in range(0, longest, size):
+        tokens_BT, next_BT = np.zeros((batch, size), np.int32), np.zeros((batch, size), np.int32)
+        for b, prompt in enumerate(prompts):
+            part, after = prompt[start : start + size], prompt[start + 1 : start + size + 1]
+            tokens_BT[b, : len(part)], next_BT[b, : len(after)] = part, after
+        count_B = np.array([len(prompt[start : start + size]) for prompt in prompts], np.int32)
+        yield tokens_BT, next_BT, np.pad(count_B, (0, batch - len(prompts)))
 
 
 def score_chunk(

@@ -18,11 +18,11 @@ from ..system.interrupts import defer_interrupt
 from ..system.progress import format_size
 from ..system.summary import Summarized
 from . import memory, session_file
-from .engine import OWN, Engine
-from .options import Sampling, accepts_options, check_option
+from .engine_core import EngineCore
+from .options import Sampling, check_option
 from .pages import count_pages
 from .prefill_decode import Caches, empty_caches
-from .request import validate_for
+from .request import OWN, accepts_options, validate_for_owner
 from .result import Generation
 from .row import Row
 from .stream import Stream
@@ -42,14 +42,11 @@ class Session(Summarized):
     """
 
     def __init__(
-        self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int, engine: Engine | None = None
+        self, model: Model, capacity: int | None, cache_dtype: np.dtype, draft: int, core: EngineCore | None = None
     ):
         self.model, self.capacity, self.cache_dtype, self.draft = model, capacity, cache_dtype, draft
         self.tokens: list[int] = []
-        longest = capacity or model.cfg.max_position_embeddings
-        self._engine = engine or Engine(
-            model, rows=1, capacity=longest, pages=SPARE_PAGES, cache_dtype=cache_dtype, draft=draft
-        )
+        self._core = core or EngineCore(model, rows=1, pages=SPARE_PAGES, cache_dtype=cache_dtype, draft=draft)
         self._turn, self._access = threading.Lock(), threading.Lock()
 
     @accepts_options(without=("n", *OWN))
@@ -73,9 +70,9 @@ class Session(Summarized):
 
         Raises UsageError during a turn.
         """
-        with self._between_turns(), self._engine.pause():
-            self._engine.grow(2 * self._engine.pages - SPARE_PAGES)
-            other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft, self._engine)
+        with self._between_turns(), self._core.pause():
+            self._core.grow(2 * self._core.loop.scheduler.pages - SPARE_PAGES)
+            other = type(self)(self.model, self.capacity, self.cache_dtype, self.draft, self._core)
             other.tokens = list(self.tokens)
             return other
 
@@ -86,8 +83,8 @@ class Session(Summarized):
         """
         with self._between_turns():
             file = expand_file_path(file)
-            with self._engine.pause():
-                caches = self._engine.loop.copy_out(self.tokens)
+            with self._core.pause():
+                caches = self._core.loop.copy_out(self.tokens)
             own = {"capacity": self.capacity, "cache_dtype": self.cache_dtype.name, "draft": self.draft}
             held = int(caches[0].length_B[0]) if caches else 0
             session_file.write(file, self.model, {**own, "tokens": self.tokens, "held": held}, caches)
@@ -111,47 +108,44 @@ class Session(Summarized):
             yield
 
     def _open(self, tokens: Sequence[int], sampling: Any, options: dict[str, Any], steps: int | None) -> Stream:
-        if given := [name for name in OWN if name in options]:
-            raise UsageError(f"{argument(given[0])} belongs to the session: give it to ds.session(...)")
         if options.get("n", 1) != 1:
             raise UsageError(f"a session has one row, not {argument('n', options['n'])}; fork it")
-        own = {name: getattr(self, name) for name in OWN}
-        request = validate_for(self.model, [tokens], sampling, **options, **own)
+        request = validate_for_owner(self, tokens, sampling, options)
         if request.limits[0]:
             memory.plan_batch(self.model.cfg, 1, 1, request.capacity, self.cache_dtype, self.draft, self.model.mesh)
-        return Stream(self._engine, Row(request), steps, self)
+        return Stream(self._core, Row(request), steps, self)
 
-    def restore(self, tokens: list[int], caches: Caches) -> None:
+    def _restore(self, tokens: list[int], caches: Caches) -> None:
         """Hold these tokens, which are in a contiguous cache of one row."""
-        with self._engine.pause():
-            self._engine.grow(SPARE_PAGES + memory.round_up_rows(count_pages(len(tokens))))
-            self._engine.loop.copy_in(tokens, caches)
+        with self._core.pause():
+            self._core.grow(SPARE_PAGES + memory.round_up_rows(count_pages(len(tokens))))
+            self._core.loop.copy_in(tokens, caches)
 
-    def begin(self, row: Row) -> None:
+    def _begin(self, row: Row) -> None:
         """Begin a turn. Raises UsageError if one is running."""
         with self._access:
             if not self._turn.acquire(blocking=False):
                 raise UsageError(BUSY)
         try:
-            with self._engine.pause():
-                self._engine.grow(SPARE_PAGES + memory.round_up_rows(count_pages(row.request.capacity)))
+            with self._core.pause():
+                self._core.grow(SPARE_PAGES + memory.round_up_rows(count_pages(row.request.capacity)))
             self.tokens = []
-            self._engine.enter([row])
+            self._core.enter([row])
         except BaseException:
             self._turn.release()
             raise
 
-    def end(self, row: Row) -> None:
+    def _end(self, row: Row) -> None:
         """End a turn, and hold what it has processed."""
         try:
-            with self._engine.pause():
+            with self._core.pause():
                 self.tokens = list(row.known[: row.cached])
         finally:
             self._turn.release()
 
-    def abandon(self, row: Row) -> None:
+    def _abandon(self, row: Row) -> None:
         """End the turn of a stream that was not closed. What it has processed is found again all the same."""
-        self._engine.abandon(row)
+        self._core.abandon(row)
         if row.before:
             self._turn.release()
 
@@ -185,6 +179,6 @@ def load_session(model: Model, file: str | Path) -> Session:
             raise UsageError(f"{file} holds {len(tokens)} tokens, but its session has room for {slots}")
         if held:
             empty = empty_caches(cfg, 1, held, loaded.cache_dtype, loaded.draft)
-            loaded.restore(tokens[:held], session_file.restore(file, arrays, empty))
+            loaded._restore(tokens[:held], session_file.restore(file, arrays, empty))
         loaded.tokens = tokens
     return loaded

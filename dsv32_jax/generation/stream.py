@@ -11,7 +11,7 @@ from .result import Generation, Token
 from .row import Row, summarize
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine_core import EngineCore
     from .session import Session
 
 
@@ -22,10 +22,10 @@ class Stream(Summarized, Iterator[Token]):
     A turn of a `session` begins when the first token is asked for, and ends with the row or when the stream is closed.
     """
 
-    def __init__(self, engine: "Engine", row: Row, steps: int | None, session: "Session | None" = None):
-        self._engine, self._row, self._steps, self._session = engine, row, steps, session
+    def __init__(self, core: "EngineCore", row: Row, steps: int | None = None, session: "Session | None" = None):
+        self._core, self._row, self._steps, self._session = core, row, steps, session
         self._lock = threading.RLock()
-        self._finalizer = weakref.finalize(self, engine.abandon if session is None else session.abandon, row)
+        self._finalizer = weakref.finalize(self, core.abandon if session is None else session._abandon, row)
         self._finalizer.atexit = False
         self._has_begun, self._is_closing = session is None, False
 
@@ -33,11 +33,11 @@ class Stream(Summarized, Iterator[Token]):
         with self._lock:
             row = self._row
             if not self._has_begun and self._session is not None:
-                self._session.begin(row)
+                self._session._begin(row)
                 self._has_begun = True
             try:
                 while not (self._is_ready() or self._is_closing):
-                    self._engine.wait(self._is_ready, self._steps)
+                    self._core.wait(self._is_ready, self._steps)
             except BaseException:
                 self.close()
                 raise
@@ -64,7 +64,7 @@ class Stream(Summarized, Iterator[Token]):
         self._is_closing = True
         with self._lock:
             if self._finalizer.alive:
-                self._engine.interrupt([self._row])
+                self._core.interrupt([self._row])
             self._end()
 
     def _is_ready(self) -> bool:
@@ -72,14 +72,14 @@ class Stream(Summarized, Iterator[Token]):
 
     def _end(self) -> None:
         if self._finalizer.detach() and self._has_begun and self._session is not None:
-            self._session.end(self._row)
+            self._session._end(self._row)
 
     def result(self) -> Generation:
         """Return what `generate` returns, with all tokens, as soon as the row has ended. After `close` it has the
         tokens that were taken until then, and its row is "interrupted"."""
         for _ in self:
             pass
-        return summarize([self._row], self._engine.loop.totals)
+        return summarize([self._row], self._core.loop.totals)
 
     def summary(self) -> tuple[str, dict[str, str]]:
         """Return how far the stream is."""

@@ -15,8 +15,7 @@ import numpy as np
 from ..checkpoint.weight_shapes import WeightShapes
 from ..model.model import Model, build
 from .prefill_decode import empty_caches, new_state
-from .programs import WHOLE
-from .request import chunk_size
+from .programs import WHOLE, chunk_size
 
 
 class Setup(NamedTuple):

@@ -113,13 +113,13 @@ class Driver:
         return sum(len(job.rows) for job in self._jobs)
 
     def submit(self, request: Request) -> Job:
-        """Let the rows of a request wait for their places. Raises Busy, and what `Engine.add` raises."""
+        """Let the rows of a request wait for their places. Raises Busy, and what `EngineCore.add` raises."""
         if (rows := len(request.limits)) > self.most:
             raise UsageError(f"the request asks for {rows} rows; at most {self.most} may run and wait")
         with self._changed:
             if self.rows + rows > self.most:
                 raise Busy(f"{pluralize(self.rows, 'row')} run or wait, and at most {self.most} may; try again")
-            job = Job(self.engine.add(request))
+            job = Job(self.engine.core.add(request))
             self._jobs.append(job)
             self._changed.notify()
         return job
@@ -148,19 +148,19 @@ class Driver:
                     return
                 jobs, left, self._left = list(self._jobs), self._left, []
             if left:
-                self.engine.interrupt([row for job in left for row in job.rows])
+                self.engine.core.interrupt([row for job in left for row in job.rows])
             if jobs:
                 self._hand_out(jobs, self._advance())
 
     def _advance(self) -> Exception | None:
         """Take some steps; return the error if that failed."""
-        compiles = self.engine.loop.totals["compiles"]
+        compiles = self.engine.core.loop.totals["compiles"]
         try:
-            self.engine.wait(lambda: False)
+            self.engine.core.wait(lambda: False)
         except Exception as error:
             log.exception("the engine failed; the requests it was working on are ended")
             return error
-        if self.engine.loop.totals["compiles"] > compiles:
+        if self.engine.core.loop.totals["compiles"] > compiles:
             gc.freeze()  # the collector would look through all that JAX has traced, for 0.2 to 1 s at a time
         return None
 

@@ -68,7 +68,7 @@ class Reader:
         self.name, self.engine, self.tokenizer = name, engine, tokenizer
         self.defaults, self.turns = {**DRAWN, **defaults}, SampledTurns(tokenizer)
         self.vocabulary = Vocabulary(tokenizer, engine.model.cfg.eos_token_id)
-        self.room = min(engine.capacity, engine.pages // len(engine.loop.scheduler.pools) * PAGE)
+        self.room = min(engine.capacity, len(engine.core.loop.scheduler.pools[0].users) * PAGE)
 
     def read_chat(self, body: Mapping[str, Any]) -> Ask:
         """Return what a body of /v1/chat/completions asks for. Raises ApiError and UsageError."""

@@ -15,7 +15,7 @@ from dsv32_jax import chat
 from dsv32_jax.chat import template
 from dsv32_jax.cli import app, generate_command, open_checkpoint
 from dsv32_jax.cli.terminal import Screen
-from dsv32_jax.generation.engine import Engine
+from dsv32_jax.generation.engine_core import EngineCore
 from dsv32_jax.generation.options import Options
 from tests.cli.conftest import byte_tokenizer
 
@@ -88,9 +88,9 @@ def test_the_prompt_comes_from_anywhere(dsv32, checkpoint, tmp_path):
 
 def test_a_terminal_sees_each_token(dsv32, checkpoint, monkeypatch):
     """Unless the whole text or JSON is asked for; a pipe gets the whole text."""
-    asked, follow = [], Engine.follow
+    asked, follow = [], EngineCore.follow
     spy = lambda self, rows, steps, stop: asked.append(steps) or follow(self, rows, steps, stop)  # noqa: E731
-    monkeypatch.setattr(Engine, "follow", spy)
+    monkeypatch.setattr(EngineCore, "follow", spy)
     dsv32("generate", checkpoint, "ab", *FEW)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     for flags in ((), ("--no-stream",), ("--json",)):

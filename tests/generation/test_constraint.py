@@ -137,7 +137,7 @@ def test_the_host_works_while_the_device_does(model, monkeypatch, draft):
 
     with ds.engine(model, rows=2, capacity=128, draft=draft) as engine:
         noted = {name: note(name, run) for name, run in WHOLE._asdict().items()}
-        monkeypatch.setattr(engine.loop.batch, "_programs", Programs(**noted))
+        monkeypatch.setattr(engine.core.loop.batch, "_programs", Programs(**noted))
         monkeypatch.setattr(batches, "fetch", note("fetch", batches.fetch))
         monkeypatch.setattr(jax, "block_until_ready", note("wait", jax.block_until_ready))
         stream = engine.submit(PROMPTS[0], max_new_tokens=9, constraint=lambda: Watched(model.cfg.vocab_size))

@@ -53,10 +53,10 @@ def submit(engine, i: int, **options):
 def is_idle(engine) -> bool:
     """Nobody has a place, waits, or uses a page but the tree."""
     stats = engine.stats()
-    with engine.pause():
-        known = sum(pool.known for pool in engine.loop.scheduler.pools)
+    with engine.core.pause():
+        known = sum(pool.known for pool in engine.core.loop.scheduler.pools)
         return not any(stats[name] for name in ("running", "reading", "waiting", "pages_of_rows")) and known == sum(
-            len(pool.users) - len(pool.free) for pool in engine.loop.scheduler.pools
+            len(pool.users) - len(pool.free) for pool in engine.core.loop.scheduler.pools
         )
 
 
@@ -105,9 +105,9 @@ def test_the_longest_row_of_a_request_comes_first(model):
     """Rows of equal length in the order of their prompts; requests in theirs."""
     with ds.engine(model, rows=1, capacity=256) as engine:
         requests = [validate_for(model, [[5]] * 4, None, max_new_tokens=limits) for limits in ([3, 9, 3, 20], [90] * 4)]
-        first, second = map(engine.add, requests)
-        with engine.pause():
-            waiting = list(engine.loop.scheduler.waiting)
+        first, second = map(engine.core.add, requests)
+        with engine.core.pause():
+            waiting = list(engine.core.loop.scheduler.waiting)
         assert waiting == [*(first[i] for i in (3, 1, 0, 2)), *second]
 
 

@@ -9,6 +9,7 @@ import logging
 import signal
 import threading
 import time
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -21,13 +22,14 @@ import dsv32_jax as ds
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.config import Config
 from dsv32_jax.errors import COMMAND_LINE, CapacityError, CheckpointError, DsvError, UsageError
-from dsv32_jax.generation import memory, request
+from dsv32_jax.generation import memory, programs
 from dsv32_jax.generation.batch import Batch
-from dsv32_jax.generation.engine import plan_rows
+from dsv32_jax.generation.engine_core import plan_rows
 from dsv32_jax.generation.options import Options
-from dsv32_jax.generation.programs import DEFAULTS, compiler_options
-from dsv32_jax.generation.request import bucket, validate_for
+from dsv32_jax.generation.programs import DEFAULTS, bucket, compiler_options
+from dsv32_jax.generation.request import validate_for
 from dsv32_jax.generation.row import Row
+from dsv32_jax.generation.stream import Stream
 from dsv32_jax.model import indexer
 from dsv32_jax.system import compilation
 from dsv32_jax.system.compilation import count_compilations
@@ -160,7 +162,7 @@ def test_stream_is_generate(model, settings):
 def test_layerwise_is_generate(model, greedy, drawn):
     """One program for each kind of layer, driven from Python: the same tokens."""
     for settings, want in ((None, greedy), (HOT, drawn)):
-        got = ds.generate.layerwise(model, PROMPTS, max_new_tokens=NEW, sampling=settings)
+        got = ds.generate(model, PROMPTS, max_new_tokens=NEW, sampling=settings, layerwise=True)
         assert got.tokens == want.tokens and got.finish_reason == want.finish_reason
         np.testing.assert_allclose(np.concatenate(got.logprobs), np.concatenate(want.logprobs), atol=2e-5)
 
@@ -392,7 +394,7 @@ def test_the_likeliest_tokens(model, greedy):
 def test_chunks_are_the_whole(model, greedy, monkeypatch):
     """A prompt read four tokens at a time, rows ending in different chunks; progress is told after each."""
     told = []
-    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 4)
+    monkeypatch.setattr(programs, "chunk_size", lambda rows=1: 4)
     got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda done, total: told.append((done, total)))
     assert got.tokens == greedy.tokens
     assert told == [(11, 23), (18, 23), (23, 23)]
@@ -438,7 +440,7 @@ def test_ctrl_c_returns_what_is_there(model, greedy, monkeypatch):
     assert got.tokens == [tokens[:3] for tokens in greedy.tokens] and got.finish_reason == ["interrupted"] * 3
 
     monkeypatch.setattr(Batch, "decode", decode)
-    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 2)
+    monkeypatch.setattr(programs, "chunk_size", lambda rows=1: 2)
     got = ds.generate(model, PROMPTS, max_new_tokens=NEW, progress=lambda *_: signal.raise_signal(signal.SIGINT))
     assert got.tokens == [[], greedy.tokens[1][:1], []] and got.finish_reason == ["interrupted"] * 3
 
@@ -592,7 +594,7 @@ def test_g01_a_request_that_does_not_fit(model):
     arguments = {"max_new_tokens": 1, "capacity": 40}
     refused(lambda: ds.generate(model, [[5] * 50], **arguments), UsageError, "50", "40", "capacity=51")
     refused(lambda: ds.stream(model, [5] * 40, **arguments), UsageError, "40", "max_new_tokens=0", "capacity=41")
-    refused(lambda: ds.generate.layerwise(model, [[5] * 40], **arguments), UsageError, "capacity=41")
+    refused(lambda: ds.generate(model, [[5] * 40], **arguments, layerwise=True), UsageError, "capacity=41")
     too_long = model.cfg.max_position_embeddings + 1
     refused(lambda: ds.generate(model, [[5] * too_long]), UsageError, str(too_long), str(too_long - 1), "shorten")
 
@@ -877,7 +879,7 @@ def test_a_path_that_is_none(folder):
 @pytest.mark.parametrize("model", ["folder", None], ids=repr)
 def test_a_model_that_is_none(model):
     """Every way in says what gives one."""
-    for way_in in (ds.generate, ds.generate.layerwise, ds.stream, ds.forward, ds.score):
+    for way_in in (ds.generate, partial(ds.generate, layerwise=True), ds.stream, ds.forward, ds.score):
         refused(lambda way_in=way_in: way_in(model, [[5]]), UsageError, repr(model), "ds.load")
     refused(lambda: ds.session(model), UsageError, repr(model), "ds.load")
     refused(lambda: ds.load_session(model, "file"), UsageError, repr(model), "ds.load")
@@ -976,16 +978,29 @@ def test_help_lists_every_option():
     own = {"n", "capacity", "cache_dtype", "draft"}
     for function, absent in (
         (ds.generate, set()),
-        (ds.generate.layerwise, set()),
         (ds.stream, {"n"}),
         (ds.Session.generate, own),
         (ds.Session.stream, own),
+        (ds.Engine.submit, own),
     ):
         parameters = inspect.signature(function).parameters
         assert parameters.keys() & options.keys() == options.keys() - absent
         assert all(parameters[name].default == options[name].default for name in options.keys() - absent)
         assert all(f"\n{name} " in inspect.getdoc(function) for name in options.keys() - absent)
     assert all(f"\n{field.name} " in ds.Sampling.__doc__ for field in dataclasses.fields(ds.Sampling))
+
+
+def test_users_see_what_is_theirs():
+    """TAB lists no methods by which objects call each other, and `help` begins with a line that can be read."""
+    surface = {
+        ds.Engine: {"close", "stats", "submit", "summary"},
+        ds.Session: {"fork", "generate", "save", "stream", "summary"},
+        ds.Generation: {"summary", "text", "top_logprobs"},
+        Stream: {"close", "result", "summary"},
+    }
+    for kind, names in surface.items():
+        assert {name for name in dir(kind) if not name.startswith("_")} == names
+    assert len(str(inspect.signature(ds.generate))) < 320
 
 
 def test_a_stream_is_closed_from_another_thread(model, greedy, monkeypatch):

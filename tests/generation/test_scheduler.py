@@ -8,7 +8,8 @@ from hypothesis import given, strategies as st
 from dsv32_jax import configs
 from dsv32_jax.config import Config
 from dsv32_jax.generation.pages import PAGE, Pages, count_common, count_pages
-from dsv32_jax.generation.request import count_operations, fill, most_alone, most_beside, plan_chunk, validate
+from dsv32_jax.generation.programs import count_operations, fill, most_alone, most_beside, plan_chunk
+from dsv32_jax.generation.request import validate
 from dsv32_jax.generation.row import Row
 from dsv32_jax.generation.scheduler import Scheduler
 

@@ -13,8 +13,8 @@ from safetensors.numpy import save_file
 
 import dsv32_jax as ds
 from dsv32_jax.errors import CheckpointError, StorageError, UsageError
-from dsv32_jax.generation import request, session as session_module, session_file
-from dsv32_jax.generation.engine import Engine
+from dsv32_jax.generation import programs, session as session_module, session_file
+from dsv32_jax.generation.engine_core import EngineCore
 from dsv32_jax.generation.programs import WHOLE
 from dsv32_jax.model.model import Origin
 from dsv32_jax.system import array_file
@@ -135,16 +135,16 @@ def beside(act) -> threading.Thread:
 
 def test_a_turn_waits_for_a_fork(model, monkeypatch):
     """Its programs take over the arrays that are being enlarged."""
-    session, grow, threads, made = ds.session(model, capacity=64), Engine.grow, [], []
+    session, grow, threads, made = ds.session(model, capacity=64), EngineCore.grow, [], []
     first = session.generate(FIRST, max_new_tokens=3).tokens[0]
     longer = FIRST + first + [9]
 
-    def grow_later(engine, pages):
+    def grow_later(core, pages):
         if not threads:
             threads.append(beside(lambda: made.append(session.generate(longer, max_new_tokens=3).tokens)))
-        return grow(engine, pages)
+        return grow(core, pages)
 
-    monkeypatch.setattr(Engine, "grow", grow_later)
+    monkeypatch.setattr(EngineCore, "grow", grow_later)
     other = session.fork()
     threads[0].join()
     monkeypatch.undo()
@@ -173,7 +173,7 @@ def test_a_turn_waits_for_a_save(model, tmp_path, monkeypatch):
 
 def test_an_interrupted_prefill_is_kept(model, monkeypatch):
     """The chunks that were read before Ctrl-C are not read again."""
-    monkeypatch.setattr(request, "chunk_size", lambda rows=1: 4)
+    monkeypatch.setattr(programs, "chunk_size", lambda rows=1: 4)
     session = ds.session(model, capacity=64)
 
     def interrupt(read, _):
