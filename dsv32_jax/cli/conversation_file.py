@@ -5,7 +5,8 @@ from pathlib import Path
 
 from ..chat import Conversation
 from ..errors import CheckpointError, DsvError, OutputExistsError, UsageError
-from ..generation.session import OWN, Session, load_session, session
+from ..generation.request import CACHE_OPTIONS
+from ..generation.session import Session, load_session, session
 from ..system.files import expand_path, read_json, write_file
 
 KIND = "dsv32_jax conversation 1"
@@ -41,16 +42,17 @@ def load(file: Path, current: Session) -> tuple[Conversation, Session, str]:
     Raises CheckpointError where `file` is not a conversation.
     """
     conversation, (_, cache) = load_conversation(file), name_files(file)
+    own = {name: getattr(current, name) for name in CACHE_OPTIONS}
     try:
         if not cache.exists():
             raise UsageError(f"there is no {cache.name}")
         loaded = load_session(current.model, cache)
-        if differing := [name for name in OWN if getattr(loaded, name) != getattr(current, name)]:
+        if differing := [name for name, value in own.items() if getattr(loaded, name) != value]:
             was, now = (", ".join(f"{name} {getattr(each, name)}" for name in differing) for each in (loaded, current))
             raise UsageError(f"{cache.name} was saved with {was}, not {now}")
         return conversation, loaded, ""
     except DsvError as error:
-        return conversation, session(current.model, **{name: getattr(current, name) for name in OWN}), str(error)
+        return conversation, session(current.model, **own), str(error)
 
 
 def load_conversation(file: Path) -> Conversation:

@@ -14,7 +14,7 @@ from . import memory
 from .engine_core import EngineCore
 from .options import Sampling, check_option
 from .pages import PAGE
-from .request import OWN, accepts_options, require_drafts, require_one_row, validate_for_owner
+from .request import CACHE_OPTIONS, accepts_options, require_drafts, require_one_row, validate_for_owner
 from .stream import Stream
 
 MAX_ROWS, MAX_PAGES = 1 << 16, 1 << 26
@@ -29,7 +29,7 @@ class Engine(Summarized):
     def __init__(self, model: Model, capacity: int, cache_dtype: np.dtype, draft: int, core: EngineCore):
         self.model, self.capacity, self.cache_dtype, self.draft, self.core = model, capacity, cache_dtype, draft, core
 
-    @accepts_options(without=("n", *OWN))
+    @accepts_options(without=("n", *CACHE_OPTIONS))
     def submit(self, prompt: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """Let a prompt wait for its place, and return the stream of its tokens. Any thread may submit.
 

@@ -79,14 +79,14 @@ class EngineCore:
         cache_dtype: np.dtype,
         draft: int,
         layerwise: bool | None = None,
-        is_patient: bool = False,
+        for_throughput: bool = False,
     ):
         initialize()
         shards = 1 if model.mesh is None else model.mesh.shape.get("data", 1)
         places = shards * memory.round_up_rows(-(-rows // shards))
         pages = shards * -(-pages // shards)
         batch = Batch(model, places, pages, cache_dtype, draft, choose_programs(model, layerwise))
-        self.loop = Loop(model, Scheduler(places, pages, shards, draft), batch, is_patient)
+        self.loop = Loop(model, Scheduler(places, pages, shards, draft), batch, for_throughput)
         self._turns, self._arrived, self._abandoned = Turns(), deque[Row](), deque[Row]()
         self._is_closed = False
 
@@ -100,7 +100,7 @@ class EngineCore:
             cache_dtype=request.cache_dtype,
             draft=request.options.draft,
             layerwise=layerwise,
-            is_patient=True,
+            for_throughput=True,
         )
         core.grow(memory.round_up_rows(count_pages(request.capacity)) * len(core.loop.scheduler.places))
         return core

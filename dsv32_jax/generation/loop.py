@@ -34,13 +34,13 @@ class Loop:
     totals     counters of what was done so far
     segment_seconds  `decode` returns to the host about this often
 
-    Prompts are read in chunks between decode steps, which do not make rows that generate wait for long, unless they are
-    patient: large chunks are faster.
+    Prompts are read in chunks between decode steps: small ones, so that rows which generate do not wait for long, or,
+    `for_throughput`, large ones, which are faster.
     """
 
-    def __init__(self, model: Model, scheduler: Scheduler, batch: Batch, is_patient: bool):
+    def __init__(self, model: Model, scheduler: Scheduler, batch: Batch, for_throughput: bool):
         self.model, self.scheduler, self.batch, self.draft = model, scheduler, batch, batch.draft
-        self._is_patient = is_patient
+        self._for_throughput = for_throughput
         self.totals: dict[str, Any] = {**dict.fromkeys(COUNTERS, 0), **dict.fromkeys(SECONDS, 0.0)}
         self.segment_seconds, self._segment, self._blocks = SEGMENT_SECONDS, 1, 1
 
@@ -124,7 +124,7 @@ class Loop:
         """Return how many tokens are read at once: few enough that rows which generate do not wait long."""
         running = {row.slot: row.length for row in self.scheduler.running}
         whole = most_alone(len(reading))
-        if not running or self._is_patient:
+        if not running or self._for_throughput:
             return whole
         lengths = [running.get(place, 0) for place in range(len(self.scheduler.places))] * (1 + self.draft)
         return min(whole, most_beside(self.model.cfg, lengths, reading[0].length))

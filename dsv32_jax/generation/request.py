@@ -19,7 +19,7 @@ from .sampler import bias_row, check_ids
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-OWN = tuple(name for name, spec in specs(Options).items() if spec.group == "cache")
+CACHE_OPTIONS = tuple(name for name, spec in specs(Options).items() if spec.group == "cache")
 """Options that an engine or a session has for all its rows."""
 
 
@@ -75,12 +75,13 @@ def validate_for(
 
 
 def validate_for_owner(owner: Any, prompt: Any, sampling: Any, options: dict[str, Any]) -> Request:
-    """Validate the request for a prompt in an Engine or Session, which has a model and the options of OWN. Raises
+    """Validate the request for a prompt in an Engine or Session, which has a model and CACHE_OPTIONS. Raises
     UsageError."""
-    if given := [name for name in OWN if name in options]:
+    if given := [name for name in CACHE_OPTIONS if name in options]:
         kind = type(owner).__name__.lower()
         raise UsageError(f"{argument(given[0])} belongs to the {kind}: give it to ds.{kind}(...)")
-    return validate_for(owner.model, [prompt], sampling, **options, **{name: getattr(owner, name) for name in OWN})
+    own = {name: getattr(owner, name) for name in CACHE_OPTIONS}
+    return validate_for(owner.model, [prompt], sampling, **options, **own)
 
 
 def validate(

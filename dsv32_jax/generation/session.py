@@ -22,7 +22,7 @@ from .engine_core import EngineCore
 from .options import Sampling, check_option
 from .pages import count_pages
 from .prefill_decode import Caches, empty_caches
-from .request import OWN, accepts_options, validate_for_owner
+from .request import CACHE_OPTIONS, accepts_options, validate_for_owner
 from .result import Generation
 from .row import Row
 from .stream import Stream
@@ -49,7 +49,7 @@ class Session(Summarized):
         self._core = core or EngineCore(model, rows=1, pages=SPARE_PAGES, cache_dtype=cache_dtype, draft=draft)
         self._turn, self._access = threading.Lock(), threading.Lock()
 
-    @accepts_options(without=("n", *OWN))
+    @accepts_options(without=("n", *CACHE_OPTIONS))
     def generate(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Generation:
         """Continue the conversation, as `generate` continues a prompt. The session then holds prompt and answer."""
         stream = self._open(tokens, sampling, options, None)
@@ -59,7 +59,7 @@ class Session(Summarized):
                 pass
         return stream.result()
 
-    @accepts_options(without=("n", *OWN))
+    @accepts_options(without=("n", *CACHE_OPTIONS))
     def stream(self, tokens: Sequence[int], *, sampling: Sampling | None = None, **options: Any) -> Stream:
         """Continue the conversation token by token. After a stream that is closed early the session holds what was
         processed until then."""
@@ -171,7 +171,7 @@ def load_session(model: Model, file: str | Path) -> Session:
     cfg = validation.config_of(model)
     file = expand_file_path(file)
     saved, arrays = session_file.read(file, model)
-    loaded = session(model, **{name: saved[name] for name in OWN})
+    loaded = session(model, **{name: saved[name] for name in CACHE_OPTIONS})
     if saved["tokens"]:
         (tokens,) = validation.check_prompts([saved["tokens"]], cfg.vocab_size)
         slots, held = loaded.capacity or cfg.max_position_embeddings, saved["held"]

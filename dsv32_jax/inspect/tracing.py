@@ -23,7 +23,7 @@ from .observations import Keep, observe_jit
 from .trace_format import ARRAYS, check_kinds, shapes
 from .traces import Trace
 
-ALL = ("attention", "indexer", "logits", "routing")
+DEFAULT_KINDS = ("attention", "indexer", "logits", "routing")
 """The kinds that cost little beside a prefill. "mass" computes dense attention weights as well, "experts" applies each
 expert once more, "lens" applies the head after every layer, "residual" takes much memory."""
 
@@ -31,7 +31,7 @@ expert once more, "lens" applies the head after every layer, "residual" takes mu
 def trace(
     model: Model,
     tokens: Sequence[Sequence[int]],
-    keep: Collection[str] = ALL,
+    keep: Collection[str] = DEFAULT_KINDS,
     *,
     layers: Iterable[int] | None = None,
     positions: Iterable[int] | None = None,
@@ -75,7 +75,7 @@ def trace(
 
 def estimate_bytes(
     cfg: Config,
-    keep: Collection[str] = ALL,
+    keep: Collection[str] = DEFAULT_KINDS,
     *,
     rows: int = 1,
     tokens: int,
