@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from .detokenizer import Detokenizer
-from .options import Sampling
 from .request import Request
 from .result import Generation, Stats, Token, TopLogprobs
 
@@ -31,7 +30,9 @@ class Row:
 
     def __init__(self, request: Request, index: int = 0):
         tokenizer, self.request, self.index = request.options.tokenizer, request, index
-        self.prompt, self.limit = request.prompts[index // request.options.n], request.limits[index]
+        prompt = index // request.options.n
+        self.prompt, self.thoughts_end = request.prompts[prompt], request.thoughts_ends[prompt]
+        self.sampling, self.limit = request.samplings[index], request.limits[index]
         self.tokens: list[int] = []
         self.logprobs: list[float] = []
         self.top: list[TopLogprobs] = []
@@ -49,16 +50,6 @@ class Row:
         self.allowed: np.ndarray | None = None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer, request.options.stop, self.prompt)
         self._pieces: list[str] = []
-
-    @property
-    def sampling(self) -> Sampling:
-        """How its tokens are chosen."""
-        return self.request.samplings[self.index]
-
-    @property
-    def thoughts_end(self) -> int:
-        """The token that ends the thoughts which its prompt opens, -1 if it opens none."""
-        return self.request.thoughts_ends[self.index // self.request.options.n]
 
     @property
     def answered(self) -> int:
