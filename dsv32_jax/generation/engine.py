@@ -90,7 +90,7 @@ def engine(
 
     It computes `rows` rows at once, each of at most `capacity` tokens (default: the longest context), prompt included,
     in `pages` pages of 64 tokens (default: as many as fit in memory). `submit` returns the stream of a prompt's tokens;
-    a beginning that another prompt or conversation had is not read again while its pages are not needed otherwise.
+    a prefix that another prompt or conversation had is not read again while its pages are not needed otherwise.
     Programs are compiled for the whole model or `layerwise`, by default as in `generate`.
 
         with ds.engine(model, rows=8) as engine:

@@ -1,4 +1,4 @@
-"""Pages of the cache, as the host knows them: which are free, who uses them, and the tree of the tokens they hold.
+"""Pages of the cache, as the host knows them: which are free, who uses them, and the prefix tree of their tokens.
 
 A page belongs to the rows and to the node of the tree that use it, and is free when nobody does. Tokens are only ever
 added to a page by the row that took it, behind those that the tree knows, so whoever finds a page may read it.
@@ -27,7 +27,7 @@ def count_common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 class Prefix(NamedTuple):
-    """A beginning that is known: its length, its whole pages, and the page that holds the tokens behind them."""
+    """A prefix that is in pages: its length, its whole pages, and the page that holds the tokens behind them."""
 
     count: int
     pages: list[int]
@@ -35,7 +35,7 @@ class Prefix(NamedTuple):
 
 
 class Node:
-    """A page in the tree, for the tokens in it behind those of its parent."""
+    """A page in the prefix tree, for the tokens in it behind those of its parent."""
 
     def __init__(self, tokens: list[int], page: int, parent: "Node | None"):
         self.tokens, self.page, self.parent = tokens, page, parent
@@ -93,7 +93,7 @@ class Pages:
                 self.free.append(page)
 
     def find(self, tokens: Sequence[int], most: int, ahead: int = 0) -> Prefix:
-        """Return the longest known beginning of `tokens`, at most `most` tokens; behind it `ahead` more are known."""
+        """Return the longest prefix of `tokens` in the tree, at most `most` tokens; `ahead` more follow there."""
         path, pages, count = [self._root], [], 0
         while (node := path[-1].children.get(tuple(tokens[count : count + PAGE]))) and len(node.tokens) == PAGE:
             path.append(node)

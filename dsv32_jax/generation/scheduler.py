@@ -144,7 +144,7 @@ class Scheduler:
             pool.forget()
 
     def _find(self, row: Row, shard: int) -> Prefix:
-        """Return what is known of the row's beginning. Its last token is computed in any case, for its logits. A slot
+        """Return the row's longest prefix in the shard. Its last token is computed in any case, for its logits. A slot
         of the MTP head's cache depends on the token after it too, and a first draft on the one before the last."""
         return self.pools[shard].find(row.known, self._most(row), self._ahead)
 
@@ -152,7 +152,7 @@ class Scheduler:
         return max(0, len(row.known) - 1 - self._ahead)
 
     def _is_about_to_know(self, row: Row, other: Row, found: dict[int, Prefix]) -> bool:
-        """Return whether `other`, which reads, will know much more of the row's beginning than is known."""
+        """Return whether `other`, which reads, will soon have read a much longer prefix of the row than is found."""
         known, most = max(prefix.count for prefix in found.values()), self._most(row)
         common = min(count_common(row.known, other.known) - self._ahead, most)
         return common - known >= PAGE or common == most > known
