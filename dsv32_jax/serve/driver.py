@@ -103,7 +103,7 @@ class Driver:
         self._jobs: list[Job] = []
         self._left: list[Job] = []
         self._changed, self._is_closed = threading.Condition(), False
-        engine.loop.segment_seconds = SEGMENT_SECONDS
+        engine.core.loop.segment_seconds = SEGMENT_SECONDS
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 

@@ -145,10 +145,10 @@ def test_few_tokens_come_first(model):
     options = {"sampling": ds.Sampling(forbidden_ids=[1, 300]), "capacity": 256}
     with ds.engine(model, rows=1, capacity=256) as engine:
         for limit in (2, 2, 2, 2, 2, 2, 2, 100):
-            (row,) = engine.add(validate_for(model, [PROMPTS[4]], max_new_tokens=limit, **options))
+            (row,) = engine.core.add(validate_for(model, [PROMPTS[4]], max_new_tokens=limit, **options))
             if limit == 2:
-                assert len(list(engine.follow([row]))) == 3
-        engine.wait(lambda: False)
+                assert len(list(engine.core.follow([row]))) == 3
+        engine.core.wait(lambda: False)
         assert 1 <= len(row.tokens) <= 4
 
 
