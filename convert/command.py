@@ -70,10 +70,11 @@ def run(options: argparse.Namespace, command: str) -> int:
     def describe_state(reporter: Reporter) -> str:
         return f"{reporter.meter.describe_saved()}; to continue, run the same command again:\n  {command}"
 
-    facts: dict[str, Any] = {}
-    relief = "\nwith a smaller --max-memory"
-    with report_to(make_reporter(options.json), describe_state, relief) as reporter:
-        refusal = (_rehearse if options.dry_run else _convert)(options, reporter, facts)
+    given: Any = {key: value for key, value in vars(options).items() if key in Options.__annotations__}
+    advice = "\nwith a smaller --max-memory"
+    with report_to(make_reporter(options.json), describe_state, advice) as reporter:
+        reporter.stage(f"reading the headers of {options.src}")
+        facts, refusal = (_estimate if options.dry_run else _convert)(options.src, options.dst, given, reporter)
     if refusal is None or not options.json:
         print(json.dumps(facts) if options.json else report.format_conversion(facts, options.verbose), flush=True)
     if refusal is not None:
@@ -82,44 +83,35 @@ def run(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _collect(options: argparse.Namespace) -> Options:
-    return {key: value for key, value in vars(options).items() if key in Options.__annotations__}  # pyright: ignore
-
-
-def _convert(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> None:
-    """Convert, and add what was done to `facts`."""
-    src, dst = options.src, options.dst
+def _convert(src: str, dst: str, options: Options, reporter: Reporter) -> tuple[dict[str, Any], None]:
     reporter.event("start", source=src, output=dst)
-    reporter.stage(f"reading the headers of {src}")
     start, complete = time.monotonic(), is_complete(dst)
-    manifest = convert(src, dst, progress=reporter, **_collect(options))
+    manifest = convert(src, dst, progress=reporter, **options)
     reporter.event("done", output=dst, digest=manifest.digest)
-    facts |= {"output": dst, "already_complete": complete, "seconds": round(time.monotonic() - start, 3)}
-    facts |= _list_facts(manifest)
+    return _list_facts(dst, manifest, complete, round(time.monotonic() - start, 3)), None
 
 
-def _rehearse(options: argparse.Namespace, reporter: Reporter, facts: dict[str, Any]) -> DsvError | None:
-    """Add what the conversion would do to `facts`, and return the error that it would raise."""
-    reporter.stage(f"reading the headers of {options.src}")
-    plan, budget, dst = prepare(options.src, options.dst, _collect(options))
+def _estimate(src: str, dst: str, options: Options, reporter: Reporter) -> tuple[dict[str, Any], DsvError | None]:
+    """Return what the conversion would do, and the error that it would raise."""
+    plan, budget, folder = prepare(src, dst, options)
     reporter.stage("measuring disks, and a sample of the weights")
     try:
-        found, refusal = judge(plan, budget, dst), None
+        found, refusal = judge(plan, budget, folder), None
     except DsvError as error:
         found, refusal = None, error
     if isinstance(found, Manifest):
-        facts |= {"output": options.dst, "already_complete": True, "seconds": 0.0, **_list_facts(found)}
-    else:
-        estimated, problem = dry_run.estimate(plan, budget, dst, found)
-        facts |= {"source": options.src, "output": options.dst, **estimated}
-        refusal = refusal or problem
-    return refusal
+        return _list_facts(dst, found, True, 0.0), None
+    estimated, problem = dry_run.estimate(plan, budget, folder, found)
+    return {"source": src, "output": dst, **estimated}, refusal or problem
 
 
-def _list_facts(manifest: Manifest) -> dict[str, Any]:
+def _list_facts(dst: str, manifest: Manifest, already_complete: bool, seconds: float) -> dict[str, Any]:
     found = manifest.report
     arrays = [array for leaf in manifest.leaves.values() for array in leaf.arrays.values()]
     return {
+        "output": dst,
+        "already_complete": already_complete,
+        "seconds": seconds,
         "bytes": sum(array.nbytes for array in arrays),
         **report.summarize_model(manifest.config, found["formats"], found["notes"], found["ignored"]),
         "conversions": found["conversions"],
@@ -158,7 +150,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--verify-source", action="store_true", help="first check the shards against the hub's SHA-256")
     add("--json", action="store_true", help="print one JSON object, and progress as JSON lines to stderr")
     _add_formats(parser)
-    _add_limits(parser)
+    limits = parser.add_argument_group("limits").add_argument
+    limits("--max-memory", metavar="SIZE", help="memory limit, for example 8GB (default: 80 %% of free memory)")
+    limits("--workers", metavar="N", type=int, help="threads that read and convert (default: one per core)")
 
 
 def _add_formats(parser: argparse.ArgumentParser) -> None:
@@ -185,9 +179,3 @@ def _add_formats(parser: argparse.ArgumentParser) -> None:
         default="own",
         help="NVFP4 tensor scales: one a matrix, or one shared by gate and up and one by q_a and kv_a (default: own)",
     )
-
-
-def _add_limits(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("limits").add_argument
-    add("--max-memory", metavar="SIZE", help="memory limit, for example 8GB (default: 80 %% of free memory)")
-    add("--workers", metavar="N", type=int, help="threads that read and convert (default: one per core)")

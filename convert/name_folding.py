@@ -1,5 +1,6 @@
 """Many tensor names in few words: layers and experts folded."""
 
+import itertools
 from collections.abc import Iterable
 
 from dsv32_jax.layout import fold_expert, split_layer
@@ -27,10 +28,6 @@ def fold_details(items: Iterable[tuple[str, str]]) -> list[str]:
 
 def format_ranges(numbers: list[int]) -> str:
     """Return ascending numbers 3, 4, 5, 7 as "3-5, 7"."""
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][1] == number - 1:
-            spans[-1][1] = number
-        else:
-            spans.append([number, number])
-    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in spans)
+    by_offset = itertools.groupby(enumerate(numbers), lambda pair: pair[1] - pair[0])
+    runs = [[number for _, number in run] for _, run in by_offset]
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

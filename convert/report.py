@@ -26,9 +26,6 @@ BAR_WIDTH = 40
 ODD = ("nan_scale_bytes", "zero_blocks", "pairs_of_different_tensor_scales")
 """Counts that are worth a line unless they are 0."""
 
-NEXT, NEXT_IDS = "dsv32 generate {folder} 'def area(r):'", "dsv32 generate {folder} --ids 0,17,42"
-"""The command to try, with a tokenizer and without one."""
-
 INDENT = 11
 """Characters of the titles of rows."""
 
@@ -48,10 +45,8 @@ def format_rows(rows: Iterable[tuple[str, str]]) -> str:
 
 def format_conversion(facts: dict[str, Any], verbose: bool = False) -> str:
     """The outcome of a conversion or of a dry run, the summary last; `verbose`: every parameter of a dry run too."""
-    return _format_estimate(facts, verbose) if "would_write" in facts else _format_outcome(facts)
-
-
-def _format_estimate(facts: dict[str, Any], verbose: bool) -> str:
+    if "would_write" not in facts:
+        return _format_outcome(facts)
     rows = [("parameter", f"{path}: {text}") for path, text in facts["leaves"].items()] if verbose else []
     rows += _list_model(facts)
     speeds = [f"at {format_size(facts[name])}/s" if facts[name] else "" for name in ("read_speed", "write_speed")]
@@ -81,14 +76,14 @@ def _format_outcome(facts: dict[str, Any]) -> str:
     rows += [("odd", f"{facts[name]} {name.replace('_', ' ')}") for name in ODD if facts[name]]
     if not facts["tokenizer"]:
         rows.append(("note", "the source has no tokenizer.json: prompts are token ids"))
-    next_command = NEXT if facts["tokenizer"] else NEXT_IDS
     state, end = "written", f" in {_format_time(facts['seconds'])}"
     if facts["already_complete"]:
         state, end = "complete", "; nothing was left to do"
+    prompt = "'def area(r):'" if facts["tokenizer"] else "--ids 0,17,42"
     rows += [
         (state, f"{facts['output']}: {facts['layers']} layers, {format_size(facts['bytes'])}{end}"),
         ("digest", facts["digest"]),
-        ("next", next_command.format(folder=shlex.quote(facts["output"]))),
+        ("next", f"dsv32 generate {shlex.quote(facts['output'])} {prompt}"),
     ]
     return format_rows(rows)
 
@@ -98,13 +93,11 @@ def _format_time(seconds: float) -> str:
 
 
 def _list_model(facts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of notes, ignored tensors, formats and changes."""
     rows = [("note", text) for text in facts["notes"]]
     rows += [("ignored", f"{count} {reason}") for reason, count in facts["ignored"].items()]
-    rows += [("formats", ", ".join(f"{format} {count}" for format, count in facts["formats"].items()))]
-    return rows + [
-        ("changes", f"{pluralize(count, 'weight')} {change}") for change, count in facts["conversions"].items()
-    ]
+    rows.append(("formats", ", ".join(f"{format} {count}" for format, count in facts["formats"].items())))
+    rows += [("changes", f"{pluralize(count, 'weight')} {how}") for how, count in facts["conversions"].items()]
+    return rows
 
 
 def format_inspection(found: "Inspection") -> str:
@@ -123,16 +116,14 @@ def format_inspection(found: "Inspection") -> str:
 
 
 def _list_columns(row: "Row") -> tuple[str, str, str]:
-    """Name, count and shape, and format of a row."""
     return row.name, (f"{row.count} x " if row.count > 1 else "") + str(list(row.shape)), row.format
 
 
 def _format_branch(branch: "Branch", widths: list[int], is_narrow: bool) -> Iterator[str]:
     """The rows of a part of the tree; a narrow terminal has no room for the numbers of parameters."""
-    indent = ""
     if branch.layers is not None:
-        yield f"layers {format_ranges(branch.layers)}" if len(branch.layers) > 1 else f"layer {branch.layers[0]}"
-        indent = "  "
+        yield f"layer{'s' if len(branch.layers) > 1 else ''} {format_ranges(branch.layers)}"
+    indent = "" if branch.layers is None else "  "
     for row in branch.rows:
         (name, shape, format), (first, second, third) = _list_columns(row), widths
         count = "" if is_narrow else f"{format_count(row.parameters):>11}"
@@ -147,10 +138,10 @@ def _format_size(kind: str, format: str, parameters: int, nbytes: int) -> str:
 def format_tensors(rows: list[dict[str, Any]]) -> str:
     """One tensor a line."""
     name, shape = (max(len(str(row[key])) for row in rows) + 2 for key in ("name", "shape"))
-    lines = []
-    for row in rows:
-        columns = f"{row['name']:{name}}{row['dtype']:16}{row['shape']!s:{shape}}"
-        lines.append(f"{columns}{format_size(row['bytes']):>12}  {row['place']}")
+    lines = [
+        f"{row['name']:{name}}{row['dtype']:16}{row['shape']!s:{shape}}{format_size(row['bytes']):>12}  {row['place']}"
+        for row in rows
+    ]
     return wrap_lines(printable("\n".join(lines)), 4)
 
 
@@ -181,13 +172,11 @@ def format_verification(report: "Report") -> str:
         ("arrays", f"{report.arrays} have the recorded dtypes and shapes"),
     ]
     if report.level == "full":
-        speed = format_size(report.nbytes / max(report.seconds, 1e-9))
-        pace = f"{_format_time(report.seconds)}, {speed}/s"
+        pace = f"{_format_time(report.seconds)}, {format_size(report.nbytes / max(report.seconds, 1e-9))}/s"
+        verdict = f"{'' if report.lossless else 'not '}lossless: {pluralize(report.proven, 'source tensor')}"
+        origin = report.against or "the checksums recorded at conversion"
         rows.append(("bytes", f"{format_size(report.nbytes)} match their SHA-256 ({pace})"))
-        origin = report.against if report.against else "the checksums recorded at conversion"
-        count = pluralize(report.proven, "source tensor")
-        verdict = "lossless" if report.lossless else "not lossless"
-        rows.append(("result", f"{verdict}: {count} reconstructed, equal to {origin}"))
+        rows.append(("result", f"{verdict} reconstructed, equal to {origin}"))
     return format_rows([*rows, ("verified", f"{report.folder} ({report.level})")])
 
 

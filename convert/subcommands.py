@@ -26,9 +26,9 @@ def add(commands: Any) -> None:
 
 
 @contextlib.contextmanager
-def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], relief: str = "") -> Iterator[Reporter]:
+def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], advice: str = "") -> Iterator[Reporter]:
     """Report stalled reads to `reporter`. A signal ends the process with a last message that describes the state, and
-    so does the error that is raised where the disk or the memory fails. `relief`: what helps where memory does not
+    so does the error that is raised where the disk or the memory fails. `advice`: what helps where memory does not
     suffice."""
     from .read.source_file import warn_on_stalled_reads
 
@@ -43,13 +43,12 @@ def report_to(reporter: Reporter, describe_state: Callable[[Reporter], str], rel
     except OSError as error:
         raise StorageError(f"{refusal(error)}. {describe_state(reporter)}") from error
     except (MemoryError, RuntimeError) as error:
-        raise CapacityError(f"{explain_exhaustion(error)}. {describe_state(reporter)}{relief}") from error
+        raise CapacityError(f"{explain_exhaustion(error)}. {describe_state(reporter)}{advice}") from error
     finally:
         reporter.close()
 
 
 def _add_parser(commands: Any, name: str, run: Callable[[argparse.Namespace], int], **texts: str) -> Any:
-    """Add a subparser for `run`, with the option that all have."""
     parser = commands.add_parser(name, **texts)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
@@ -57,7 +56,6 @@ def _add_parser(commands: Any, name: str, run: Callable[[argparse.Namespace], in
 
 
 def _print(arguments: argparse.Namespace, facts: Any, text: str) -> int:
-    """Print the facts as JSON if that was asked for, else the text."""
     print(json.dumps(facts) if arguments.json else text, flush=True)
     return 0
 
@@ -103,9 +101,8 @@ def _add_verify(commands: Any) -> None:
     )
     verify.add_argument("folder", metavar="CHECKPOINT", help="a converted checkpoint")
     verify.add_argument("--against", metavar="SRC", help="the Hugging Face folder it was made from")
-    verify.add_argument(
-        "--level", choices=("quick", "full"), default="full", help="quick reads no arrays (default: full)"
-    )
+    level = {"choices": ("quick", "full"), "default": "full", "help": "quick reads no arrays (default: full)"}
+    verify.add_argument("--level", **level)
 
 
 def _verify(arguments: argparse.Namespace) -> int:
@@ -128,11 +125,8 @@ def _add_export(commands: Any) -> None:
     export.add_argument("out", metavar="HF_DIR", help="output folder; must not exist")
     formats = ("modelopt", "compressed-tensors", "bf16")
     export.add_argument("--format", choices=formats, required=True, metavar="FORMAT", help=" or ".join(formats))
-    export.add_argument(
-        "--share-scales",
-        action="store_true",
-        help="give gate and up, and q_a and kv_a, one tensor scale where that is exact",
-    )
+    share = "give gate and up, and q_a and kv_a, one tensor scale where that is exact"
+    export.add_argument("--share-scales", action="store_true", help=share)
     export.add_argument("--dry-run", action="store_true", help=DRY_RUN)
 
 

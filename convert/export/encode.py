@@ -13,9 +13,10 @@ from dsv32_jax.errors import CheckpointError, listing, pluralize
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
 from ..read.converted import Components, Converted, Weight
-from ..read.safetensors import DTYPES
-from ..read.weights import StoredWeight, dequantize
+from ..read.safetensors import DTYPES, Tensor, make_tensor
+from ..read.weights import StoredWeight
 from ..transform.cut import name_format
+from ..transform.requantize import dequantize
 from ..verify import inverse
 from .shared_scales import share_scales
 
@@ -32,18 +33,6 @@ MINUS_ZEROS = 0x88
 """Two elements of NVFP4. A tensor of zero bytes would look like a hole in a file that was not downloaded."""
 
 
-class OutputTensor(NamedTuple):
-    """One tensor to write; `dtype` as safetensors names it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * DTYPES[self.dtype].itemsize
-
-
 class Target(NamedTuple):
     """How one weight is written: kind of storage, inputs per scale, and its tensors: values, scales, scalar.
 
@@ -54,7 +43,7 @@ class Target(NamedTuple):
 
     kind: str
     block: int
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[Tensor, ...]
     as_stored: StoredWeight | None = None
     why: str = ""
     scalar: np.ndarray | None = None
@@ -64,7 +53,7 @@ class Target(NamedTuple):
         """This NVFP4 target, not restored from the source, with scales for `block` inputs."""
         values, scale, scalar = self.tensors
         shape = (values.shape[0], 2 * values.shape[1] // block)
-        tensors = (values, OutputTensor(scale.name, "F8_E4M3", shape), OutputTensor(scalar.name, "F32", scalar.shape))
+        tensors = (values, make_tensor(scale.name, "F8_E4M3", shape), make_tensor(scalar.name, "F32", scalar.shape))
         return self._replace(block=block, tensors=tensors, as_stored=None)
 
 
@@ -96,21 +85,20 @@ def _choose(converted: Converted, weight: Weight, family: str, beside_nvfp4: boo
     stored = weight.storage()
     if formats == {"dense"}:
         dtype = DTYPE_NAMES[converted.dtype(weight)] if stored is None else stored.values.dtype
-        return Target("dense", 1, (OutputTensor(weight.name, dtype, (out, *inputs)),), stored)
+        return Target("dense", 1, (make_tensor(weight.name, dtype, (out, *inputs)),), stored)
     kind, suffixes = LAYOUTS.get((family, weight.formats[0]), ("", ()))
     if why := _find_obstacle(weight, family, stored, kind, beside_nvfp4):
-        tensor = OutputTensor(weight.name, "BF16", (out, *inputs))
+        tensor = make_tensor(weight.name, "BF16", (out, *inputs))
         return Target("dense", 1, (tensor,), why=f"dequantized to bf16: {why}")
     if stored is not None and stored.kind == kind:
-        tensors = tuple(OutputTensor(tensor.name, tensor.dtype, tensor.shape) for tensor in stored.tensors)
-        return Target(kind, stored.block, tensors, stored)
+        return Target(kind, stored.block, stored.tensors, stored)
     names = [weight.name + suffix for suffix in suffixes]
     (width,), block = inputs, weight.block
     dtypes, shapes = ("F8_E4M3", "F32"), ((out, width), (-(-out // FP8_BLOCK), -(-width // FP8_BLOCK)))
     if formats == {"nvfp4"}:
         dtypes = ("U8", "F8_E4M3", "F32")
         shapes = ((out, width // 2), (out, width // block), () if family == "modelopt" else (1,))
-    return Target(kind, block, tuple(map(OutputTensor, names, dtypes, shapes)))
+    return Target(kind, block, tuple(map(make_tensor, names, dtypes, shapes)))
 
 
 def _find_obstacle(

@@ -25,7 +25,7 @@ from ..read.converted import Converted, raise_damaged
 from ..read.source import CONFIG, INDEX, QUANTIZATION
 from .encode import Target, choose_targets, encode
 from .quantization_config import compressed_tensors_config, modelopt_config
-from .shards import SHARD_BYTES, Shard, ShardsWriter, plan_shards, write_index, write_json
+from .shards import SHARD_BYTES, Shard, ShardsWriter, plan_shards, write_json
 
 FAMILIES = ("modelopt", "compressed-tensors", "bf16")
 RECORD = ".export.json"
@@ -165,7 +165,6 @@ def _write_shards(
         done += converted.count_bytes(group)
         progress(Progress(done, total, group.leaves[0].path))
     writer.finish()
-    write_index(aside, shards)
 
 
 def _write_configs(converted: Converted, aside: Path, family: str, targets: dict[str, Target]) -> None:

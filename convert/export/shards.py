@@ -12,9 +12,8 @@ import numpy as np
 from dsv32_jax.checkpoint.reader import raw
 from dsv32_jax.system.files import sync, write_file
 
-from ..read.safetensors import DTYPES
+from ..read.safetensors import DTYPES, Tensor
 from ..read.source import INDEX
-from .encode import OutputTensor
 
 SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
@@ -24,12 +23,12 @@ class Shard(NamedTuple):
     """One file: its name and its tensors."""
 
     file: str
-    tensors: tuple[OutputTensor, ...]
+    tensors: tuple[Tensor, ...]
 
 
-def plan_shards(weights: Iterable[Sequence[OutputTensor]], limit: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(weights: Iterable[Sequence[Tensor]], limit: int = SHARD_BYTES) -> list[Shard]:
     """The tensors of all weights in shards of at most `limit` bytes; those of one weight stay together."""
-    shards: list[list[OutputTensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     size = 0
     for tensors in weights:
         more = sum(tensor.nbytes for tensor in tensors)
@@ -42,13 +41,6 @@ def plan_shards(weights: Iterable[Sequence[OutputTensor]], limit: int = SHARD_BY
     return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(shard)) for i, shard in enumerate(shards, 1)]
 
 
-def write_index(folder: Path, shards: Iterable[Shard]) -> None:
-    """Write model.safetensors.index.json: the shard of every tensor, and the bytes of all."""
-    places = {tensor.name: shard.file for shard in shards for tensor in shard.tensors}
-    total = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(places.items()))})
-
-
 def write_json(file: Path, content: object) -> None:
     """Write `content` as JSON, whole or not at all."""
     write_file(file, json.dumps(content, indent=2).encode() + b"\n")
@@ -57,11 +49,13 @@ def write_json(file: Path, content: object) -> None:
 class ShardsWriter:
     """Makes the files of `shards` in a folder and writes their tensors, in any order."""
 
-    def __init__(self, folder: Path, shards: Iterable[Shard]):
-        self._places: dict[str, tuple[Path, int, OutputTensor]] = {}
-        self._files = [self._create(folder / shard.file, shard.tensors) for shard in shards]
+    def __init__(self, folder: Path, shards: Sequence[Shard]):
+        self._folder, self._shards = folder, shards
+        self._places: dict[str, Tensor] = {}
+        for shard in shards:
+            self._create(folder / shard.file, shard.tensors)
 
-    def _create(self, file: Path, tensors: Iterable[OutputTensor]) -> Path:
+    def _create(self, file: Path, tensors: Iterable[Tensor]) -> None:
         """Write the header and set the size. Tensors of wider dtypes come first, so that all are aligned."""
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
         ordered, offsets = sorted(tensors, key=lambda tensor: -DTYPES[tensor.dtype].itemsize), [0]
@@ -72,23 +66,26 @@ class ShardsWriter:
         text += b" " * (-len(text) % ALIGNMENT)
         begin = 8 + len(text)
         for tensor, offset in zip(ordered, offsets, strict=False):
-            self._places[tensor.name] = file, begin + offset, tensor
+            self._places[tensor.name] = tensor._replace(file=file, offset=begin + offset)
         with open(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             out.truncate(begin + offsets[-1])
-        return file
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Write one tensor to its place."""
-        file, offset, tensor = self._places.pop(name)
+        tensor = self._places.pop(name)
         found = (array.dtype, array.shape)
         assert found == (DTYPES[tensor.dtype], tensor.shape), f"{tensor} was planned, {found} is to be written"
-        with open(os.open(file, os.O_WRONLY | os.O_NOFOLLOW), "wb") as out:
-            out.seek(offset)
+        with open(os.open(tensor.file, os.O_WRONLY | os.O_NOFOLLOW), "wb") as out:
+            out.seek(tensor.offset)
             out.write(raw(array))
 
     def finish(self) -> None:
-        """Flush the files, which then hold all tensors, to the disk."""
+        """Flush the files, which then hold all tensors, to the disk, and write the index: the file of each tensor."""
         assert not self._places, f"{len(self._places)} tensors were not written"
-        for file in self._files:
-            sync(file)
+        for shard in self._shards:
+            sync(self._folder / shard.file)
+        files = {tensor.name: shard.file for shard in self._shards for tensor in shard.tensors}
+        total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
+        write_json(self._folder / INDEX, index)

@@ -19,8 +19,8 @@ from dsv32_jax.system.files import expand_path
 from ..read import weights
 from ..read.converted import Converted, raise_damaged
 from ..read.source import Source
-from ..read.weights import dequantize, detect, split_weight
-from ..transform.requantize import count_odd_scales
+from ..read.weights import detect, split_weight
+from ..transform.requantize import count_odd_scales, dequantize
 
 PIECE = 1 << 20
 """Bytes counted at a time."""

@@ -117,16 +117,14 @@ def group_leaves(leaves: Sequence[PlannedLeaf], budget: Budget) -> Iterator[Grou
     """Yield runs of consecutive leaves of at most `group_bytes` (fewer if memory requires it), or one larger leaf."""
     spare = budget.limit - budget.fixed - max(map(working_bytes, leaves), default=0)
     most = min(budget.group_bytes, max(spare, 0))
-    group: list[PlannedLeaf] = []
-    size = 0
+    group: Group = ()
     for leaf in leaves:
-        if group and size + leaf.nbytes > most:
-            yield tuple(group)
-            group, size = [], 0
-        group.append(leaf)
-        size += leaf.nbytes
+        if group and size_of(group) + leaf.nbytes > most:
+            yield group
+            group = ()
+        group += (leaf,)
     if group:
-        yield tuple(group)
+        yield group
 
 
 def size_of(group: Iterable[PlannedLeaf]) -> int:

@@ -57,10 +57,12 @@ class Plan:
     @property
     def conversions(self) -> dict[str, int]:
         """The number of weights that change their format, by "from -> to"."""
-        changes = {
-            (stored.name, _describe_change(stored, leaf.form)) for leaf in self.leaves for stored in leaf.sources
-        }
-        return dict(sorted(collections.Counter(change for _, change in changes if change).items()))
+        weights: dict[tuple[str, str], str] = {}
+        for leaf in self.leaves:
+            new = leaf.form.name
+            weights |= {(s.name, new): name_format(s.format, s.values.dtype.lower()) for s in leaf.sources}
+        changes = [f"{old} -> {new}" for (_, new), old in weights.items() if old != new]
+        return dict(sorted(collections.Counter(changes).items()))
 
     @property
     def scaling(self) -> tuple[Scaling, list[tuple[StoredWeight, StoredWeight]]]:
@@ -81,26 +83,18 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
     notes = [*source.notes, *dropped, *find_assumptions(raw)]
     mtp = f"model.layers.{cfg.num_hidden_layers}."
     if cfg.num_nextn_predict_layers and not any(name.startswith(mtp) for name in source.tensors):
-        cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
-        config = {**config, "num_nextn_predict_layers": 0}
-        notes.append(
-            "config.json declares an MTP layer, but the checkpoint has no tensors of it: converted without MTP"
-        )
+        cfg, config["num_nextn_predict_layers"] = dataclasses.replace(cfg, num_nextn_predict_layers=0), 0
+        notes.append("config.json declares an MTP layer, but there are no tensors of it: converted without MTP")
     chooser = FormatChooser(recipe.policy, cfg.num_hidden_layers)
     planner = _LeafPlanner(source.tensors, chooser)
     planned = [leaf for leaf in map(planner.plan_leaf, leaves(cfg)) if leaf is not None]
     ignored = planner.ignore_unneeded(UnneededTensors(cfg, source.tensors, source.ignored_tensors))
     planner.raise_problems(str(source.folder))
-    by_path = {leaf.leaf.path: leaf for leaf in planned}
-    planned = tuple(
-        dataclasses.replace(leaf, form=by_path[leaf.same_as].form) if leaf.same_as else leaf for leaf in planned
-    )
+    forms = {leaf.leaf.path: leaf.form for leaf in planned}
+    planned = tuple(dataclasses.replace(p, form=forms[p.same_as]) if p.same_as else p for p in planned)
     notes += compare_declared(source.config, source.quantization, (s for leaf in planned for s in leaf.sources))
-    notes += [
-        f"{leaf.leaf.path} is dequantized to bfloat16: {leaf.form.dequantized}"
-        for leaf in planned
-        if leaf.form.dequantized
-    ]
+    changed = ((leaf.leaf.path, leaf.form.dequantized) for leaf in planned if leaf.form.dequantized)
+    notes += [f"{path} is dequantized to bfloat16: {why}" for path, why in changed]
     notes += chooser.list_notes()
     basis = {
         "format_version": FORMAT_VERSION,
@@ -113,24 +107,9 @@ def make_plan(source: Source, recipe: Recipe | None = None, mesh: dict[str, int]
         "recipe": _describe_effect(recipe, planned),
         "leaves": [[leaf.leaf.path, leaf.form.format, leaf.arrays, leaf.same_as] for leaf in planned],
     }
-    mesh, plan_digest = mesh or {}, digest(content)
-    return Plan(
-        source=source,
-        config=config,
-        recipe=recipe,
-        mesh=mesh,
-        leaves=planned,
-        notes=tuple(notes),
-        ignored=ignored,
-        basis={**basis, "mesh": mesh},
-        digest=digest([plan_digest, mesh]) if mesh else plan_digest,
-    )
-
-
-def _describe_change(stored: StoredWeight, form: LeafFormat) -> str:
-    """Return "from -> to" for a source weight of a leaf in the format `form`, "" if nothing changes."""
-    before = name_format(stored.format, stored.values.dtype.lower())
-    return "" if before == form.name else f"{before} -> {form.name}"
+    plan_digest = digest([digest(content), mesh]) if mesh else digest(content)
+    basis["mesh"] = mesh = mesh or {}
+    return Plan(source, config, recipe, mesh, planned, tuple(notes), ignored, basis, plan_digest)
 
 
 def _describe_effect(recipe: Recipe, planned: Sequence[PlannedLeaf]) -> list[Any]:
@@ -198,11 +177,10 @@ class _LeafPlanner:
             ("wrong shape of {}", "tensor", self._mismatched),
             ("{}, which may change the model", "unknown tensor", unknown),
         )
-        lines = [
-            f"{text.format(pluralize(len(items), noun))}: {'; '.join(fold_details(items))}"
-            for text, noun, items in problems
-            if items
-        ]
+        found = (
+            (text.format(pluralize(len(items), noun)), fold_details(items)) for text, noun, items in problems if items
+        )
+        lines = [f"{text}: {'; '.join(names)}" for text, names in found]
         if unknown:
             lines[-1] += f" (if the model is right without them: {argument('ignore_tensors', 'PATTERN')})"
         if self._unsupported:
@@ -243,10 +221,9 @@ def compare_declared(config: Mapping[str, Any], beside: Any, weights: Iterable[S
 def _list_group_sizes(declared: dict[str, Any]) -> Iterator[int]:
     """Yield the group sizes declared for all weights, for groups of them, and for single layers."""
     groups, layers = (declared.get(key) for key in ("config_groups", "quantized_layers"))
-    groups = (
-        [part.get("weights") for part in groups.values() if isinstance(part, dict)] if isinstance(groups, dict) else []
-    )
-    for part in (declared, *groups, *(layers.values() if isinstance(layers, dict) else ())):
+    parts = [part for found in (groups, layers) if isinstance(found, dict) for part in found.values()]
+    parts += [part.get("weights") for part in parts if isinstance(part, dict)]
+    for part in (declared, *parts):
         size = part.get("group_size") if isinstance(part, dict) else None
         if type(size) is int and size > 0:
             yield size

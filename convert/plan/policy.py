@@ -169,14 +169,11 @@ class FormatChooser:
         UsageError if none had any."""
         if self._policy.file is None:
             return []
-        notes = [
-            INEFFECTIVE[effect].format(pattern=pattern)
-            for pattern, effect in self._effects.items()
-            if effect < EFFECTIVE
-        ]
+        effects = [(pattern, effect) for pattern, effect in self._effects.items() if effect < EFFECTIVE]
+        notes = [INEFFECTIVE[effect].format(pattern=pattern) for pattern, effect in effects]
         if notes and len(notes) == len(self._effects) and self._policy.otherwise == KEEP:
-            told = f"no pattern of the policy {self._policy.file} has an effect: {listing(notes)}"
-            raise UsageError(f"{told}. Nothing was converted")
+            reasons = f"no pattern of the policy {self._policy.file} has an effect: {listing(notes)}"
+            raise UsageError(f"{reasons}. Nothing was converted")
         if self._policy.otherwise != KEEP:
             to = argument("to", self._policy.otherwise)
             notes.append(f"its patterns come first: {to} is for weights that match none")

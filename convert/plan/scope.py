@@ -33,12 +33,9 @@ UNANNOUNCED = "an MTP layer that config.json does not announce (num_nextn_predic
 
 
 def interpret_source(source: Source, keys: Any, patterns: Any) -> Source:
-    """Return `source` with its config in the usual spelling, without the `keys` that the user ignores; and with the
-    `patterns` of tensors that he ignores. Either may be one string, several, or None.
-
-    Its end tokens are those of config.json and of generation_config.json. Raises ConfigError, CheckpointError,
-    UsageError.
-    """
+    """Return `source` with its config in the usual spelling and without the `keys` to ignore, with the end tokens of
+    generation_config.json too, and with the `patterns` of tensors to ignore. Keys and patterns: a string, several, or
+    None. Raises ConfigError, CheckpointError, UsageError."""
     name, config = str(source.folder / CONFIG), dict(source.config)
     own = config.get("eos_token_id")
     known = own if isinstance(own, list) else [] if own is None else [own]
@@ -46,17 +43,13 @@ def interpret_source(source: Source, keys: Any, patterns: Any) -> Source:
     if more:
         config["eos_token_id"] = [*known, *more]
         name += f" with the end tokens of {GENERATION}"
-    understood = copy.copy(source)
-    understood.ignored_tensors = _list_names(patterns)
-    cfg, understood.config, notes, understood.ignored_config = interpret(config, name, _list_names(keys))
-    understood.notes = [
-        *source.notes,
-        *notes,
-        *(f"config.json: ignored {key} at the user's word" for key in understood.ignored_config),
-        *([f"{GENERATION}: end tokens in addition to those of config.json: {listing(more)}"] if more else []),
-        *compare_settings(source.folder, cfg),
-    ]
-    return understood
+    interpreted = copy.copy(source)
+    interpreted.ignored_tensors = _list_names(patterns)
+    cfg, interpreted.config, notes, interpreted.ignored_config = interpret(config, name, _list_names(keys))
+    notes += [f"config.json: ignored {key} as requested" for key in interpreted.ignored_config]
+    notes += [f"{GENERATION}: end tokens in addition to those of config.json: {listing(more)}"] if more else []
+    interpreted.notes = [*source.notes, *notes, *compare_settings(source.folder, cfg)]
+    return interpreted
 
 
 def _list_names(given: Any) -> list[str]:
@@ -79,11 +72,8 @@ def select_first_layers(source: Source, layers: str) -> Source:
     if count > cfg.num_hidden_layers:
         raise UsageError(f"{given} is out of range; layers are 0-{cfg.num_hidden_layers - 1}. Nothing was written")
     small = copy.copy(source)
-    small.tensors = {
-        name: tensor
-        for name, tensor in source.tensors.items()
-        if (layer := split_layer(name)[0]) is None or layer < count
-    }
+    layer_of = {name: split_layer(name)[0] for name in source.tensors}
+    small.tensors = {name: tensor for name, tensor in source.tensors.items() if (layer_of[name] or 0) < count}
     small.config = {
         **{key: value for key, value in source.config.items() if key not in LAYERS},
         "num_hidden_layers": count,

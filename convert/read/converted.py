@@ -4,8 +4,8 @@ Every array is hashed while it is read, so whoever uses the weights learns of da
 experts are stacked about `reader.SLAB_BYTES` of each component.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +20,7 @@ from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 from dsv32_jax.system.files import expand_path, hash_chunks
 
 from .provenance import Provenance, SourceTensor
-from .safetensors import Tensor
+from .safetensors import make_tensor
 from .weights import StoredWeight, detect
 
 Components = dict[str, np.ndarray]
@@ -67,14 +67,14 @@ class Converted:
         self.config = Config.from_dict(self.manifest.config, f"the config in {self.folder.name}'s manifest")
         self.arrays = Reader(self.folder, self.manifest.leaves)
         self.expected = self.arrays.entries
-        self._scales: dict[Key, np.ndarray] = {}
+        self._read_scale = functools.cache(self.arrays.read)
 
     @property
     def nbytes(self) -> int:
         """Bytes of all arrays."""
         return sum(entry.nbytes for entry in self.expected.values())
 
-    @cached_property
+    @functools.cached_property
     def groups(self) -> list[Group]:
         """The parameters by the tensors they were cut from, in the order of the layout."""
         found: dict[tuple[str, ...], list[Leaf]] = {}
@@ -88,11 +88,11 @@ class Converted:
         changes = {"its source is not recorded" if one is None else one.change for one in recorded} - {""}
         sources: dict[str, list[SourceTensor]] = {}
         for source in recorded[0].sources if recorded[0] is not None else ():
-            sources.setdefault(_module_of(source.name), []).append(source)
+            sources.setdefault(source.name.rpartition(".")[0], []).append(source)
         is_left_out = entries[0].same_as is not None and recorded[0] is not None and not sources
         formats, change = tuple(entry.format for entry in entries), "; ".join(sorted(changes))
         weights = (
-            Weight(name, group, formats, change, expert, tuple(sources.get(_module_of(name), ())), is_left_out)
+            Weight(name, group, formats, change, expert, tuple(sources.get(name.rpartition(".")[0], ())), is_left_out)
             for expert, name in enumerate(group[0].sources)
         )
         return Group(group, tuple(weights))
@@ -146,11 +146,9 @@ class Converted:
         """One component of a weight, from one of its parameters. Tensor scales are read once for all experts."""
         key = self._keys(weight.leaves[leaf])[name]
         stacked = weight.leaves[leaf].stacked
-        if name != "tensor_scale":
-            return self.arrays.read(key, weight.expert, weight.expert + 1) if stacked else self.arrays.read(key)
-        if key not in self._scales:
-            self._scales[key] = self.arrays.read(key)
-        return self._scales[key][weight.expert : weight.expert + 1] if stacked else self._scales[key]
+        if name == "tensor_scale":
+            return self._read_scale(key)[weight.expert : weight.expert + 1] if stacked else self._read_scale(key)
+        return self.arrays.read(key, weight.expert, weight.expert + 1) if stacked else self.arrays.read(key)
 
     def dtype(self, weight: Weight) -> str:
         """NumPy's name of the dtype of a dense weight."""
@@ -159,16 +157,9 @@ class Converted:
 
 def describe_storage(name: str, sources: Sequence[SourceTensor]) -> StoredWeight:
     """How the weight `name` was stored, from its recorded tensors."""
-    tensors = {}
-    for source in sources:
-        tensors[source.name] = Tensor(source.name, Path(), source.dtype, source.shape, 0, source.nbytes)
-    return detect(name, tensors)
+    return detect(name, {s.name: make_tensor(s.name, s.dtype, s.shape) for s in sources})
 
 
 def raise_damaged(problem: DsvError) -> None:
     """Raise an error of the same kind: for readers that must not use damaged arrays."""
     raise type(problem)(f"{problem}; nothing of it was used. `dsv32 verify` lists all damage")
-
-
-def _module_of(name: str) -> str:
-    return name.rpartition(".")[0]

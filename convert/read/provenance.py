@@ -4,7 +4,6 @@ None of it is part of the manifest's digest: two ways to the same arrays give th
 """
 
 import hashlib
-import math
 import re
 from collections.abc import Iterable
 from typing import Any, NamedTuple, Self
@@ -17,7 +16,7 @@ from dsv32_jax.errors import CheckpointError, listing, pluralize
 from dsv32_jax.layout import Cut
 from dsv32_jax.system.files import find_mismatches
 
-from .safetensors import DTYPES, Tensor
+from .safetensors import DTYPES, Tensor, make_tensor
 from .weights import Read, StoredWeight
 
 FORM = {"change": str, "cut": (list, type(None)), "sources": [list]}
@@ -39,11 +38,6 @@ class SourceTensor(NamedTuple):
     shape: tuple[int, ...]
     sha256: str
     bits: str = ""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the tensor."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 class Provenance(NamedTuple):
@@ -89,7 +83,8 @@ def _parse_source(row: list[Any]) -> SourceTensor:
     if len(row) in (4, 5) and _are_sizes(row[2]) and all(type(text) is str for text in (*row[:2], *row[3:])):
         found = SourceTensor(row[0], row[1], tuple(row[2]), *row[3:])
         if found.dtype in DTYPES and re.fullmatch("[0-9a-f]{64}", found.sha256):
-            if not found.bits or re.fullmatch(f"[0-9a-f]{{{2 * min(found.nbytes, SCALAR_BYTES)}}}", found.bits):
+            nbytes = min(make_tensor(found.name, found.dtype, found.shape).nbytes, SCALAR_BYTES)
+            if not found.bits or re.fullmatch(f"[0-9a-f]{{{2 * nbytes}}}", found.bits):
                 return found
     raise CheckpointError(f"the provenance of a weight has {row!r:.200}, which is no tensor. {RECOVER}")
 
@@ -143,7 +138,9 @@ class HashingReader:
         """
         holes = []
         for stored in weights:
-            if len(stored.shape) == 2 and not self._is_zero_matrix(stored):
+            scalar, scale = stored.tensor_scale, stored.scale
+            is_zero = scalar and scale and (scalar.name in self._zero or scale.name in self._constant)
+            if len(stored.shape) == 2 and not is_zero:
                 holes += [t for t in (stored.values, stored.scale) if t is not None and t.name in self._zero]
         if holes:
             names = listing(f"{tensor.name} ({tensor.file.name})" for tensor in holes)
@@ -152,8 +149,3 @@ class HashingReader:
                 f"{path}: {count} zero throughout: {names}. The files have their full size but were not downloaded "
                 "completely: download them again. Completed parts are kept"
             )
-
-    def _is_zero_matrix(self, stored: StoredWeight) -> bool:
-        if stored.tensor_scale is None or stored.scale is None:
-            return False
-        return stored.tensor_scale.name in self._zero or stored.scale.name in self._constant

@@ -9,6 +9,7 @@ import hashlib
 import math
 import operator
 import os
+import re
 import struct
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,9 @@ NUMPY_NAMES = "bool u1 i1 u2 i2 u4 i4 u8 i8 f2 f4 f8 bfloat16 float8_e4m3fn floa
 DTYPES: dict[str, np.dtype] = dict(zip(NAMES.split(), map(np.dtype, NUMPY_NAMES.split()), strict=True))
 """The dtypes of tensors by their names in safetensors."""
 
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""JSON can spell these characters, UTF-8 cannot."""
+
 JSON = "JSON, not weights: probably an error message of the server; download the file again"
 
 
@@ -47,6 +51,11 @@ class Tensor(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name} is {self.dtype} {list(self.shape)}"
+
+
+def make_tensor(name: str, dtype: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a tensor that has no place in a file."""
+    return Tensor(name, Path(), dtype, shape, 0, math.prod(shape) * DTYPES[dtype].itemsize)
 
 
 class Header(NamedTuple):
@@ -96,7 +105,7 @@ def _parse_header(header: Any, file: Path, begin: int, size: int) -> tuple[tuple
     metadata = header.pop("__metadata__", {})
     problems = []
     texts = [*metadata, *metadata.values()] if isinstance(metadata, dict) else [None]
-    if not all(isinstance(text, str) and _is_utf8(text) for text in texts):
+    if not all(isinstance(text, str) and not SURROGATE.search(text) for text in texts):
         problems.append("__metadata__ is not an object of strings")
     if len(header) > MAX_TENSORS:
         return (), [f"{len(header)} tensors, above the limit of {MAX_TENSORS} for one file"]
@@ -112,10 +121,6 @@ def _parse_header(header: Any, file: Path, begin: int, size: int) -> tuple[tuple
     return tuple(found), problems
 
 
-def _is_utf8(text: str) -> bool:
-    return not any("\ud800" <= char <= "\udfff" for char in text)
-
-
 def _find_problem(name: str, entry: Any) -> str | None:
     """Return the first problem of one tensor's entry."""
     if not name.isprintable() or not name:
@@ -128,11 +133,11 @@ def _find_problem(name: str, entry: Any) -> str | None:
     if not isinstance(dtype, str) or dtype not in DTYPES:
         return f"dtype {ascii(dtype)[:40]} is not supported (supported: {', '.join(DTYPES)})"
     try:
-        expected = _nbytes(dtype, *shape) if isinstance(shape, list) else _bad_shape(shape)
-    except TypeError:
-        expected = _bad_shape(shape)
-    if isinstance(expected, str):
-        return expected
+        expected = _nbytes(dtype, *shape) if isinstance(shape, list) else None
+    except TypeError:  # not hashable
+        expected = None
+    if expected is None:
+        return f"shape {str(shape)[:80]} is not a list of at most {MAX_RANK} sizes, or is too large"
     first, last = offsets if isinstance(offsets, list) and len(offsets) == 2 else (None, None)
     if type(first) is not int or type(last) is not int or not 0 <= first <= last <= MAX_BYTES:
         return f"data_offsets {str(offsets)[:80]} are not two ascending positions"
@@ -142,17 +147,12 @@ def _find_problem(name: str, entry: Any) -> str | None:
 
 
 @functools.lru_cache(maxsize=4096, typed=True)
-def _nbytes(dtype: str, *shape: Any) -> int | str:
-    """Return the size of a tensor in bytes, or the problem of its shape. A checkpoint has few distinct shapes."""
+def _nbytes(dtype: str, *shape: Any) -> int | None:
+    """Return the size of a tensor in bytes, None if it has no valid shape. A checkpoint has few distinct shapes."""
     if len(shape) > MAX_RANK or not all(type(size) is int and 0 <= size <= MAX_BYTES for size in shape):
-        return _bad_shape(list(shape))
-    if math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize > MAX_BYTES:
-        return f"shape {list(shape)} is too large"
-    return math.prod(shape) * DTYPES[dtype].itemsize
-
-
-def _bad_shape(shape: Any) -> str:
-    return f"shape {str(shape)[:80]} is not a list of at most {MAX_RANK} sizes"
+        return None
+    is_small = math.prod(max(size, 1) for size in shape) * DTYPES[dtype].itemsize <= MAX_BYTES
+    return math.prod(shape) * DTYPES[dtype].itemsize if is_small else None
 
 
 def _check_layout(tensors: list[Tensor], begin: int, size: int) -> list[str]:

@@ -116,15 +116,14 @@ class Source:
         if not isinstance(listed, dict):
             self._problems.append(f"{INDEX} has no weight_map")
             return {}
-        names = {name for name in listed.values() if isinstance(name, str)}
-        valid = {name for name in names if name == os.path.basename(name) and name.isprintable() and "\\" not in name}
-        valid = {name for name in valid - {"", ".", ".."} if len(name.encode()) < 256}
+        valid = {name for name in listed.values() if isinstance(name, str) and name not in ("", ".", "..")}
+        valid = {name for name in valid if name == os.path.basename(name) and name.isprintable() and "\\" not in name}
+        valid = {name for name in valid if len(name.encode()) < 256}
         if wrong := sorted({ascii(name) for name in listed.values() if type(name) is not str or name not in valid}):
             self._problems.append(f"{INDEX} has {pluralize(len(wrong), 'invalid shard name')}: {listing(wrong)}")
         return {tensor: name for tensor, name in listed.items() if type(name) is str and name in valid}
 
     def _read_shards(self, listed: Mapping[str, str]) -> None:
-        """Read every header and compare the tensors with those of the index."""
         collects = gc.isenabled()
         gc.disable()  # of the time, a third would go into looking for garbage among 180,000 new tensors
         try:
@@ -174,11 +173,8 @@ class Source:
     def _read_shard(self, file: Path, listed: Mapping[str, str]) -> None:
         try:
             header = read_header(file)
-        except FileNotFoundError as error:
-            self._problems.append(str(error))
-            return
         except (OSError, CheckpointError) as error:
-            self._problems.append(error)
+            self._problems.append(str(error) if isinstance(error, FileNotFoundError) else error)
             return
         self.files[file], self._header_sha256[file] = header.file_id, header.sha256
         found = {tensor.name: tensor for tensor in header.tensors}

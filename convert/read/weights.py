@@ -24,12 +24,11 @@ import ml_dtypes
 import numpy as np
 
 from dsv32_jax.errors import CheckpointError
-from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK, fp8_dequantize, nvfp4_dequantize
+from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
 
 from .safetensors import Tensor
 
 FLOATS = ("BF16", "F16", "F32")
-FP8_SCALES = (*FLOATS, "F8_E8M0")
 BLOCK_SIZES = (NVFP4_BLOCK, 2 * NVFP4_BLOCK)
 
 UNSUPPORTED = (
@@ -51,12 +50,6 @@ SCALES = ("_scale", "_scale_inv", "_scale_2", "_global_scale")
 FACTORS = (".pre_quant_scale", ".svdquant_lora_a", ".svdquant_lora_b")
 """Suffixes of a linear's name for the tensors of ModelOpt's AWQ and SVDQuant."""
 
-FOLDED = {
-    "nvfp4-awq": "the scale of its inputs (pre_quant_scale, AWQ) has no place in NVFP4",
-    "nvfp4-svd": "its low-rank part (svdquant_lora, SVDQuant) has no place in NVFP4",
-}
-"""Formats that are read but cannot be stored, and why: their factors are folded into the matrix."""
-
 TARGETS = {"nvfp4": ("nvfp4", NVFP4_BLOCK), "fp8": ("fp8_block", FP8_BLOCK), "bf16": ("dense", 1)}
 """Formats to convert to: the manifest's name, inputs per scale."""
 
@@ -73,13 +66,9 @@ class MissingTensorsError(CheckpointError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
-    """One weight of a checkpoint. `format` is the manifest's (or one of FOLDED), `shape` the logical one, `block` the
-    inputs per scale.
-
-    `values` holds the elements (or packed codes), `scale` the block scales, `tensor_scale` the scalar of NVFP4,
-    `pre_quant_scale` and `lora` (a, b) the factors of AWQ and SVDQuant. `wanted`: the format to convert to, one of
-    TARGETS; None to keep the stored one.
-    """
+    """One weight of a checkpoint: `format` as the manifest names it (or "nvfp4-awq", "nvfp4-svd"), logical `shape`,
+    `block` of inputs per scale, and its tensors: `values` are the elements or packed codes, `pre_quant_scale` and
+    `lora` (a, b) the factors of AWQ and SVDQuant. `wanted`: the format to convert to, one of TARGETS, or None."""
 
     kind: str
     format: str
@@ -126,8 +115,6 @@ def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
     disagree.
     """
     stem = name.removesuffix(".weight")
-    if stem == name:
-        return _detect_dense(_find(tensors, name)[0])
     for suffix, format in UNSUPPORTED:
         if stem + suffix in tensors:
             raise CheckpointError(f"{stem + suffix}: {format} is not supported; supported are {SUPPORTED}")
@@ -137,21 +124,19 @@ def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
     if packed is not None:
         return _detect_nvfp4("packed-nvfp4", packed, name, tensors)
     (weight,) = _find(tensors, name)
-    if weight.dtype == "U8":
+    if weight.dtype == "U8" and stem != name:
         return _add_factors(_detect_nvfp4("modelopt-nvfp4", weight, name, tensors), stem, tensors)
-    return _detect_fp8(weight, name, tensors) if weight.dtype == "F8_E4M3" else _detect_dense(weight)
+    if weight.dtype == "F8_E4M3" and stem != name:
+        return _detect_fp8(weight, name, tensors)
+    if weight.dtype not in FLOATS:
+        raise CheckpointError(f"{weight}; supported are {SUPPORTED}")
+    return StoredWeight("dense", "dense", weight.shape, 1, weight)
 
 
 def _find(tensors: Mapping[str, Tensor], *names: str) -> list[Tensor]:
     if missing := [name for name in names if name not in tensors]:
         raise MissingTensorsError(*missing)
     return [tensors[name] for name in names]
-
-
-def _detect_dense(tensor: Tensor) -> StoredWeight:
-    if tensor.dtype not in FLOATS:
-        raise CheckpointError(f"{tensor}; supported are {SUPPORTED}")
-    return StoredWeight("dense", "dense", tensor.shape, 1, tensor)
 
 
 def _require_quantized(weight: Tensor, scale: Tensor, dtypes: tuple[str, ...]) -> None:
@@ -164,10 +149,8 @@ def _require_quantized(weight: Tensor, scale: Tensor, dtypes: tuple[str, ...]) -
 def _require_shape(scale: Tensor, weight: Tensor, allowed: list[tuple[int, ...]]) -> None:
     if scale.shape not in allowed:
         shapes = " or ".join(str(list(shape)) for shape in allowed) or "absent"
-        raise CheckpointError(
-            f"{scale}; for {weight.name} {list(weight.shape)} it must be {shapes} "
-            "(scales that are padded or swizzled for a kernel are not supported)"
-        )
+        hint = "scales that are padded or swizzled for a kernel are not supported"
+        raise CheckpointError(f"{scale}; for {weight.name} {list(weight.shape)} it must be {shapes} ({hint})")
 
 
 def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
@@ -175,7 +158,7 @@ def _detect_fp8(weight: Tensor, name: str, tensors: Mapping[str, Tensor]) -> Sto
     if kind == "fp8" and name + "_scale_inv" in tensors:
         raise CheckpointError(f"{name} has both weight_scale_inv and weight_scale: which one counts is unknown")
     (scale,) = _find(tensors, name + suffix)
-    _require_quantized(weight, scale, FP8_SCALES)
+    _require_quantized(weight, scale, (*FLOATS, "F8_E8M0"))
     out, width = weight.shape
     rows, columns = -(-out // FP8_BLOCK), -(-width // FP8_BLOCK)
     grids = [(rows, columns), (rows, 1, columns, 1)]
@@ -266,23 +249,3 @@ def _expand_to_rows(scale: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         scale = scale.reshape(rows, blocks)
         return np.repeat(scale, FP8_BLOCK, axis=0)[:out]
     return np.ascontiguousarray(np.broadcast_to(scale.reshape(-1, 1), (out, blocks)))
-
-
-def dequantize(components: dict[str, np.ndarray]) -> np.ndarray:
-    """Return exact values: float32 of NVFP4, bfloat16 of FP8 (which is defined by it), dense arrays as they are."""
-    if "codes" in components:
-        return nvfp4_dequantize(components["codes"], components["block_scale"], components["tensor_scale"])
-    if "block_scale" in components:
-        return fp8_dequantize(components["values"], components["block_scale"], ml_dtypes.bfloat16)
-    return components["values"]
-
-
-def dequantize_whole(stored: StoredWeight, components: dict[str, np.ndarray], read: Read) -> np.ndarray:
-    """Return the matrix [out, in] of the `components` that `read_components` returned, its factors folded in."""
-    matrix = dequantize(components)
-    if stored.lora:
-        a, b = (read(tensor).astype(np.float32) for tensor in stored.lora)
-        matrix += b @ a
-    if stored.pre_quant_scale is not None:
-        matrix *= read(stored.pre_quant_scale).astype(np.float32)
-    return matrix

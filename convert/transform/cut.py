@@ -17,8 +17,14 @@ from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.layout import LOOKED_UP, Leaf
 
 from ..read.safetensors import DTYPES, Tensor
-from ..read.weights import FOLDED, Read, StoredWeight
+from ..read.weights import Read, StoredWeight
 from .requantize import Requantizer
+
+FOLDED = {
+    "nvfp4-awq": "the scale of its inputs (pre_quant_scale, AWQ) has no place in NVFP4",
+    "nvfp4-svd": "its low-rank part (svdquant_lora, SVDQuant) has no place in NVFP4",
+}
+"""Formats that are read but cannot be stored, and why: their factors are folded into the matrix."""
 
 NAMES = {"fp8_block": "fp8", "bfloat16": "bf16", "float16": "f16", "float32": "f32"}
 
@@ -71,16 +77,17 @@ def choose_format(leaf: Leaf, sources: Sequence[StoredWeight]) -> LeafFormat:
         dtypes = {DTYPES[stored.values.dtype].name if stored.wanted is None else "bfloat16" for stored in sources}
         folded = sorted({FOLDED[stored.format] for stored in sources if stored.format in FOLDED})
         return LeafFormat("dense", 1, dtypes.pop() if len(dtypes) == 1 else "float32", " and ".join(folded) or None)
+    (format, block), *others = formats
     if leaf.path.endswith(LOOKED_UP):
-        return LeafFormat("dense", 1, "bfloat16", "its rows are looked up")
-    if len(formats) > 1:
+        reason = "its rows are looked up"
+    elif others:
         kinds = " and ".join(f"{format} in blocks of {block}" for format, block in formats)
-        return LeafFormat("dense", 1, "bfloat16", f"its experts are stored as {kinds}")
-    ((format, block),) = formats
-    if _select_elements(leaf, format, block) is None:
+        reason = f"its experts are stored as {kinds}"
+    elif _select_elements(leaf, format, block) is None:
         reason = f"runs of {leaf.shape[-1]} inputs straddle scale blocks of {block}"
-        return LeafFormat("dense", 1, "bfloat16", reason)
-    return LeafFormat(format, block, "")
+    else:
+        return LeafFormat(format, block, "")
+    return LeafFormat("dense", 1, "bfloat16", reason)
 
 
 def list_arrays(leaf: Leaf, form: LeafFormat) -> dict[str, tuple[str, tuple[int, ...]]]:

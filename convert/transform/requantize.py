@@ -16,9 +16,18 @@ import numpy as np
 
 from dsv32_jax.errors import CheckpointError
 from dsv32_jax.layout import fold_expert, split_layer
-from dsv32_jax.quantization.quantize import FP8_BLOCK, RTN, Scaling, fp8_quantize, largest, nvfp4_quantize
+from dsv32_jax.quantization.quantize import (
+    FP8_BLOCK,
+    RTN,
+    Scaling,
+    fp8_dequantize,
+    fp8_quantize,
+    largest,
+    nvfp4_dequantize,
+    nvfp4_quantize,
+)
 
-from ..read.weights import Read, StoredWeight, dequantize, dequantize_whole, read_components
+from ..read.weights import Read, StoredWeight, read_components
 
 PIECE_WEIGHTS = 1 << 17
 PIECE_BYTES = 1 << 20
@@ -28,6 +37,15 @@ FUSED = (("gate_proj", "up_proj"), ("q_a_proj", "kv_a_proj_with_mqa"))
 """Linears of the same input, which kernels fuse."""
 
 WORST = 5
+
+
+def dequantize(components: dict[str, np.ndarray]) -> np.ndarray:
+    """Return exact values: float32 of NVFP4, bfloat16 of FP8 (which is defined by it), dense arrays as they are."""
+    if "codes" in components:
+        return nvfp4_dequantize(components["codes"], components["block_scale"], components["tensor_scale"])
+    if "block_scale" in components:
+        return fp8_dequantize(components["values"], components["block_scale"], ml_dtypes.bfloat16)
+    return components["values"]
 
 
 class ErrorStats(NamedTuple):
@@ -60,7 +78,7 @@ class Requantizer:
             return read_components(stored, read)
         partner_amax = self._read_partner_amax(stored, read)
         components = read_components(stored, read)
-        values = dequantize_whole(stored, components, read)
+        values = _dequantize_whole(stored, components, read)
         with _name_in_errors(stored):
             result = self._convert(stored, values, partner_amax)
         self.errors[stored.name] = _compare(values, result, count_odd_scales(components))
@@ -89,10 +107,21 @@ class Requantizer:
         if partner is None:
             return np.float32(0)
         if partner.name not in self._amax:
-            values = dequantize_whole(partner, read_components(partner, read), read)
+            values = _dequantize_whole(partner, read_components(partner, read), read)
             with _name_in_errors(partner):
                 self._amax[partner.name] = largest(values)
         return self._amax[partner.name]
+
+
+def _dequantize_whole(stored: StoredWeight, components: dict[str, np.ndarray], read: Read) -> np.ndarray:
+    """Return the matrix [out, in] of the `components` that `read_components` returned, its factors folded in."""
+    matrix = dequantize(components)
+    if stored.lora:
+        a, b = (read(tensor).astype(np.float32) for tensor in stored.lora)
+        matrix += b @ a
+    if stored.pre_quant_scale is not None:
+        matrix *= read(stored.pre_quant_scale).astype(np.float32)
+    return matrix
 
 
 @contextlib.contextmanager

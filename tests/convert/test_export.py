@@ -25,6 +25,7 @@ from convert.read import weights
 from convert.read.safetensors import DTYPES
 from convert.read.source import Source
 from convert.read.weights import detect
+from convert.transform import requantize
 from convert.verify.verify import verify
 from dsv32_jax import cli
 from dsv32_jax.checkpoint import random_checkpoint
@@ -52,7 +53,7 @@ def values(folder: Path) -> dict[str, np.ndarray]:
     for name in source.tensors:
         if name.endswith((".weight", ".weight_packed", ".bias", "_bias")):
             stored = detect(name.removesuffix("_packed"), source.tensors)
-            found[stored.name] = weights.dequantize(weights.read_components(stored, source.read)).astype(np.float32)
+            found[stored.name] = requantize.dequantize(weights.read_components(stored, source.read)).astype(np.float32)
     return found
 
 

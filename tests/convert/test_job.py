@@ -370,7 +370,7 @@ def test_what_the_user_ignores_is_recorded(source, tmp_path):
     assert manifest.source["ignored_tensors"] == ["*.lora_A"]
     assert not {"sliding_window", "n_layers", "mlp_bias"} & set(manifest.config)
     notes = "; ".join(manifest.report["notes"])
-    assert "ignored sliding_window at the user's word" in notes and "ignored mlp_bias, which is false" in notes
+    assert "ignored sliding_window as requested" in notes and "ignored mlp_bias, which is false" in notes
     assert Manifest.read(tmp_path / "a").digest == manifest.digest
     assert convert.convert(source, tmp_path / "a", **options).digest == manifest.digest
     with pytest.raises(UsageError, match="must be text"):
