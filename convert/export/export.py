@@ -25,7 +25,7 @@ from ..read.converted import Converted, raise_damaged
 from ..read.source import CONFIG, INDEX, QUANTIZATION
 from .encode import Target, choose_targets, encode
 from .quantization_config import compressed_tensors_config, modelopt_config
-from .shards import SHARD_BYTES, Shard, ShardsWriter, plan_shards, write_json
+from .shards import SHARD_BYTES, Shards, ShardsWriter, plan_shards, write_json
 
 FAMILIES = ("modelopt", "compressed-tensors", "bf16")
 RECORD = ".export.json"
@@ -71,8 +71,8 @@ def export(
         raise OutputExistsError(f"{out} exists; nothing was touched. Export to a new folder")
     targets, notes = choose_targets(converted, family, share_scales)
     shards = plan_shards((target.tensors for target in targets.values()), shard_bytes)
-    nbytes = sum(tensor.nbytes for shard in shards for tensor in shard.tensors)
-    aside = unfinished(out)
+    tensors = [tensor for shard in shards.values() for tensor in shard]
+    nbytes, aside = sum(tensor.nbytes for tensor in tensors), unfinished(out)
     if not is_finished:
         require_unlocked(aside)
         freed = sum(file.stat().st_size for file in _list_own(aside))
@@ -81,7 +81,7 @@ def export(
         with lock_folder(aside):
             _clear(aside)
             with _clear_if_full(aside):
-                files = [*(shard.file for shard in shards), INDEX, *COMPANIONS, QUANTIZATION, CONFIG]
+                files = [*shards, INDEX, *COMPANIONS, QUANTIZATION, CONFIG]
                 write_json(aside / RECORD, {"job": job, "files": files})
                 _write_shards(converted, aside, targets, shards, progress)
                 copy_companions(converted.folder, aside)
@@ -95,7 +95,7 @@ def export(
     for name, target in targets.items():
         changed.setdefault(target.why, []).append(name)
     changed = {why: fold_names(names) for why, names in changed.items() if why}
-    return Exported(str(out), family, len(shards), sum(len(shard.tensors) for shard in shards), nbytes, changed, notes)
+    return Exported(str(out), family, len(shards), len(tensors), nbytes, changed, notes)
 
 
 def unfinished(out: Path) -> Path:
@@ -151,7 +151,7 @@ def _write_shards(
     converted: Converted,
     aside: Path,
     targets: dict[str, Target],
-    shards: list[Shard],
+    shards: Shards,
     progress: Callable[[Progress], None],
 ) -> None:
     groups = [group for group in converted.groups if group.weights[0].name in targets]

@@ -5,7 +5,6 @@ import os
 import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,14 +18,11 @@ SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
 
 
-class Shard(NamedTuple):
-    """One file: its name and its tensors."""
-
-    file: str
-    tensors: tuple[Tensor, ...]
+Shards = dict[str, list[Tensor]]
+"""The tensors of each file, by its name."""
 
 
-def plan_shards(weights: Iterable[Sequence[Tensor]], limit: int = SHARD_BYTES) -> list[Shard]:
+def plan_shards(weights: Iterable[Sequence[Tensor]], limit: int = SHARD_BYTES) -> Shards:
     """The tensors of all weights in shards of at most `limit` bytes; those of one weight stay together."""
     shards: list[list[Tensor]] = [[]]
     size = 0
@@ -38,7 +34,7 @@ def plan_shards(weights: Iterable[Sequence[Tensor]], limit: int = SHARD_BYTES) -
         shards[-1] += tensors
         size += more
     count = len(shards)
-    return [Shard(f"model-{i:05d}-of-{count:05d}.safetensors", tuple(shard)) for i, shard in enumerate(shards, 1)]
+    return {f"model-{i:05d}-of-{count:05d}.safetensors": shard for i, shard in enumerate(shards, 1)}
 
 
 def write_json(file: Path, content: object) -> None:
@@ -49,11 +45,11 @@ def write_json(file: Path, content: object) -> None:
 class ShardsWriter:
     """Makes the files of `shards` in a folder and writes their tensors, in any order."""
 
-    def __init__(self, folder: Path, shards: Sequence[Shard]):
+    def __init__(self, folder: Path, shards: Shards):
         self._folder, self._shards = folder, shards
         self._places: dict[str, Tensor] = {}
-        for shard in shards:
-            self._create(folder / shard.file, shard.tensors)
+        for name, tensors in shards.items():
+            self._create(folder / name, tensors)
 
     def _create(self, file: Path, tensors: Iterable[Tensor]) -> None:
         """Write the header and set the size. Tensors of wider dtypes come first, so that all are aligned."""
@@ -83,9 +79,9 @@ class ShardsWriter:
     def finish(self) -> None:
         """Flush the files, which then hold all tensors, to the disk, and write the index: the file of each tensor."""
         assert not self._places, f"{len(self._places)} tensors were not written"
-        for shard in self._shards:
-            sync(self._folder / shard.file)
-        files = {tensor.name: shard.file for shard in self._shards for tensor in shard.tensors}
-        total = sum(tensor.nbytes for shard in self._shards for tensor in shard.tensors)
+        for name in self._shards:
+            sync(self._folder / name)
+        files = {tensor.name: name for name, tensors in self._shards.items() for tensor in tensors}
+        total = sum(tensor.nbytes for tensors in self._shards.values() for tensor in tensors)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
         write_json(self._folder / INDEX, index)

@@ -109,11 +109,8 @@ def split_weight(name: str) -> tuple[str, str]:
 
 
 def detect(name: str, tensors: Mapping[str, Tensor]) -> StoredWeight:
-    """Find out how the weight `name` ("....weight", or a bias) is stored among `tensors`.
-
-    Raises MissingTensorsError if it or a scale is absent, CheckpointError if the format is unsupported or shapes
-    disagree.
-    """
+    """Find out how the weight `name` ("....weight", or a bias) is stored among `tensors`. Raises MissingTensorsError if
+    it or a scale is absent, CheckpointError if the format is unsupported or shapes disagree."""
     stem = name.removesuffix(".weight")
     for suffix, format in UNSUPPORTED:
         if stem + suffix in tensors:
