@@ -1,8 +1,8 @@
 """Sparse attention on NVIDIA GPUs: how the kernels of `triton_attention` are launched.
 
 Measured on an H100 at the real sizes (index_topk 2048, 128 heads, latents of 512): scoring 131,072 keys for one query
-takes 15 us, for 2,048 queries 9.7 ms (450 TFLOP/s); selecting among them takes 28 us, and for 2,048 queries among
-34,816 0.5 ms; attending for 2,048 queries 4.9 ms (235 TFLOP/s).
+takes 15 us, for 2,048 queries 9.7 ms (450 TFLOP/s). Selecting takes 28 us for one query of 131,072 keys, and 0.5 ms for
+2,048 of 34,816. Attending takes 4.9 ms for 2,048 queries (235 TFLOP/s).
 """
 
 import importlib
