@@ -159,7 +159,7 @@ def _write_shards(
     progress(Progress(done, total))
     writer = ShardsWriter(aside, shards)
     for group in groups:
-        for weight, parts, _ in converted.read(group, raise_damaged):
+        for weight, parts in converted.read(group, raise_damaged):
             for name, array in encode(targets[weight.name], weight, parts).items():
                 writer.add(name, array)
         done += converted.count_bytes(group)

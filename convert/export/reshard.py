@@ -102,8 +102,8 @@ def _write_parts(
 
 
 def _read(converted: Converted, key: Key) -> np.ndarray:
-    array, expected = converted.arrays.read(key), converted.expected[key]
-    if describe_array(array, expected.stacked) != expected:
+    array = converted.arrays.read(key)
+    if describe_array(array) != converted.expected[key]:
         raise VerificationError(
             f"{converted.arrays.where(key)} has changed. Completed parts are kept; `dsv32 verify` lists all damage"
         )

@@ -92,7 +92,7 @@ def _converted_statistics(folder: Path, pattern: str) -> Iterator[dict[str, Any]
             entry = converted.manifest.leaves[leaf.path]
             names = [leaf.path, *(f"{leaf.path}.{name}" for name in entry.arrays)]
             if any(fnmatch.fnmatchcase(name, pattern) for name in names):
-                matrices = (parts[i] for _, parts, _ in converted.read(group, raise_damaged))
+                matrices = (parts[i] for _, parts in converted.read(group, raise_damaged))
                 statistics = summarize_values(matrices)
                 yield {"name": leaf.path, "format": entry.format, "shape": list(leaf.shape), **statistics}
 

@@ -5,19 +5,20 @@ experts are stacked about `reader.SLAB_BYTES` of each component.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.checkpoint.reader import Key, Reader, combine_digests, raw
+from dsv32_jax.checkpoint.reader import Key, Reader, raw
 from dsv32_jax.config import Config
 from dsv32_jax.errors import DsvError, StorageError, VerificationError
 from dsv32_jax.layout import Leaf, leaves
 from dsv32_jax.quantization.quantize import FP8_BLOCK, NVFP4_BLOCK
-from dsv32_jax.system.files import expand_path, hash_chunks
+from dsv32_jax.system.files import expand_path
 
 from .provenance import Provenance, SourceTensor
 from .safetensors import make_tensor
@@ -110,37 +111,32 @@ class Converted:
         path = self.manifest.leaves[leaf.path].same_as or leaf.path
         return {name: (path, name) for name in self.manifest.leaves[path].arrays}
 
-    def read(
-        self, group: Group, on_damage: Callable[[DsvError], None]
-    ) -> Iterator[tuple[Weight, list[Components], list[dict[str, str]]]]:
-        """Read each weight of `group`, with the components of its parameters (of its expert) and their SHA-256.
+    def read(self, group: Group, on_damage: Callable[[DsvError], None]) -> Iterator[tuple[Weight, list[Components]]]:
+        """Read each weight of `group`, with the components of its parameters (of its expert).
 
         `on_damage` is called for every array that cannot be read or does not match its SHA-256, at the latest after
         the last weight.
         """
-        digests: dict[Key, list[str]] = {key: [] for key in self.keys(group)}
+        digests = {key: hashlib.sha256() for key in self.keys(group)}
         try:
             parts = [
-                {name: self._read_weights(leaf, key, digests[key]) for name, key in self._keys(leaf).items()}
+                {name: self._read_weights(leaf, key, digests) for name, key in self._keys(leaf).items()}
                 for leaf in group.leaves
             ]
             for weight in group.weights:
-                components = [{name: next(arrays) for name, arrays in part.items()} for part in parts]
-                hashes = [{name: digests[key][-1] for name, key in self._keys(leaf).items()} for leaf in group.leaves]
-                yield weight, components, hashes
+                yield weight, [{name: next(arrays) for name, arrays in part.items()} for part in parts]
         except (VerificationError, StorageError) as error:
             on_damage(error)
             return
-        for key, found in digests.items():
-            if combine_digests(found, self.expected[key].stacked) != self.expected[key].sha256:
+        for key, digest in digests.items():
+            if digest.hexdigest() != self.expected[key].sha256:
                 on_damage(VerificationError(f"{self.arrays.where(key)} has changed"))
 
-    def _read_weights(self, leaf: Leaf, key: Key, digests: list[str]) -> Iterator[np.ndarray]:
-        """Yield the array of each expert, or the only one, and add its SHA-256 to `digests`."""
-        for slab in self.arrays.slabs(key) if leaf.stacked else [self.arrays.read(key)]:
-            for array in slab if leaf.stacked else [slab]:
-                digests.append(hash_chunks([raw(array)]))
-                yield array
+    def _read_weights(self, leaf: Leaf, key: Key, digests: dict[Key, Any]) -> Iterator[np.ndarray]:
+        """Yield the array of each expert, or the only one."""
+        for array in self.arrays.slabs(key) if leaf.stacked else [self.arrays.read(key)]:
+            digests[key].update(raw(array))
+            yield from array if leaf.stacked else [array]
 
     def component(self, weight: Weight, name: str, leaf: int = 0) -> np.ndarray:
         """One component of a weight, from one of its parameters. Tensor scales are read once for all experts."""

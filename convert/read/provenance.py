@@ -126,10 +126,6 @@ class HashingReader:
                 is_inverted = stored.kind == "packed-nvfp4" and tensor is stored.tensor_scale
                 yield found if is_inverted else found._replace(bits="")
 
-    def find_digest(self, tensor: Tensor) -> str:
-        """Return the SHA-256 of a tensor that was read."""
-        return self._sources[tensor.name].sha256
-
     def require_downloaded(self, path: str, weights: Iterable[StoredWeight]) -> None:
         """Raise CheckpointError that lists the matrices among the `weights` of a parameter which are zero throughout.
 

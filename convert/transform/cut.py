@@ -16,7 +16,7 @@ import numpy as np
 from dsv32_jax.checkpoint.reader import dtype_of
 from dsv32_jax.layout import LOOKED_UP, Leaf
 
-from ..read.safetensors import DTYPES, Tensor
+from ..read.safetensors import DTYPES
 from ..read.weights import Read, StoredWeight
 from .requantize import Requantizer
 
@@ -104,19 +104,6 @@ def list_arrays(leaf: Leaf, form: LeafFormat) -> dict[str, tuple[str, tuple[int,
         "block_scale": ("float8_e4m3fn", blocks),
         "tensor_scale": ("float32", scalars),
     }
-
-
-def find_kept(planned: PlannedLeaf) -> dict[str, list[Tensor]]:
-    """Return the tensors whose bytes are all of a component, by component: one, or one an expert. Empty if in doubt."""
-    leaf, form, sources = planned.leaf, planned.form, planned.sources
-    kept = leaf.cut is None and (len(leaf.source_shape) == 1 or leaf.source_shape[1] == leaf.shape[-1])
-    kept &= all(one.format == form.format and (one.wanted is None or one.is_in(one.wanted)) for one in sources)
-    if form.format == "dense":
-        kept &= all(DTYPES[one.values.dtype].name == form.dtype for one in sources)
-    scales = [one.scale for one in sources if one.scale is not None]
-    values = [one.values for one in sources]
-    found = {"codes": values, "block_scale": scales} if form.format == "nvfp4" else {"values": values}
-    return found if kept else {}
 
 
 def build(

@@ -6,14 +6,15 @@ The first exception of any thread ends everything; parts that were yielded befor
 
 import collections
 import dataclasses
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 
 from dsv32_jax.checkpoint.manifest import ArrayEntry, LeafEntry, Place
-from dsv32_jax.checkpoint.reader import Key, combine_digests, hash_array
+from dsv32_jax.checkpoint.reader import Key, raw
 from dsv32_jax.checkpoint.writer import Writer
 from dsv32_jax.errors import CheckpointError, pluralize
 
@@ -43,9 +44,7 @@ def describe(
     """
     read.require_downloaded(planned.leaf.path, planned.sources)
     require_finite(planned.leaf.path, arrays)
-    kept = {name: list(map(read.find_digest, found)) for name, found in cut.find_kept(planned).items()}
-    described = {n: describe_array(a, planned.leaf.stacked, kept.get(n)) for n, a in arrays.items()}
-    entry = LeafEntry(planned.form.format, described, planned.same_as)
+    entry = LeafEntry(planned.form.format, {n: describe_array(a) for n, a in arrays.items()}, planned.same_as)
     if entry == original:
         entry = LeafEntry(entry.format, {}, planned.copy_of)
     sources = tuple(read.list_sources(planned.sources))
@@ -63,10 +62,9 @@ def describe_change(planned: PlannedLeaf) -> str:
     return f"{' and '.join(sorted(formats))} became {form.name}" if formats else ""
 
 
-def describe_array(array: np.ndarray, stacked: bool, digests: Sequence[str] | None = None) -> ArrayEntry:
-    """Return the dtype, shape and SHA-256 of an array; `digests` are those of its experts or of the array, if known."""
-    sha256 = hash_array([array], stacked) if digests is None else combine_digests(digests, stacked)
-    return ArrayEntry(array.dtype.name, array.shape, sha256, stacked=stacked)
+def describe_array(array: np.ndarray) -> ArrayEntry:
+    """Return the dtype, shape and SHA-256 of an array."""
+    return ArrayEntry(array.dtype.name, array.shape, hashlib.sha256(raw(array)).hexdigest())
 
 
 def require_finite(path: str, components: dict[str, np.ndarray]) -> None:

@@ -1,8 +1,7 @@
 """Check the files of a converted checkpoint against its manifest. Needs no JAX.
 
-Every byte is covered: the file of an array is the bytes of the array, whose SHA-256 the manifest has (of an array of
-experts that of the experts' digests, so that one pass gives the digest of each); every other file is listed there with
-its size and SHA-256; the manifest begins with its own, and is read only if it is right.
+Every byte is covered: the file of an array is the bytes of the array, whose SHA-256 the manifest has; every other file
+is listed there with its size and SHA-256; the manifest begins with its own, and is read only if it is right.
 """
 
 import itertools
@@ -11,14 +10,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-
 from ..errors import DsvError, StorageError, VerificationError, kind_of, listing
 from ..system import host
+from ..system.files import hash_chunks
 from ..system.reporter import show_slow
 from .folder import WEIGHTS, is_stray
 from .manifest import Manifest
-from .reader import Key, Reader, hash_array
+from .reader import Key, Reader, raw
 
 
 def find_changed_files(folder: str | Path, manifest: Manifest) -> list[DsvError]:
@@ -48,13 +46,13 @@ def find_damaged_files(folder: str | Path, manifest: Manifest) -> list[DsvError]
 def find_damage(reader: Reader, key: Key, count: Callable[[int], None] = lambda nbytes: None) -> DsvError | None:
     """Return what is wrong with the array `key`, None if it matches its SHA-256. Bytes are counted as they are read."""
 
-    def read() -> Iterator[np.ndarray]:
+    def read() -> Iterator[memoryview]:
         for slab in reader.slabs(key):
             count(slab.nbytes)
-            yield slab
+            yield raw(slab)
 
     try:
-        if hash_array(read(), reader.entries[key].stacked) == reader.entries[key].sha256:
+        if hash_chunks(read()) == reader.entries[key].sha256:
             return None
         return VerificationError(f"{reader.where(key)} has changed")
     except (VerificationError, StorageError) as error:

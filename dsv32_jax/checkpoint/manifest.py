@@ -43,14 +43,15 @@ class Place(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ArrayEntry:
-    """One stored array: NumPy dtype name, shape, SHA-256 of its bytes in C order (`stacked`: of the 32-byte digests of
-    its experts, the first axis), and location. Entries of equal content compare equal wherever they are stored."""
+    """One stored array: NumPy dtype name, shape, SHA-256 of its bytes in C order, and location.
+
+    Entries of equal content compare equal wherever they are stored.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     sha256: str
     place: Place = dataclasses.field(default=Place(), compare=False)
-    stacked: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -73,7 +74,7 @@ class ArrayEntry:
         """Parse the output of `to_json`. Raise CheckpointError for anything else."""
         try:
             place = Place(tuple(raw["files"]), raw.get("axis", 0))
-            entry = cls(raw["dtype"], tuple(raw["shape"]), raw["sha256"], place, raw.get("stacked") is True)
+            entry = cls(raw["dtype"], tuple(raw["shape"]), raw["sha256"], place)
             sizes = all(type(size) is int and size >= 0 for size in (*entry.shape, place.axis))
             count, named = len(place.files), all(map(_is_array_file, place.files))
             even = place.axis == 0 if count == 1 else place.axis > 0 and entry.shape[place.axis] % count == 0
@@ -87,8 +88,8 @@ class ArrayEntry:
     def to_json(self) -> dict[str, Any]:
         """Return the entry as JSON. `nbytes` follows from dtype and shape; it is there for other readers."""
         known = {"dtype": self.dtype, "shape": list(self.shape), "nbytes": self.nbytes, "sha256": self.sha256}
-        others = {"axis": self.place.axis, "stacked": self.stacked}
-        return {**known, "files": list(self.place.files), **{key: value for key, value in others.items() if value}}
+        axis = {"axis": self.place.axis} if self.place.axis else {}
+        return {**known, "files": list(self.place.files), **axis}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,7 +222,8 @@ def is_converted(folder: Path) -> bool:
 
 
 def is_inside(name: str) -> bool:
-    """Return whether `name` is a relative path that does not leave its folder, but for links."""
+    """Return whether `name` is a relative path that does not leave its folder. Links are rejected when a file is
+    opened."""
     return 0 < len(name) < 1024 and "\0" not in name and not {"", ".", ".."} & set(name.split("/"))
 
 

@@ -20,7 +20,6 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import CheckpointError, DsvError, StorageError, VerificationError, kind_of, listing, pluralize
-from ..system.files import hash_chunks
 from .manifest import ITEM_BYTES, ArrayEntry, LeafEntry, is_inside
 
 SLAB_BYTES = 8 << 20
@@ -205,18 +204,6 @@ def list_slabs(count: int, nbytes: int) -> list[slice]:
 def raw(array: np.ndarray) -> memoryview:
     """Return the bytes of `array` in C order, without a copy if it is contiguous."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-
-
-def hash_array(slabs: Iterable[np.ndarray], stacked: bool) -> str:
-    """Return the SHA-256, as in ArrayEntry, of an array in runs of rows."""
-    if stacked:
-        return combine_digests([hash_chunks([raw(row)]) for slab in slabs for row in slab], stacked)
-    return hash_chunks(map(raw, slabs))
-
-
-def combine_digests(digests: Sequence[str], stacked: bool) -> str:
-    """Return the SHA-256, as in ArrayEntry, of an array from those of its experts, or from its own."""
-    return hash_chunks(map(bytes.fromhex, digests)) if stacked else digests[0]
 
 
 def dtype_of(dtype: Any) -> np.dtype:

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from ..model.model import Model
@@ -42,6 +43,9 @@ def generate(
             for _ in tokens:
                 pass
     return summarize(rows, core.loop.totals)
+
+
+generate.layerwise, generate.whole = (partial(generate, layerwise=choice) for choice in (True, False))
 
 
 @accepts_options(without=("n",))

@@ -439,7 +439,7 @@ def test_f44_a_disk_that_fails_to_read(times, code, folder, tmp_path, monkeypatc
 def test_f45_a_source_that_changes(folder, tmp_path, monkeypatch, capsys):
     entry = pipeline.describe_array
     monkeypatch.setattr(limits, "GROUP_BYTES", 60_000)
-    monkeypatch.setattr(pipeline, "describe_array", lambda *given: os.utime(folder / SHARD) or entry(*given))
+    monkeypatch.setattr(pipeline, "describe_array", lambda array: os.utime(folder / SHARD) or entry(array))
     assert run(folder, tmp_path / "out", "--workers", "1") == 74
     assert f"{SHARD} changed while it was being read" in capsys.readouterr().err
 
@@ -462,11 +462,11 @@ def test_f52_no_room_for_temporary_files(folder, tmp_path, monkeypatch):
 def test_f54_an_exception_in_a_worker(folder, tmp_path, monkeypatch):
     entry, calls = pipeline.describe_array, []
 
-    def failing(*arguments):
+    def failing(array):
         calls.append(1)
         if len(calls) == 30:
             raise RuntimeError("lost")
-        return entry(*arguments)
+        return entry(array)
 
     with monkeypatch.context() as patch:
         patch.setattr(pipeline, "describe_array", failing)

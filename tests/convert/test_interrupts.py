@@ -17,7 +17,7 @@ HELD = """
 import sys, time
 import convert
 from convert.write import pipeline
-pipeline.describe_array = lambda *arguments: time.sleep(60)
+pipeline.describe_array = lambda array: time.sleep(60)
 sys.exit(convert.program(sys.argv[1:]))
 """
 """A conversion that stands still in its worker threads once it has read the first group."""

@@ -18,10 +18,9 @@ from convert.plan import limits
 from convert.read.safetensors import Tensor
 from convert.read.weights import StoredWeight
 from convert.transform import cut
-from convert.write import pipeline
 from dsv32_jax.checkpoint import random_checkpoint
 from dsv32_jax.checkpoint.manifest import Manifest
-from dsv32_jax.checkpoint.reader import Reader, hash_array
+from dsv32_jax.checkpoint.reader import Reader
 from dsv32_jax.config import Config
 from dsv32_jax.errors import CapacityError, CheckpointError, ConfigError, OutputExistsError, UsageError
 from dsv32_jax.layout import leaves
@@ -105,35 +104,15 @@ def test_golden_bytes_are_kept(case):
 @pytest.mark.parametrize("storage", STORAGES)
 def test_what_is_stored_is_what_the_manifest_says(storage, converted, checkpoints, tmp_path):
     manifest = Manifest.read(converted[storage])
-    stacked = {leaf.path for leaf in leaves(Config.from_dict(manifest.config)) if leaf.stacked}
-    assert stacked and len(list((converted[storage] / "weights").iterdir())) > 4
+    assert len(list((converted[storage] / "weights").iterdir())) > 4
     for path, arrays in stored(converted[storage]).items():
         for name, entry in manifest.leaves[path].arrays.items():
             array = arrays[name]
             assert (array.dtype.name, array.shape) == (entry.dtype, entry.shape)
-            digests = [hashlib.sha256(row.tobytes()).digest() for row in array]
-            whole = b"".join(digests) if path in stacked else array.tobytes()
-            assert hashlib.sha256(whole).hexdigest() == entry.sha256 and entry.stacked == (path in stacked)
+            assert hashlib.sha256(array.tobytes()).hexdigest() == entry.sha256
     assert {path for path, leaf in manifest.leaves.items() if leaf.same_as} == {"mtp.embed_VD", "mtp.head_VD"}
     again = convert.convert(checkpoints[storage], tmp_path / "whole")
     assert again.digest == manifest.digest
-
-
-@pytest.mark.parametrize("storage", STORAGES)
-def test_bytes_that_are_kept_are_hashed_once(storage, checkpoints, tmp_path, monkeypatch):
-    """What was read is not hashed again where it is stored as it is: matrices that are not cut, in kept formats."""
-    hashed: list[np.ndarray] = []
-
-    def counted(slabs, stacked):
-        hashed.extend(slabs)
-        return hash_array(slabs, stacked)
-
-    monkeypatch.setattr(pipeline, "hash_array", counted)
-    manifest = convert.convert(checkpoints[storage], tmp_path / "out")
-    kept = [leaf for leaf in leaves(Config.from_dict(manifest.config)) if leaf.stacked]
-    arrays = [manifest.leaves[leaf.path].arrays for leaf in kept]
-    matrices = {found.get("codes", found.get("values")).shape for found in arrays}
-    assert matrices and not matrices & {array.shape for array in hashed}
 
 
 def test_both_names_of_nvfp4_give_the_same_bytes(converted):
