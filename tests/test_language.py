@@ -7,7 +7,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 FILES = sorted([*(REPOSITORY / "dsv32_jax").rglob("*.py"), *(REPOSITORY / "convert").rglob("*.py")])
 
-MOST_LINES, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 27_392, 300, 60
+MOST_LINES, LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 27_394, 300, 60
 
 PARTICIPLES = frozenset(
     "absorbed announced asked attended begun blank called checked chosen collected compared converted cut described "

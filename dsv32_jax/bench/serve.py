@@ -9,6 +9,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -101,6 +102,7 @@ def serve(checkpoint: Path, rows: int, clients: int) -> Iterator[Server]:
                 if not (line := process.stderr.readline()):
                     raise OSError(f"the server did not start: {said}")
                 said += line
+            threading.Thread(target=process.stderr.read, daemon=True).start()  # a full pipe would stop the server
             yield Server(process, int(found[1]))
             process.terminate()
             if code := process.wait(timeout=60):
