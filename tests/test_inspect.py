@@ -235,7 +235,6 @@ def test_without_matplotlib():
 
 def test_figures(small):
     """Every function returns a figure that can be drawn, with labelled axes."""
-    pytest.importorskip("matplotlib")
     from dsv32_jax.inspect import plots
 
     made, cfg = made_up_trace(small), small
